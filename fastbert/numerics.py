@@ -1,0 +1,79 @@
+"""The numerical policy, stated once: every test and `fastbert verify` judge by these functions and no others.
+
+Truth is the stock model (or plain PyTorch operator) in float64, on inputs and weights that were first rounded to the
+working dtype. A fused result may be no further from the truth than stock itself is in the same dtype, with 10 % slack,
+plus one rounding of the stored result:
+
+    error(fused) <= 1.1 * error(stock, same dtype) + unit roundoff of the dtype
+
+There is no absolute tolerance and no cosine gate.
+"""
+
+from __future__ import annotations
+
+import torch
+
+SLACK = 1.1
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Largest relative error of rounding one number to `dtype`: half of its machine epsilon."""
+    return torch.finfo(dtype).eps / 2
+
+
+def relative_error(actual: torch.Tensor, truth: torch.Tensor) -> float:
+    """`||actual - truth|| / ||truth||` (Frobenius norm, in float64).
+
+    Args:
+        actual: any shape, any floating dtype.
+        truth: the same shape, float64.
+
+    Returns:
+        The relative error; the absolute one where truth is zero; infinity where either holds NaN, or where they differ
+        in a position that is infinite.
+
+    Raises:
+        ValueError: the shapes differ, or `truth` is not float64.
+    """
+    if actual.shape != truth.shape:
+        raise ValueError(f"actual has shape {tuple(actual.shape)}, truth has {tuple(truth.shape)}; expected the same")
+    if truth.dtype != torch.float64:
+        raise ValueError(f"truth has dtype {truth.dtype}; expected torch.float64")
+    actual, truth = actual.detach().double().cpu(), truth.detach().cpu()
+    if actual.numel() == 0:
+        return 0.0
+    difference = torch.where(actual == truth, 0.0, actual - truth).norm()
+    if not torch.isfinite(difference):
+        return float("inf")
+    scale = truth.norm()
+    return (difference / scale if 0 < scale < float("inf") else difference).item()
+
+
+def bound(stock_error: float, dtype: torch.dtype) -> float:
+    """The largest error the policy allows a fused result whose stock counterpart, in `dtype`, has `stock_error`."""
+    return SLACK * stock_error + unit_roundoff(dtype)
+
+
+def assert_within_policy(
+    fused: torch.Tensor, stock: torch.Tensor, truth: torch.Tensor, what: str = "output"
+) -> tuple[float, float]:
+    """Raises AssertionError naming `what` unless `fused` is within the policy's bound; returns both errors.
+
+    Args:
+        fused: the result under test, in the working dtype.
+        stock: what stock computes in the same dtype; it sets the bound.
+        truth: the float64 result, same shape.
+        what: how the message names it.
+
+    Returns:
+        (error of fused, error of stock), both relative to `truth`.
+    """
+    if fused.dtype != stock.dtype:
+        raise AssertionError(f"{what}: fused has dtype {fused.dtype}, stock has {stock.dtype}")
+    fused_error, stock_error = relative_error(fused, truth), relative_error(stock, truth)
+    limit = bound(stock_error, stock.dtype)
+    if not fused_error <= limit:
+        raise AssertionError(
+            f"{what}: error {fused_error:.3e} exceeds the bound {limit:.3e} (stock's own error: {stock_error:.3e})"
+        )
+    return fused_error, stock_error
