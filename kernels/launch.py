@@ -36,3 +36,56 @@ def architecture(device: torch.device) -> str:
     if device.type != "cuda":
         return "portable"
     return _architecture(device.index if device.index is not None else torch.cuda.current_device())
+
+
+# Attention: by architecture, then (bytes an element, head_dim rounded up to a power of two). None is measured yet: all are
+# counted from registers and shared memory a program, as the ahead-of-time compilation reports them.
+_ATTENTION: dict[str, dict[tuple[int, int], Config]] = {
+    "sm_80": {
+        (2, 16): Config(64, 64, 0, 4, 3),
+        (2, 32): Config(64, 64, 0, 4, 3),
+        (2, 64): Config(64, 64, 0, 4, 3),
+        (2, 128): Config(64, 64, 0, 4, 2),
+        (4, 16): Config(32, 32, 0, 4, 2),
+        (4, 32): Config(32, 32, 0, 4, 2),
+        (4, 64): Config(32, 32, 0, 4, 2),
+        (4, 128): Config(32, 32, 0, 4, 2),
+    },
+    "sm_90": {
+        (2, 16): Config(64, 64, 0, 4, 3),
+        (2, 32): Config(64, 64, 0, 4, 3),
+        (2, 64): Config(64, 64, 0, 4, 3),
+        (2, 128): Config(64, 64, 0, 4, 2),
+        (4, 16): Config(32, 32, 0, 4, 2),
+        (4, 32): Config(32, 32, 0, 4, 2),
+        (4, 64): Config(32, 32, 0, 4, 2),
+        (4, 128): Config(32, 32, 0, 4, 2),
+    },
+    "portable": {
+        (2, 16): Config(64, 32, 0, 4, 2),
+        (2, 32): Config(64, 32, 0, 4, 2),
+        (2, 64): Config(64, 32, 0, 4, 2),
+        (2, 128): Config(64, 32, 0, 4, 2),
+        (4, 16): Config(32, 32, 0, 4, 1),
+        (4, 32): Config(32, 32, 0, 4, 1),
+        (4, 64): Config(32, 32, 0, 4, 1),
+        (4, 128): Config(32, 32, 0, 4, 1),
+    },
+}
+
+
+def attention_config(arch: str, dtype: torch.dtype, head_dim: int) -> Config:
+    """The tiles of attention: `block_m` queries by `block_n` keys. Never of lengths or batch: that would break invariance.
+
+    Args:
+        arch: as `architecture` names it; one without a table gets "portable".
+        dtype: of the operands.
+        head_dim: 1 to 128.
+
+    Raises:
+        ValueError: `head_dim` is out of range.
+    """
+    if not 1 <= head_dim <= 128:
+        raise ValueError(f"head_dim is {head_dim}; expected 1 to 128")
+    padded = max(16, 1 << (head_dim - 1).bit_length())
+    return _ATTENTION.get(arch, _ATTENTION["portable"])[dtype.itemsize, padded]

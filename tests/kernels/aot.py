@@ -1,0 +1,255 @@
+"""Every kernel compiled ahead of time for GPUs that aren't here: what each costs in registers and shared memory.
+
+    python -m tests.kernels.aot [--arch sm_90 ...] [--op attention ...] [--full] [--jobs 2]
+
+prints one JSON line a compilation, then a table, and exits 1 where a row is in violation: it failed to compile, spills, takes
+more shared memory than the chip has, or has no wgmma where sm_90 should.
+
+An op joins by a function that yields its specializations for one architecture, registered under the op's name:
+
+    @specializations("attention")
+    def _attention(arch: str, full: bool) -> Iterator[Spec]:
+        yield Spec(
+            variant="packed d64",
+            kernel=attention_kernel,
+            arguments={"q_ptr": "*fp16", "stride_qt": 3072, "scale": 0.125, "key_mask_ptr": None, "HEAD_DIM": 64, ...},
+            config=attention_config(table(arch), torch.float16, 64),
+        )
+
+`arguments` names every parameter of the kernel. Each is what its launcher would pass: a pointer's type for a tensor ("*fp16", "*bf16", "*fp32", "*i64", "*i32",
+"*i1"), a typical value for a number, None for an absent tensor, anything for a constexpr. They are specialized as a launch
+specializes them: pointers are divisible by 16, integers where the value is, 1 and None are constants. With `full` false, yield
+a few dozen at most that cover every branch, dtype and tile shape; with it true, everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if os.environ.get("TRITON_INTERPRET", "0") != "0":
+    raise RuntimeError("TRITON_INTERPRET is set: the interpreter's kernels can't be compiled")
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastbert.kernels.attention import attention_kernel
+from fastbert.kernels.launch import Config, attention_config
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}  # bytes a program
+TYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One compilation of one kernel; `arguments` as the module's docstring says."""
+
+    variant: str
+    kernel: Any
+    arguments: dict[str, Any]
+    config: Config  # of which num_warps and num_stages are used here
+    matrix: bool = True  # whether 16-bit operands should meet in wgmma on sm_90
+
+
+Specializations = Callable[[str, bool], Iterator[Spec]]
+SPECIALIZATIONS: dict[str, Specializations] = {}
+
+
+def specializations(op: str) -> Callable[[Specializations], Specializations]:
+    """Registers the function it decorates as what yields the specializations of `op`."""
+
+    def register(function: Specializations) -> Specializations:
+        SPECIALIZATIONS[op] = function
+        return function
+
+    return register
+
+
+def table(arch: str) -> str:
+    """The name kernels/launch.py knows a target by."""
+    return "portable" if arch.startswith("gfx") else arch
+
+
+@specializations("attention")
+def _attention(arch: str, full: bool) -> Iterator[Spec]:
+    def spec(dtype: torch.dtype, head_dim: int, layout: str, precision: str = "ieee") -> Spec:
+        config = attention_config(table(arch), dtype, head_dim)
+        strides = {f"stride_{x}{axis}": 3 * 1024 if axis == "t" else head_dim for x in "qkv" for axis in "th"}
+        return Spec(
+            variant=f"{layout} {precision} d{head_dim}",
+            kernel=attention_kernel,
+            arguments={
+                **{f"{name}_ptr": f"*{TYPE_NAMES[dtype]}" for name in ("q", "k", "v", "out")},
+                "cu_seqlens_ptr": "*i32" if layout == "packed" else None,
+                "key_mask_ptr": "*i1" if layout == "masked" else None,
+                "max_seqlen": 512,
+                "scale_log2e": 0.18,
+                **strides,
+                "HEAD_DIM": head_dim,
+                "BLOCK_M": config.block_m,
+                "BLOCK_N": config.block_n,
+                "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+                "INPUT_PRECISION": precision,
+            },
+            config=config,
+        )
+
+    layouts = ("packed", "dense", "masked")
+    if full:
+        for head_dim in (16, 32, 40, 48, 64, 80, 96, 112, 128):
+            for layout in layouts:
+                for dtype in TYPE_NAMES:
+                    yield spec(dtype, head_dim, layout)
+                yield spec(torch.float32, head_dim, layout, "tf32")
+    else:
+        for head_dim, layout in ((16, "packed"), (32, "masked"), (40, "packed"), (64, "masked"), (128, "masked")):
+            yield spec(torch.float16, head_dim, layout)
+            yield spec(torch.float32, head_dim, layout)
+        for layout in layouts:
+            yield spec(torch.bfloat16, 64, layout)
+        yield spec(torch.bfloat16, 80, "packed")
+        yield spec(torch.float32, 64, "packed", "tf32")
+        yield spec(torch.float32, 128, "masked", "tf32")
+
+
+def _source(spec: Spec) -> ASTSource:
+    """What the just-in-time compiler would be given for a launch with these arguments."""
+    parameters = spec.kernel.params
+    if unknown := spec.arguments.keys() ^ {p.name for p in parameters}:
+        raise ValueError(f"{spec.kernel.__name__}: arguments and parameters differ in {sorted(unknown)}")
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for p in parameters:
+        value = spec.arguments[p.name]
+        specialize = not p.do_not_specialize
+        if p.is_constexpr or value is None or (specialize and type(value) is int and value == 1):
+            signature[p.name], constants[p.name] = "constexpr", value
+        elif isinstance(value, str):
+            signature[p.name] = value
+            attributes[(p.num,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[p.name] = "fp32"
+        elif isinstance(value, int) and not isinstance(value, bool):
+            signature[p.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if specialize and value % 16 == 0:
+                attributes[(p.num,)] = [["tt.divisibility", 16]]
+        else:
+            raise TypeError(f"{spec.kernel.__name__}: {p.name} is {value!r}; expected a pointer type, a number or None")
+    return ASTSource(fn=spec.kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def _cuda_usage(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return {"registers": found["REG"], "spill_bytes": found["STACK"] + found["LOCAL"]}
+
+
+def _hip_usage(assembly: str) -> dict[str, int]:
+    def value(key: str) -> int:
+        return int(re.findall(rf"\.{key}:\s*(\d+)", assembly)[0])
+
+    spilled = 4 * (value("vgpr_spill_count") + value("sgpr_spill_count"))
+    return {"registers": value("vgpr_count"), "spill_bytes": max(spilled, value("private_segment_fixed_size"))}
+
+
+def _violations(row: dict[str, Any], matrix: bool) -> list[str]:
+    found = []
+    if row["spill_bytes"]:
+        found.append(f"spills {row['spill_bytes']} bytes")
+    if row["shared_bytes"] > (limit := SHARED_LIMIT[row["arch"]]):
+        found.append(f"takes {row['shared_bytes']} bytes of shared memory, of {limit}")
+    if row["arch"] == "sm_90" and matrix and row["dtype"] in ("fp16", "bf16") and not row["wgmma"]:
+        found.append("has no wgmma")
+    return found
+
+
+def compile_one(op: str, arch: str, spec: Spec) -> dict[str, Any]:
+    """Compiles one specialization; the row this harness prints, with what is wrong under "violations"."""
+    config = spec.config
+    row: dict[str, Any] = {
+        "op": op,
+        "variant": spec.variant,
+        "dtype": next(v[1:] for v in spec.arguments.values() if isinstance(v, str) and v[1:] in TYPE_NAMES.values()),
+        "arch": arch,
+        "config": [config.block_m, config.block_n, config.block_k],
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    try:
+        compiled = triton.compile(_source(spec), target=TARGETS[arch], options=options)
+    except Exception as error:  # the compiler raises whatever it likes, and a row is what reports it
+        return row | {"error": str(error), "violations": [f"doesn't compile: {str(error).strip().splitlines()[-1:]}"]}
+    if arch.startswith("sm_"):
+        ptx = compiled.asm["ptx"]
+        row |= _cuda_usage(compiled.asm["cubin"]) | {"wgmma": "wgmma.mma_async" in ptx, "tcgen05": "tcgen05.mma" in ptx}
+    else:
+        row |= _hip_usage(compiled.asm["amdgcn"])
+    row["shared_bytes"] = compiled.metadata.shared
+    row["violations"] = _violations(row, spec.matrix)
+    return row
+
+
+def _job(op: str, arch: str, full: bool, index: int) -> dict[str, Any]:
+    # Kernels don't pickle: a worker finds its specialization by its place.
+    return compile_one(op, arch, list(SPECIALIZATIONS[op](arch, full))[index])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.kernels.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--op", nargs="+", choices=SPECIALIZATIONS, default=list(SPECIALIZATIONS))
+    parser.add_argument("--full", action="store_true", help="every specialization, not a representative set")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes to compile in")
+    options = parser.parse_args(argv)
+
+    jobs = [
+        (op, arch, options.full, index)
+        for arch in options.arch
+        for op in options.op
+        for index, _ in enumerate(SPECIALIZATIONS[op](arch, options.full))
+    ]
+    rows = []
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for row in pool.map(_job, *zip(*jobs, strict=True)):
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+
+    print(f"\n{'arch':7} {'op':12} {'variant':20} {'dtype':5} {'tile':>12} {'warps':>5} {'stages':>6} {'regs':>4} {'shared':>7}")
+    for row in rows:
+        tile = "x".join(str(n) for n in row["config"] if n)
+        print(
+            f"{row['arch']:7} {row['op']:12} {row['variant']:20} {row['dtype']:5} {tile:>12} {row['num_warps']:5} "
+            f"{row['num_stages']:6} {row.get('registers', '-'):>4} {row.get('shared_bytes', '-'):>7}  "
+            + "; ".join(row["violations"])
+        )
+    bad = sum(bool(row["violations"]) for row in rows)
+    print(f"triton {triton.__version__}: {len(rows)} compiled, {bad} in violation")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
