@@ -1,0 +1,288 @@
+"""The fused encoder: plans a call once, then runs every layer over that plan, or the stock code.
+
+A base model plans in a forward pre-hook, the only place that sees the arguments of a call before transformers turns the
+mask into a 4-D one; the plan travels to the encoder as a keyword argument of the call itself, never as state, so threads
+can share a model.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from . import ops
+from .packing import Packing, flattened, host_integers, isolating_mask, pack_mask
+from .support import call_is_unsupported, is_hooked, layer_is_unsupported
+
+PADDINGS = ("auto", "packed", "dense")
+
+# The positional parameters of a base model's forward, in transformers 5.
+_PARAMETERS = (
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+    "position_ids",
+    "inputs_embeds",
+    "encoder_hidden_states",
+    "encoder_attention_mask",
+    "past_key_values",
+    "use_cache",
+)
+
+_Module: Any = nn.Module if TYPE_CHECKING else object
+
+
+class Counts:
+    """How many forwards ran which way; safe to share between threads, to copy and to pickle."""
+
+    def __init__(self) -> None:
+        self.fused: Counter[str] = Counter()
+        """Forwards that ran fused, by layout: "packed" or "dense"."""
+        self.stock: Counter[str] = Counter()
+        """Forwards that ran stock, by reason."""
+        self._lock = threading.Lock()
+
+    def add(self, which: Counter[str], key: str) -> None:
+        """Counts one forward; a call being compiled is not counted."""
+        if not torch.compiler.is_compiling():
+            with self._lock:
+                which[key] += 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"fused": self.fused, "stock": self.stock}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self.__dict__.update(state)
+
+
+class Settings:
+    """What `fuse` leaves on an encoder: the padding asked for, and the counts."""
+
+    def __init__(self, padding: str) -> None:
+        self.padding = padding
+        self.counts = Counts()
+
+
+class FusedEncoder(_Module):
+    """A stack of fused layers; mixed into a family's own Hugging Face encoder class by `fastbert.models`."""
+
+    fastbert: Settings
+
+    def forward(
+        self, hidden_states: Tensor, *args: Any, packing: Packing | str | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """hidden_states (1, T, H) or (B, S, H) as `packing` lays out -> (B, S, H); stock where it is no Packing.
+
+        `packing` as a string is the reason the call runs stock.
+        """
+        counts = self.fastbert.counts
+        if not isinstance(packing, Packing):
+            counts.add(counts.stock, packing or "called past the forward hooks of its model")
+            return super().forward(hidden_states, *args, **kwargs)
+        counts.add(counts.fused, "dense" if packing.cu_seqlens is None else "packed")
+        reasons = [layer_is_unsupported(layer) for layer in self.layer]
+        stock_mask = None
+        if any(reasons):
+            stock_mask = create_bidirectional_mask(
+                config=self.config, inputs_embeds=hidden_states, attention_mask=packing.stock_mask()
+            )
+        for layer, reason in zip(self.layer, reasons, strict=True):
+            if reason:
+                hidden_states = layer(hidden_states, stock_mask, **kwargs)
+            else:
+                hidden_states = layer(hidden_states, packing=packing)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=packing.unpack(hidden_states))
+
+
+def plan_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook of a base model: checks the arguments, chooses the layout, hands it to the encoder.
+
+    Raises:
+        ValueError: an argument is out of range or of the wrong shape, dtype or device; the message names it.
+    """
+    call = dict(zip(_PARAMETERS, args, strict=False))
+    if call.keys() & kwargs.keys():
+        return args, kwargs  # given twice: the forward itself says so
+    call.update(kwargs)
+    labels, reads_padding = call.pop("padded_labels", None), call.pop("reads_padding", False)
+    if (call.get("input_ids") is None) == (call.get("inputs_embeds") is None):
+        return (), call  # both or neither: the forward itself says so
+    _check(model, call)
+    reason = call_is_unsupported(model, call)
+    if reason is None:
+        reasons = [layer_is_unsupported(layer) for layer in model.encoder.layer]
+        if all(reasons):
+            reason = f"no layer can run fused: {reasons[0]}"
+    cu_seqlens = call.get("cu_seq_lens_q")
+    if reason is not None:
+        call["packing"] = reason
+        flash = (model.config._attn_implementation or "").startswith("flash")
+        if cu_seqlens is not None and call.get("attention_mask") is None and not flash:
+            # Stock code would let the sequences of a flattened call attend to each other.
+            call["attention_mask"] = _stock_isolation(model, cu_seqlens, _shape(call)[1])
+        return (), call
+    if cu_seqlens is not None:
+        call["packing"] = flattened(cu_seqlens, _shape(call)[1])
+    else:
+        keeps_shape = any(reasons) or _is_watched(model, call)
+        _lay_out(model, call, labels, keeps_shape or reads_padding)
+    return (), call
+
+
+@functools.cache
+def _parameter_names(kind: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
+
+
+def plan_label_call(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook of a head with a loss over labelled tokens: shows its base model the labels.
+
+    transformers hands unknown keyword arguments on to the base model, where `plan_call` takes them.
+    """
+    call = {**dict(zip(_parameter_names(type(model)), args, strict=False)), **kwargs}
+    return None if call.get("labels") is None else (args, {**kwargs, "padded_labels": call["labels"]})
+
+
+def plan_span_call(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook of a head with a loss that takes in padding: tells its base model so when there is a loss."""
+    call = {**dict(zip(_parameter_names(type(model)), args, strict=False)), **kwargs}
+    loss = call.get("labels") is not None or call.get("start_positions") is not None
+    return (args, {**kwargs, "reads_padding": True}) if loss else None
+
+
+def _shape(call: Mapping[str, Any]) -> tuple[int, int]:
+    ids = call.get("input_ids")
+    shape = ids.shape if ids is not None else call["inputs_embeds"].shape[:2]
+    return int(shape[0]), int(shape[1])
+
+
+def _stock_isolation(model: nn.Module, cu_seqlens: Tensor, tokens: int) -> Tensor:
+    mask = isolating_mask(cu_seqlens, tokens)
+    if model.config._attn_implementation == "sdpa":
+        return mask
+    dtype = next(model.parameters()).dtype
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+def _is_watched(model: nn.Module, call: Mapping[str, Any]) -> bool:
+    """Whether something sees the hidden states between embeddings and output, and expects stock's shape."""
+    if call.get("output_hidden_states", getattr(model.config, "output_hidden_states", False)):
+        return True
+    return any(is_hooked(module) for module in (*model.embeddings.modules(), *model.encoder.layer))
+
+
+def _lay_out(model: nn.Module, call: dict[str, Any], labels: Tensor | None, dense: bool) -> None:
+    """Chooses between packed and dense for a padded call, and rewrites its arguments to match."""
+    batch, seqlen = _shape(call)
+    mask = call.pop("attention_mask", None)
+    call["attention_mask"] = None
+    padding = model.encoder.fastbert.padding
+    if mask is None:
+        call["packing"] = Packing(batch, seqlen, seqlen)
+        return
+    mask = mask.to(torch.bool)
+    dense = dense or padding == "dense" or torch.compiler.is_compiling()
+    if dense or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+        call["packing"] = Packing(batch, seqlen, seqlen, key_mask=mask)
+        return
+    selection = pack_mask(mask, labels)
+    if selection.tokens == batch * seqlen:
+        call["packing"] = Packing(batch, seqlen, seqlen)
+        return
+    # A pooler reads position 0 of every sequence, real or not.
+    exact = selection.starts_real or getattr(model, "pooler", None) is None
+    if selection.tokens == 0 or not exact or (selection.labels_padding and padding == "auto"):
+        call["packing"] = Packing(batch, seqlen, seqlen, key_mask=mask)
+        return
+    call["packing"] = selection.packing
+    indices = selection.indices
+    for name in ("input_ids", "token_type_ids", "position_ids"):
+        if call.get(name) is not None:
+            call[name] = call[name].expand(batch, seqlen).flatten()[indices][None]
+    if call.get("inputs_embeds") is not None:
+        call["inputs_embeds"] = ops.pack(call["inputs_embeds"].flatten(0, 1), indices)[None]
+    if call.get("position_ids") is None:
+        call["position_ids"] = (indices % seqlen)[None]
+
+
+def _check(model: nn.Module, call: Mapping[str, Any]) -> None:
+    """Raises ValueError naming the first argument that is of the wrong shape, dtype, device or range."""
+    config = model.config
+    ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+    given = "input_ids" if ids is not None else "inputs_embeds"
+    values = call[given]
+    if values.dim() != (2 if ids is not None else 3):
+        expected = "(batch, tokens)" if ids is not None else "(batch, tokens, hidden)"
+        raise ValueError(f"{given} has shape {tuple(values.shape)}; expected {expected}")
+    batch, seqlen = _shape(call)
+    if not batch or not seqlen:
+        raise ValueError(f"{given} has shape {tuple(values.shape)}; expected at least one sequence of one token")
+    if embeds is not None and embeds.shape[2] != config.hidden_size:
+        raise ValueError(f"inputs_embeds has width {embeds.shape[2]}; expected hidden_size, {config.hidden_size}")
+    tables = model.embeddings
+    for name, table in (
+        ("input_ids", tables.word_embeddings),
+        ("token_type_ids", tables.token_type_embeddings),
+        ("position_ids", tables.position_embeddings),
+    ):
+        if call.get(name) is not None:
+            _check_ids(name, call[name], (batch, seqlen), table.weight)
+    if call.get("past_key_values") is not None:
+        return  # a cache changes which lengths are right
+    if call.get("position_ids") is None and seqlen > config.max_position_embeddings:
+        raise ValueError(
+            f"{given} has {seqlen} tokens a sequence; expected at most max_position_embeddings, "
+            f"{config.max_position_embeddings}"
+        )
+    _check_mask(call.get("attention_mask"), (batch, seqlen))
+    if call.get("cu_seq_lens_q") is not None:
+        _check_flattened(call, batch)
+
+
+def _check_ids(name: str, ids: Tensor, shape: tuple[int, int], table: Tensor) -> None:
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name} has dtype {ids.dtype}; expected torch.int64 or torch.int32")
+    if ids.dim() != 2 or ids.shape[1] != shape[1] or ids.shape[0] not in (1, shape[0]):
+        raise ValueError(f"{name} has shape {tuple(ids.shape)}; expected {shape}")
+    if ids.device != table.device and table.device.type != "meta":  # accelerate moves the inputs of an offloaded model
+        raise ValueError(f"{name} is on {ids.device}; expected the model's device, {table.device}")
+    # On a GPU looking would cost a synchronisation; there the embedding kernel asserts it.
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = host_integers([ids.min(), ids.max()])
+        if low < 0 or high >= table.shape[0]:
+            raise ValueError(f"{name} holds values from {low} to {high}; expected 0 to {table.shape[0] - 1}")
+
+
+def _check_mask(mask: Any, shape: tuple[int, int]) -> None:
+    if not isinstance(mask, Tensor) or mask.dim() == 4:
+        return
+    if tuple(mask.shape) != shape:
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; expected {shape} (or 4-D)")
+    if mask.dtype.is_complex:
+        raise ValueError(f"attention_mask has dtype {mask.dtype}; expected bool, integer or floating point")
+
+
+def _check_flattened(call: Mapping[str, Any], batch: int) -> None:
+    cu_seqlens, keys = call["cu_seq_lens_q"], call.get("cu_seq_lens_k")
+    if batch != 1:
+        raise ValueError(f"cu_seq_lens_q is given for a batch of {batch}; expected one row that holds all sequences")
+    if call.get("attention_mask") is not None:
+        raise ValueError("attention_mask is given together with cu_seq_lens_q; expected only one of the two")
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError("cu_seq_lens_q: expected a 1-D int32 tensor of sequence starts, ending in the number of tokens")
+    if keys is not None and keys is not cu_seqlens and keys.shape != cu_seqlens.shape:
+        raise ValueError(f"cu_seq_lens_k has shape {tuple(keys.shape)}; expected cu_seq_lens_q's, {tuple(cu_seqlens.shape)}")

@@ -1,0 +1,213 @@
+"""`fuse`, `unfuse` and `explain`: the way in, the way out, and what goes on in between."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import nn
+
+from .encoder import PADDINGS, Settings, plan_call
+from .support import (
+    call_is_unsupported,
+    embeddings_are_unsupported,
+    layer_is_unsupported,
+    model_is_unsupported,
+)
+
+FAMILIES = ("bert",)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class UnsupportedModelError(ValueError):
+    """Nothing in a model could be fused; the message says why. The model has not been changed."""
+
+
+@functools.cache
+def _families() -> tuple[Any, ...]:
+    return tuple(importlib.import_module(f".models.{name}", __package__) for name in FAMILIES)
+
+
+def _base_models(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
+    """Every base model of a known family inside `model`: (name, module, family)."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module that holds a BERT encoder")
+    found = []
+    for name, module in model.named_modules():
+        family = next((f for f in _families() if isinstance(module, f.BASE)), None)
+        if family is not None:
+            found.append((name or type(module).__name__, module, family))
+    return found
+
+
+def fuse(model: Model, *, padding: str = "auto") -> Model:
+    """Makes every supported encoder inside `model` run fused, in place.
+
+    Parameters, names, `state_dict()`, saving, copying and moving stay as they are; at real tokens every output equals
+    stock's within the numerical policy. A call the fast path does not cover runs the stock code: see `explain`.
+
+    Args:
+        model: any torch.nn.Module that holds a Hugging Face BERT: a model with any head, a SentenceTransformer, a
+            CrossEncoder, a PEFT or DDP wrapper.
+        padding: "packed" computes real tokens only, and returns zeros at padding, at the price of one host
+            synchronisation a forward; "dense" computes every row, exactly as stock does, with none; "auto" packs, except
+            where the model itself reads padding (a pooler over a masked first position, a loss taken over padding).
+            Calls whose hidden states are asked for or watched by hooks are dense under any of them.
+
+    Returns:
+        The same object.
+
+    Raises:
+        UnsupportedModelError: nothing in `model` could be fused, and nothing was changed.
+        ValueError: `padding` is none of the three.
+        TypeError: `model` is not a torch.nn.Module.
+    """
+    if padding not in PADDINGS:
+        raise ValueError(f"padding is {padding!r}; expected one of {', '.join(map(repr, PADDINGS))}")
+    found = _base_models(model)
+    reasons = [model_is_unsupported(base, family) for _, base, family in found]
+    if all(reasons):
+        why = "; ".join(f"{name}: {reason}" for (name, _, _), reason in zip(found, reasons, strict=True))
+        raise UnsupportedModelError(
+            f"nothing in this {type(model).__name__} can be fused: {why or 'it holds no BertModel of transformers'}"
+        )
+    for (_, base, family), reason in zip(found, reasons, strict=True):
+        if reason is None:
+            _fuse_base(base, family, padding)
+    fused = {id(base) for (_, base, _), reason in zip(found, reasons, strict=True) if reason is None}
+    for module in model.modules():
+        for family in _families():
+            for head, hook in family.HEADS.items():
+                if isinstance(module, head) and id(module.base_model) in fused:
+                    _add_hook(module, hook)
+    return model
+
+
+def _fuse_base(base: nn.Module, family: Any, padding: str) -> None:
+    for module in base.modules():
+        if type(module) in family.CLASSES:
+            module.__class__ = family.CLASSES[type(module)]
+    if hasattr(base.encoder, "fastbert"):
+        base.encoder.fastbert.padding = padding
+    else:
+        base.encoder.fastbert = Settings(padding)
+    _add_hook(base, plan_call)
+
+
+def _add_hook(module: nn.Module, hook: Any) -> None:
+    if hook not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def unfuse(model: Model) -> Model:
+    """Restores the stock forward of everything `fuse` changed inside `model`, in place; returns the same object."""
+    for _, base, family in _base_models(model):
+        if not hasattr(base.encoder, "fastbert"):
+            continue
+        stock = {fused: plain for plain, fused in family.CLASSES.items()}
+        for module in base.modules():
+            if type(module) in stock:
+                module.__class__ = stock[type(module)]
+        del base.encoder.fastbert
+        _remove_hook(base, plan_call)
+    for module in model.modules():
+        for family in _families():
+            for head, hook in family.HEADS.items():
+                if isinstance(module, head):
+                    _remove_hook(module, hook)
+    return model
+
+
+def _remove_hook(module: nn.Module, hook: Any) -> None:
+    for key in [key for key, value in module._forward_pre_hooks.items() if value is hook]:
+        del module._forward_pre_hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+@dataclass(frozen=True)
+class EncoderExplanation:
+    """What `explain` says of one base model."""
+
+    name: str
+    """Its name inside the model explained."""
+    fused: bool
+    """Whether `fuse` has been applied to it."""
+    padding: str | None
+    """The padding asked of `fuse`; None where it is not fused."""
+    reason: str | None
+    """Why an ordinary call at this moment would run stock; None where it would run fused."""
+    layers: dict[int, str]
+    """Layers that would run stock at this moment, each with the reason."""
+    embeddings: str | None
+    """Why its embeddings would run stock at this moment, or None."""
+    fused_calls: dict[str, int]
+    """Forwards so far that ran fused, by layout."""
+    stock_calls: dict[str, int]
+    """Forwards so far that ran stock, by reason."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What would run fused in a model, what not and why, and how many forwards did each. str() renders it."""
+
+    encoders: list[EncoderExplanation] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        if not self.encoders:
+            return "no encoder of a supported family found"
+        lines = []
+        for e in self.encoders:
+            state = f"stock: {e.reason}" if e.reason else "fused"
+            lines.append(f"{e.name}: {state}" + (f" (padding={e.padding!r})" if e.fused else ""))
+            if e.embeddings and not e.reason:
+                lines.append(f"  embeddings: stock: {e.embeddings}")
+            lines += [f"  layer {i}: stock: {reason}" for i, reason in e.layers.items() if not e.reason]
+            lines += [f"  ran fused, {layout}: {n}" for layout, n in e.fused_calls.items()]
+            lines += [f"  ran stock, {reason}: {n}" for reason, n in e.stock_calls.items()]
+        return "\n".join(lines)
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Says what in `model` would run fused at this moment, what would not and why, and counts what did.
+
+    "At this moment" includes torch's state: call it under the same `torch.inference_mode()` as the forward.
+    """
+    return Explanation([_explain_base(*found) for found in _base_models(model)])
+
+
+def _explain_base(name: str, base: Any, family: Any) -> EncoderExplanation:
+    reason = model_is_unsupported(base, family)
+    if not hasattr(base.encoder, "fastbert"):
+        return EncoderExplanation(name, False, None, reason or "not fused; call fastbert.fuse", {}, None, {}, {})
+    settings = base.encoder.fastbert
+    layers = {i: why for i, layer in enumerate(base.encoder.layer) if (why := layer_is_unsupported(layer))}
+    reason = reason or call_is_unsupported(base, {})
+    if reason is None and len(layers) == len(base.encoder.layer):
+        reason = f"no layer can run fused: {layers[0]}"
+    counts = settings.counts
+    return EncoderExplanation(
+        name,
+        True,
+        settings.padding,
+        reason,
+        layers,
+        embeddings_are_unsupported(base.embeddings),
+        dict(counts.fused),
+        dict(counts.stock),
+    )
+
+
+# A mixin has no base of its own at run time: each family adds the Hugging Face class it stands in for.
+_Module: Any = nn.Module if TYPE_CHECKING else object
+
+
+class FusedModel(_Module):
+    """Fuses a model as it is built; one that can't be (a decoder) stays stock, and `explain` says why."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if any(model_is_unsupported(base, family) is None for _, base, family in _base_models(self)):
+            fuse(self)

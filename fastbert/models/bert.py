@@ -1,0 +1,98 @@
+"""BERT: the fused classes that stand in for transformers', under the same names.
+
+Same names because transformers and accelerate look classes up by `__name__` (which blocks not to split over devices, what
+to wrap), and because a saved config records them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from transformers.models.bert import modeling_bert as hf
+
+from ..encoder import FusedEncoder, plan_label_call, plan_span_call
+from ..fuse import FusedModel
+from ..layer import FusedEmbeddings, FusedLayer
+
+__all__ = [
+    "BertForMaskedLM",
+    "BertForMultipleChoice",
+    "BertForNextSentencePrediction",
+    "BertForPreTraining",
+    "BertForQuestionAnswering",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertLMHeadModel",
+    "BertModel",
+]
+
+
+class BertEmbeddings(FusedEmbeddings, hf.BertEmbeddings):
+    """transformers' BertEmbeddings, fused."""
+
+
+class BertLayer(FusedLayer, hf.BertLayer):
+    """transformers' BertLayer, fused."""
+
+    def parts(self) -> Iterator[tuple[str, nn.Module, type[nn.Module]]]:
+        """Submodules whose code the fused layer stands in for, each with the class that code is known for."""
+        yield "attention", self.attention, hf.BertAttention
+        yield "attention.self", self.attention.self, hf.BertSelfAttention
+        yield "attention.output", self.attention.output, hf.BertSelfOutput
+        yield "intermediate", self.intermediate, hf.BertIntermediate
+        yield "output", self.output, hf.BertOutput
+
+
+class BertEncoder(FusedEncoder, hf.BertEncoder):
+    """transformers' BertEncoder, fused."""
+
+
+# What `fastbert.fuse` asks of a family: the base model it looks for, which class takes the place of which, and the hook of
+# every head whose loss is taken over tokens.
+BASE = hf.BertModel
+ENCODER = hf.BertEncoder
+CLASSES = {hf.BertEmbeddings: BertEmbeddings, hf.BertLayer: BertLayer, hf.BertEncoder: BertEncoder}
+HEADS = {
+    hf.BertForPreTraining: plan_label_call,
+    hf.BertForMaskedLM: plan_label_call,
+    hf.BertForTokenClassification: plan_label_call,
+    hf.BertLMHeadModel: plan_span_call,
+    hf.BertForQuestionAnswering: plan_span_call,
+}
+
+
+class BertModel(FusedModel, hf.BertModel):
+    """transformers' BertModel, fused from construction or `from_pretrained` on."""
+
+
+class BertForPreTraining(FusedModel, hf.BertForPreTraining):
+    """transformers' BertForPreTraining, fused from construction or `from_pretrained` on."""
+
+
+class BertForMaskedLM(FusedModel, hf.BertForMaskedLM):
+    """transformers' BertForMaskedLM, fused from construction or `from_pretrained` on."""
+
+
+class BertLMHeadModel(FusedModel, hf.BertLMHeadModel):
+    """transformers' BertLMHeadModel, fused unless it is a decoder (config.is_decoder), which runs stock."""
+
+
+class BertForNextSentencePrediction(FusedModel, hf.BertForNextSentencePrediction):
+    """transformers' BertForNextSentencePrediction, fused from construction or `from_pretrained` on."""
+
+
+class BertForSequenceClassification(FusedModel, hf.BertForSequenceClassification):
+    """transformers' BertForSequenceClassification, fused from construction or `from_pretrained` on."""
+
+
+class BertForMultipleChoice(FusedModel, hf.BertForMultipleChoice):
+    """transformers' BertForMultipleChoice, fused from construction or `from_pretrained` on."""
+
+
+class BertForTokenClassification(FusedModel, hf.BertForTokenClassification):
+    """transformers' BertForTokenClassification, fused from construction or `from_pretrained` on."""
+
+
+class BertForQuestionAnswering(FusedModel, hf.BertForQuestionAnswering):
+    """transformers' BertForQuestionAnswering, fused from construction or `from_pretrained` on."""

@@ -1,0 +1,128 @@
+"""Packing: how the rows of one forward are laid out, decided once and carried through every layer.
+
+Two layouts run over the same kernels. *Packed* holds the real tokens of all sequences end to end, `(1, T, H)`, with
+`cu_seqlens` marking where each begins. *Dense* keeps every row of the padded `(B, S, H)` and masks keys; its decisions need
+nothing from the device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+
+class Packing(NamedTuple):
+    """The layout of one forward.
+
+    A NamedTuple of tensors and integers, so that it travels through module calls, hooks and torch.compile as data.
+    """
+
+    batch: int
+    """Sequences."""
+    seqlen: int
+    """Rows a sequence takes in the layout the caller knows: S of (B, S), or T of a flattened (1, T)."""
+    max_seqlen: int
+    """Length of the longest sequence, in tokens."""
+    cu_seqlens: Tensor | None = None
+    """(B + 1,) int32, where each sequence starts in the packed layout; None: dense."""
+    key_mask: Tensor | None = None
+    """(B, S) bool, True where a key takes part; dense layout only. None: all take part."""
+    inverse: Tensor | None = None
+    """(B * S,) int64, the packed row of each padded row, or -1 where it is padding. None: nothing to unpack."""
+
+    def unpack(self, hidden_states: Tensor) -> Tensor:
+        """`hidden_states` as the caller knows them: (1, T, H) -> (B, S, H), zeros at padding; else unchanged."""
+        if self.inverse is None:
+            return hidden_states
+        rows = ops.unpack(hidden_states.flatten(0, 1), self.inverse)
+        return rows.view(self.batch, self.seqlen, -1)
+
+    def stock_mask(self) -> Tensor | None:
+        """What tells stock code the same as this layout: a (B, S) bool mask, a (1, 1, T, T) one, or None.
+
+        The 4-D one isolates the sequences of a flattened call.
+        """
+        if self.cu_seqlens is None:
+            return self.key_mask
+        if self.inverse is not None:
+            return (self.inverse >= 0).view(self.batch, self.seqlen)
+        return isolating_mask(self.cu_seqlens, self.seqlen)
+
+
+class Selection(NamedTuple):
+    """What `pack_mask` found: the packed layout, and what decides whether it may be used."""
+
+    packing: Packing
+    indices: Tensor
+    """(T,) int64, rows of the flattened (B * S) padded layout that hold real tokens, in order."""
+    tokens: int
+    """T, real tokens."""
+    starts_real: bool
+    """Whether position 0 of every sequence is a real token."""
+    labels_padding: bool
+    """Whether a label other than -100 stands at padding."""
+
+
+def host_integers(values: list[Tensor]) -> list[int]:
+    """The values of 0-d integer or bool tensors, in one transfer: the one host synchronisation of a packed forward."""
+    result: list[int] = torch.stack([value.to(torch.int64) for value in values]).tolist()
+    return result
+
+
+def pack_mask(mask: Tensor, labels: Tensor | None = None) -> Selection:
+    """The packed layout of a padding mask.
+
+    Args:
+        mask: (B, S) bool, True at real tokens, in any pattern.
+        labels: (B, S) integer labels of the tokens, -100 where there is none; or None.
+
+    Returns:
+        A Selection. Synchronises with the device once.
+    """
+    batch, seqlen = mask.shape
+    real = mask.flatten()
+    cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=mask.device)
+    lengths = mask.sum(1, dtype=torch.int32)
+    torch.cumsum(lengths, 0, dtype=torch.int32, out=cu_seqlens[1:])
+    row = real.cumsum(0) - 1
+    labels_padding = mask.new_zeros(()) if labels is None else ((labels != -100) & ~mask).any()
+    tokens, longest, starts_real, at_padding = host_integers(
+        [cu_seqlens[-1], lengths.max(), mask[:, 0].all(), labels_padding]
+    )
+    # Padding rows all write their index to one spare slot past the end.
+    slots = torch.where(real, row, real.numel())
+    rows = torch.arange(real.numel(), device=mask.device)
+    indices = torch.empty(real.numel() + 1, dtype=torch.int64, device=mask.device).scatter_(0, slots, rows)[:tokens]
+    packing = Packing(batch, seqlen, longest, cu_seqlens, None, torch.where(real, row, -1))
+    return Selection(packing, indices, tokens, bool(starts_real), bool(at_padding))
+
+
+def flattened(cu_seqlens: Tensor, tokens: int) -> Packing:
+    """The layout of a flattened call, where sequences lie end to end in one row already.
+
+    Args:
+        cu_seqlens: (B + 1,) integer, where each sequence starts, from 0 to `tokens`.
+        tokens: T, the tokens of all sequences.
+
+    Raises:
+        ValueError: cu_seqlens does not run from 0 to `tokens` without descending.
+    """
+    lengths = cu_seqlens.diff()
+    first, last, shortest, longest = host_integers([cu_seqlens[0], cu_seqlens[-1], lengths.min(), lengths.max()])
+    if first != 0 or last != tokens or shortest < 0:
+        raise ValueError(
+            f"cu_seq_lens_q runs from {first} to {last} with a smallest step of {shortest}; expected it to rise from 0 to "
+            f"the number of tokens, {tokens}"
+        )
+    return Packing(len(cu_seqlens) - 1, tokens, longest, cu_seqlens.to(torch.int32))
+
+
+def isolating_mask(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """(1, 1, T, T) bool, True where both tokens belong to the same sequence of a flattened call."""
+    rows = torch.arange(tokens, device=cu_seqlens.device)
+    sequence = torch.bucketize(rows, cu_seqlens[1:].to(rows.dtype), right=True)
+    return (sequence[:, None] == sequence[None, :])[None, None]

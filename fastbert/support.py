@@ -1,0 +1,172 @@
+"""What the fast path covers: pure predicates. Each returns the reason it can't be taken, or None where it can."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as module_globals
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Attention implementations known to compute plain softmax attention, the only kind the kernels stand in for.
+_PLAIN_ATTENTION = {None, "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"}
+
+# Where linear layers come from that are called as they are: each maps the last dimension alone, so they are indifferent
+# to how rows are laid out.
+_ROWWISE_LINEARS = ("peft.tuners.", "bitsandbytes.", "torch.ao.", "torchao.")
+
+# Where transformers' named activations come from, all of them element by element.
+_ELEMENTWISE = ("transformers.activations", "torch.nn.modules.activation")
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether the kernels can be compiled here."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether anything but transformers' own output capturing watches or replaces the forward of `module`."""
+    if module._forward_pre_hooks or "forward" in module.__dict__:
+        return True
+    return any(hook.__module__ != "transformers.utils.output_capturing" for hook in module._forward_hooks.values())
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether `module` is exactly a `kind`, so that its parameters say all that it does."""
+    if type(module) is not kind or is_hooked(module):
+        return False
+    return all(p is None or type(p) in (nn.Parameter, Tensor) for p in module._parameters.values())
+
+
+def model_is_unsupported(model: nn.Module, family: Any) -> str | None:
+    """Why no call of `model`, a base model of `family` (a module of `fastbert.models`), can run fused."""
+    config = model.config
+    if type(model).forward is not family.BASE.forward:
+        return f"{type(model).__name__} has a forward of its own"
+    if config.is_decoder or config.add_cross_attention:
+        return "it is a decoder (config.is_decoder or config.add_cross_attention)"
+    if type(model.encoder) not in (family.ENCODER, family.CLASSES[family.ENCODER]):
+        return f"its encoder is a {type(model.encoder).__name__}, not {family.ENCODER.__name__}"
+    head_dim = config.hidden_size // config.num_attention_heads
+    if not 16 <= head_dim <= 128:
+        return f"its head dimension is {head_dim}; supported: 16 to 128"
+    if not len(model.encoder.layer):
+        return "it has no layers"
+    return None
+
+
+def layer_is_unsupported(layer: nn.Module) -> str | None:
+    """Why a layer runs its stock code: a submodule that is replaced or watched, or parameters of mixed kinds."""
+    if layer.training:
+        return "training mode"
+    if "forward" in layer.__dict__:
+        return "its forward has been replaced (accelerate does so to offload or to spread a model over devices)"
+    for name, module, kind in layer.parts():
+        if type(module) is not kind:
+            return f"{name} is a {type(module).__name__}"
+        if is_hooked(module):
+            return f"{name} has hooks"
+    activation = layer.activation()
+    if not type(activation).__module__.startswith(_ELEMENTWISE) or is_hooked(activation):
+        return f"the activation is a {type(activation).__name__} of one's own, or has hooks"
+    weights = []
+    for name, linear in layer.linears():
+        if is_plain(linear, nn.Linear):
+            weights.append(linear.weight)
+            if linear.bias is not None:
+                weights.append(linear.bias)
+        elif is_hooked(linear):
+            return f"{name} has hooks"
+        elif not type(linear).__module__.startswith(_ROWWISE_LINEARS):
+            return f"{name} is a {type(linear).__name__}"
+    for name, norm in layer.norms():
+        if not is_plain(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
+            return f"{name} is not a plain nn.LayerNorm with weight and bias"
+        weights += [norm.weight, norm.bias]
+    first = weights[0]
+    if any(w.dtype != first.dtype or w.device != first.device for w in weights):
+        return "its parameters differ in dtype or device"
+    return None
+
+
+def embeddings_are_unsupported(embeddings: nn.Module) -> str | None:
+    """Why an embeddings module runs its stock code."""
+    tables = (embeddings.word_embeddings, embeddings.token_type_embeddings, embeddings.position_embeddings)
+    if embeddings.training:
+        return "training mode"
+    if any(not is_plain(table, nn.Embedding) or table.max_norm is not None for table in tables):
+        return "an embedding table is replaced, hooked or renormalised"
+    if not is_plain(embeddings.LayerNorm, nn.LayerNorm) or embeddings.LayerNorm.bias is None:
+        return "its LayerNorm is replaced or hooked"
+    weights = [table.weight for table in tables] + [embeddings.LayerNorm.weight]
+    if any(w.dtype != weights[0].dtype or w.device != weights[0].device for w in weights):
+        return "its parameters differ in dtype or device"
+    return needs_stock(embeddings.parameters(), weights[0])
+
+
+def needs_stock(parameters: Iterator[Tensor], sample: Tensor) -> str | None:
+    """Why the state of torch at this moment rules the kernels out for modules with these parameters.
+
+    Args:
+        parameters: all parameters involved.
+        sample: one of them; its device and dtype stand for all.
+    """
+    if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+        return "a forward that needs gradients (training is not fused yet; use torch.inference_mode())"
+    device = sample.device.type
+    if torch.is_autocast_enabled(device):
+        return "torch.autocast"
+    if sample.dtype not in DTYPES:
+        return f"dtype {sample.dtype}"
+    if device not in ("cpu", "cuda"):
+        return f"device {device}"
+    if device == "cuda" and not has_triton():
+        return "triton is not installed"
+    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+        return "tracing for export"
+    if module_globals._global_forward_hooks or module_globals._global_forward_pre_hooks:
+        return "global module hooks"
+    return None
+
+
+def call_is_unsupported(model: nn.Module, call: Mapping[str, Any]) -> str | None:
+    """Why this call of a base model, with these arguments by name, runs stock."""
+    config = model.config
+    if call.get("output_attentions", getattr(config, "output_attentions", False)):
+        return "output_attentions"
+    for name in ("past_key_values", "encoder_hidden_states", "encoder_attention_mask"):
+        if call.get(name) is not None:
+            return name
+    mask = call.get("attention_mask")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() == 4):
+        return "an attention_mask that is not 2-D"
+    if call.get("is_causal", getattr(config, "is_causal", False)):
+        return "is_causal"
+    implementation = config._attn_implementation
+    if implementation not in _PLAIN_ATTENTION:
+        return f"attention implementation {implementation!r}"
+    infers_sequences = (implementation or "").startswith("flash") and mask is None and "cu_seq_lens_q" not in call
+    if infers_sequences and call.get("position_ids") is not None:
+        return "flash attention that reads the sequences from position_ids"
+    embeds = call.get("inputs_embeds")
+    if embeds is not None and embeds.requires_grad and torch.is_grad_enabled():
+        return "a forward that needs gradients (inputs_embeds)"
+    parameter = next(model.encoder.parameters())
+    dtypes = {parameter.dtype, model.embeddings.LayerNorm.weight.dtype, parameter.dtype if embeds is None else embeds.dtype}
+    if len(dtypes) > 1:
+        return f"mixed dtypes: {', '.join(sorted(map(str, dtypes)))}"
+    if reason := needs_stock(model.parameters(), parameter):
+        return reason
+    if model.training or model.encoder.training:
+        return "training mode"
+    if is_hooked(model.encoder):
+        return "the encoder has hooks"
+    if "forward" in model.__dict__:
+        return "the model's forward has been replaced"
+    return None
