@@ -10,6 +10,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,20 @@ def architecture(device: torch.device) -> str:
     if device.type != "cuda":
         return "portable"
     return _architecture(device.index if device.index is not None else torch.cuda.current_device())
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """How the products of a kernel's matrix multiplications are taken: "ieee" or, for float32 where allowed, "tf32".
+
+    As stock does: float32 follows `torch.get_float32_matmul_precision()`, on NVIDIA GPUs.
+    """
+    exact = dtype != torch.float32 or torch.version.hip or torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact else "tf32"
+
+
+def contiguous_rows(x: Tensor) -> Tensor:
+    """`x` itself, whose rows may be any distance apart, or a copy where its rows aren't contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 # Attention: by architecture, then (bytes an element, head_dim rounded up to a power of two). None is measured yet: all are
@@ -89,3 +104,53 @@ def attention_config(arch: str, dtype: torch.dtype, head_dim: int) -> Config:
         raise ValueError(f"head_dim is {head_dim}; expected 1 to 128")
     padded = max(16, 1 << (head_dim - 1).bit_length())
     return _ATTENTION.get(arch, _ATTENTION["portable"])[dtype.itemsize, padded]
+
+
+# GEMM, 16-bit: (n below which it applies, configuration). float32: one configuration. Nothing here is measured yet.
+_LINEAR_16: dict[str, tuple[tuple[float, Config], ...]] = {
+    "sm_80": (
+        (2048, Config(128, 128, 32, 4, 4)),  # two programs an SM, so that small batches still fill the chip
+        (float("inf"), Config(128, 256, 64, 8, 3)),  # fewer bytes of x and weight an operation
+    ),
+    "sm_90": (
+        (2048, Config(128, 128, 64, 4, 3)),  # 96 KiB: two programs an SM, one's epilogue under the other's loop
+        (float("inf"), Config(128, 256, 64, 8, 4)),  # 192 KiB; two warp groups of m64n256 wgmma
+    ),
+    "portable": (
+        (float("inf"), Config(128, 128, 32, 4, 3)),  # fits 64 KiB of LDS (gfx942) and 99 KiB (sm_86, sm_89, sm_120)
+    ),
+}
+_LINEAR_32: dict[str, Config] = {
+    "sm_80": Config(64, 64, 32, 4, 3),
+    "sm_90": Config(64, 64, 32, 4, 3),
+    "portable": Config(64, 64, 32, 4, 2),
+}
+
+
+@functools.cache
+def linear_config(arch: str, dtype: torch.dtype, n: int, k: int) -> Config:
+    """The tiles of a matrix product with a weight of shape (n, k).
+
+    Args:
+        arch: as `architecture` names it; one without a table gets "portable".
+        dtype: of the operands.
+        n, k: output and input features.
+    """
+    if dtype.itemsize == 4:
+        return _LINEAR_32.get(arch, _LINEAR_32["portable"])
+    table = _LINEAR_16.get(arch, _LINEAR_16["portable"])
+    return next(config for below, config in table if n < below)
+
+
+@functools.cache
+def row_config(dtype: torch.dtype, width: int) -> Config:
+    """One row a program, `block_n` columns (a power of two, `width` or more), for kernels that normalize or move rows.
+
+    A warp holds 2 KiB of its row: up to BERT-large's width one warp reduces it all, without shared memory or a barrier.
+    Unmeasured.
+    """
+    block = 1 << (width - 1).bit_length()
+    num_warps = 1
+    while num_warps < 16 and block * dtype.itemsize > 2048 * num_warps:
+        num_warps *= 2
+    return Config(1, block, 0, num_warps, 1)

@@ -1,0 +1,121 @@
+"""The embedding layer: three gathers, their sum and LayerNorm, in one launch.
+
+`embedding_layer_norm` is the Triton twin of the function of that name in `reference`.
+
+Ids are checked on the device, by an assertion that names the argument, so that nothing has to be copied to the host
+first: CUDA reports it at the next synchronization, as for an id out of range in torch.nn.Embedding. No table is read
+out of bounds in any case, and where assertions do nothing (the interpreter) the row comes back as NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .layer_norm import normalize
+
+
+@triton.jit
+def gather(table_ptr, row, in_range, cols, mask, width):
+    """Columns `cols` of one row of a table in float32: zero where not `mask`, NaN where the row is not `in_range`."""
+    value = tl.load(table_ptr + row * width + cols, mask=mask & in_range, other=0.0).to(tl.float32)
+    return tl.where(mask & (in_range == 0), float("nan"), value)
+
+
+# debug: device assertions are compiled in.
+@triton.jit(debug=True)
+def embedding_kernel(
+    input_ids_ptr,  # (T,) int64
+    token_type_ids_ptr,  # (T,) int64
+    position_ids_ptr,  # (T,) int64
+    word_ptr,  # (words, width), contiguous, as are the other tables
+    token_type_ptr,
+    position_ptr,
+    weight_ptr,  # (width,)
+    bias_ptr,  # (width,)
+    out_ptr,  # (T, width), contiguous
+    words,
+    token_types,
+    positions,
+    width,
+    eps,
+    BLOCK_H: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    word = tl.load(input_ids_ptr + row)
+    token_type = tl.load(token_type_ids_ptr + row)
+    position = tl.load(position_ids_ptr + row)
+    word_in_range = (word >= 0) & (word < words)
+    token_type_in_range = (token_type >= 0) & (token_type < token_types)
+    position_in_range = (position >= 0) & (position < positions)
+    tl.device_assert(word_in_range, "input_ids: an id is negative or not below the vocabulary size")
+    tl.device_assert(token_type_in_range, "token_type_ids: an id is negative or not below the number of token types")
+    tl.device_assert(position_in_range, "position_ids: an id is negative or not below the number of positions")
+
+    cols = tl.arange(0, BLOCK_H)
+    mask = cols < width
+    x = gather(word_ptr, word, word_in_range, cols, mask, width)
+    x += gather(token_type_ptr, token_type, token_type_in_range, cols, mask, width)
+    x += gather(position_ptr, position, position_in_range, cols, mask, width)
+    y = normalize(x, mask, weight_ptr, bias_ptr, cols, width, eps)
+    tl.store(out_ptr + row * width + cols, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def embedding_layer_norm(
+    input_ids: Tensor,
+    token_type_ids: Tensor,
+    position_ids: Tensor,
+    word: Tensor,
+    token_type: Tensor,
+    position: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> Tensor:
+    """`layer_norm(word[input_ids] + token_type[token_type_ids] + position[position_ids])`, sums in float32.
+
+    Ids are (T,) int64; the tables (vocabulary, H), (types, H), (positions, H); weight and bias (H,) -> (T, H). An id
+    out of range fails an assertion on the device.
+
+    Raises:
+        ValueError: shapes that don't fit together.
+    """
+    (rows,), width = input_ids.shape, word.shape[1]
+    for name, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
+        if ids.shape != (rows,):
+            raise ValueError(f"{name} has shape {tuple(ids.shape)}; expected {(rows,)}, the shape of input_ids")
+    for name, table in (("token_type", token_type), ("position", position)):
+        if table.ndim != 2 or table.shape[1] != width:
+            raise ValueError(f"{name} has shape {tuple(table.shape)}; expected (_, {width}), rows as wide as word's")
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector.shape != (width,):
+            raise ValueError(f"{name} has shape {tuple(vector.shape)}; expected {(width,)}")
+    out = torch.empty(rows, width, dtype=word.dtype, device=word.device)
+    if out.numel() == 0:
+        return out
+    config = launch.row_config(word.dtype, width)
+    with torch.cuda.device_of(word):
+        embedding_kernel[(rows,)](
+            input_ids.contiguous(),
+            token_type_ids.contiguous(),
+            position_ids.contiguous(),
+            word.contiguous(),
+            token_type.contiguous(),
+            position.contiguous(),
+            weight.contiguous(),
+            bias.contiguous(),
+            out,
+            word.shape[0],
+            token_type.shape[0],
+            position.shape[0],
+            width,
+            eps,
+            BLOCK_H=config.block_n,
+            num_warps=config.num_warps,
+            # debug also turns on a check of every integer addition; the assertions above are the only ones wanted.
+            sanitize_overflow=False,
+        )
+    return out

@@ -1,0 +1,241 @@
+"""Linear layers: one matrix product with its epilogue (bias, GELU, residual) in one launch.
+
+`linear`, `linear_gelu`, `linear_add` and `qkv_linear` are the Triton twins of the functions of those names in
+`reference`: same arguments, same result, on a GPU. They share one kernel. Products accumulate in float32, the epilogue
+runs in float32, and there is one rounding, at the store. float32 inputs are multiplied as
+`torch.get_float32_matmul_precision()` says: IEEE under "highest", TF32 otherwise.
+
+The tile shape follows from dtype, N and K alone and K is never split, so a row of the result is bitwise the same
+whatever other rows are in the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+
+# Rows of tiles that are walked through column by column together: their part of x stays in the L2 cache meanwhile.
+GROUP_M = 8
+
+
+@triton.jit
+def gelu_erf(x):
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def gelu_tanh(x):
+    # 0.5 * (1 + tanh(u)) = sigmoid(2 u); where exp(-2 u) overflows, sigmoid is 1 / inf = 0, the right limit.
+    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
+@triton.jit
+def load_bias(bias_ptr, cols, mask_n, BLOCK_N: tl.constexpr):
+    if bias_ptr is None:
+        return tl.zeros([BLOCK_N], tl.float32)
+    return tl.load(bias_ptr + cols, mask=mask_n, other=0.0).to(tl.float32)
+
+
+# m is not specialized: one compiled kernel for every number of rows, so T % 16 can't change a bit of any row.
+@triton.jit(do_not_specialize=["m"])
+def linear_kernel(
+    x_ptr,  # (m, k), rows stride_xm apart
+    w0_ptr,  # (n, k), contiguous
+    w1_ptr,  # with SEGMENTS == 3 the second and third weight, else None
+    w2_ptr,
+    b0_ptr,  # (n,) or None
+    b1_ptr,
+    b2_ptr,
+    residual_ptr,  # (m, n), rows stride_rm apart, or None
+    out_ptr,  # (m, SEGMENTS * n), contiguous
+    m,
+    n,
+    k,
+    stride_xm,
+    stride_rm,
+    SEGMENTS: tl.constexpr,
+    GELU: tl.constexpr,  # "", "none" (erf) or "tanh"
+    EVEN_K: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    tiles_m = tl.cdiv(m, BLOCK_M)
+    tiles_n = tl.cdiv(n, BLOCK_N)
+    pid = tl.program_id(0)
+    tiles_in_group = GROUP_M * SEGMENTS * tiles_n
+    first_m = pid // tiles_in_group * GROUP_M
+    group_m = tl.minimum(tiles_m - first_m, GROUP_M)
+    tile_m = first_m + pid % tiles_in_group % group_m
+    tile_n = pid % tiles_in_group // group_m
+
+    # A tile lies in one segment of the columns; tiles are counted per segment where n is no multiple of BLOCK_N.
+    segment = tile_n // tiles_n
+    tile_n = tile_n % tiles_n
+    w_ptr = w0_ptr
+    if SEGMENTS == 3:
+        if segment == 1:
+            w_ptr = w1_ptr
+        elif segment == 2:
+            w_ptr = w2_ptr
+
+    # The tile's corner in int64; offsets within the tile fit int32. Rows past the end repeat the last one.
+    start_m = tile_m * BLOCK_M
+    start_n = tile_n * BLOCK_N
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    rows_x = tl.minimum(offs_m, m - 1 - start_m)
+    rows_w = tl.minimum(offs_n, n - 1 - start_n)
+    x_ptrs = x_ptr + start_m.to(tl.int64) * stride_xm + (rows_x[:, None] * stride_xm + offs_k[None, :])
+    w_ptrs = w_ptr + start_n.to(tl.int64) * k + (rows_w[:, None] * k + offs_k[None, :])
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start_k in range(0, k, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_ptrs)
+            w = tl.load(w_ptrs)
+        else:
+            mask_k = (offs_k < k - start_k)[None, :]
+            x = tl.load(x_ptrs, mask=mask_k, other=0.0)
+            w = tl.load(w_ptrs, mask=mask_k, other=0.0)
+        acc = tl.dot(x, w.T, acc, input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+
+    # In two halves of the columns, one after the other: with the whole tile's bias and GELU at once registers spill.
+    HALF_N: tl.constexpr = BLOCK_N // 2
+    acc0, acc1 = tl.split(acc.reshape(BLOCK_M, 2, HALF_N).permute(0, 2, 1))
+    for half in tl.static_range(2):
+        offs_h = tl.arange(0, HALF_N)
+        start_h = start_n + half * HALF_N
+        cols = start_h + offs_h
+        mask_n = cols < n
+        bias = load_bias(b0_ptr, cols, mask_n, HALF_N)
+        if SEGMENTS == 3:
+            if segment == 1:
+                bias = load_bias(b1_ptr, cols, mask_n, HALF_N)
+            elif segment == 2:
+                bias = load_bias(b2_ptr, cols, mask_n, HALF_N)
+        y = (acc0 if half == 0 else acc1) + bias[None, :]
+        if GELU == "none":
+            y = gelu_erf(y)
+        elif GELU == "tanh":
+            y = gelu_tanh(y)
+
+        mask = (start_m + offs_m < m)[:, None] & mask_n[None, :]
+        if residual_ptr is not None:
+            residual_ptrs = residual_ptr + start_m.to(tl.int64) * stride_rm + start_h
+            offs = offs_m[:, None] * stride_rm + offs_h[None, :]
+            y += tl.load(residual_ptrs + offs, mask=mask, other=0.0).to(tl.float32)
+        stride_om = n * SEGMENTS
+        out_ptrs = out_ptr + start_m.to(tl.int64) * stride_om + segment * n + start_h
+        tl.store(out_ptrs + (offs_m[:, None] * stride_om + offs_h[None, :]), y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _launch(
+    x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], gelu: str, residual: Tensor | None
+) -> Tensor:
+    """Launches the kernel over the columns of `weights`, side by side; `gelu` is "", "none" or "tanh"."""
+    (m, k), n = x.shape, weights[0].shape[0]
+    for weight, bias in zip(weights, biases, strict=True):
+        if weight.shape != (n, k):
+            raise ValueError(f"weight has shape {tuple(weight.shape)}; expected {(n, k)} for x of shape {(m, k)}")
+        if bias is not None and bias.shape != (n,):
+            raise ValueError(f"bias has shape {tuple(bias.shape)}; expected {(n,)}")
+    if residual is not None and residual.shape != (m, n):
+        raise ValueError(f"residual has shape {tuple(residual.shape)}; expected {(m, n)}")
+    out = torch.empty(m, len(weights) * n, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    config = launch.linear_config(launch.architecture(x.device), x.dtype, n, k)
+    # As they come from nn.Linear and from the other operators, none of these copies anything.
+    x = launch.contiguous_rows(x)
+    w0, w1, w2 = (*(weight.contiguous() for weight in weights), None, None)[:3]
+    b0, b1, b2 = (*(None if bias is None else bias.contiguous() for bias in biases), None, None)[:3]
+    residual = None if residual is None else launch.contiguous_rows(residual)
+    grid = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n) * len(weights)
+    with torch.cuda.device_of(x):
+        linear_kernel[(grid,)](
+            x,
+            w0,
+            w1,
+            w2,
+            b0,
+            b1,
+            b2,
+            residual,
+            out,
+            m,
+            n,
+            k,
+            x.stride(0),
+            0 if residual is None else residual.stride(0),
+            SEGMENTS=len(weights),
+            GELU=gelu,
+            EVEN_K=k % config.block_k == 0,
+            INPUT_PRECISION=launch.input_precision(x.dtype),
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            GROUP_M=GROUP_M,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return out
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x @ weight.T + bias`: x (T, K), weight (N, K), bias (N,) or None -> (T, N), one dtype throughout.
+
+    Raises:
+        ValueError: shapes that don't fit together.
+    """
+    return _launch(x, (weight,), (bias,), "", None)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str = "none") -> Tensor:
+    """`gelu(x @ weight.T + bias)`: x (T, K), weight (N, K), bias (N,) or None -> (T, N), one dtype throughout.
+
+    `approximate` is "none" (exact, erf) or "tanh", as in torch.nn.functional.gelu.
+
+    Raises:
+        ValueError: shapes that don't fit together, or another `approximate`.
+    """
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f'approximate is {approximate!r}; expected "none" or "tanh"')
+    return _launch(x, (weight,), (bias,), approximate, None)
+
+
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """`x @ weight.T + bias + residual`: x (T, K), weight (N, K), residual (T, N) -> (T, N), one dtype throughout.
+
+    Raises:
+        ValueError: shapes that don't fit together.
+    """
+    return _launch(x, (weight,), (bias,), "", residual)
+
+
+def qkv_linear(
+    x: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor | None,
+    k_weight: Tensor,
+    k_bias: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+) -> Tensor:
+    """Query, key and value projections side by side: x (T, K), weights (N, K), biases (N,) or None -> (T, 3 N).
+
+    The three weights are read where they are: nothing is concatenated.
+
+    Raises:
+        ValueError: shapes that don't fit together.
+    """
+    return _launch(x, (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias), "", None)
