@@ -1,0 +1,80 @@
+"""Arguments and exit statuses of `fastbert`: 0 done, 1 the numbers are not right, 2 bad usage, 130 interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from . import UsageError
+
+DTYPES = ("float32", "bfloat16", "float16")
+SIZES = ("large", "base", "minilm")
+WORKLOADS = ("squad", "mixed", "dense", "single")
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="fastbert", description="The fused BERT encoder: is it right, is it fast, what is it."
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    verify = commands.add_parser(
+        "verify",
+        help="compare a checkpoint's fused forward with stock, layer by layer",
+        description="Compares a checkpoint's fused forward with stock in float64 and stock in the same dtype. "
+        "Exit status: 0 within the policy, 1 not, 2 bad usage.",
+    )
+    verify.add_argument("--model", required=True, metavar="PATH_OR_ID", help="a folder, or a name on the hub")
+    verify.add_argument("--dtype", choices=DTYPES, help="working dtype; default: the checkpoint's")
+    verify.add_argument("--texts", metavar="FILE", help="UTF-8, one text a line; default: a few of our own")
+    verify.add_argument("--device", help="where fused and stock run; default: cuda where there is one, else cpu")
+    verify.add_argument("--padding", choices=("packed", "dense"), help="one layout only; default: both")
+    verify.add_argument("--json", metavar="FILE", help="write the report there, too")
+
+    bench = commands.add_parser(
+        "bench",
+        help="time stock against fused, on this machine",
+        description="Times stock against fused in one process, in random order, after checking both against float64. "
+        "Weights are seeded; lengths are drawn from those of real text. "
+        "Exit status: 0 all measured, 1 a candidate failed, 2 bad usage, 130 interrupted.",
+    )
+    bench.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="default: all")
+    bench.add_argument("--size", nargs="+", choices=SIZES, default=["large"], help="shape of the model; default: large")
+    bench.add_argument(
+        "--dtype", nargs="+", choices=DTYPES, help="default: float32 on a CPU, bfloat16 and float16 on a GPU"
+    )
+    bench.add_argument("--device", help="default: cuda where there is one, else cpu")
+    bench.add_argument(
+        "--repeats", type=int, default=20, help="timed forwards of each candidate; default: 20, least: 3"
+    )
+    bench.add_argument("--minutes", type=float, default=8.0, help="fewer repeats to end about then; default: 8")
+    bench.add_argument("--output", metavar="DIR", help="write the records to DIR/<device>/<date>-<commit>.json")
+    bench.add_argument(
+        "--report", nargs="+", metavar="FILE", help="measure nothing; render record files into README.md"
+    )
+    bench.add_argument("--readme", metavar="FILE", default="README.md", help="the file --report changes")
+
+    info = commands.add_parser("info", help="device, versions, backend, launch table")
+    info.add_argument("--json", action="store_true", help="the same as JSON")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status. argparse itself exits on arguments it refuses, with status 2."""
+    arguments = parser().parse_args(argv)
+    command = importlib.import_module(f".{arguments.command}", __package__)  # torch and transformers load only here
+    try:
+        status: int = command.main(arguments)
+    except UsageError as error:
+        print(f"fastbert {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"fastbert {arguments.command}: interrupted", file=sys.stderr)
+        return 130
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
