@@ -97,25 +97,24 @@ def embedding_layer_norm(
     if out.numel() == 0:
         return out
     config = launch.row_config(word.dtype, width)
-    with torch.cuda.device_of(word):
-        embedding_kernel[(rows,)](
-            input_ids.contiguous(),
-            token_type_ids.contiguous(),
-            position_ids.contiguous(),
-            word.contiguous(),
-            token_type.contiguous(),
-            position.contiguous(),
-            weight.contiguous(),
-            bias.contiguous(),
-            out,
-            word.shape[0],
-            token_type.shape[0],
-            position.shape[0],
-            width,
-            eps,
-            BLOCK_H=config.block_n,
-            num_warps=config.num_warps,
-            # debug also turns on a check of every integer addition; the assertions above are the only ones wanted.
-            sanitize_overflow=False,
-        )
+    embedding_kernel[(rows,)](
+        input_ids.contiguous(),
+        token_type_ids.contiguous(),
+        position_ids.contiguous(),
+        word.contiguous(),
+        token_type.contiguous(),
+        position.contiguous(),
+        weight.contiguous(),
+        bias.contiguous(),
+        out,
+        word.shape[0],
+        token_type.shape[0],
+        position.shape[0],
+        width,
+        eps,
+        BLOCK_H=config.block_n,
+        num_warps=config.num_warps,
+        # debug also turns on a check of every integer addition; the assertions above are the only ones wanted.
+        sanitize_overflow=False,
+    )
     return out

@@ -1,7 +1,7 @@
 """Launch configurations: data, per architecture, each with its reason; and the pure functions that choose one.
 
-Nothing here touches a device except `architecture`. No autotuning: the same shape always gets the same configuration, and
-a configuration never depends on the number of rows, so a row's result doesn't depend on what it is batched with.
+Nothing here touches a device except `architecture`. No autotuning: the same shape always gets the same configuration,
+and a configuration never depends on the number of rows, so a row's result doesn't depend on what it is batched with.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Config:
-    """One launch configuration of a tiled kernel. Tile sizes are in elements; `block_k` is 0 where a kernel has none."""
+    """One launch configuration of a tiled kernel. Tile sizes are in elements; `block_k` is 0 where there is none."""
 
     block_m: int
     block_n: int
@@ -53,44 +53,46 @@ def contiguous_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-# Attention: by architecture, then (bytes an element, head_dim rounded up to a power of two). None is measured yet: all are
-# counted from registers and shared memory a program, as the ahead-of-time compilation reports them.
+# Attention: by architecture, then (bytes of an element, head_dim rounded up to a power of two). Not measured on a GPU yet:
+# the reasons are what the compiler reports, registers a thread, shared memory, and so how many programs share an SM.
 _ATTENTION: dict[str, dict[tuple[int, int], Config]] = {
     "sm_80": {
         (2, 16): Config(64, 64, 0, 4, 3),
         (2, 32): Config(64, 64, 0, 4, 3),
         (2, 64): Config(64, 64, 0, 4, 3),
-        (2, 128): Config(64, 64, 0, 4, 2),
-        (4, 16): Config(32, 32, 0, 4, 2),
-        (4, 32): Config(32, 32, 0, 4, 2),
-        (4, 64): Config(32, 32, 0, 4, 2),
-        (4, 128): Config(32, 32, 0, 4, 2),
+        (2, 128): Config(64, 32, 0, 4, 3),  # 190 registers; 64 keys spill
+        (4, 16): Config(32, 32, 0, 8, 2),  # with 4 warps IEEE products spill at 64 and 128
+        (4, 32): Config(32, 32, 0, 8, 2),
+        (4, 64): Config(32, 32, 0, 8, 2),
+        (4, 128): Config(32, 32, 0, 8, 2),
     },
     "sm_90": {
         (2, 16): Config(64, 64, 0, 4, 3),
         (2, 32): Config(64, 64, 0, 4, 3),
         (2, 64): Config(64, 64, 0, 4, 3),
         (2, 128): Config(64, 64, 0, 4, 2),
-        (4, 16): Config(32, 32, 0, 4, 2),
-        (4, 32): Config(32, 32, 0, 4, 2),
-        (4, 64): Config(32, 32, 0, 4, 2),
-        (4, 128): Config(32, 32, 0, 4, 2),
+        (4, 16): Config(32, 32, 0, 8, 2),  # with 4 warps IEEE products spill at 64 and 128
+        (4, 32): Config(32, 32, 0, 8, 2),
+        (4, 64): Config(32, 32, 0, 8, 2),
+        (4, 128): Config(32, 32, 0, 8, 2),
     },
     "portable": {
         (2, 16): Config(64, 32, 0, 4, 2),
         (2, 32): Config(64, 32, 0, 4, 2),
         (2, 64): Config(64, 32, 0, 4, 2),
         (2, 128): Config(64, 32, 0, 4, 2),
-        (4, 16): Config(32, 32, 0, 4, 1),
-        (4, 32): Config(32, 32, 0, 4, 1),
-        (4, 64): Config(32, 32, 0, 4, 1),
-        (4, 128): Config(32, 32, 0, 4, 1),
+        (4, 16): Config(32, 32, 0, 8, 2),  # with 4 warps IEEE products spill at 64 and 128
+        (4, 32): Config(32, 32, 0, 8, 2),
+        (4, 64): Config(32, 32, 0, 8, 2),
+        (4, 128): Config(32, 32, 0, 8, 2),
     },
 }
+_ATTENTION["sm_100"] = _ATTENTION["sm_90"]  # the same shared memory, and it compiles to tcgen05
 
 
+@functools.cache
 def attention_config(arch: str, dtype: torch.dtype, head_dim: int) -> Config:
-    """The tiles of attention: `block_m` queries by `block_n` keys. Never of lengths or batch: that would break invariance.
+    """The tiles of attention: `block_m` queries by `block_n` keys. Never by length or batch: that would break invariance.
 
     Args:
         arch: as `architecture` names it; one without a table gets "portable".
@@ -106,30 +108,38 @@ def attention_config(arch: str, dtype: torch.dtype, head_dim: int) -> Config:
     return _ATTENTION.get(arch, _ATTENTION["portable"])[dtype.itemsize, padded]
 
 
-# GEMM, 16-bit: (n below which it applies, configuration). float32: one configuration. Nothing here is measured yet.
+# Linear layers, 16-bit operands: (n below which it applies, configuration), by architecture. Not measured yet: chosen from
+# registers and shared memory a program, as the ahead-of-time compilation reports them, to fill the chip.
 _LINEAR_16: dict[str, tuple[tuple[float, Config], ...]] = {
     "sm_80": (
-        (2048, Config(128, 128, 32, 4, 4)),  # two programs an SM, so that small batches still fill the chip
-        (float("inf"), Config(128, 256, 64, 8, 3)),  # fewer bytes of x and weight an operation
+        (2048, Config(128, 128, 32, 4, 4)),  # two programs an SM: one's epilogue under the other's products
+        (float("inf"), Config(128, 256, 32, 8, 4)),  # a third less traffic an operation; block_k 64 leaves no register
     ),
     "sm_90": (
-        (2048, Config(128, 128, 64, 4, 3)),  # 96 KiB: two programs an SM, one's epilogue under the other's loop
-        (float("inf"), Config(128, 256, 64, 8, 4)),  # 192 KiB; two warp groups of m64n256 wgmma
+        (2048, Config(128, 128, 64, 4, 3)),  # 96 KiB: two programs an SM, and twice the programs where columns are few
+        (float("inf"), Config(128, 256, 64, 8, 4)),  # 192 KiB: one program an SM, two warp groups of m64n256 wgmma
     ),
     "portable": (
-        (float("inf"), Config(128, 128, 32, 4, 3)),  # fits 64 KiB of LDS (gfx942) and 99 KiB (sm_86, sm_89, sm_120)
+        (float("inf"), Config(128, 128, 32, 4, 3)),  # in 64 KiB of LDS (gfx942) and 99 KiB (sm_86, sm_89, sm_120)
     ),
 }
+_LINEAR_16["sm_100"] = _LINEAR_16["sm_90"]  # compiles to tcgen05 with fewer registers than on sm_90
+
+# Rows that don't start at 16 bytes are loaded element by element, through registers: larger tiles spill.
+_LINEAR_16_UNALIGNED = Config(64, 64, 32, 4, 3)
+
+# float32, IEEE and TF32: one shape, whose IEEE products just fit the registers. Not measured yet.
 _LINEAR_32: dict[str, Config] = {
-    "sm_80": Config(64, 64, 32, 4, 3),
-    "sm_90": Config(64, 64, 32, 4, 3),
-    "portable": Config(64, 64, 32, 4, 2),
+    "sm_80": Config(128, 128, 32, 8, 3),
+    "sm_90": Config(128, 128, 32, 8, 3),
+    "sm_100": Config(128, 128, 32, 8, 3),
+    "portable": Config(128, 128, 32, 8, 2),  # 64 KiB of LDS where k is no multiple of block_k
 }
 
 
 @functools.cache
 def linear_config(arch: str, dtype: torch.dtype, n: int, k: int) -> Config:
-    """The tiles of a matrix product with a weight of shape (n, k).
+    """The tiles of a product with a weight of shape (n, k). Never of the number of rows: that would break invariance.
 
     Args:
         arch: as `architecture` names it; one without a table gets "portable".
@@ -138,8 +148,9 @@ def linear_config(arch: str, dtype: torch.dtype, n: int, k: int) -> Config:
     """
     if dtype.itemsize == 4:
         return _LINEAR_32.get(arch, _LINEAR_32["portable"])
-    table = _LINEAR_16.get(arch, _LINEAR_16["portable"])
-    return next(config for below, config in table if n < below)
+    if n % 16 or k % 16:
+        return _LINEAR_16_UNALIGNED
+    return next(config for below, config in _LINEAR_16.get(arch, _LINEAR_16["portable"]) if n < below)
 
 
 @functools.cache

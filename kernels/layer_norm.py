@@ -68,20 +68,19 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, ep
     config = launch.row_config(x.dtype, width)
     x = launch.contiguous_rows(x)
     residual = None if residual is None else launch.contiguous_rows(residual)
-    with torch.cuda.device_of(x):
-        layer_norm_kernel[(rows,)](
-            x,
-            residual,
-            weight.contiguous(),
-            bias.contiguous(),
-            out,
-            width,
-            x.stride(0),
-            0 if residual is None else residual.stride(0),
-            eps,
-            BLOCK_H=config.block_n,
-            num_warps=config.num_warps,
-        )
+    layer_norm_kernel[(rows,)](
+        x,
+        residual,
+        weight.contiguous(),
+        bias.contiguous(),
+        out,
+        width,
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        eps,
+        BLOCK_H=config.block_n,
+        num_warps=config.num_warps,
+    )
     return out
 
 

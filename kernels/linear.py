@@ -36,8 +36,10 @@ def gelu_tanh(x):
 @triton.jit
 def load_bias(bias_ptr, cols, mask_n, BLOCK_N: tl.constexpr):
     if bias_ptr is None:
-        return tl.zeros([BLOCK_N], tl.float32)
-    return tl.load(bias_ptr + cols, mask=mask_n, other=0.0).to(tl.float32)
+        bias = tl.zeros([BLOCK_N], tl.float32)
+    else:
+        bias = tl.load(bias_ptr + cols, mask=mask_n, other=0.0).to(tl.float32)
+    return bias
 
 
 # m is not specialized: one compiled kernel for every number of rows, so T % 16 can't change a bit of any row.
@@ -161,33 +163,32 @@ def _launch(
     b0, b1, b2 = (*(None if bias is None else bias.contiguous() for bias in biases), None, None)[:3]
     residual = None if residual is None else launch.contiguous_rows(residual)
     grid = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n) * len(weights)
-    with torch.cuda.device_of(x):
-        linear_kernel[(grid,)](
-            x,
-            w0,
-            w1,
-            w2,
-            b0,
-            b1,
-            b2,
-            residual,
-            out,
-            m,
-            n,
-            k,
-            x.stride(0),
-            0 if residual is None else residual.stride(0),
-            SEGMENTS=len(weights),
-            GELU=gelu,
-            EVEN_K=k % config.block_k == 0,
-            INPUT_PRECISION=launch.input_precision(x.dtype),
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            GROUP_M=GROUP_M,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+    linear_kernel[(grid,)](
+        x,
+        w0,
+        w1,
+        w2,
+        b0,
+        b1,
+        b2,
+        residual,
+        out,
+        m,
+        n,
+        k,
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        SEGMENTS=len(weights),
+        GELU=gelu,
+        EVEN_K=k % config.block_k == 0,
+        INPUT_PRECISION=launch.input_precision(x.dtype),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP_M=GROUP_M,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
     return out
 
 

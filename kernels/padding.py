@@ -41,20 +41,19 @@ def _launch(x: Tensor, index: Tensor, first: int) -> Tensor:
         return out
     config = launch.row_config(x.dtype, width)
     x = launch.contiguous_rows(x)
-    with torch.cuda.device_of(x):
-        gather_rows_kernel[(out.shape[0],)](
-            x,
-            index.contiguous(),
-            out,
-            rows,
-            width,
-            x.stride(0),
-            FIRST=first,
-            BLOCK_H=config.block_n,
-            num_warps=config.num_warps,
-            # debug also turns on a check of every integer addition; the assertion above is the only one wanted.
-            sanitize_overflow=False,
-        )
+    gather_rows_kernel[(out.shape[0],)](
+        x,
+        index.contiguous(),
+        out,
+        rows,
+        width,
+        x.stride(0),
+        FIRST=first,
+        BLOCK_H=config.block_n,
+        num_warps=config.num_warps,
+        # debug also turns on a check of every integer addition; the assertion above is the only one wanted.
+        sanitize_overflow=False,
+    )
     return out
 
 

@@ -2,8 +2,8 @@
 
     python -m tests.kernels.aot [--arch sm_90 ...] [--op attention ...] [--full] [--jobs 2]
 
-prints one JSON line a compilation, then a table, and exits 1 where a row is in violation: it failed to compile, spills, takes
-more shared memory than the chip has, or has no wgmma where sm_90 should.
+prints one JSON line a compilation, then a table, and exits 1 where a row is in violation: it failed to compile, spills,
+takes more shared memory than the chip has, or has no wgmma where sm_90 should.
 
 An op joins by a function that yields its specializations for one architecture, registered under the op's name:
 
@@ -16,15 +16,17 @@ An op joins by a function that yields its specializations for one architecture, 
             config=attention_config(table(arch), torch.float16, 64),
         )
 
-`arguments` names every parameter of the kernel. Each is what its launcher would pass: a pointer's type for a tensor ("*fp16", "*bf16", "*fp32", "*i64", "*i32",
-"*i1"), a typical value for a number, None for an absent tensor, anything for a constexpr. They are specialized as a launch
-specializes them: pointers are divisible by 16, integers where the value is, 1 and None are constants. With `full` false, yield
-a few dozen at most that cover every branch, dtype and tile shape; with it true, everything.
+`arguments` names every parameter of the kernel. Each is what its launcher would pass: a pointer's type for a tensor
+("*fp16", "*bf16", "*fp32", "*i64", "*i32", "*i1"), a typical value for a number, None for an absent tensor, anything for a
+constexpr. They are specialized as a launch specializes them: pointers are divisible by 16, integers where the value is,
+1 and None are constants. With `full` false, yield a few dozen at most that cover every branch, dtype and tile shape; with
+it true, everything.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -45,8 +47,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastbert.kernels import linear
 from fastbert.kernels.attention import attention_kernel
-from fastbert.kernels.launch import Config, attention_config
+from fastbert.kernels.embedding import embedding_kernel
+from fastbert.kernels.launch import Config, attention_config, linear_config, row_config
+from fastbert.kernels.layer_norm import layer_norm_kernel
+from fastbert.kernels.padding import gather_rows_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -114,7 +120,7 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
 
     layouts = ("packed", "dense", "masked")
     if full:
-        for head_dim in (16, 32, 40, 48, 64, 80, 96, 112, 128):
+        for head_dim in (16, 32, 40, 64, 80, 96, 128):
             for layout in layouts:
                 for dtype in TYPE_NAMES:
                     yield spec(dtype, head_dim, layout)
@@ -128,6 +134,134 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
         yield spec(torch.bfloat16, 80, "packed")
         yield spec(torch.float32, 64, "packed", "tf32")
         yield spec(torch.float32, 128, "masked", "tf32")
+
+
+@specializations("linear")
+def _linear(arch: str, full: bool) -> Iterator[Spec]:
+    def spec(dtype: torch.dtype, n: int, k: int, op: str, precision: str = "ieee", bias: bool = True) -> Spec:
+        config = linear_config(table(arch), dtype, n, k)
+        pointer = f"*{TYPE_NAMES[dtype]}"
+        segments = 3 if op == "qkv" else 1
+        present = [pointer] * segments + [None] * (3 - segments)
+        return Spec(
+            variant=f"{op} {precision} n{n} k{k}" + ("" if bias else " no bias"),
+            kernel=linear.linear_kernel,
+            arguments={
+                **{f"{name}_ptr": pointer for name in ("x", "out")},
+                **{f"w{i}_ptr": pointer for i, pointer in enumerate(present)},
+                **{f"b{i}_ptr": pointer if bias else None for i, pointer in enumerate(present)},
+                "residual_ptr": pointer if op == "add" else None,
+                "m": 4096,
+                "n": n,
+                "k": k,
+                "stride_xm": k,
+                "stride_rm": n if op == "add" else 0,
+                "SEGMENTS": segments,
+                "GELU": {"gelu": "none", "gelu_tanh": "tanh"}.get(op, ""),
+                "EVEN_K": k % config.block_k == 0,
+                "INPUT_PRECISION": precision,
+                "BLOCK_M": config.block_m,
+                "BLOCK_N": config.block_n,
+                "BLOCK_K": config.block_k,
+                "GROUP_M": linear.GROUP_M,
+            },
+            config=config,
+        )
+
+    ops = ("linear", "gelu", "gelu_tanh", "add", "qkv")
+    precisions = [(dtype, "ieee") for dtype in TYPE_NAMES]
+    if arch.startswith("sm_"):
+        precisions.append((torch.float32, "tf32"))
+    if full:
+        shapes = (
+            (384, 384),
+            (1024, 1024),
+            (4096, 1024),
+            (1024, 4096),
+            (1040, 1040),
+            (100, 70),
+            (100, 1024),
+            (4096, 70),
+        )
+        for (n, k), op, bias, (dtype, precision) in itertools.product(shapes, ops, (True, False), precisions):
+            yield spec(dtype, n, k, op, precision, bias)
+    else:
+        for op in ops:  # an n on either side of where the tile changes
+            yield spec(torch.bfloat16, 1024, 1024, op)
+            yield spec(torch.float16, 4096, 1024, op)
+        for dtype, precision in precisions:
+            yield spec(dtype, 100, 70, "gelu", precision)
+            yield spec(dtype, 1024, 1040, "add", precision)
+        yield spec(torch.bfloat16, 4096, 1024, "linear", bias=False)
+
+
+WIDTHS = (128, 384, 768, 1024, 4096)
+
+
+@specializations("layer_norm")
+def _layer_norm(arch: str, full: bool) -> Iterator[Spec]:
+    for width, dtype, residual in itertools.product(WIDTHS if full else (384, 1024), TYPE_NAMES, (False, True)):
+        config = row_config(dtype, width)
+        pointer = f"*{TYPE_NAMES[dtype]}"
+        yield Spec(
+            variant=f"{'add ' if residual else ''}h{width}",
+            kernel=layer_norm_kernel,
+            arguments={
+                **{f"{name}_ptr": pointer for name in ("x", "weight", "bias", "out")},
+                "residual_ptr": pointer if residual else None,
+                "width": width,
+                "stride_xm": width,
+                "stride_rm": width if residual else 0,
+                "eps": 1e-12,
+                "BLOCK_H": config.block_n,
+            },
+            config=config,
+            matrix=False,
+        )
+
+
+@specializations("embedding")
+def _embedding(arch: str, full: bool) -> Iterator[Spec]:
+    for width, dtype in itertools.product(WIDTHS if full else (1024,), TYPE_NAMES):
+        config = row_config(dtype, width)
+        tables = ("word", "token_type", "position")
+        yield Spec(
+            variant=f"h{width}",
+            kernel=embedding_kernel,
+            arguments={
+                **{f"{name}_ptr": f"*{TYPE_NAMES[dtype]}" for name in (*tables, "weight", "bias", "out")},
+                **{f"{name}_ids_ptr": "*i64" for name in ("input", "token_type", "position")},
+                "words": 30522,
+                "token_types": 2,
+                "positions": 512,
+                "width": width,
+                "eps": 1e-12,
+                "BLOCK_H": config.block_n,
+            },
+            config=config,
+            matrix=False,
+        )
+
+
+@specializations("padding")
+def _padding(arch: str, full: bool) -> Iterator[Spec]:
+    for width, dtype, first in itertools.product(WIDTHS if full else (1024,), TYPE_NAMES, (0, -1)):
+        config = row_config(dtype, width)
+        yield Spec(
+            variant=f"{'unpack' if first else 'pack'} h{width}",
+            kernel=gather_rows_kernel,
+            arguments={
+                **{f"{name}_ptr": f"*{TYPE_NAMES[dtype]}" for name in ("x", "out")},
+                "index_ptr": "*i64",
+                "rows": 4096,
+                "width": width,
+                "stride_xm": width,
+                "FIRST": first,
+                "BLOCK_H": config.block_n,
+            },
+            config=config,
+            matrix=False,
+        )
 
 
 def _source(spec: Spec) -> ASTSource:
@@ -199,6 +333,8 @@ def compile_one(op: str, arch: str, spec: Spec) -> dict[str, Any]:
         "num_stages": config.num_stages,
     }
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if spec.kernel.debug:
+        options |= {"debug": True, "sanitize_overflow": False}
     try:
         compiled = triton.compile(_source(spec), target=TARGETS[arch], options=options)
     except Exception as error:  # the compiler raises whatever it likes, and a row is what reports it
@@ -216,6 +352,13 @@ def compile_one(op: str, arch: str, spec: Spec) -> dict[str, Any]:
 def _job(op: str, arch: str, full: bool, index: int) -> dict[str, Any]:
     # Kernels don't pickle: a worker finds its specialization by its place.
     return compile_one(op, arch, list(SPECIALIZATIONS[op](arch, full))[index])
+
+
+def _table_line(row: dict[str, Any]) -> tuple[Any, ...]:
+    tile = "x".join(str(n) for n in row["config"] if n)
+    cost = (row.get("registers", ""), row.get("shared_bytes", ""))
+    schedule = (row["num_warps"], row["num_stages"])
+    return row["arch"], row["op"], row["variant"], row["dtype"], tile, *schedule, *cost, "; ".join(row["violations"])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -238,14 +381,10 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps(row), flush=True)
             rows.append(row)
 
-    print(f"\n{'arch':7} {'op':12} {'variant':20} {'dtype':5} {'tile':>12} {'warps':>5} {'stages':>6} {'regs':>4} {'shared':>7}")
-    for row in rows:
-        tile = "x".join(str(n) for n in row["config"] if n)
-        print(
-            f"{row['arch']:7} {row['op']:12} {row['variant']:20} {row['dtype']:5} {tile:>12} {row['num_warps']:5} "
-            f"{row['num_stages']:6} {row.get('registers', '-'):>4} {row.get('shared_bytes', '-'):>7}  "
-            + "; ".join(row["violations"])
-        )
+    print()
+    header = ("arch", "op", "variant", "dtype", "tile", "warps", "stages", "regs", "shared", "violations")
+    for line in [header, *map(_table_line, rows)]:
+        print("{:7} {:10} {:26} {:5} {:>10} {:>5} {:>6} {:>4} {:>6}  {}".format(*line))
     bad = sum(bool(row["violations"]) for row in rows)
     print(f"triton {triton.__version__}: {len(rows)} compiled, {bad} in violation")
     return 1 if bad else 0
