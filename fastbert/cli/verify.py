@@ -12,6 +12,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer
 
 from .. import verify
+from ..verify import LAYOUTS
 from . import UsageError
 from .info import default_device
 
@@ -20,13 +21,13 @@ TEXTS = (
     "Where is the station?",
     "The encoder reads a sentence in both directions at once.",
     "Yes.",
-    "A glacier is a persistent body of dense ice that forms where snow accumulates faster than it melts over many years, and "
-    "that moves slowly downhill under its own weight, carving valleys and feeding rivers on its way.",
+    "A glacier is a persistent body of dense ice that forms where snow accumulates faster than it melts over many"
+    " years, and that moves slowly downhill under its own weight, carving valleys and feeding rivers on its way.",
     "Please transfer 250 euros to my savings account on the first of every month.",
-    "After the second goal the visitors defended deep in their own half, the referee added six minutes, and the crowd, "
-    "who had been silent since the break, found its voice again; it made no difference, and the league's longest unbeaten "
-    "run ended on a wet Tuesday in March, two matches short of the record that had stood for thirty-one years and that "
-    "nobody in the ground, least of all the manager, had wanted to talk about.",
+    "After the second goal the visitors defended deep in their own half, the referee added six minutes, and the "
+    "crowd, who had been silent since the break, found its voice again; it made no difference, and the longest "
+    "unbeaten run of the league ended on a wet Tuesday in March, two matches short of the record that had stood "
+    "for thirty-one years and that nobody in the ground, least of all the manager, had wanted to talk about.",
     "Proteins fold.",
     "The recipe asks for two cups of flour, a pinch of salt, cold butter and just enough water to bind the dough.",
 )
@@ -74,7 +75,7 @@ def main(arguments: argparse.Namespace) -> int:
             tokenizer=tokenizer,
             dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
             device=default_device(arguments.device),
-            **({} if arguments.padding is None else {"layouts": (arguments.padding,)}),
+            layouts=LAYOUTS if arguments.padding is None else (arguments.padding,),
         )
     except ValueError as error:  # UnsupportedModelError is one
         raise UsageError(f"--model {arguments.model}: {_one_line(error)}") from error
