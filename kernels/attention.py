@@ -1,14 +1,11 @@
 """Bidirectional softmax attention within each sequence, over rows of all sequences laid end to end.
 
-    out[i, h] = sum_j softmax_j(scale * q[i, h] . k[j, h]) v[j, h],  j over the keys of i's own sequence that are kept
+    out[i, h] = sum_j softmax_j(scale * q[i, h] . k[j, h]) v[j, h],  j over the keys of i's own sequence that take part
 
-One program takes BLOCK_M queries of one head of one sequence and walks that sequence's keys, BLOCK_N at a time, with the
-softmax carried along: a running maximum and sum a row, in float32, in powers of two. Scores never reach memory. The tile
-shape depends on dtype and head_dim alone and a program sees one sequence alone, so a sequence's output is bitwise the same
-in any batch, packed or padded on the right.
-
-Every key block is masked by length, rather than the last one in a copy of the loop: the copy's loads would wait for memory
-with nothing to overlap, and most sequences are a few blocks long.
+One program takes BLOCK_M queries of one head of one sequence and walks that sequence's keys, BLOCK_N at a time,
+carrying the softmax along: a running maximum and sum of each row, in float32 and in powers of two. Scores never reach
+memory. Tile shapes depend on dtype and head_dim alone and a program sees one sequence alone, so that the output of a
+sequence is bitwise the same in any batch, packed or padded on the right.
 
 The recurrence is that of FlashAttention-2 (Dao, 2023, https://arxiv.org/abs/2307.08691).
 """
@@ -76,13 +73,17 @@ def attention_kernel(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start_n in range(0, length, BLOCK_N):
-        keep = start_n + offs_n < length
+        keep = offs_n < length - start_n
         mask_kv = keep[:, None] & mask_d
+        if key_mask_ptr is not None:  # asked for here, its latency hides behind the product
+            keep = tl.load(key_mask_ptr + sequence * max_seqlen + start_n + offs_n, mask=keep, other=False)
         k = tl.load(k_tile_ptr + k_offs, mask=mask_kv, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
         if key_mask_ptr is not None:
-            keep = tl.load(key_mask_ptr + sequence * max_seqlen + start_n + offs_n, mask=keep, other=0) != 0
-        scores = tl.where(keep[None, :], scores, float("-inf"))
+            scores = tl.where(keep[None, :], scores, float("-inf"))
+        elif start_n + BLOCK_N > length:
+            # A branch inside the loop keeps the last block's loads in the pipeline; a copy of the loop body wouldn't.
+            scores = tl.where(keep[None, :], scores, float("-inf"))
 
         new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2e)
         shift = new_max
@@ -105,7 +106,8 @@ def attention_kernel(
     acc = acc * (1.0 / row_sum)[:, None]
     stride_ot = tl.num_programs(1) * HEAD_DIM
     out_tile_ptr = out_ptr + (row + start_m) * stride_ot + head * HEAD_DIM
-    tl.store(out_tile_ptr + offs_m[:, None] * stride_ot + offs_d[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask_q)
+    out_offs = offs_m[:, None] * stride_ot + offs_d[None, :]
+    tl.store(out_tile_ptr + out_offs, acc.to(out_ptr.dtype.element_ty), mask=mask_q)
 
 
 def attention(

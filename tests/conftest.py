@@ -1,0 +1,45 @@
+"""Where the tests run: kernels on the GPU where there is one, else in Triton's interpreter, on the same tests."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+# Before anything imports triton, which reads it once.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+# What kernels are tested in. The interpreter multiplies bfloat16 by its raw bits, so that one takes a GPU.
+kernel_dtypes = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a GPU, or runs on one where there is one; `-m gpu` selects these")
+    config.addinivalue_line("markers", "slow: takes minutes; runs only with --slow")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects by marker
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    has_gpu = torch.cuda.is_available()
+    for item in items:
+        if has_gpu and "device" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.gpu)
+        elif not has_gpu and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no GPU"))
+    if not config.getoption("--slow"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture
+def device() -> str:
+    """Where kernels run: "cuda", or "cpu" in the interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

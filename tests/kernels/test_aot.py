@@ -1,0 +1,60 @@
+"""Every kernel compiles for every GPU it ships for, without spilling and within the chip's shared memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+def compile_all(*options: str) -> list[dict[str, Any]]:
+    """The rows of the harness, run in a process of its own: this one may be interpreting kernels."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.aot", *options]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert rows, done.stderr
+    return rows
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    return compile_all()
+
+
+def assert_clean(rows: list[dict[str, Any]]) -> None:
+    bad = [
+        f"{row['arch']} {row['op']} {row['variant']} {row['dtype']}: {'; '.join(row['violations'])}"
+        for row in rows
+        if row["violations"]
+    ]
+    assert not bad, "\n".join(bad)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_compiles_without_spills_within_shared_memory(rows: list[dict[str, Any]], arch: str) -> None:
+    chosen = [row for row in rows if row["arch"] == arch]
+    assert {row["dtype"] for row in chosen} == {"fp32", "fp16", "bf16"}
+    assert_clean(chosen)
+
+
+def test_every_kernel_is_among_them(rows: list[dict[str, Any]]) -> None:
+    """A kernel is a function launched over a grid, `name[grid](...)`; its file is the op it goes by."""
+    files = {path.stem for path in (ROOT / "kernels").glob("*.py") if re.search(r"_kernel\[", path.read_text())}
+    for arch in ARCHITECTURES:
+        assert {row["op"] for row in rows if row["arch"] == arch} == files
+
+
+@pytest.mark.slow
+def test_the_full_set_compiles() -> None:
+    assert_clean(compile_all("--full"))

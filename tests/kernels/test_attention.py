@@ -1,0 +1,213 @@
+"""Attention, kernel and reference: no further from float64 than PyTorch's own attention in the same dtype."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbert.kernels import attention as kernel
+from fastbert.kernels import launch, reference
+from fastbert.numerics import assert_within_policy, relative_error
+from tests.conftest import kernel_dtypes
+
+
+def make_qkv(rows: int, heads: int, head_dim: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Strided views into one (rows, 3 * heads * head_dim) buffer, as the QKV projection leaves it."""
+    generator = torch.Generator().manual_seed(rows * 1000 + head_dim)
+    buffer = torch.randn(rows, 3 * heads * head_dim, generator=generator, dtype=torch.float64)
+    # Scores of a deviation around 3, so that the softmax has something to decide.
+    buffer[:, : 2 * heads * head_dim] *= 3**0.5
+    q, k, v = buffer.to(device, dtype).view(rows, 3, heads, head_dim).unbind(1)
+    return q, k, v
+
+
+def cumulative(lengths: list[int], device: str) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+
+
+def truth_of(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None, *rest: float) -> Tensor:
+    return reference.attention(q.double(), k.double(), v.double(), cu_seqlens, mask, *rest)
+
+
+def stock_of(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], mask: Tensor | None, scale: float) -> Tensor:
+    """PyTorch's attention in the dtype of its inputs, one sequence at a time; `mask` (B, S) with S for every length."""
+    parts = []
+    for i, views in enumerate(zip(*(t.split(lengths) for t in (q, k, v)), strict=True)):
+        heads = [t.transpose(0, 1)[None] for t in views]  # [1, H, S, D]
+        attn_mask = None if mask is None else mask[i][None, None, None]
+        parts.append(F.scaled_dot_product_attention(*heads, attn_mask=attn_mask, scale=scale)[0].transpose(0, 1))
+    out = torch.cat(parts)
+    assert out.isfinite().all()  # it sets the bound
+    return out
+
+
+def make_mask(kind: str, batch: int, length: int, device: str) -> Tensor:
+    positions = torch.arange(length).expand(batch, length)
+    real = torch.tensor([length // (i + 1) for i in range(batch)])[:, None]
+    mask = {
+        "right": positions < real,
+        "left": positions >= length - real,
+        "holes": torch.rand(batch, length, generator=torch.Generator().manual_seed(0)) < 0.5,
+        "all-masked row": positions < real * (torch.arange(batch)[:, None] != 1),
+    }[kind]
+    return mask.to(device)
+
+
+@pytest.mark.parametrize("dtype", kernel_dtypes)
+@pytest.mark.parametrize("head_dim", [16, 32, 40, 64, 80, 128])
+def test_packed(head_dim: int, dtype: torch.dtype, device: str) -> None:
+    lengths = [1, 37, 128, 129] if head_dim in (40, 64) else [37, 65]
+    cu_seqlens, scale = cumulative(lengths, device), head_dim**-0.5
+    q, k, v = make_qkv(sum(lengths), 2, head_dim, dtype, device)
+    fused = kernel.attention(q, k, v, cu_seqlens, None, max(lengths), scale)
+    assert fused.is_contiguous()
+    truth = truth_of(q, k, v, cu_seqlens, None, max(lengths), scale)
+    assert_within_policy(fused, stock_of(q, k, v, lengths, None, scale), truth)
+
+
+@pytest.mark.parametrize("dtype", kernel_dtypes)
+@pytest.mark.parametrize("kind", [None, "right", "left", "holes", "all-masked row"])
+def test_dense(kind: str | None, dtype: torch.dtype, device: str) -> None:
+    batch, length, head_dim, scale = 3, 129, 32, 0.2
+    q, k, v = make_qkv(batch * length, 2, head_dim, dtype, device)
+    mask = None if kind is None else make_mask(kind, batch, length, device)
+    fused = kernel.attention(q, k, v, None, mask, length, scale)
+    if kind == "all-masked row":
+        assert torch.equal(fused[length : 2 * length], torch.zeros_like(fused[:length]))
+    truth = truth_of(q, k, v, None, mask, length, scale)
+    assert_within_policy(fused, stock_of(q, k, v, [length] * batch, mask, scale), truth)
+
+
+@pytest.mark.parametrize("dtype", kernel_dtypes)
+def test_a_sequence_is_bitwise_the_same_in_any_company(dtype: torch.dtype, device: str) -> None:
+    lengths, head_dim, scale = [37, 100, 5, 70], 64, 0.125
+    q, k, v = make_qkv(sum(lengths), 2, head_dim, dtype, device)
+    together = kernel.attention(q, k, v, cumulative(lengths, device), None, max(lengths), scale)
+
+    longest = max(lengths)
+    mask = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
+    padded = [t.new_full((mask.numel(), *t.shape[1:]), 7.0) for t in (q, k, v)]
+    for target, source in zip(padded, (q, k, v), strict=True):
+        target[mask.flatten()] = source
+    dense = kernel.attention(*padded, None, mask, longest, scale)
+    assert torch.equal(dense[mask.flatten()], together)
+
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    for start, length in zip(starts, lengths, strict=True):
+        views = [t[start : start + length] for t in (q, k, v)]
+        alone = kernel.attention(*views, None, None, length, scale)
+        assert torch.equal(alone, together[start : start + length])
+
+
+@pytest.mark.parametrize("dtype", kernel_dtypes)
+def test_extreme_scores_stay_finite(dtype: torch.dtype, device: str) -> None:
+    q, k, v = make_qkv(70, 1, 16, dtype, device)
+    q, k = q.clone(), k.clone()
+    q[3], k[5], k[69] = 200.0, 50.0, -50.0  # scores of 1.6e5 and its negative, before the scale
+    q[4] = -200.0
+    mask = torch.ones(1, 70, dtype=torch.bool, device=device)
+    mask[0, :66] = False  # row 3 sees little but the least of its scores
+    for key_mask in (None, mask):
+        fused = kernel.attention(q, k, v, None, key_mask, 70, 0.0625)
+        truth = truth_of(q, k, v, None, key_mask, 70, 0.0625)
+        assert_within_policy(fused, stock_of(q, k, v, [70], key_mask, 0.0625), truth)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered")  # the interpreter's maximum
+def test_neighbours_do_not_leak(device: str) -> None:
+    q, k, v = make_qkv(80, 1, 32, torch.float32, device)
+    alone = kernel.attention(q[:37], k[:37], v[:37], None, None, 37, 0.2)
+    for t in (q, k, v):
+        t[37:] = math.nan
+    fused = kernel.attention(q, k, v, cumulative([37, 43], device), None, 43, 0.2)
+    assert torch.equal(fused[:37], alone)
+    assert fused[37:].isnan().all()
+
+
+def test_any_strides_and_an_empty_sequence(device: str) -> None:
+    lengths, scale = [20, 0, 50], 0.3
+    cu_seqlens = cumulative(lengths, device)
+    q, k, v = make_qkv(70, 3, 24, torch.float32, device)
+    expected = kernel.attention(q, k, v, cu_seqlens, None, 50, scale)
+    k = k.transpose(0, 1).contiguous().transpose(0, 1)  # heads outermost
+    v = v.contiguous()
+    assert torch.equal(kernel.attention(q, k, v, cu_seqlens, None, 50, scale), expected)
+
+
+def test_no_rows(device: str) -> None:
+    q, k, v = make_qkv(0, 2, 32, torch.float32, device)
+    for cu_seqlens in (None, cumulative([], device)):
+        assert kernel.attention(q, k, v, cu_seqlens, None, 0, 0.2).shape == (0, 2, 32)
+
+
+def _bad(**changes: object) -> Callable[[str], dict[str, object]]:
+    def arguments(device: str) -> dict[str, object]:
+        q, k, v = make_qkv(12, 2, 16, torch.float32, device)
+        good = {"q": q, "k": k, "v": v, "cu_seqlens": None, "key_mask": None, "max_seqlen": 6, "scale": 0.25}
+        return good | {name: change(good[name]) for name, change in changes.items()}  # type: ignore[operator]
+
+    return arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (_bad(k=lambda k: k[:6]), "k has shape"),
+        (_bad(v=lambda v: v.transpose(1, 2).contiguous().transpose(1, 2)), "v has shape"),
+        (_bad(scale=lambda _: 0.0), "scale is 0.0"),
+        (_bad(max_seqlen=lambda _: 5), "max_seqlen"),
+        (_bad(key_mask=lambda _: torch.ones(2, 5, dtype=torch.bool)), "key_mask has shape"),
+        (_bad(key_mask=lambda _: torch.ones(2, 6)), "key_mask has shape"),
+        (
+            _bad(
+                key_mask=lambda _: torch.ones(2, 6, dtype=torch.bool),
+                cu_seqlens=lambda _: torch.tensor([0, 6, 12], dtype=torch.int32),
+            ),
+            "key_mask is given together with cu_seqlens",
+        ),
+        (_bad(q=lambda q: q.repeat(1, 1, 9), k=lambda k: k.repeat(1, 1, 9), v=lambda v: v.repeat(1, 1, 9)), "head_dim"),
+    ],
+)
+def test_what_would_give_a_wrong_number_is_refused(
+    arguments: Callable[[str], dict[str, object]], message: str, device: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        kernel.attention(**arguments(device))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [None, "holes", "all-masked row"])
+def test_reference_dense_is_the_formula(kind: str | None) -> None:
+    batch, length, scale = 3, 37, 0.3
+    q, k, v = make_qkv(batch * length, 2, 16, torch.float64, "cpu")
+    mask = None if kind is None else make_mask(kind, batch, length, "cpu")
+    scores = torch.einsum("bihd,bjhd->bhij", *(t.unflatten(0, (batch, length)) for t in (q, k))) * scale
+    weights = torch.ones(batch, length) if mask is None else mask
+    weights = weights[:, None, None, :] * (scores - scores.amax(-1, keepdim=True)).exp()
+    weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-300)
+    expected = torch.einsum("bhij,bjhd->bihd", weights, v.unflatten(0, (batch, length))).flatten(0, 1)
+    actual = reference.attention(q, k, v, None, mask, length, scale)
+    assert relative_error(actual, expected) < 1e-14
+
+
+def test_reference_packed_is_each_sequence_alone() -> None:
+    lengths = [5, 0, 37, 1]
+    q, k, v = make_qkv(43, 2, 16, torch.float64, "cpu")
+    actual = reference.attention(q, k, v, cumulative(lengths, "cpu"), None, 37, 0.3)
+    start = 0
+    for length in lengths:
+        views = [t[start : start + length] for t in (q, k, v)]
+        expected = reference.attention(*views, None, None, length, 0.3)
+        assert relative_error(actual[start : start + length], expected) < 1e-14
+        start += length
+
+
+def test_configuration_is_the_table_of_the_architecture_or_portable() -> None:
+    portable = launch.attention_config("portable", torch.float16, 64)
+    assert launch.attention_config("sm_120", torch.float16, 64) == portable
+    assert launch.attention_config("sm_90", torch.float16, 64) != portable
+    assert launch.attention_config("sm_90", torch.bfloat16, 33) == launch.attention_config("sm_90", torch.float16, 64)
