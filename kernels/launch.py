@@ -53,8 +53,8 @@ def contiguous_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-# Attention: by architecture, then (bytes of an element, head_dim rounded up to a power of two). Not measured on a GPU yet:
-# the reasons are what the compiler reports, registers a thread, shared memory, and so how many programs share an SM.
+# Attention: by architecture, then (bytes of an element, head_dim rounded up to a power of two). Not measured yet: the
+# reasons are what the compiler reports, registers a thread, shared memory, and so how many programs share an SM.
 _ATTENTION: dict[str, dict[tuple[int, int], Config]] = {
     "sm_80": {
         (2, 16): Config(64, 64, 0, 4, 3),
@@ -92,7 +92,7 @@ _ATTENTION["sm_100"] = _ATTENTION["sm_90"]  # the same shared memory, and it com
 
 @functools.cache
 def attention_config(arch: str, dtype: torch.dtype, head_dim: int) -> Config:
-    """The tiles of attention: `block_m` queries by `block_n` keys. Never by length or batch: that would break invariance.
+    """The tiles of attention: `block_m` queries by `block_n` keys. Never by length: that would break invariance.
 
     Args:
         arch: as `architecture` names it; one without a table gets "portable".

@@ -17,10 +17,10 @@ An op joins by a function that yields its specializations for one architecture, 
         )
 
 `arguments` names every parameter of the kernel. Each is what its launcher would pass: a pointer's type for a tensor
-("*fp16", "*bf16", "*fp32", "*i64", "*i32", "*i1"), a typical value for a number, None for an absent tensor, anything for a
-constexpr. They are specialized as a launch specializes them: pointers are divisible by 16, integers where the value is,
-1 and None are constants. With `full` false, yield a few dozen at most that cover every branch, dtype and tile shape; with
-it true, everything.
+("*fp16", "*bf16", "*fp32", "*i64", "*i32", "*i1"), a typical value for a number, None for an absent tensor, anything
+for a constexpr. They are specialized as a launch specializes them: pointers are divisible by 16, integers where the
+value is, 1 and None are constants. With `full` false, yield a few dozen at most that cover every branch, dtype and tile
+shape; with it true, everything.
 """
 
 from __future__ import annotations
