@@ -1,8 +1,7 @@
 """The fused encoder: plans a call once, then runs every layer over that plan, or the stock code.
 
-A base model plans in a forward pre-hook, the only place that sees the arguments of a call before transformers turns the
-mask into a 4-D one; the plan travels to the encoder as a keyword argument of the call itself, never as state, so threads
-can share a model.
+A base model plans as its forward is entered, before transformers turns the mask into a 4-D one; the plan travels to the
+encoder as a keyword argument of the call itself, never as state, so threads can share a model.
 """
 
 from __future__ import annotations
@@ -87,12 +86,14 @@ class FusedEncoder(_Module):
         """
         counts = self.fastbert.counts
         if not isinstance(packing, Packing):
-            counts.add(counts.stock, packing or "called past the forward hooks of its model")
+            counts.add(counts.stock, packing or "called past the forward of its model")
             return super().forward(hidden_states, *args, **kwargs)
         counts.add(counts.fused, "dense" if packing.cu_seqlens is None else "packed")
         reasons = [layer_is_unsupported(layer) for layer in self.layer]
         stock_mask = None
         if any(reasons):
+            for name in ("attention_mask", "use_cache"):  # the one replaced here, the other the encoder's alone
+                kwargs.pop(name, None)
             stock_mask = create_bidirectional_mask(
                 config=self.config, inputs_embeds=hidden_states, attention_mask=packing.stock_mask()
             )
@@ -105,14 +106,17 @@ class FusedEncoder(_Module):
 
 
 def plan_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook of a base model: checks the arguments, chooses the layout, hands it to the encoder.
+    """Checks the arguments of a call of a base model, chooses the layout, and adds what tells the encoder.
+
+    Returns:
+        The arguments to call the stock forward with.
 
     Raises:
         ValueError: an argument is out of range or of the wrong shape, dtype or device; the message names it.
     """
     call = dict(zip(_PARAMETERS, args, strict=False))
-    if call.keys() & kwargs.keys():
-        return args, kwargs  # given twice: the forward itself says so
+    if not hasattr(model.encoder, "fastbert") or len(args) > len(_PARAMETERS) or call.keys() & kwargs.keys():
+        return args, kwargs  # unfused, or given too many or twice: the forward itself says so
     call.update(kwargs)
     labels, reads_padding = call.pop("padded_labels", None), call.pop("reads_padding", False)
     if (call.get("input_ids") is None) == (call.get("inputs_embeds") is None):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
-from .encoder import PADDINGS, Settings, plan_call
+from .encoder import PADDINGS, Settings
 from .support import (
     call_is_unsupported,
     embeddings_are_unsupported,
@@ -94,7 +94,6 @@ def _fuse_base(base: nn.Module, family: Any, padding: str) -> None:
         base.encoder.fastbert.padding = padding
     else:
         base.encoder.fastbert = Settings(padding)
-    _add_hook(base, plan_call)
 
 
 def _add_hook(module: nn.Module, hook: Any) -> None:
@@ -112,7 +111,6 @@ def unfuse(model: Model) -> Model:
             if type(module) in stock:
                 module.__class__ = stock[type(module)]
         del base.encoder.fastbert
-        _remove_hook(base, plan_call)
     for module in model.modules():
         for family in _families():
             for head, hook in family.HEADS.items():

@@ -47,8 +47,8 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 def model_is_unsupported(model: nn.Module, family: Any) -> str | None:
     """Why no call of `model`, a base model of `family` (a module of `fastbert.models`), can run fused."""
     config = model.config
-    if type(model).forward is not family.BASE.forward:
-        return f"{type(model).__name__} has a forward of its own"
+    if type(model) is not family.BASE and type(model).forward is not family.CLASSES[family.BASE].forward:
+        return f"{type(model).__name__} is a class of one's own; supported: {family.BASE.__name__} itself"
     if config.is_decoder or config.add_cross_attention:
         return "it is a decoder (config.is_decoder or config.add_cross_attention)"
     if type(model.encoder) not in (family.ENCODER, family.CLASSES[family.ENCODER]):

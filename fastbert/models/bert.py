@@ -6,12 +6,16 @@ to wrap), and because a saved config records them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import nn
+from transformers import BertConfig
 from transformers.models.bert import modeling_bert as hf
 
-from ..encoder import FusedEncoder, plan_label_call, plan_span_call
+from ..encoder import FusedEncoder, plan_call, plan_label_call, plan_span_call
 from ..fuse import FusedModel
 from ..layer import FusedEmbeddings, FusedLayer
 
@@ -48,11 +52,25 @@ class BertEncoder(FusedEncoder, hf.BertEncoder):
     """transformers' BertEncoder, fused."""
 
 
-# What `fastbert.fuse` asks of a family: the base model it looks for, which class takes the place of which, and the hook of
-# every head whose loss is taken over tokens.
+class BertModel(FusedModel, hf.BertModel):
+    """transformers' BertModel, fused from construction or `from_pretrained` on; what `fuse` makes of a stock one."""
+
+    @functools.wraps(hf.BertModel.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = plan_call(self, args, kwargs)
+        return super().forward(*args, **kwargs)
+
+
+# What `fastbert.fuse` asks of a family: the base model it looks for and its encoder, which class takes the place of which,
+# and the hook of every head whose loss is taken over tokens.
 BASE = hf.BertModel
 ENCODER = hf.BertEncoder
-CLASSES = {hf.BertEmbeddings: BertEmbeddings, hf.BertLayer: BertLayer, hf.BertEncoder: BertEncoder}
+CLASSES = {
+    hf.BertModel: BertModel,
+    hf.BertEmbeddings: BertEmbeddings,
+    hf.BertLayer: BertLayer,
+    hf.BertEncoder: BertEncoder,
+}
 HEADS = {
     hf.BertForPreTraining: plan_label_call,
     hf.BertForMaskedLM: plan_label_call,
@@ -60,10 +78,6 @@ HEADS = {
     hf.BertLMHeadModel: plan_span_call,
     hf.BertForQuestionAnswering: plan_span_call,
 }
-
-
-class BertModel(FusedModel, hf.BertModel):
-    """transformers' BertModel, fused from construction or `from_pretrained` on."""
 
 
 class BertForPreTraining(FusedModel, hf.BertForPreTraining):
@@ -96,3 +110,9 @@ class BertForTokenClassification(FusedModel, hf.BertForTokenClassification):
 
 class BertForQuestionAnswering(FusedModel, hf.BertForQuestionAnswering):
     """transformers' BertForQuestionAnswering, fused from construction or `from_pretrained` on."""
+
+
+# transformers records hidden states only of classes it has seen constructed, and a model that `fuse` or unpickling made a
+# BertModel of this module was not constructed as one.
+with torch.device("meta"):
+    BertModel(BertConfig(vocab_size=2, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16))
