@@ -108,8 +108,8 @@ def attention_config(arch: str, dtype: torch.dtype, head_dim: int) -> Config:
     return _ATTENTION.get(arch, _ATTENTION["portable"])[dtype.itemsize, padded]
 
 
-# Linear layers, 16-bit operands: (n below which it applies, configuration), by architecture. Not measured yet: chosen from
-# registers and shared memory a program, as the ahead-of-time compilation reports them, to fill the chip.
+# Linear layers, 16-bit operands: (n below which it applies, configuration), by architecture. Not measured yet: counted
+# from registers and shared memory a program, as the ahead-of-time compilation reports them.
 _LINEAR_16: dict[str, tuple[tuple[float, Config], ...]] = {
     "sm_80": (
         (2048, Config(128, 128, 32, 4, 4)),  # two programs an SM: one's epilogue under the other's products

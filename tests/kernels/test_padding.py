@@ -1,0 +1,72 @@
+"""Packing and unpacking, kernel and reference: rows are moved bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastbert.kernels import padding as kernel
+from fastbert.kernels import reference
+
+# Bits are moved, not multiplied: the interpreter does bfloat16 as well.
+dtypes = [torch.float32, torch.float16, torch.bfloat16]
+modules = [pytest.param(kernel, id="kernel"), pytest.param(reference, id="reference")]
+
+
+def make_mask(batch: int, length: int, device: str) -> Tensor:
+    """Holes everywhere, and a sequence without a token."""
+    mask = torch.rand(batch * length, generator=torch.Generator().manual_seed(length)) < 0.6
+    mask[length : 2 * length] = False
+    return mask.to(device)
+
+
+def make_rows(rows: int, width: int, dtype: torch.dtype, device: str) -> Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(width)).to(device, dtype)
+
+
+@pytest.mark.parametrize("dtype", dtypes)
+@pytest.mark.parametrize("width", [1, 100, 384, 5000])
+@pytest.mark.parametrize("module", modules)
+def test_pack_and_unpack(module: object, width: int, dtype: torch.dtype, device: str) -> None:
+    mask = make_mask(3, 13, device)
+    indices = mask.nonzero().squeeze(1)
+    inverse = torch.where(mask, mask.cumsum(0) - 1, -1)
+    x = make_rows(mask.numel(), width, dtype, device)
+
+    packed = module.pack(x, indices)
+    assert torch.equal(packed, x[mask])
+    unpacked = module.unpack(packed, inverse)
+    assert torch.equal(unpacked, x * mask[:, None])
+    assert packed.is_contiguous() and unpacked.is_contiguous()
+
+
+@pytest.mark.parametrize("module", modules)
+def test_rows_and_columns_apart(module: object, device: str) -> None:
+    x = make_rows(7, 100, torch.float32, device)
+    indices = torch.tensor([5, 0, 0, 6], device=device)
+    for apart in (torch.cat([x, x], dim=1)[:, :100], x.t().contiguous().t()):
+        assert torch.equal(module.pack(apart, indices.repeat_interleave(2)[::2]), x[indices])
+        assert torch.equal(module.unpack(apart, indices), x[indices])
+
+
+@pytest.mark.parametrize("module", modules)
+def test_nothing_to_move(module: object, device: str) -> None:
+    x, none = make_rows(7, 100, torch.float32, device), torch.tensor([], dtype=torch.int64, device=device)
+    assert module.pack(x, none).shape == (0, 100)
+    assert module.unpack(x, none).shape == (0, 100)
+    missing = torch.full((3,), -1, device=device)
+    assert torch.equal(module.unpack(x[:0], missing), torch.zeros(3, 100, device=device))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="an assertion that fails on a GPU ends the process's use of it")
+@pytest.mark.parametrize(("name", "index"), [("pack", -1), ("pack", 7), ("unpack", -2), ("unpack", 7)])
+def test_an_index_out_of_range_is_asserted(name: str, index: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime import interpreter
+
+    debugging = replace(interpreter.interpreter_builder.options, debug=True)
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", debugging)
+    with pytest.raises(interpreter.InterpreterError, match="indices"):
+        getattr(kernel, name)(make_rows(7, 100, torch.float32, device), torch.tensor([index], device=device))
