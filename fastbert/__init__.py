@@ -1,14 +1,13 @@
 """fastbert: fused Triton kernels behind a drop-in BERT encoder for PyTorch and Hugging Face transformers.
 
-    import fastbert
-    model = fastbert.fuse(model)   # the same object, the same weights, the same outputs
+import fastbert
+model = fastbert.fuse(model)   # the same object, the same weights, the same outputs
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
-
 
 __version__ = "0.1.0"
 

@@ -105,7 +105,7 @@ class FusedEncoder(_Module):
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=packing.unpack(hidden_states))
 
 
-def plan_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def plan_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Checks the arguments of a call of a base model, chooses the layout, and adds what tells the encoder.
 
     Returns:
@@ -144,7 +144,7 @@ def plan_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 @functools.cache
-def _parameter_names(kind: type[nn.Module]) -> tuple[str, ...]:
+def _parameter_names(kind: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
@@ -155,7 +155,7 @@ def plan_label_call(
 
     transformers hands unknown keyword arguments on to the base model, where `plan_call` takes them.
     """
-    call = {**dict(zip(_parameter_names(type(model)), args, strict=False)), **kwargs}
+    call = {**dict(zip(_parameter_names(type(model)), args, strict=False)), **kwargs}  # type: ignore[arg-type]
     return None if call.get("labels") is None else (args, {**kwargs, "padded_labels": call["labels"]})
 
 
@@ -163,7 +163,7 @@ def plan_span_call(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Forward pre-hook of a head with a loss that takes in padding: tells its base model so when there is a loss."""
-    call = {**dict(zip(_parameter_names(type(model)), args, strict=False)), **kwargs}
+    call = {**dict(zip(_parameter_names(type(model)), args, strict=False)), **kwargs}  # type: ignore[arg-type]
     loss = call.get("labels") is not None or call.get("start_positions") is not None
     return (args, {**kwargs, "reads_padding": True}) if loss else None
 
@@ -174,7 +174,7 @@ def _shape(call: Mapping[str, Any]) -> tuple[int, int]:
     return int(shape[0]), int(shape[1])
 
 
-def _stock_isolation(model: nn.Module, cu_seqlens: Tensor, tokens: int) -> Tensor:
+def _stock_isolation(model: Any, cu_seqlens: Tensor, tokens: int) -> Tensor:
     mask = isolating_mask(cu_seqlens, tokens)
     if model.config._attn_implementation == "sdpa":
         return mask
@@ -182,14 +182,14 @@ def _stock_isolation(model: nn.Module, cu_seqlens: Tensor, tokens: int) -> Tenso
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
-def _is_watched(model: nn.Module, call: Mapping[str, Any]) -> bool:
+def _is_watched(model: Any, call: Mapping[str, Any]) -> bool:
     """Whether something sees the hidden states between embeddings and output, and expects stock's shape."""
     if call.get("output_hidden_states", getattr(model.config, "output_hidden_states", False)):
         return True
     return any(is_hooked(module) for module in (*model.embeddings.modules(), *model.encoder.layer))
 
 
-def _lay_out(model: nn.Module, call: dict[str, Any], labels: Tensor | None, dense: bool) -> None:
+def _lay_out(model: Any, call: dict[str, Any], labels: Tensor | None, dense: bool) -> None:
     """Chooses between packed and dense for a padded call, and rewrites its arguments to match."""
     batch, seqlen = _shape(call)
     mask = call.pop("attention_mask", None)
@@ -223,7 +223,7 @@ def _lay_out(model: nn.Module, call: dict[str, Any], labels: Tensor | None, dens
         call["position_ids"] = (indices % seqlen)[None]
 
 
-def _check(model: nn.Module, call: Mapping[str, Any]) -> None:
+def _check(model: Any, call: Mapping[str, Any]) -> None:
     """Raises ValueError naming the first argument that is of the wrong shape, dtype, device or range."""
     config = model.config
     ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
@@ -286,7 +286,11 @@ def _check_flattened(call: Mapping[str, Any], batch: int) -> None:
         raise ValueError(f"cu_seq_lens_q is given for a batch of {batch}; expected one row that holds all sequences")
     if call.get("attention_mask") is not None:
         raise ValueError("attention_mask is given together with cu_seq_lens_q; expected only one of the two")
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError("cu_seq_lens_q: expected a 1-D int32 tensor of sequence starts, ending in the number of tokens")
+    integers = (torch.int32, torch.int64)
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.dtype not in integers:
+        raise ValueError(
+            "cu_seq_lens_q: expected a 1-D int32 tensor of where sequences start, the number of tokens last"
+        )
     if keys is not None and keys is not cu_seqlens and keys.shape != cu_seqlens.shape:
-        raise ValueError(f"cu_seq_lens_k has shape {tuple(keys.shape)}; expected cu_seq_lens_q's, {tuple(cu_seqlens.shape)}")
+        shape = tuple(cu_seqlens.shape)
+        raise ValueError(f"cu_seq_lens_k has shape {tuple(keys.shape)}; expected that of cu_seq_lens_q, {shape}")

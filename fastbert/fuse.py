@@ -53,9 +53,9 @@ def fuse(model: Model, *, padding: str = "auto") -> Model:
         model: any torch.nn.Module that holds a Hugging Face BERT: a model with any head, a SentenceTransformer, a
             CrossEncoder, a PEFT or DDP wrapper.
         padding: "packed" computes real tokens only, and returns zeros at padding, at the price of one host
-            synchronisation a forward; "dense" computes every row, exactly as stock does, with none; "auto" packs, except
-            where the model itself reads padding (a pooler over a masked first position, a loss taken over padding).
-            Calls whose hidden states are asked for or watched by hooks are dense under any of them.
+            synchronisation a forward; "dense" computes every row, exactly as stock does, with none; "auto" packs,
+            except where the model itself reads padding (a pooler over a masked first position, a loss taken over
+            padding). Calls whose hidden states are asked for or watched by hooks are dense under any of them.
 
     Returns:
         The same object.
@@ -86,7 +86,7 @@ def fuse(model: Model, *, padding: str = "auto") -> Model:
     return model
 
 
-def _fuse_base(base: nn.Module, family: Any, padding: str) -> None:
+def _fuse_base(base: Any, family: Any, padding: str) -> None:
     for module in base.modules():
         if type(module) in family.CLASSES:
             module.__class__ = family.CLASSES[type(module)]

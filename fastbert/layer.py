@@ -58,7 +58,7 @@ class FusedLayer(_Module):
         return activation
 
     def forward(self, hidden_states: Tensor, *args: Any, packing: Packing | None = None, **kwargs: Any) -> Tensor:
-        """One layer. hidden_states (1, T, H) or (B, S, H) as `packing` lays out -> the same; stock without `packing`."""
+        """hidden_states (1, T, H) or (B, S, H), as `packing` lays out -> the same; stock without a `packing`."""
         if packing is None:
             stock: Tensor = super().forward(hidden_states, *args, **kwargs)
             return stock

@@ -1,7 +1,7 @@
 """torch.library operators `fastbert::*` over the kernels: CUDA and ROCm tensors run Triton, CPU tensors the reference.
 
-Every operator has the signature and the result of the function of its name in `fastbert.kernels.reference`, where shapes
-and dtypes are documented. Here: schemas, backends, shapes under fake tensors, and what is refused.
+Every operator has the signature and the result of the function of its name in `fastbert.kernels.reference`, where
+shapes and dtypes are documented. Here: schemas, backends, shapes under fake tensors, and what is refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _OPERATORS = {
     "qkv_linear": ("linear", f"(Tensor x, {_QKV}) -> Tensor"),
     "attention": (
         "attention",
-        "(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, Tensor? key_mask, SymInt max_seqlen, float scale) -> Tensor",
+        "(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, Tensor? key_mask, SymInt max_seqlen, float scale) "
+        "-> Tensor",
     ),
     "layer_norm": ("layer_norm", "(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor"),
     "add_layer_norm": ("layer_norm", "(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> Tensor"),

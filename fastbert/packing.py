@@ -1,8 +1,8 @@
 """Packing: how the rows of one forward are laid out, decided once and carried through every layer.
 
 Two layouts run over the same kernels. *Packed* holds the real tokens of all sequences end to end, `(1, T, H)`, with
-`cu_seqlens` marking where each begins. *Dense* keeps every row of the padded `(B, S, H)` and masks keys; its decisions need
-nothing from the device.
+`cu_seqlens` marking where each begins. *Dense* keeps every row of the padded `(B, S, H)` and masks keys; its decisions
+need nothing from the device.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ def flattened(cu_seqlens: Tensor, tokens: int) -> Packing:
     first, last, shortest, longest = host_integers([cu_seqlens[0], cu_seqlens[-1], lengths.min(), lengths.max()])
     if first != 0 or last != tokens or shortest < 0:
         raise ValueError(
-            f"cu_seq_lens_q runs from {first} to {last} with a smallest step of {shortest}; expected it to rise from 0 to "
-            f"the number of tokens, {tokens}"
+            f"cu_seq_lens_q runs from {first} to {last} with a smallest step of {shortest}; expected it to rise from 0 "
+            f"to the number of tokens, {tokens}"
         )
     return Packing(len(cu_seqlens) - 1, tokens, longest, cu_seqlens.to(torch.int32))
 

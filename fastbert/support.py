@@ -14,7 +14,7 @@ from torch.nn.modules import module as module_globals
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Attention implementations known to compute plain softmax attention, the only kind the kernels stand in for.
-_PLAIN_ATTENTION = {None, "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"}
+_PLAIN_ATTENTION = {None, "eager", "sdpa", "flex_attention"} | {f"flash_attention_{version}" for version in (2, 3, 4)}
 
 # Where linear layers come from that are called as they are: each maps the last dimension alone, so they are indifferent
 # to how rows are laid out.
@@ -44,7 +44,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return all(p is None or type(p) in (nn.Parameter, Tensor) for p in module._parameters.values())
 
 
-def model_is_unsupported(model: nn.Module, family: Any) -> str | None:
+def model_is_unsupported(model: Any, family: Any) -> str | None:
     """Why no call of `model`, a base model of `family` (a module of `fastbert.models`), can run fused."""
     config = model.config
     if type(model) is not family.BASE and type(model).forward is not family.CLASSES[family.BASE].forward:
@@ -61,7 +61,7 @@ def model_is_unsupported(model: nn.Module, family: Any) -> str | None:
     return None
 
 
-def layer_is_unsupported(layer: nn.Module) -> str | None:
+def layer_is_unsupported(layer: Any) -> str | None:
     """Why a layer runs its stock code: a submodule that is replaced or watched, or parameters of mixed kinds."""
     if layer.training:
         return "training mode"
@@ -95,7 +95,7 @@ def layer_is_unsupported(layer: nn.Module) -> str | None:
     return None
 
 
-def embeddings_are_unsupported(embeddings: nn.Module) -> str | None:
+def embeddings_are_unsupported(embeddings: Any) -> str | None:
     """Why an embeddings module runs its stock code."""
     tables = (embeddings.word_embeddings, embeddings.token_type_embeddings, embeddings.position_embeddings)
     if embeddings.training:
@@ -135,7 +135,7 @@ def needs_stock(parameters: Iterator[Tensor], sample: Tensor) -> str | None:
     return None
 
 
-def call_is_unsupported(model: nn.Module, call: Mapping[str, Any]) -> str | None:
+def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
     """Why this call of a base model, with these arguments by name, runs stock."""
     config = model.config
     if call.get("output_attentions", getattr(config, "output_attentions", False)):
@@ -158,7 +158,7 @@ def call_is_unsupported(model: nn.Module, call: Mapping[str, Any]) -> str | None
     if embeds is not None and embeds.requires_grad and torch.is_grad_enabled():
         return "a forward that needs gradients (inputs_embeds)"
     parameter = next(model.encoder.parameters())
-    dtypes = {parameter.dtype, model.embeddings.LayerNorm.weight.dtype, parameter.dtype if embeds is None else embeds.dtype}
+    dtypes = {parameter.dtype, model.embeddings.LayerNorm.weight.dtype} | (set() if embeds is None else {embeds.dtype})
     if len(dtypes) > 1:
         return f"mixed dtypes: {', '.join(sorted(map(str, dtypes)))}"
     if reason := needs_stock(model.parameters(), parameter):

@@ -8,6 +8,7 @@ float32 on processors without native instructions for them, where PyTorch's own 
 from __future__ import annotations
 
 import functools
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -101,8 +102,9 @@ def attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
     def attend(rows: slice, batch: int, mask: Tensor | None) -> None:
-        heads = [t[rows].unflatten(0, (batch, -1)).transpose(1, 2).to(dtype) for t in (q, k, v)]  # [B, heads, S, D]
-        result = F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale)
+        # [B, heads, S, D]
+        query, key, value = (t[rows].unflatten(0, (batch, -1)).transpose(1, 2).to(dtype) for t in (q, k, v))
+        result = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
         out[rows] = result.transpose(1, 2).flatten(0, 1)
 
     if q.shape[0] == 0:
@@ -111,8 +113,7 @@ def attention(
         mask = None if key_mask is None else key_mask[:, None, None, :]
         attend(slice(None), q.shape[0] // max_seqlen, mask)
     else:
-        bounds = cu_seqlens.tolist()
-        for start, end in zip(bounds, bounds[1:], strict=False):
+        for start, end in itertools.pairwise(cu_seqlens.tolist()):
             if end > start:
                 attend(slice(start, end), 1, None)
     return out

@@ -1,4 +1,5 @@
-"""Small seeded models and inputs that tests share. Weights *and* biases are random: nothing hides behind a zero or a one."""
+"""Small seeded models and inputs that tests share. Weights *and* biases are random: nothing hides behind a zero or a
+one."""
 
 from __future__ import annotations
 
@@ -70,7 +71,14 @@ def masks(batch: int, seqlen: int) -> dict[str, Tensor | None]:
     holes[:, 0] = 1
     empty = right.clone()
     empty[batch // 2] = 0
-    return {"none": None, "full": torch.ones_like(right), "right": right, "left": right.flip(1), "holes": holes, "empty": empty}
+    return {
+        "none": None,
+        "full": torch.ones_like(right),
+        "right": right,
+        "left": right.flip(1),
+        "holes": holes,
+        "empty": empty,
+    }
 
 
 def three(model: Any, dtype: torch.dtype) -> tuple[Any, Any, Any]:

@@ -1,7 +1,7 @@
 """BERT: the fused classes that stand in for transformers', under the same names.
 
-Same names because transformers and accelerate look classes up by `__name__` (which blocks not to split over devices, what
-to wrap), and because a saved config records them.
+Same names because transformers and accelerate look classes up by `__name__` (which blocks not to split over devices,
+what to wrap), and because a saved config records them.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class BertModel(FusedModel, hf.BertModel):
         return super().forward(*args, **kwargs)
 
 
-# What `fastbert.fuse` asks of a family: the base model it looks for and its encoder, which class takes the place of which,
-# and the hook of every head whose loss is taken over tokens.
+# What `fastbert.fuse` asks of a family: the base model it looks for and its encoder, which class takes the place of
+# which, and the hook of every head whose loss is taken over tokens.
 BASE = hf.BertModel
 ENCODER = hf.BertEncoder
 CLASSES = {
@@ -112,7 +112,9 @@ class BertForQuestionAnswering(FusedModel, hf.BertForQuestionAnswering):
     """transformers' BertForQuestionAnswering, fused from construction or `from_pretrained` on."""
 
 
-# transformers records hidden states only of classes it has seen constructed, and a model that `fuse` or unpickling made a
-# BertModel of this module was not constructed as one.
+# transformers records hidden states only of classes it has seen constructed, and a model that `fuse` or unpickling made
+# a BertModel of this module was not constructed as one.
 with torch.device("meta"):
-    BertModel(BertConfig(vocab_size=2, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16))
+    BertModel(
+        BertConfig(vocab_size=2, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16)
+    )

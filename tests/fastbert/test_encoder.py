@@ -18,7 +18,7 @@ from tests import models
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.fixture()
+@pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs the Triton kernels on CPU tensors, in the interpreter."""
     if torch.cuda.is_available():
@@ -39,15 +39,19 @@ def fused_counts(model: Any) -> dict[str, int]:
 def compare(model: Any, dtype: torch.dtype, calls: list[tuple[dict[str, Any], Any]], padding: str = "auto") -> Any:
     """Runs calls [(arguments, real: (B, S) bool or None)] through fused, stock and float64; asserts the policy.
 
-    Outputs of all calls are judged together, so that the errors compared are those of many numbers. Rows where `real` is
-    False are left out where the layout doesn't promise them.
+    Outputs of all calls are judged together, so that the errors compared are those of many numbers. Rows where `real`
+    is False are left out where the layout doesn't promise them.
     """
     fused, stock, truth = models.three(model, dtype)
     fastbert.fuse(fused, padding=padding)
     gathered: dict[str, list[list[torch.Tensor]]] = {}
     for call, real in calls:
-        single = {k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in call.items()}
-        double = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in single.items()}
+        single = {
+            k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in call.items()
+        }
+        double = {
+            k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in single.items()
+        }
         results = [outputs(fused, **single), outputs(stock, **single), outputs(truth, **double)]
         assert results[0].keys() == results[1].keys()
         for name in results[0]:
@@ -78,7 +82,13 @@ def test_heads(kind: Any, dtype: torch.dtype, padding: str) -> None:
     model = models.seeded(kind)
     if kind is hf.BertForMultipleChoice:
         calls = [
-            ({"input_ids": models.ids(3, 7, 23, seed=i), "attention_mask": models.masks(21, 23)["right"].view(3, 7, 23)}, None)
+            (
+                {
+                    "input_ids": models.ids(3, 7, 23, seed=i),
+                    "attention_mask": models.masks(21, 23)["right"].view(3, 7, 23),
+                },
+                None,
+            )
             for i in range(8)
         ]
     else:
@@ -90,10 +100,13 @@ def test_heads(kind: Any, dtype: torch.dtype, padding: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("hidden", "heads"), [(128, 4), (128, 2), (384, 12), (384, 6), (768, 24), (768, 12), (1024, 32), (1024, 16), (120, 3)]
+    ("hidden", "heads"),
+    [(128, 4), (128, 2), (384, 12), (384, 6), (768, 24), (768, 12), (1024, 32), (1024, 16), (120, 3)],
 )
 def test_sizes(hidden: int, heads: int, dtype: torch.dtype) -> None:
-    model = models.seeded(hidden_size=hidden, num_attention_heads=heads, intermediate_size=2 * hidden, num_hidden_layers=1)
+    model = models.seeded(
+        hidden_size=hidden, num_attention_heads=heads, intermediate_size=2 * hidden, num_hidden_layers=1
+    )
     for padding in ("packed", "dense"):
         compare(model, dtype, padded_calls(3, 21, everywhere=padding == "dense"), padding)
 
@@ -237,7 +250,10 @@ def test_triton_in_the_interpreter(dtype: torch.dtype, padding: str) -> None:
 def test_on_a_gpu(dtype: torch.dtype, padding: str) -> None:
     model = models.seeded(hidden_size=1024, num_attention_heads=16, intermediate_size=4096, num_hidden_layers=4).cuda()
     calls = [
-        ({k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in call.items()}, None if real is None else real.cuda())
+        (
+            {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in call.items()},
+            None if real is None else real.cuda(),
+        )
         for call, real in padded_calls(9, 129, everywhere=padding == "dense")
     ]
     compare(model, dtype, calls, padding)
@@ -281,7 +297,9 @@ def test_every_operator_is_one_triton_launch(monkeypatch: pytest.MonkeyPatch) ->
         return run(self, *args, **kwargs)
 
     monkeypatch.setattr(InterpretedFunction, "run", counted)
-    model = fastbert.fuse(models.seeded(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, intermediate_size=32))
+    model = fastbert.fuse(
+        models.seeded(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, intermediate_size=32)
+    )
     with torch.no_grad():
         model.encoder.layer[0](torch.randn(1, 5, 32), packing=packing.Packing(1, 5, 5))
     assert len(launched) == 7
@@ -330,7 +348,9 @@ def test_host_synchronisations_on_a_gpu() -> None:
             model(tokens, **arguments)
             torch.cuda.set_sync_debug_mode("warn")
             try:
-                with pytest.warns(UserWarning) if allowed else contextlib.nullcontext() as caught:
+                with (
+                    pytest.warns(UserWarning, match="synchronizing") if allowed else contextlib.nullcontext() as caught
+                ):
                     if not allowed:
                         torch.cuda.set_sync_debug_mode("error")
                     model(tokens, **arguments)

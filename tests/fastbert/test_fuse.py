@@ -36,7 +36,7 @@ def fused_calls(model: Any) -> int:
     return sum(fastbert.explain(model).encoders[0].fused_calls.values())
 
 
-@pytest.fixture()
+@pytest.fixture
 def pair() -> tuple[Any, Any]:
     """(fused, stock) sequence classifiers of the same weights."""
     stock = models.seeded(hf.BertForSequenceClassification)
@@ -201,7 +201,9 @@ def test_gradients_run_stock_and_are_stocks(pair: tuple[Any, Any]) -> None:
         model(**call()).logits.sum().backward()
     for (name, a), b in zip(fused.named_parameters(), stock.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad), name
-    assert list(reasons(fused)) == ["a forward that needs gradients (training is not fused yet; use torch.inference_mode())"]
+    assert list(reasons(fused)) == [
+        "a forward that needs gradients (training is not fused yet; use torch.inference_mode())"
+    ]
     embeds = torch.randn(2, 3, 128, requires_grad=True)
     fused.requires_grad_(False)(inputs_embeds=embeds).logits.sum().backward()
     assert embeds.grad is not None
@@ -263,7 +265,8 @@ class Shift(nn.Linear):
 
 
 @pytest.mark.parametrize(
-    "where", ["attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense", "output.LayerNorm"]
+    "where",
+    ["attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense", "output.LayerNorm"],
 )
 def test_a_replaced_submodule_runs_its_layer_stock(where: str) -> None:
     stock = models.seeded(num_hidden_layers=3)
@@ -405,12 +408,23 @@ BAD = {
     r"input_ids has shape \(2,\); expected \(batch, tokens\)": {"input_ids": torch.ones(2, dtype=torch.long)},
     r"input_ids has shape \(0, 4\); expected at least one": {"input_ids": torch.ones(0, 4, dtype=torch.long)},
     r"input_ids has shape \(4, 0\); expected at least one": {"input_ids": torch.ones(4, 0, dtype=torch.long)},
-    "input_ids has 161 tokens a sequence; expected at most max_position_embeddings, 160": {"input_ids": models.ids(1, 161)},
+    "input_ids has 161 tokens a sequence; expected at most max_position_embeddings, 160": {
+        "input_ids": models.ids(1, 161)
+    },
     "input_ids is on meta": {"input_ids": torch.ones(1, 2, dtype=torch.long, device="meta")},
-    "token_type_ids holds values from 0 to 2": {"input_ids": models.ids(1, 3), "token_type_ids": torch.tensor([[0, 1, 2]])},
+    "token_type_ids holds values from 0 to 2": {
+        "input_ids": models.ids(1, 3),
+        "token_type_ids": torch.tensor([[0, 1, 2]]),
+    },
     r"token_type_ids has shape \(1, 4\)": {"input_ids": models.ids(1, 3), "token_type_ids": torch.zeros(1, 4).long()},
-    "position_ids holds values from 0 to 160": {"input_ids": models.ids(1, 2), "position_ids": torch.tensor([[0, 160]])},
-    r"attention_mask has shape \(2, 4\); expected \(2, 3\)": {"input_ids": models.ids(2, 3), "attention_mask": torch.ones(2, 4)},
+    "position_ids holds values from 0 to 160": {
+        "input_ids": models.ids(1, 2),
+        "position_ids": torch.tensor([[0, 160]]),
+    },
+    r"attention_mask has shape \(2, 4\); expected \(2, 3\)": {
+        "input_ids": models.ids(2, 3),
+        "attention_mask": torch.ones(2, 4),
+    },
     r"attention_mask has shape \(2, 3, 3\)": {"input_ids": models.ids(2, 3), "attention_mask": torch.ones(2, 3, 3)},
     "attention_mask has dtype torch.complex64": {
         "input_ids": models.ids(2, 3),

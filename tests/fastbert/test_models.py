@@ -116,4 +116,6 @@ def test_an_offloaded_layer_runs_stock(before: bool, tmp_path: Path) -> None:
     if not before:
         fastbert.fuse(model)
     torch.testing.assert_close(answer(model), expected)
-    assert "forward has been replaced" in str(fastbert.explain(model)) or fastbert.explain(model).encoders[0].stock_calls
+    assert (
+        "forward has been replaced" in str(fastbert.explain(model)) or fastbert.explain(model).encoders[0].stock_calls
+    )

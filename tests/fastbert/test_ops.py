@@ -59,7 +59,9 @@ def test_opcheck_on_a_gpu(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ["linear", "attention", "layer_norm", "embedding_layer_norm", "pack"])
 def test_a_call_that_needs_gradients_is_refused(name: str) -> None:
-    args = [a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments()[name]]
+    args = [
+        a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments()[name]
+    ]
     with pytest.raises(NotImplementedError, match=f"fastbert::{name} has no backward"):
         getattr(ops, name)(*args)
     with torch.no_grad():
