@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer
+from transformers.utils import logging
 
 from .. import verify
 from ..verify import LAYOUTS
@@ -47,11 +48,14 @@ def load(path: str) -> tuple[Any, Any]:
         kind = getattr(transformers, name, None)
         if kind is None:
             raise UsageError(f"--model {path}: transformers has no class {name}, which its config names")
-        return kind.from_pretrained(path, dtype="auto"), AutoTokenizer.from_pretrained(path)
+        model, tokenizer = kind.from_pretrained(path, dtype="auto"), AutoTokenizer.from_pretrained(path)
     except UsageError:
         raise
     except Exception as error:  # whatever reading files and checking repositories raises: to a user it is one thing
         raise UsageError(f"--model {path}: {_one_line(error)}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes up where there is none
+        raise UsageError(f"--model {path}: holds no tokenizer")
+    return model, tokenizer
 
 
 def _one_line(error: Exception) -> str:
@@ -59,6 +63,8 @@ def _one_line(error: Exception) -> str:
 
 
 def main(arguments: argparse.Namespace) -> int:
+    logging.disable_progress_bar()
+    device = default_device(arguments.device)
     texts = list(TEXTS)
     if arguments.texts is not None:
         try:
@@ -74,7 +80,7 @@ def main(arguments: argparse.Namespace) -> int:
             texts,
             tokenizer=tokenizer,
             dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
-            device=default_device(arguments.device),
+            device=device,
             layouts=LAYOUTS if arguments.padding is None else (arguments.padding,),
         )
     except ValueError as error:  # UnsupportedModelError is one
