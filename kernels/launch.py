@@ -108,33 +108,35 @@ def attention_config(arch: str, dtype: torch.dtype, head_dim: int) -> Config:
     return _ATTENTION.get(arch, _ATTENTION["portable"])[dtype.itemsize, padded]
 
 
-# Linear layers, 16-bit operands: (n below which it applies, configuration), by architecture. Not measured yet: counted
-# from registers and shared memory a program, as the ahead-of-time compilation reports them.
-_LINEAR_16: dict[str, tuple[tuple[float, Config], ...]] = {
-    "sm_80": (
-        (2048, Config(128, 128, 32, 4, 4)),  # two programs an SM: one's epilogue under the other's products
-        (float("inf"), Config(128, 256, 32, 8, 4)),  # a third less traffic an operation; block_k 64 leaves no register
-    ),
-    "sm_90": (
-        (2048, Config(128, 128, 64, 4, 3)),  # 96 KiB: two programs an SM, and twice the programs where columns are few
-        (float("inf"), Config(128, 256, 64, 8, 4)),  # 192 KiB: one program an SM, two warp groups of m64n256 wgmma
-    ),
-    "portable": (
-        (float("inf"), Config(128, 128, 32, 4, 3)),  # in 64 KiB of LDS (gfx942) and 99 KiB (sm_86, sm_89, sm_120)
-    ),
+# Linear layers: by architecture and bytes an element, (n below which it applies, configuration). Not measured yet:
+# counted from registers and shared memory a program, as the ahead-of-time compilation reports them.
+_ANY = float("inf")
+_LINEAR: dict[str, dict[int, tuple[tuple[float, Config], ...]]] = {
+    "sm_80": {
+        2: (
+            (2048, Config(128, 128, 32, 4, 4)),  # two programs an SM: one's epilogue under the other's products
+            (_ANY, Config(128, 256, 32, 8, 4)),  # a quarter less traffic an operation; block_k 64 leaves no register
+        ),
+        4: ((_ANY, Config(64, 128, 32, 8, 3)),),  # the largest tile whose IEEE products and separate sums fit
+    },
+    "sm_90": {
+        2: (
+            (2048, Config(128, 128, 64, 4, 3)),  # 96 KiB: two programs an SM, and twice the tiles where columns are few
+            (_ANY, Config(128, 256, 64, 8, 4)),  # 192 KiB: one program an SM, two warp groups of m64n256 wgmma
+        ),
+        4: ((_ANY, Config(64, 128, 32, 8, 3)),),  # as on sm_80
+    },
+    "sm_100": {
+        2: ((2048, Config(128, 128, 64, 4, 3)), (_ANY, Config(128, 256, 64, 8, 4))),  # as on sm_90, by tcgen05
+        4: ((_ANY, Config(128, 128, 32, 8, 3)),),  # with smaller tiles ptxas stops at 64 registers and spills
+    },
+    "portable": {
+        2: ((_ANY, Config(128, 128, 32, 4, 3)),),  # in 64 KiB of LDS (gfx942) and 99 KiB (sm_86, sm_89, sm_120)
+        4: ((_ANY, Config(64, 128, 32, 8, 3)),),
+    },
 }
-_LINEAR_16["sm_100"] = _LINEAR_16["sm_90"]  # compiles to tcgen05 with fewer registers than on sm_90
-
 # Rows that don't start at 16 bytes are loaded element by element, through registers: larger tiles spill.
-_LINEAR_16_UNALIGNED = Config(64, 64, 32, 4, 3)
-
-# float32, IEEE and TF32: one shape, whose IEEE products just fit the registers. Not measured yet.
-_LINEAR_32: dict[str, Config] = {
-    "sm_80": Config(128, 128, 32, 8, 3),
-    "sm_90": Config(128, 128, 32, 8, 3),
-    "sm_100": Config(128, 128, 32, 8, 3),
-    "portable": Config(128, 128, 32, 8, 2),  # 64 KiB of LDS where k is no multiple of block_k
-}
+_LINEAR_UNALIGNED = {2: Config(64, 64, 32, 4, 3), 4: Config(64, 128, 32, 8, 3)}
 
 
 @functools.cache
@@ -146,11 +148,10 @@ def linear_config(arch: str, dtype: torch.dtype, n: int, k: int) -> Config:
         dtype: of the operands.
         n, k: output and input features.
     """
-    if dtype.itemsize == 4:
-        return _LINEAR_32.get(arch, _LINEAR_32["portable"])
     if n % 16 or k % 16:
-        return _LINEAR_16_UNALIGNED
-    return next(config for below, config in _LINEAR_16.get(arch, _LINEAR_16["portable"]) if n < below)
+        return _LINEAR_UNALIGNED[dtype.itemsize]
+    table = _LINEAR.get(arch, _LINEAR["portable"])[dtype.itemsize]
+    return next(config for below, config in table if n < below)
 
 
 @functools.cache

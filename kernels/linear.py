@@ -107,7 +107,12 @@ def linear_kernel(
             mask_k = (offs_k < k - start_k)[None, :]
             x = tl.load(x_ptrs, mask=mask_k, other=0.0)
             w = tl.load(w_ptrs, mask=mask_k, other=0.0)
-        acc = tl.dot(x, w.T, acc, input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
+        if x.dtype == tl.float32 and INPUT_PRECISION == "ieee":
+            # Each block is summed on its own: one chain of k additions has several times the rounding error, more than
+            # stock's. max_num_imprecise_acc keeps the compiler from making one chain of the two again.
+            acc += tl.dot(x, w.T, input_precision="ieee", max_num_imprecise_acc=BLOCK_K)
+        else:
+            acc = tl.dot(x, w.T, acc, input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
 
