@@ -155,11 +155,12 @@ def timed(call: Callable[[], Any], device: torch.device) -> float:
         call()
         return time.perf_counter() - start
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize(device)
-    begin.record()
-    call()
-    end.record()
-    end.synchronize()
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
     return begin.elapsed_time(end) / 1000
 
 

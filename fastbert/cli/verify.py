@@ -15,7 +15,7 @@ from transformers.utils import logging
 from .. import verify
 from ..verify import LAYOUTS
 from . import UsageError
-from .info import default_device
+from .info import backend, default_device
 
 # Lengths from a few tokens to a hundred, so that a batch has padding.
 TEXTS = (
@@ -85,7 +85,7 @@ def main(arguments: argparse.Namespace) -> int:
         )
     except ValueError as error:  # UnsupportedModelError is one
         raise UsageError(f"--model {arguments.model}: {_one_line(error)}") from error
-    print(report)
+    print(f"fused forwards by {backend(device)}\n{report}")
     if arguments.json is not None:
         try:
             Path(arguments.json).write_text(report.to_json() + "\n", encoding="utf-8")
