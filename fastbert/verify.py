@@ -246,12 +246,12 @@ def verify(
         if "inputs_embeds" in batch:
             batch["inputs_embeds"] = batch["inputs_embeds"].to(dtype)
 
-    working = _twin(inner, device, dtype)
+    working = twin(inner, device, dtype)
     unfuse(fuse(working))  # refused before anything is computed, where nothing can be fused
     for name, parameter in working.named_parameters():
         if not parameter.isfinite().all():
             raise ValueError(f"model: parameter {name!r} holds NaN or infinity in {dtype}")
-    truth = _twin(inner, torch.device("cpu"), dtype, torch.float64)
+    truth = twin(inner, torch.device("cpu"), dtype, torch.float64)
     if truth.config._attn_implementation not in ("eager", "sdpa"):
         truth.set_attn_implementation("sdpa")  # the others know neither float64 nor the CPU
 
@@ -306,7 +306,7 @@ def _inner_model(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
-def _twin(model: PreTrainedModel, device: torch.device, *dtypes: torch.dtype) -> PreTrainedModel:
+def twin(model: PreTrainedModel, device: torch.device, *dtypes: torch.dtype) -> PreTrainedModel:
     """A stock copy in evaluation mode, its floating-point tensors cast to each of `dtypes` in turn.
 
     Tensors that need no cast and no move are shared with `model`, so a copy of the same kind takes no memory.
