@@ -136,7 +136,7 @@ _LINEAR: dict[str, dict[int, tuple[tuple[float, Config], ...]]] = {
     },
 }
 # Rows that don't start at 16 bytes are loaded element by element, through registers: larger tiles spill.
-_LINEAR_UNALIGNED = {2: Config(64, 64, 32, 4, 3), 4: Config(64, 128, 32, 8, 3)}
+_LINEAR_UNALIGNED = Config(64, 128, 32, 8, 3)
 
 
 @functools.cache
@@ -149,7 +149,7 @@ def linear_config(arch: str, dtype: torch.dtype, n: int, k: int) -> Config:
         n, k: output and input features.
     """
     if n % 16 or k % 16:
-        return _LINEAR_UNALIGNED[dtype.itemsize]
+        return _LINEAR_UNALIGNED
     table = _LINEAR.get(arch, _LINEAR["portable"])[dtype.itemsize]
     return next(config for below, config in table if n < below)
 
