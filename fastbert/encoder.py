@@ -11,7 +11,7 @@ import inspect
 import threading
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,33 +72,41 @@ class Settings:
         self.counts = Counts()
 
 
+class Plan(NamedTuple):
+    """How one call runs fused."""
+
+    packing: Packing
+    stock_layers: tuple[bool, ...]
+    """For each layer, whether it runs its stock code."""
+
+
 class FusedEncoder(_Module):
     """A stack of fused layers; mixed into a family's own Hugging Face encoder class by `fastbert.models`."""
 
     fastbert: Settings
 
     def forward(
-        self, hidden_states: Tensor, *args: Any, packing: Packing | str | None = None, **kwargs: Any
+        self, hidden_states: Tensor, *args: Any, plan: Plan | str | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """hidden_states (1, T, H) or (B, S, H) as `packing` lays out -> (B, S, H); stock where it is no Packing.
+        """hidden_states (1, T, H) or (B, S, H) as `plan` lays out -> (B, S, H); stock where it is no Plan.
 
-        `packing` as a string is the reason the call runs stock.
+        `plan` as a string is the reason the call runs stock.
         """
         counts = self.fastbert.counts
-        if not isinstance(packing, Packing):
-            counts.add(counts.stock, packing or "called past the forward of its model")
+        if not isinstance(plan, Plan):
+            counts.add(counts.stock, plan or "called past the forward of its model")
             return super().forward(hidden_states, *args, **kwargs)
+        packing = plan.packing
         counts.add(counts.fused, "dense" if packing.cu_seqlens is None else "packed")
-        reasons = [layer_is_unsupported(layer) for layer in self.layer]
         stock_mask = None
-        if any(reasons):
+        if any(plan.stock_layers):
             for name in ("attention_mask", "use_cache"):  # the one replaced here, the other the encoder's alone
                 kwargs.pop(name, None)
             stock_mask = create_bidirectional_mask(
                 config=self.config, inputs_embeds=hidden_states, attention_mask=packing.stock_mask()
             )
-        for layer, reason in zip(self.layer, reasons, strict=True):
-            if reason:
+        for layer, stock in zip(self.layer, plan.stock_layers, strict=True):
+            if stock:
                 hidden_states = layer(hidden_states, stock_mask, **kwargs)
             else:
                 hidden_states = layer(hidden_states, packing=packing)
@@ -129,17 +137,18 @@ def plan_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
             reason = f"no layer can run fused: {reasons[0]}"
     cu_seqlens = call.get("cu_seq_lens_q")
     if reason is not None:
-        call["packing"] = reason
+        call["plan"] = reason
         flash = (model.config._attn_implementation or "").startswith("flash")
         if cu_seqlens is not None and call.get("attention_mask") is None and not flash:
             # Stock code would let the sequences of a flattened call attend to each other.
             call["attention_mask"] = _stock_isolation(model, cu_seqlens, _shape(call)[1])
         return (), call
     if cu_seqlens is not None:
-        call["packing"] = flattened(cu_seqlens, _shape(call)[1])
+        packing = flattened(cu_seqlens, _shape(call)[1])
     else:
         keeps_shape = any(reasons) or _is_watched(model, call)
-        _lay_out(model, call, labels, keeps_shape or reads_padding)
+        packing = _lay_out(model, call, labels, keeps_shape or reads_padding)
+    call["plan"] = Plan(packing, tuple(map(bool, reasons)))
     return (), call
 
 
@@ -189,30 +198,25 @@ def _is_watched(model: Any, call: Mapping[str, Any]) -> bool:
     return any(is_hooked(module) for module in (*model.embeddings.modules(), *model.encoder.layer))
 
 
-def _lay_out(model: Any, call: dict[str, Any], labels: Tensor | None, dense: bool) -> None:
+def _lay_out(model: Any, call: dict[str, Any], labels: Tensor | None, dense: bool) -> Packing:
     """Chooses between packed and dense for a padded call, and rewrites its arguments to match."""
     batch, seqlen = _shape(call)
-    mask = call.pop("attention_mask", None)
+    mask = call.get("attention_mask")
     call["attention_mask"] = None
     padding = model.encoder.fastbert.padding
     if mask is None:
-        call["packing"] = Packing(batch, seqlen, seqlen)
-        return
+        return Packing(batch, seqlen, seqlen)
     mask = mask.to(torch.bool)
     dense = dense or padding == "dense" or torch.compiler.is_compiling()
     if dense or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
-        call["packing"] = Packing(batch, seqlen, seqlen, key_mask=mask)
-        return
+        return Packing(batch, seqlen, seqlen, key_mask=mask)
     selection = pack_mask(mask, labels)
     if selection.tokens == batch * seqlen:
-        call["packing"] = Packing(batch, seqlen, seqlen)
-        return
+        return Packing(batch, seqlen, seqlen)
     # A pooler reads position 0 of every sequence, real or not.
     exact = selection.starts_real or getattr(model, "pooler", None) is None
     if selection.tokens == 0 or not exact or (selection.labels_padding and padding == "auto"):
-        call["packing"] = Packing(batch, seqlen, seqlen, key_mask=mask)
-        return
-    call["packing"] = selection.packing
+        return Packing(batch, seqlen, seqlen, key_mask=mask)
     indices = selection.indices
     for name in ("input_ids", "token_type_ids", "position_ids"):
         if call.get(name) is not None:
@@ -221,6 +225,7 @@ def _lay_out(model: Any, call: dict[str, Any], labels: Tensor | None, dense: boo
         call["inputs_embeds"] = ops.pack(call["inputs_embeds"].flatten(0, 1), indices)[None]
     if call.get("position_ids") is None:
         call["position_ids"] = (indices % seqlen)[None]
+    return selection.packing
 
 
 def _check(model: Any, call: Mapping[str, Any]) -> None:

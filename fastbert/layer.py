@@ -6,7 +6,6 @@ them where they are not, and runs the stock code where it is not asked for a lay
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -31,26 +30,38 @@ _GELU = {
 _Module: Any = nn.Module if TYPE_CHECKING else object
 
 
+def child(module: Any, *path: str) -> Any:
+    """A submodule by its path: `nn.Module.__getattr__` costs several times as much, and a layer is asked for dozens."""
+    for name in path:
+        module = module.__dict__["_modules"][name]
+    return module
+
+
 class FusedLayer(_Module):
     """A BERT layer in seven launches, for a layer of Hugging Face's BERT shape."""
 
-    def parts(self) -> Iterator[tuple[str, nn.Module, type[nn.Module]]]:
+    def parts(self) -> tuple[tuple[str, nn.Module, type[nn.Module]], ...]:
         """Submodules whose code the fused layer stands in for, each with the class that code is known for."""
         raise NotImplementedError
 
-    def linears(self) -> Iterator[tuple[str, nn.Module]]:
+    def linears(self) -> tuple[tuple[str, nn.Module], ...]:
         """The six linear layers, by name."""
-        yield "attention.self.query", self.attention.self.query
-        yield "attention.self.key", self.attention.self.key
-        yield "attention.self.value", self.attention.self.value
-        yield "attention.output.dense", self.attention.output.dense
-        yield "intermediate.dense", self.intermediate.dense
-        yield "output.dense", self.output.dense
+        attention = child(self, "attention", "self")
+        return (
+            ("attention.self.query", child(attention, "query")),
+            ("attention.self.key", child(attention, "key")),
+            ("attention.self.value", child(attention, "value")),
+            ("attention.output.dense", child(self, "attention", "output", "dense")),
+            ("intermediate.dense", child(self, "intermediate", "dense")),
+            ("output.dense", child(self, "output", "dense")),
+        )
 
-    def norms(self) -> Iterator[tuple[str, nn.Module]]:
+    def norms(self) -> tuple[tuple[str, nn.Module], ...]:
         """The two LayerNorms, by name."""
-        yield "attention.output.LayerNorm", self.attention.output.LayerNorm
-        yield "output.LayerNorm", self.output.LayerNorm
+        return (
+            ("attention.output.LayerNorm", child(self, "attention", "output", "LayerNorm")),
+            ("output.LayerNorm", child(self, "output", "LayerNorm")),
+        )
 
     def activation(self) -> nn.Module:
         """What the feed-forward applies between its two linear layers."""
@@ -64,14 +75,14 @@ class FusedLayer(_Module):
             return stock
         x = hidden_states.flatten(0, 1)  # [T, H]
         context = self._attention(x, packing)
-        x = _close(self.attention.output, context, x)
-        x = _close(self.output, self._expand(x), x)
+        x = _close(child(self, "attention", "output"), context, x)
+        x = _close(child(self, "output"), self._expand(x), x)
         return x.view_as(hidden_states)
 
     def _attention(self, x: Tensor, packing: Packing) -> Tensor:
-        attention = self.attention.self
+        attention = child(self, "attention", "self")
         heads, head_dim = attention.num_attention_heads, attention.attention_head_size
-        projections = (attention.query, attention.key, attention.value)
+        projections = [child(attention, name) for name in ("query", "key", "value")]
         if all(is_plain(p, nn.Linear) for p in projections):
             query, key, value = projections
             qkv = ops.qkv_linear(x, query.weight, query.bias, key.weight, key.bias, value.weight, value.bias)
@@ -82,7 +93,7 @@ class FusedLayer(_Module):
         return out.flatten(1)
 
     def _expand(self, x: Tensor) -> Tensor:
-        dense, activation = self.intermediate.dense, self.activation()
+        dense, activation = child(self, "intermediate", "dense"), self.activation()
         approximate = _GELU.get(type(activation))
         if not is_plain(dense, nn.Linear):
             expanded: Tensor = activation(dense(x))
@@ -94,7 +105,7 @@ class FusedLayer(_Module):
 
 def _close(sublayer: Any, x: Tensor, residual: Tensor) -> Tensor:
     """What ends both halves of a layer: projection, residual and LayerNorm."""
-    dense, norm = sublayer.dense, sublayer.LayerNorm
+    dense, norm = child(sublayer, "dense"), child(sublayer, "LayerNorm")
     if is_plain(dense, nn.Linear):
         total = ops.linear_add(x, dense.weight, dense.bias, residual)
         return ops.layer_norm(total, norm.weight, norm.bias, norm.eps)

@@ -32,16 +32,21 @@ def has_triton() -> bool:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether anything but transformers' own output capturing watches or replaces the forward of `module`."""
-    if module._forward_pre_hooks or "forward" in module.__dict__:
+    attributes = module.__dict__
+    if attributes["_forward_pre_hooks"] or "forward" in attributes:
         return True
-    return any(hook.__module__ != "transformers.utils.output_capturing" for hook in module._forward_hooks.values())
+    hooks = attributes["_forward_hooks"]
+    return bool(hooks) and any(h.__module__ != "transformers.utils.output_capturing" for h in hooks.values())
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether `module` is exactly a `kind`, so that its parameters say all that it does."""
     if type(module) is not kind or is_hooked(module):
         return False
-    return all(p is None or type(p) in (nn.Parameter, Tensor) for p in module._parameters.values())
+    for parameter in module.__dict__["_parameters"].values():
+        if parameter is not None and type(parameter) is not nn.Parameter and type(parameter) is not Tensor:
+            return False
+    return True
 
 
 def model_is_unsupported(model: Any, family: Any) -> str | None:
@@ -75,12 +80,10 @@ def layer_is_unsupported(layer: Any) -> str | None:
     activation = layer.activation()
     if not type(activation).__module__.startswith(_ELEMENTWISE) or is_hooked(activation):
         return f"the activation is a {type(activation).__name__} of one's own, or has hooks"
-    weights = []
+    weights: list[Tensor] = []
     for name, linear in layer.linears():
         if is_plain(linear, nn.Linear):
-            weights.append(linear.weight)
-            if linear.bias is not None:
-                weights.append(linear.bias)
+            weights += [p for p in linear._parameters.values() if p is not None]
         elif is_hooked(linear):
             return f"{name} has hooks"
         elif not type(linear).__module__.startswith(_ROWWISE_LINEARS):
@@ -88,10 +91,11 @@ def layer_is_unsupported(layer: Any) -> str | None:
     for name, norm in layer.norms():
         if not is_plain(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
             return f"{name} is not a plain nn.LayerNorm with weight and bias"
-        weights += [norm.weight, norm.bias]
-    first = weights[0]
-    if any(w.dtype != first.dtype or w.device != first.device for w in weights):
-        return "its parameters differ in dtype or device"
+        weights += norm._parameters.values()
+    dtype, device = weights[0].dtype, weights[0].device
+    for weight in weights:
+        if weight.dtype is not dtype or weight.device != device:
+            return "its parameters differ in dtype or device"
     return None
 
 

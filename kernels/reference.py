@@ -32,6 +32,8 @@ def _matmul_dtype(x: Tensor) -> torch.dtype:
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x @ weight.T + bias` in the dtype matrix products run in: a new tensor, for an epilogue to change in place."""
     dtype = _matmul_dtype(x)
+    if dtype is x.dtype:
+        return F.linear(x, weight, bias)
     return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
@@ -51,12 +53,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     """`x @ weight.T + bias + residual`: x (T, K), weight (N, K), residual (T, N) -> (T, N), one dtype throughout."""
-    dtype = _matmul_dtype(x)
-    if dtype == torch.float32 and x.device.type == "cpu":
-        # The product accumulates onto what is already there: the addition costs no pass of its own.
-        out = residual.to(dtype, copy=True) if bias is None else residual + bias.to(dtype)
-        return out.addmm_(x.to(dtype), weight.to(dtype).t()).to(x.dtype)
-    return _affine(x, weight, bias).add_(residual)
+    # Added after the product: accumulating onto the residual would round every partial sum to its magnitude.
+    return _affine(x, weight, bias).add_(residual).to(x.dtype)
 
 
 def qkv_linear(
@@ -72,7 +70,11 @@ def qkv_linear(
     n = q_weight.shape[0]
     out = x.new_empty(x.shape[0], 3 * n)
     for i, (weight, bias) in enumerate(((q_weight, q_bias), (k_weight, k_bias), (v_weight, v_bias))):
-        out[:, i * n : (i + 1) * n] = _affine(x, weight, bias)
+        columns = out[:, i * n : (i + 1) * n]
+        if bias is not None and _matmul_dtype(x) == x.dtype:
+            torch.addmm(bias, x, weight.t(), out=columns)
+        else:
+            columns.copy_(_affine(x, weight, bias))
     return out
 
 
@@ -99,23 +101,21 @@ def attention(
         (T, heads, head_dim), contiguous. Rows whose keys are all masked are zero.
     """
     dtype = _matmul_dtype(q)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
-    def attend(rows: slice, batch: int, mask: Tensor | None) -> None:
+    def attend(rows: slice, batch: int, mask: Tensor | None) -> Tensor:
         # [B, heads, S, D]
         query, key, value = (t[rows].unflatten(0, (batch, -1)).transpose(1, 2).to(dtype) for t in (q, k, v))
         result = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-        out[rows] = result.transpose(1, 2).flatten(0, 1)
+        return result.transpose(1, 2).flatten(0, 1).to(q.dtype)  # [B * S, heads, D]
 
-    if q.shape[0] == 0:
-        return out
-    if cu_seqlens is None:
+    if cu_seqlens is None and q.shape[0]:
         mask = None if key_mask is None else key_mask[:, None, None, :]
-        attend(slice(None), q.shape[0] // max_seqlen, mask)
-    else:
+        return attend(slice(None), q.shape[0] // max_seqlen, mask).contiguous()
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if cu_seqlens is not None:
         for start, end in itertools.pairwise(cu_seqlens.tolist()):
             if end > start:
-                attend(slice(start, end), 1, None)
+                out[start:end] = attend(slice(start, end), 1, None)
     return out
 
 

@@ -7,7 +7,6 @@ what to wrap), and because a saved config records them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from transformers.models.bert import modeling_bert as hf
 
 from ..encoder import FusedEncoder, plan_call, plan_label_call, plan_span_call
 from ..fuse import FusedModel
-from ..layer import FusedEmbeddings, FusedLayer
+from ..layer import FusedEmbeddings, FusedLayer, child
 
 __all__ = [
     "BertForMaskedLM",
@@ -39,13 +38,16 @@ class BertEmbeddings(FusedEmbeddings, hf.BertEmbeddings):
 class BertLayer(FusedLayer, hf.BertLayer):
     """transformers' BertLayer, fused."""
 
-    def parts(self) -> Iterator[tuple[str, nn.Module, type[nn.Module]]]:
+    def parts(self) -> tuple[tuple[str, nn.Module, type[nn.Module]], ...]:
         """Submodules whose code the fused layer stands in for, each with the class that code is known for."""
-        yield "attention", self.attention, hf.BertAttention
-        yield "attention.self", self.attention.self, hf.BertSelfAttention
-        yield "attention.output", self.attention.output, hf.BertSelfOutput
-        yield "intermediate", self.intermediate, hf.BertIntermediate
-        yield "output", self.output, hf.BertOutput
+        attention = child(self, "attention")
+        return (
+            ("attention", attention, hf.BertAttention),
+            ("attention.self", child(attention, "self"), hf.BertSelfAttention),
+            ("attention.output", child(attention, "output"), hf.BertSelfOutput),
+            ("intermediate", child(self, "intermediate"), hf.BertIntermediate),
+            ("output", child(self, "output"), hf.BertOutput),
+        )
 
 
 class BertEncoder(FusedEncoder, hf.BertEncoder):

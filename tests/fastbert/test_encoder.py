@@ -239,7 +239,7 @@ def test_positional_labels_are_seen() -> None:
 def test_triton_in_the_interpreter(dtype: torch.dtype, padding: str) -> None:
     """The whole encoder through the Triton kernels."""
     model = models.seeded(hidden_size=64, num_attention_heads=2, intermediate_size=96)
-    calls = padded_calls(3, 19, everywhere=padding == "dense")
+    calls = padded_calls(3, 11, everywhere=padding == "dense")[2:]
     fused = compare(model, dtype, calls, padding)
     assert sum(fused_counts(fused).values()) == len(calls)
 
