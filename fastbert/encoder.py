@@ -208,6 +208,7 @@ def _lay_out(model: Any, call: dict[str, Any], labels: Tensor | None, dense: boo
         return Packing(batch, seqlen, seqlen)
     mask = mask.to(torch.bool)
     dense = dense or padding == "dense" or torch.compiler.is_compiling()
+    dense = dense or (labels is not None and labels.shape != mask.shape)  # an error the loss will name
     if dense or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
         return Packing(batch, seqlen, seqlen, key_mask=mask)
     selection = pack_mask(mask, labels)

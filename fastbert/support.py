@@ -161,7 +161,9 @@ def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
     embeds = call.get("inputs_embeds")
     if embeds is not None and embeds.requires_grad and torch.is_grad_enabled():
         return "a forward that needs gradients (inputs_embeds)"
-    parameter = next(model.encoder.parameters())
+    parameter = next(model.encoder.parameters(), None)
+    if parameter is None:
+        return "a replica of torch.nn.DataParallel"
     dtypes = {parameter.dtype, model.embeddings.LayerNorm.weight.dtype} | (set() if embeds is None else {embeds.dtype})
     if len(dtypes) > 1:
         return f"mixed dtypes: {', '.join(sorted(map(str, dtypes)))}"
