@@ -75,15 +75,17 @@ def attention_kernel(
     for start_n in range(0, length, BLOCK_N):
         keep = offs_n < length - start_n
         mask_kv = keep[:, None] & mask_d
-        if key_mask_ptr is not None:  # asked for here, its latency hides behind the product
+        if key_mask_ptr is not None:  # asked for before the product, which hides its latency
             keep = tl.load(key_mask_ptr + sequence * max_seqlen + start_n + offs_n, mask=keep, other=False)
         k = tl.load(k_tile_ptr + k_offs, mask=mask_kv, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
         if key_mask_ptr is not None:
             scores = tl.where(keep[None, :], scores, float("-inf"))
         elif start_n + BLOCK_N > length:
-            # A branch inside the loop keeps the last block's loads in the pipeline; a copy of the loop body wouldn't.
-            scores = tl.where(keep[None, :], scores, float("-inf"))
+            # In a branch, so that full blocks don't pay; not in a copy of the loop's body for the last block, whose
+            # loads nothing would hide. Compared anew: `keep` would be carried here from loads issued blocks ago, at
+            # twenty registers a thread.
+            scores = tl.where((start_n + offs_n < length)[None, :], scores, float("-inf"))
 
         new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2e)
         shift = new_max

@@ -71,8 +71,8 @@ _ATTENTION: dict[str, dict[tuple[int, int], Config]] = {
     "sm_90": {
         (2, 16): Config(64, 64, 0, 4, 3),
         (2, 32): Config(64, 64, 0, 4, 3),
-        (2, 64): Config(64, 64, 0, 4, 3),  # 127 registers and 56 KiB: exactly four programs an SM
-        (2, 128): Config(64, 64, 0, 4, 2),  # 232 registers, 80 KiB: two programs an SM
+        (2, 64): Config(64, 64, 0, 4, 3),  # 128 registers and 56 KiB: exactly four programs an SM
+        (2, 128): Config(64, 64, 0, 4, 2),  # 184 registers and 80 KiB: two programs an SM
         (4, 16): Config(32, 32, 0, 8, 1),
         (4, 32): Config(32, 32, 0, 8, 1),
         (4, 64): Config(32, 32, 0, 8, 1),
