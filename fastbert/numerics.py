@@ -59,6 +59,8 @@ def assert_within_policy(
 ) -> tuple[float, float]:
     """Raises AssertionError naming `what` unless `fused` is within the policy's bound; returns both errors.
 
+    A stock result that isn't finite sets no bound, and nothing passes by it.
+
     Args:
         fused: the result under test, in the working dtype.
         stock: what stock computes in the same dtype; it sets the bound.
@@ -71,6 +73,10 @@ def assert_within_policy(
     if fused.dtype != stock.dtype:
         raise AssertionError(f"{what}: fused has dtype {fused.dtype}, stock has {stock.dtype}")
     fused_error, stock_error = relative_error(fused, truth), relative_error(stock, truth)
+    if stock_error == float("inf"):
+        raise AssertionError(
+            f"{what}: stock's own result holds NaN or infinity where the truth doesn't; it sets no bound"
+        )
     limit = bound(stock_error, stock.dtype)
     if not fused_error <= limit:
         raise AssertionError(

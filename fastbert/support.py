@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 
+# The attention kernel's grid has a sequence in its last dimension, where CUDA takes no more.
+MAX_SEQUENCES = 65535
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Attention implementations known to compute plain softmax attention, the only kind the kernels stand in for.
@@ -152,10 +155,14 @@ def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
         return "an attention_mask that is not 2-D"
     if call.get("is_causal", getattr(config, "is_causal", False)):
         return "is_causal"
+    cu_seqlens = call.get("cu_seq_lens_q")
+    first = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
+    if first is not None and (first.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1) > MAX_SEQUENCES:
+        return f"more than {MAX_SEQUENCES} sequences"
     implementation = config._attn_implementation
     if implementation not in _PLAIN_ATTENTION:
         return f"attention implementation {implementation!r}"
-    infers_sequences = (implementation or "").startswith("flash") and mask is None and "cu_seq_lens_q" not in call
+    infers_sequences = (implementation or "").startswith("flash") and mask is None and cu_seqlens is None
     if infers_sequences and call.get("position_ids") is not None:
         return "flash attention that reads the sequences from position_ids"
     embeds = call.get("inputs_embeds")

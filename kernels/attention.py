@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import architecture, attention_config
+from .launch import architecture, attention_config, input_precision
 
 
 @triton.jit(do_not_specialize=["max_seqlen"])
@@ -168,7 +168,6 @@ def attention(
         batch = cu_seqlens.shape[0] - 1
 
     config = attention_config(architecture(q.device), q.dtype, head_dim)
-    ieee = q.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     attention_kernel[(triton.cdiv(max_seqlen, config.block_m), heads, batch)](
         q,
         k,
@@ -188,7 +187,7 @@ def attention(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        INPUT_PRECISION="ieee" if ieee else "tf32",
+        INPUT_PRECISION=input_precision(q.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
