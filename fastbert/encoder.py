@@ -136,6 +136,8 @@ def plan_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
         if all(reasons):
             reason = f"no layer can run fused: {reasons[0]}"
     cu_seqlens = call.get("cu_seq_lens_q")
+    if reason is None and _has_empty_sequence(model, call.get("attention_mask")):
+        reason = "a sequence without a real token, under eager attention"
     if reason is not None:
         call["plan"] = reason
         flash = (model.config._attn_implementation or "").startswith("flash")
@@ -181,6 +183,18 @@ def _shape(call: Mapping[str, Any]) -> tuple[int, int]:
     ids = call.get("input_ids")
     shape = ids.shape if ids is not None else call["inputs_embeds"].shape[:2]
     return int(shape[0]), int(shape[1])
+
+
+def _has_empty_sequence(model: Any, mask: Tensor | None) -> bool:
+    """Whether a row of the mask is all zero where that matters, at the price of a synchronisation.
+
+    Eager attention spreads such a sequence evenly over all its keys, padding too; sdpa, and the kernels, give zeros.
+    """
+    if mask is None or model.config._attn_implementation not in ("eager", None) or torch.compiler.is_compiling():
+        return False
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    return not host_integers([mask.to(torch.bool).any(1).all()])[0]
 
 
 def _stock_isolation(model: Any, cu_seqlens: Tensor, tokens: int) -> Tensor:
@@ -266,7 +280,8 @@ def _check(model: Any, call: Mapping[str, Any]) -> None:
 def _check_ids(name: str, ids: Tensor, shape: tuple[int, int], table: Tensor) -> None:
     if ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{name} has dtype {ids.dtype}; expected torch.int64 or torch.int32")
-    if ids.dim() != 2 or ids.shape[1] != shape[1] or ids.shape[0] not in (1, shape[0]):
+    sizes = (1,) * (2 - ids.dim()) + tuple(ids.shape)
+    if len(sizes) != 2 or any(size not in (1, whole) for size, whole in zip(sizes, shape, strict=True)):
         raise ValueError(f"{name} has shape {tuple(ids.shape)}; expected {shape}")
     if ids.device != table.device and table.device.type != "meta":  # accelerate moves the inputs of an offloaded model
         raise ValueError(f"{name} is on {ids.device}; expected the model's device, {table.device}")

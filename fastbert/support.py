@@ -20,8 +20,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PLAIN_ATTENTION = {None, "eager", "sdpa", "flex_attention"} | {f"flash_attention_{version}" for version in (2, 3, 4)}
 
 # Where linear layers come from that are called as they are: each maps the last dimension alone, so they are indifferent
-# to how rows are laid out.
-_ROWWISE_LINEARS = ("peft.tuners.", "bitsandbytes.", "torch.ao.", "torchao.")
+# to how rows are laid out. Not so all adapters of PEFT: some route by a mean over tokens.
+_ADAPTERS = ("adalora", "boft", "ia3", "loha", "lokr", "lora", "oft", "vera")
+_ROWWISE_LINEARS = (*(f"peft.tuners.{name}." for name in _ADAPTERS), "bitsandbytes.", "torch.ao.", "torchao.")
 
 # Where transformers' named activations come from, all of them element by element.
 _ELEMENTWISE = ("transformers.activations", "torch.nn.modules.activation")

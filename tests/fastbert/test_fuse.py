@@ -195,6 +195,34 @@ def test_a_call_not_covered_runs_stock(reason: str) -> None:
     assert fused_calls(fused) == 0
 
 
+def test_a_sequence_without_a_real_token() -> None:
+    """sdpa gives it zeros, which the kernels do, too; eager an even average, which is left to it."""
+    arguments = {"input_ids": models.ids(5, 17), "attention_mask": models.masks(5, 17)["empty"]}
+    for implementation, expected in (
+        ("sdpa", {}),
+        ("eager", {"a sequence without a real token, under eager attention": 1}),
+    ):
+        stock = models.seeded(attn_implementation=implementation)
+        fused = fastbert.fuse(copy.deepcopy(stock), padding="dense")
+        torch.testing.assert_close(last(fused, **arguments), last(stock, **arguments))
+        assert reasons(fused) == expected
+
+
+def test_ids_broadcast_as_stocks_do() -> None:
+    stock = models.seeded()
+    for padding in ("packed", "dense"):
+        fused = fastbert.fuse(copy.deepcopy(stock), padding=padding)
+        real = call()["attention_mask"].bool()
+        for name, ids in (
+            ("token_type_ids", models.ids(17, high=2)),
+            ("token_type_ids", models.ids(5, 1, high=2)),
+            ("position_ids", torch.arange(17).flip(0)[None]),
+            ("position_ids", torch.arange(17).flip(0).int()[None]),
+        ):
+            arguments = {**call(), name: ids}
+            torch.testing.assert_close(last(fused, **arguments)[real], last(stock, **arguments)[real])
+
+
 def test_gradients_run_stock_and_are_stocks(pair: tuple[Any, Any]) -> None:
     fused, stock = pair
     for model in pair:
@@ -342,6 +370,18 @@ def test_lora_adapters() -> None:
         merged = fused.merge_and_unload()
         torch.testing.assert_close(last(merged, **call()), expected)
         assert fastbert.explain(merged).encoders[0].fused_calls == {"packed": 2}
+
+
+def test_an_adapter_that_mixes_tokens_runs_its_layers_stock() -> None:
+    peft = pytest.importorskip("peft")
+    base = models.seeded(hf.BertForSequenceClassification)
+    stock = peft.get_peft_model(base, peft.LilyConfig(r=4, target_modules=["query"])).eval()
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    expected = last(stock, **call())
+    torch.testing.assert_close(last(fastbert.fuse(stock), **call()), expected)
+    assert fused_calls(stock) == 1 or reasons(stock)
 
 
 def test_sentence_transformer_and_cross_encoder(tmp_path: Path) -> None:
