@@ -136,6 +136,8 @@ def plan_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
         if all(reasons):
             reason = f"no layer can run fused: {reasons[0]}"
     cu_seqlens = call.get("cu_seq_lens_q")
+    if cu_seqlens is not None:
+        packing = flattened(cu_seqlens, _shape(call)[1], call.get("cu_seq_lens_k"))
     if reason is None and _has_empty_sequence(model, call.get("attention_mask")):
         reason = "a sequence without a real token, under eager attention"
     if reason is not None:
@@ -145,9 +147,7 @@ def plan_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
             # Stock code would let the sequences of a flattened call attend to each other.
             call["attention_mask"] = _stock_isolation(model, cu_seqlens, _shape(call)[1])
         return (), call
-    if cu_seqlens is not None:
-        packing = flattened(cu_seqlens, _shape(call)[1])
-    else:
+    if cu_seqlens is None:
         keeps_shape = any(reasons) or _is_watched(model, call)
         packing = _lay_out(model, call, labels, keeps_shape or reads_padding)
     call["plan"] = Plan(packing, tuple(map(bool, reasons)))
@@ -307,11 +307,10 @@ def _check_flattened(call: Mapping[str, Any], batch: int) -> None:
         raise ValueError(f"cu_seq_lens_q is given for a batch of {batch}; expected one row that holds all sequences")
     if call.get("attention_mask") is not None:
         raise ValueError("attention_mask is given together with cu_seq_lens_q; expected only one of the two")
-    integers = (torch.int32, torch.int64)
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.dtype not in integers:
-        raise ValueError(
-            "cu_seq_lens_q: expected a 1-D int32 tensor of where sequences start, the number of tokens last"
-        )
-    if keys is not None and keys is not cu_seqlens and keys.shape != cu_seqlens.shape:
-        shape = tuple(cu_seqlens.shape)
-        raise ValueError(f"cu_seq_lens_k has shape {tuple(keys.shape)}; expected that of cu_seq_lens_q, {shape}")
+    for name, starts in (("cu_seq_lens_q", cu_seqlens), ("cu_seq_lens_k", cu_seqlens if keys is None else keys)):
+        integer = isinstance(starts, Tensor) and starts.dtype in (torch.int32, torch.int64)
+        if not integer or starts.dim() != 1 or len(starts) < 2 or starts.shape != cu_seqlens.shape:
+            raise ValueError(
+                f"{name}: expected a 1-D int32 tensor of where each sequence starts, the number of tokens last; "
+                "the same for queries and keys"
+            )

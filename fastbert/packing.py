@@ -101,18 +101,24 @@ def pack_mask(mask: Tensor, labels: Tensor | None = None) -> Selection:
     return Selection(packing, indices, tokens, bool(starts_real), bool(at_padding))
 
 
-def flattened(cu_seqlens: Tensor, tokens: int) -> Packing:
+def flattened(cu_seqlens: Tensor, tokens: int, keys: Tensor | None = None) -> Packing:
     """The layout of a flattened call, where sequences lie end to end in one row already.
 
     Args:
         cu_seqlens: (B + 1,) integer, where each sequence starts, from 0 to `tokens`.
         tokens: T, the tokens of all sequences.
+        keys: the same for the keys, (B + 1,); None: as the queries.
 
     Raises:
-        ValueError: cu_seqlens does not run from 0 to `tokens` without descending.
+        ValueError: cu_seqlens does not run from 0 to `tokens` without descending, or `keys` differs from it.
     """
     lengths = cu_seqlens.diff()
-    first, last, shortest, longest = host_integers([cu_seqlens[0], cu_seqlens[-1], lengths.min(), lengths.max()])
+    differs = cu_seqlens.new_zeros(()) if keys is None else (keys != cu_seqlens).any()
+    first, last, shortest, longest, other_keys = host_integers(
+        [cu_seqlens[0], cu_seqlens[-1], lengths.min(), lengths.max(), differs]
+    )
+    if other_keys:
+        raise ValueError("cu_seq_lens_k differs from cu_seq_lens_q; expected the same, for self-attention")
     if first != 0 or last != tokens or shortest < 0:
         raise ValueError(
             f"cu_seq_lens_q runs from {first} to {last} with a smallest step of {shortest}; expected it to rise from 0 "

@@ -170,9 +170,10 @@ def test_sdist_builds_the_same_wheel(checkout: Path, tmp_path: Path) -> None:
 
 def test_editable_install_imports(checkout: Path, tmp_path: Path) -> None:
     site = unpack(build("build_editable", checkout, tmp_path / "editable"), tmp_path / "site")
-    # -S leaves out the .pth files of the environment this runs in, which may hold an editable install of its own.
+    # -S leaves out the .pth files of the environment this runs in, which may hold an editable install of its own; first
+    # on the path, the finder of the one under test comes before that one's, which has the same name.
     packages = os.pathsep.join(entry for entry in sys.path if entry and Path(entry).resolve() != ROOT)
-    code = f"import site; site.addsitedir({str(site)!r}); {IMPORTED}"
+    code = f"import site, sys; sys.path.insert(0, {str(site)!r}); site.addsitedir({str(site)!r}); {IMPORTED}"
     assert run(sys.executable, "-S", "-c", code, cwd=tmp_path, path=packages).splitlines() == found_in(checkout)
 
 

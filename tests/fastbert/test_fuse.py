@@ -479,6 +479,17 @@ BAD = {
         "cu_seq_lens_q": torch.tensor([0, 5]),
         "attention_mask": torch.ones(1, 5),
     },
+    "cu_seq_lens_q: expected a 1-D int32": {"input_ids": models.ids(1, 5), "cu_seq_lens_q": torch.tensor([5])},
+    "cu_seq_lens_k: expected a 1-D int32": {
+        "input_ids": models.ids(1, 5),
+        "cu_seq_lens_q": torch.tensor([0, 5]),
+        "cu_seq_lens_k": [0, 5],
+    },
+    "cu_seq_lens_k differs from cu_seq_lens_q": {
+        "input_ids": models.ids(1, 5),
+        "cu_seq_lens_q": torch.tensor([0, 2, 5]),
+        "cu_seq_lens_k": torch.tensor([0, 3, 5]),
+    },
     "exactly one of input_ids or inputs_embeds": {},
 }
 
