@@ -65,10 +65,11 @@ class Counts:
 
 
 class Settings:
-    """What `fuse` leaves on an encoder: the padding asked for, and the counts."""
+    """What `fuse` leaves on an encoder: padding asked for, counts, and whether a head may read padding unseen."""
 
     def __init__(self, padding: str) -> None:
         self.padding = padding
+        self.opaque_head = False
         self.counts = Counts()
 
 
@@ -103,7 +104,7 @@ class FusedEncoder(_Module):
             for name in ("attention_mask", "use_cache"):  # the one replaced here, the other the encoder's alone
                 kwargs.pop(name, None)
             stock_mask = create_bidirectional_mask(
-                config=self.config, inputs_embeds=hidden_states, attention_mask=packing.stock_mask()
+                config=self.config, inputs_embeds=hidden_states, attention_mask=packing.key_mask
             )
         for layer, stock in zip(self.layer, plan.stock_layers, strict=True):
             if stock:
@@ -138,6 +139,8 @@ def plan_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     cu_seqlens = call.get("cu_seq_lens_q")
     if cu_seqlens is not None:
         packing = flattened(cu_seqlens, _shape(call)[1], call.get("cu_seq_lens_k"))
+        if reason is None and any(reasons):
+            reason = "a flattened call of a model with a layer that runs stock"
     if reason is None and _has_empty_sequence(model, call.get("attention_mask")):
         reason = "a sequence without a real token, under eager attention"
     if reason is not None:
@@ -145,7 +148,7 @@ def plan_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
         flash = (model.config._attn_implementation or "").startswith("flash")
         if cu_seqlens is not None and call.get("attention_mask") is None and not flash:
             # Stock code would let the sequences of a flattened call attend to each other.
-            call["attention_mask"] = _stock_isolation(model, cu_seqlens, _shape(call)[1])
+            call["attention_mask"] = _stock_isolation(model, cu_seqlens, _shape(call)[1], reason)
         return (), call
     if cu_seqlens is None:
         keeps_shape = any(reasons) or _is_watched(model, call)
@@ -197,10 +200,16 @@ def _has_empty_sequence(model: Any, mask: Tensor | None) -> bool:
     return not host_integers([mask.to(torch.bool).any(1).all()])[0]
 
 
-def _stock_isolation(model: Any, cu_seqlens: Tensor, tokens: int) -> Tensor:
+def _stock_isolation(model: Any, cu_seqlens: Tensor, tokens: int, reason: str) -> Tensor:
     mask = isolating_mask(cu_seqlens, tokens)
-    if model.config._attn_implementation == "sdpa":
+    implementation = model.config._attn_implementation
+    if implementation == "sdpa":
         return mask
+    if implementation not in ("eager", None):
+        raise ValueError(
+            f"cu_seq_lens_q is given, the call runs stock ({reason}), and attention implementation {implementation!r} "
+            "would not keep its sequences apart; expected 'sdpa', 'eager' or a flash attention"
+        )
     dtype = next(model.parameters()).dtype
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
@@ -223,6 +232,7 @@ def _lay_out(model: Any, call: dict[str, Any], labels: Tensor | None, dense: boo
     mask = mask.to(torch.bool)
     dense = dense or padding == "dense" or torch.compiler.is_compiling()
     dense = dense or (labels is not None and labels.shape != mask.shape)  # an error the loss will name
+    dense = dense or (padding == "auto" and model.encoder.fastbert.opaque_head) or type(mask) is not Tensor
     if dense or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
         return Packing(batch, seqlen, seqlen, key_mask=mask)
     selection = pack_mask(mask, labels)
@@ -239,7 +249,7 @@ def _lay_out(model: Any, call: dict[str, Any], labels: Tensor | None, dense: boo
     if call.get("inputs_embeds") is not None:
         call["inputs_embeds"] = ops.pack(call["inputs_embeds"].flatten(0, 1), indices)[None]
     if call.get("position_ids") is None:
-        call["position_ids"] = (indices % seqlen)[None]
+        call["position_ids"] = model.embeddings.position_ids[0, indices % seqlen][None]
     return selection.packing
 
 
@@ -249,6 +259,8 @@ def _check(model: Any, call: Mapping[str, Any]) -> None:
     ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
     given = "input_ids" if ids is not None else "inputs_embeds"
     values = call[given]
+    if not isinstance(values, Tensor):
+        raise ValueError(f"{given} is a {type(values).__name__}; expected a torch.Tensor")
     if values.dim() != (2 if ids is not None else 3):
         expected = "(batch, tokens)" if ids is not None else "(batch, tokens, hidden)"
         raise ValueError(f"{given} has shape {tuple(values.shape)}; expected {expected}")
@@ -263,21 +275,22 @@ def _check(model: Any, call: Mapping[str, Any]) -> None:
         ("token_type_ids", tables.token_type_embeddings),
         ("position_ids", tables.position_embeddings),
     ):
-        if call.get(name) is not None:
-            _check_ids(name, call[name], (batch, seqlen), table.weight)
+        weight = getattr(table, "weight", None)
+        if call.get(name) is not None and isinstance(weight, Tensor):  # a quantized table has a method of that name
+            _check_ids(name, call[name], (batch, seqlen), weight)
     if call.get("past_key_values") is not None:
         return  # a cache changes which lengths are right
-    if call.get("position_ids") is None and seqlen > config.max_position_embeddings:
-        raise ValueError(
-            f"{given} has {seqlen} tokens a sequence; expected at most max_position_embeddings, "
-            f"{config.max_position_embeddings}"
-        )
+    longest = model.embeddings.position_ids.shape[1]
+    if call.get("position_ids") is None and seqlen > longest:
+        raise ValueError(f"{given} has {seqlen} tokens a sequence; expected at most max_position_embeddings, {longest}")
     _check_mask(call.get("attention_mask"), (batch, seqlen))
     if call.get("cu_seq_lens_q") is not None:
         _check_flattened(call, batch)
 
 
 def _check_ids(name: str, ids: Tensor, shape: tuple[int, int], table: Tensor) -> None:
+    if not isinstance(ids, Tensor):
+        raise ValueError(f"{name} is a {type(ids).__name__}; expected a torch.Tensor")
     if ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{name} has dtype {ids.dtype}; expected torch.int64 or torch.int32")
     sizes = (1,) * (2 - ids.dim()) + tuple(ids.shape)
@@ -286,7 +299,7 @@ def _check_ids(name: str, ids: Tensor, shape: tuple[int, int], table: Tensor) ->
     if ids.device != table.device and table.device.type != "meta":  # accelerate moves the inputs of an offloaded model
         raise ValueError(f"{name} is on {ids.device}; expected the model's device, {table.device}")
     # On a GPU looking would cost a synchronisation; there the embedding kernel asserts it.
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+    if ids.device.type == "cpu" and type(ids) is Tensor and not torch.compiler.is_compiling():
         low, high = host_integers([ids.min(), ids.max()])
         if low < 0 or high >= table.shape[0]:
             raise ValueError(f"{name} holds values from {low} to {high}; expected 0 to {table.shape[0] - 1}")

@@ -55,7 +55,8 @@ def fuse(model: Model, *, padding: str = "auto") -> Model:
         padding: "packed" computes real tokens only, and returns zeros at padding, at the price of one host
             synchronisation a forward; "dense" computes every row, exactly as stock does, with none; "auto" packs,
             except where the model itself reads padding (a pooler over a masked first position, a loss taken over
-            padding). Calls whose hidden states are asked for or watched by hooks are dense under any of them.
+            padding). Calls whose hidden states are asked for or watched by hooks are dense under any of them. What
+            stands outside `model` is not seen: fuse the whole model, not the encoder of one.
 
     Returns:
         The same object.
@@ -82,7 +83,10 @@ def fuse(model: Model, *, padding: str = "auto") -> Model:
         for family in _families():
             for head, hook in family.HEADS.items():
                 if isinstance(module, head) and id(module.base_model) in fused:
-                    _add_hook(module, hook)
+                    if hook is None or type(module).forward is not head.forward:  # would it hand the argument on?
+                        module.base_model.encoder.fastbert.opaque_head = True
+                    else:
+                        _add_hook(module, hook)
     return model
 
 

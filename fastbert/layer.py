@@ -132,8 +132,8 @@ class FusedEmbeddings(_Module):
         shape = input_ids.shape
         if position_ids is None:
             position_ids = self.position_ids[:, : shape[1]]
-        if token_type_ids is None:
-            token_type_ids = input_ids.new_zeros(()).expand(shape)
+        if token_type_ids is None:  # as stock: from a buffer, by position
+            token_type_ids = self.token_type_ids.expand(position_ids.shape[0], -1).gather(1, position_ids.long())
         norm = self.LayerNorm
         rows = ops.embedding_layer_norm(
             input_ids.flatten(),

@@ -41,17 +41,6 @@ class Packing(NamedTuple):
         rows = ops.unpack(hidden_states.flatten(0, 1), self.inverse)
         return rows.view(self.batch, self.seqlen, -1)
 
-    def stock_mask(self) -> Tensor | None:
-        """What tells stock code the same as this layout: a (B, S) bool mask, a (1, 1, T, T) one, or None.
-
-        The 4-D one isolates the sequences of a flattened call.
-        """
-        if self.cu_seqlens is None:
-            return self.key_mask
-        if self.inverse is not None:
-            return (self.inverse >= 0).view(self.batch, self.seqlen)
-        return isolating_mask(self.cu_seqlens, self.seqlen)
-
 
 class Selection(NamedTuple):
     """What `pack_mask` found: the packed layout, and what decides whether it may be used."""

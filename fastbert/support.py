@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as module_globals
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # The attention kernel's grid has a sequence in its last dimension, where CUDA takes no more.
 MAX_SEQUENCES = 65535
@@ -22,10 +24,10 @@ _PLAIN_ATTENTION = {None, "eager", "sdpa", "flex_attention"} | {f"flash_attentio
 # Where linear layers come from that are called as they are: each maps the last dimension alone, so they are indifferent
 # to how rows are laid out. Not so all adapters of PEFT: some route by a mean over tokens.
 _ADAPTERS = ("adalora", "boft", "ia3", "loha", "lokr", "lora", "oft", "vera")
-_ROWWISE_LINEARS = (*(f"peft.tuners.{name}." for name in _ADAPTERS), "bitsandbytes.", "torch.ao.", "torchao.")
+_ROWWISE_LINEARS = {f"peft.tuners.{name}.layer" for name in _ADAPTERS}
 
-# Where transformers' named activations come from, all of them element by element.
-_ELEMENTWISE = ("transformers.activations", "torch.nn.modules.activation")
+# torch's activations that work element by element, as all of transformers' own do.
+_ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Tanh, nn.Sigmoid)
 
 
 @functools.cache
@@ -53,6 +55,15 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return True
 
 
+def _is_rowwise(linear: Any) -> bool:
+    """Whether `linear` is an adapter around a plain linear layer, unwatched, that treats every row by itself."""
+    if type(linear).__module__ not in _ROWWISE_LINEARS or not isinstance(
+        getattr(linear, "base_layer", None), nn.Linear
+    ):
+        return False
+    return is_plain(linear.base_layer, nn.Linear) and not any(is_hooked(module) for module in linear.modules())
+
+
 def model_is_unsupported(model: Any, family: Any) -> str | None:
     """Why no call of `model`, a base model of `family` (a module of `fastbert.models`), can run fused."""
     config = model.config
@@ -72,8 +83,12 @@ def model_is_unsupported(model: Any, family: Any) -> str | None:
 
 def layer_is_unsupported(layer: Any) -> str | None:
     """Why a layer runs its stock code: a submodule that is replaced or watched, or parameters of mixed kinds."""
+    if not hasattr(type(layer), "parts"):
+        return f"it is a {type(layer).__name__} of one's own"
     if layer.training:
         return "training mode"
+    if "feed_forward_chunk" in layer.__dict__:
+        return "its feed_forward_chunk has been replaced"
     if "forward" in layer.__dict__:
         return "its forward has been replaced (accelerate does so to offload or to spread a model over devices)"
     for name, module, kind in layer.parts():
@@ -81,17 +96,20 @@ def layer_is_unsupported(layer: Any) -> str | None:
             return f"{name} is a {type(module).__name__}"
         if is_hooked(module):
             return f"{name} has hooks"
+        if module.__dict__["training"]:
+            return f"{name} is in training mode"
+        if module.__dict__.get("is_causal"):
+            return f"{name} is causal"
     activation = layer.activation()
-    if not type(activation).__module__.startswith(_ELEMENTWISE) or is_hooked(activation):
+    own = type(activation) not in _ELEMENTWISE and type(activation).__module__ != "transformers.activations"
+    if own or is_hooked(activation):
         return f"the activation is a {type(activation).__name__} of one's own, or has hooks"
     weights: list[Tensor] = []
     for name, linear in layer.linears():
         if is_plain(linear, nn.Linear):
             weights += [p for p in linear._parameters.values() if p is not None]
-        elif is_hooked(linear):
-            return f"{name} has hooks"
-        elif not type(linear).__module__.startswith(_ROWWISE_LINEARS):
-            return f"{name} is a {type(linear).__name__}"
+        elif not _is_rowwise(linear):
+            return f"{name} is a {type(linear).__name__}" + (" with hooks" if is_hooked(linear) else "")
     for name, norm in layer.norms():
         if not is_plain(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
             return f"{name} is not a plain nn.LayerNorm with weight and bias"
@@ -106,8 +124,10 @@ def layer_is_unsupported(layer: Any) -> str | None:
 def embeddings_are_unsupported(embeddings: Any) -> str | None:
     """Why an embeddings module runs its stock code."""
     tables = (embeddings.word_embeddings, embeddings.token_type_embeddings, embeddings.position_embeddings)
-    if embeddings.training:
+    if embeddings.training or embeddings.dropout.training:
         return "training mode"
+    if type(embeddings.dropout) is not nn.Dropout or is_hooked(embeddings.dropout):
+        return "its dropout is replaced or hooked"
     if any(not is_plain(table, nn.Embedding) or table.max_norm is not None for table in tables):
         return "an embedding table is replaced, hooked or renormalised"
     if not is_plain(embeddings.LayerNorm, nn.LayerNorm) or embeddings.LayerNorm.bias is None:
@@ -127,6 +147,8 @@ def needs_stock(parameters: Iterator[Tensor], sample: Tensor) -> str | None:
     """
     if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
         return "a forward that needs gradients (training is not fused yet; use torch.inference_mode())"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
     device = sample.device.type
     if torch.is_autocast_enabled(device):
         return "torch.autocast"
@@ -146,6 +168,8 @@ def needs_stock(parameters: Iterator[Tensor], sample: Tensor) -> str | None:
 def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
     """Why this call of a base model, with these arguments by name, runs stock."""
     config = model.config
+    if config.is_decoder or config.add_cross_attention:
+        return "it is a decoder (config.is_decoder or config.add_cross_attention)"
     if call.get("output_attentions", getattr(config, "output_attentions", False)):
         return "output_attentions"
     for name in ("past_key_values", "encoder_hidden_states", "encoder_attention_mask"):
@@ -161,7 +185,9 @@ def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
     if first is not None and (first.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1) > MAX_SEQUENCES:
         return f"more than {MAX_SEQUENCES} sequences"
     implementation = config._attn_implementation
-    if implementation not in _PLAIN_ATTENTION:
+    function = ALL_ATTENTION_FUNCTIONS.get(implementation)
+    replaced = function is not None and not function.__module__.startswith("transformers.")
+    if implementation not in _PLAIN_ATTENTION or replaced:
         return f"attention implementation {implementation!r}"
     infers_sequences = (implementation or "").startswith("flash") and mask is None and cu_seqlens is None
     if infers_sequences and call.get("position_ids") is not None:
@@ -177,6 +203,8 @@ def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
         return f"mixed dtypes: {', '.join(sorted(map(str, dtypes)))}"
     if reason := needs_stock(model.parameters(), parameter):
         return reason
+    if torch.is_grad_enabled() and any(is_hooked(module) for module in model.embeddings.modules()):
+        return "a forward that may need gradients (hooks on the embeddings)"
     if model.training or model.encoder.training:
         return "training mode"
     if is_hooked(model.encoder):

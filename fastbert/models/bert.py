@@ -44,9 +44,12 @@ class BertLayer(FusedLayer, hf.BertLayer):
         return (
             ("attention", attention, hf.BertAttention),
             ("attention.self", child(attention, "self"), hf.BertSelfAttention),
+            ("attention.self.dropout", child(attention, "self", "dropout"), nn.Dropout),
             ("attention.output", child(attention, "output"), hf.BertSelfOutput),
+            ("attention.output.dropout", child(attention, "output", "dropout"), nn.Dropout),
             ("intermediate", child(self, "intermediate"), hf.BertIntermediate),
             ("output", child(self, "output"), hf.BertOutput),
+            ("output.dropout", child(self, "output", "dropout"), nn.Dropout),
         )
 
 
@@ -64,7 +67,7 @@ class BertModel(FusedModel, hf.BertModel):
 
 
 # What `fastbert.fuse` asks of a family: the base model it looks for and its encoder, which class takes the place of
-# which, and the hook of every head whose loss is taken over tokens.
+# which, and the hook of every head whose loss is taken over tokens; None: what its loss reads can't be told on.
 BASE = hf.BertModel
 ENCODER = hf.BertEncoder
 CLASSES = {
@@ -77,7 +80,7 @@ HEADS = {
     hf.BertForPreTraining: plan_label_call,
     hf.BertForMaskedLM: plan_label_call,
     hf.BertForTokenClassification: plan_label_call,
-    hf.BertLMHeadModel: plan_span_call,
+    hf.BertLMHeadModel: None,
     hf.BertForQuestionAnswering: plan_span_call,
 }
 

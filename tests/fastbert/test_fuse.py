@@ -195,6 +195,152 @@ def test_a_call_not_covered_runs_stock(reason: str) -> None:
     assert fused_calls(fused) == 0
 
 
+def shift_positions(model: Any) -> None:
+    model.embeddings.position_ids.copy_((torch.arange(160)[None] + 2) % 160)
+
+
+def other_types(model: Any) -> None:
+    model.embeddings.token_type_ids.fill_(1)
+
+
+def halve_dropout(model: Any) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.register_forward_hook(lambda module, args, out: out * 0.5)
+
+
+def replace_dropout(model: Any) -> None:
+    model.encoder.layer[0].output.dropout = nn.Tanh()
+    model.embeddings.dropout = nn.Tanh()
+
+
+def make_causal(model: Any) -> None:
+    for layer in model.encoder.layer:
+        layer.attention.self.is_causal = True
+
+
+def decode(model: Any) -> None:
+    model.config.is_decoder = True
+    make_causal(model)
+
+
+def mix_tokens(model: Any) -> None:
+    model.encoder.layer[0].intermediate.intermediate_act_fn = nn.Softmax(dim=1)
+
+
+def skip_feed_forward(model: Any) -> None:
+    model.encoder.layer[0].feed_forward_chunk = lambda x: x
+
+
+def quantize(model: Any) -> None:
+    torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, inplace=True)
+
+
+def own_layer(model: Any) -> None:
+    model.encoder.layer.append(models.seeded(hf.BertModel, seed=7).encoder.layer[0])
+
+
+def own_words(model: Any) -> None:
+    torch.manual_seed(0)
+    model.embeddings.word_embeddings = nn.Sequential(nn.Embedding(models.VOCABULARY, 16), nn.Linear(16, 128))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("arguments", [{}, call()], ids=["no mask", "mask"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        shift_positions,
+        other_types,
+        halve_dropout,
+        replace_dropout,
+        make_causal,
+        decode,
+        mix_tokens,
+        skip_feed_forward,
+        quantize,
+        own_layer,
+        own_words,
+    ],
+)
+def test_changes_to_a_fused_model_are_honoured(change: Any, arguments: dict[str, Any]) -> None:
+    """Whatever is done to the parts of a model after fuse, it answers as a stock model does after the same."""
+    stock = models.seeded()
+    fused = fastbert.fuse(copy.deepcopy(stock), padding="packed")
+    unchanged = last(stock, **{**call(), **arguments})
+    for model in (stock, fused):
+        with torch.no_grad():
+            change(model)
+    real = call()["attention_mask"].bool() if arguments else torch.ones(5, 17, dtype=torch.bool)
+    inputs = {"input_ids": call()["input_ids"], **arguments}
+    expected = last(stock, **inputs)
+    torch.testing.assert_close(last(fused, **inputs)[real], expected[real])
+    if change is not make_causal or not arguments:  # sdpa is causal only without a mask
+        assert not torch.allclose(expected[real], unchanged[real], rtol=1e-3, atol=1e-3) or not arguments
+
+
+def test_dropout_alone_in_training_mode_drops() -> None:
+    model = fastbert.fuse(models.seeded())
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
+    assert not torch.equal(last(model, **call()), last(model, **call()))
+
+
+def test_forward_mode_derivatives_are_stocks() -> None:
+    stock = models.seeded(attn_implementation="eager").requires_grad_(False)
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    embeds = torch.randn(1, 5, 128)
+    tangents = [
+        torch.func.jvp(lambda e, m=m: m(inputs_embeds=e).last_hidden_state, (embeds,), (embeds,))[1]
+        for m in (fused, stock)
+    ]
+    assert tangents[1].abs().max() > 0.01
+    torch.testing.assert_close(*tangents)
+
+
+def test_gradients_through_a_hook_on_frozen_embeddings() -> None:
+    model = fastbert.fuse(models.seeded().requires_grad_(False))
+    model.enable_input_require_grads()
+    assert model(**call())[0].requires_grad
+
+
+def test_a_flattened_call_with_a_stock_layer_isolates_sequences() -> None:
+    for implementation in ("eager", "sdpa"):
+        fused = fastbert.fuse(models.seeded(attn_implementation=implementation))
+        expected = last(fused, **models.ragged([5, 3, 9]))
+        fused.encoder.layer[0].attention.register_forward_hook(lambda *args: None)
+        torch.testing.assert_close(last(fused, **models.ragged([5, 3, 9])), expected)
+    fused.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match="'flex_attention' would not keep its sequences apart"):
+        last(fused, **models.ragged([5, 3, 9]))
+
+
+class Strict(hf.BertForTokenClassification):
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None) -> Any:  # type: ignore
+        return super().forward(input_ids, attention_mask, labels=labels)
+
+
+def test_a_head_with_a_forward_of_its_own_is_dense() -> None:
+    stock = models.seeded(Strict)
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    labels = models.ids(5, 17, high=30)
+    torch.testing.assert_close(last(fused, **call(), labels=labels), last(stock, **call(), labels=labels))
+    assert fastbert.explain(fused).encoders[0].fused_calls == {"dense": 1}
+
+
+def test_a_custom_loss_function() -> None:
+    model = fastbert.fuse(models.seeded(hf.BertLMHeadModel))
+    model.loss_function = lambda logits, labels, vocab_size: logits.sum()
+    assert last(model, **call(), labels=models.ids(5, 17)).dim() == 0
+
+
+def test_longer_position_tables_than_the_config_says() -> None:
+    model = fastbert.fuse(models.seeded(max_position_embeddings=200))
+    model.config.max_position_embeddings = 160
+    assert last(model, input_ids=models.ids(1, 200)).shape == (1, 200, 128)
+
+
 def test_a_sequence_without_a_real_token() -> None:
     """sdpa gives it zeros, which the kernels do, too; eager an even average, which is left to it."""
     arguments = {"input_ids": models.ids(5, 17), "attention_mask": models.masks(5, 17)["empty"]}
@@ -490,6 +636,8 @@ BAD = {
         "cu_seq_lens_q": torch.tensor([0, 2, 5]),
         "cu_seq_lens_k": torch.tensor([0, 3, 5]),
     },
+    "input_ids is a list; expected a torch.Tensor": {"input_ids": [[1, 2]]},
+    "position_ids is a list; expected a torch.Tensor": {"input_ids": models.ids(1, 2), "position_ids": [0, 1]},
     "exactly one of input_ids or inputs_embeds": {},
 }
 

@@ -24,7 +24,6 @@ def test_pack_mask_agrees_with_boolean_indexing(kind: str, shape: tuple[int, int
     assert labels_padding is False
     restored = layout.unpack(hidden[mask][None])
     assert torch.equal(restored, hidden * mask[..., None])
-    assert torch.equal(layout.stock_mask(), mask)
 
 
 def test_labels_at_padding_are_found() -> None:
@@ -40,7 +39,7 @@ def test_flattened() -> None:
     hidden = torch.randn(1, 8, 2)
     assert layout.unpack(hidden) is hidden
     same = torch.tensor([0, 0, 0, 2, 2, 2, 2, 2])
-    assert torch.equal(layout.stock_mask()[0, 0], same[:, None] == same)
+    assert torch.equal(packing.isolating_mask(layout.cu_seqlens, 8)[0, 0], same[:, None] == same)
 
 
 @pytest.mark.parametrize("starts", [[0, 3], [1, 8], [0, 5, 4, 8], [0, 9]])
