@@ -134,7 +134,8 @@ def main() -> int:
             print(bench.line(record), flush=True)
             statuses.append(record["status"])
     print(
-        "x stock: times stock's speed. ideal: padded tokens / real tokens. MiB: memory of a forward beyond the weights."
+        "x stock: times stock's speed. ideal: padded tokens / real tokens. MiB: memory beyond the weights.\n"
+        "floor: share of the speed that matrix products, as measured in this run, would allow."
     )
 
     good = same and all(report.ok for report in reports) and set(statuses) == {"ok"}

@@ -147,7 +147,7 @@ class Report:
             return f"DEPARTS from stock, first at {first.name} ({first.layout})"
         if self.not_fused:
             return "NOT VERIFIED: " + "; ".join(f"{layout} ran stock: {why}" for layout, why in self.not_fused.items())
-        return "ok: every output is as close to float64 as stock's" if self.ok else "NOT VERIFIED: nothing was compared"
+        return "ok: every output is within the numerical policy" if self.ok else "NOT VERIFIED: nothing was compared"
 
 
 @dataclass

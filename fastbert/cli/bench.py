@@ -434,14 +434,15 @@ def render(records: Iterable[dict[str, Any]]) -> str:
     for record in sorted(records, key=lambda record: record["date"]):
         latest[tuple(record[key] for key in ("device_name", "size", "dtype", "workload", "candidate"))] = record
     lines = [
-        "| device | model | dtype | workload | padded / real | run | tokens/s | x stock | of the floor | memory, MiB |",
-        "|---|---|---|---|---:|---|---:|---:|---:|---:|",
+        "| device | model | dtype | workload | padded / real | run | tokens/s | x stock | of the floor | memory, MiB | "
+        "repeats |",
+        "|---|---|---|---|---:|---|---:|---:|---:|---:|---:|",
     ]
     for record in latest.values():
         case = [record["device_name"], record["size"], record["dtype"], record["workload"]]
         figures = [f"{record['ideal_ratio']:.2f}", record["candidate"]]
         if record["median_s"] is None:
-            figures += [record["status"].split(":")[0], "", "", ""]
+            figures += [record["status"].split(":")[0], "", "", "", ""]
         else:
             ratio, memory = record["ratio_to_stock"], record["peak_memory_bytes"]
             figures += [
@@ -449,6 +450,7 @@ def render(records: Iterable[dict[str, Any]]) -> str:
                 "" if ratio is None else f"{ratio:.2f}",
                 f"{record['fraction_of_floor']:.0%}",
                 "" if memory is None else f"{memory / 2**20:,.0f}",
+                str(record["repeats"]),
             ]
         lines.append("| " + " | ".join(case + figures) + " |")
     places = {
@@ -475,11 +477,15 @@ def _report(files: Sequence[str], readme: str) -> int:
     records: list[dict[str, Any]] = []
     try:
         for file in files:
-            records += json.loads(Path(file).read_text(encoding="utf-8"))
+            found = json.loads(Path(file).read_text(encoding="utf-8"))
+            if not isinstance(found, list) or not all(isinstance(r, dict) and "fraction_of_floor" in r for r in found):
+                raise UsageError(f"--report: {file} holds no records of this command")
+            records += found
         path = Path(readme)
-        path.write_text(splice(path.read_text(encoding="utf-8"), render(records)), encoding="utf-8")
-    except (OSError, json.JSONDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         raise UsageError(str(error)) from error
+    path.write_text(splice(text, render(records)), encoding="utf-8")
     return 0
 
 
@@ -507,6 +513,13 @@ def main(arguments: argparse.Namespace) -> int:
         return _report(arguments.report, arguments.readme)
     if arguments.repeats < LEAST_REPEATS:
         raise UsageError(f"--repeats is {arguments.repeats}; expected at least {LEAST_REPEATS}")
+    if not arguments.minutes > 0:
+        raise UsageError(f"--minutes is {arguments.minutes}; expected more than 0")
+    if arguments.output is not None:
+        try:  # now, not after minutes of measuring
+            Path(arguments.output).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--output: {error}") from error
     device = default_device(arguments.device)
     names = arguments.dtype or (["float32"] if device.type == "cpu" else ["bfloat16", "float16"])
     print(f"{device_name(device)}, fused by {backend(device)}\n{HEADER}")

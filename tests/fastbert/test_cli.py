@@ -84,7 +84,7 @@ def test_verify_writes_its_report(checkpoint: Path, tmp_path: Path, capsys: pyte
     report = json.loads(file.read_text())
     assert (report["ok"], report["model"], report["dtype"]) == (True, "BertForSequenceClassification", "float32")
     assert {row["name"] for row in report["rows"]} >= {"embeddings", "layer.0", "layer.1", "pooler_output", "logits"}
-    assert "ok: every output is as close to float64 as stock's" in capsys.readouterr().out
+    assert "ok: every output is within the numerical policy" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("wrong")
@@ -268,3 +268,21 @@ def test_rates_are_those_of_the_machine() -> None:
     machine = bench.Machine(torch.device("cpu"))
     assert 1e8 < machine.bytes_per_s < 1e13
     assert 1e8 < machine.flops_per_s(torch.float32) < 1e15
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--minutes", "0"], "--minutes is 0.0; expected more than 0"),
+        (["--output", "{file}"], "--output: "),
+        (["--report", "{file}"], "holds no records of this command"),
+    ],
+)
+def test_bench_refuses_before_it_measures(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("[{}]")
+    assert main(["bench", *(argument.format(file=file) for argument in arguments)]) == 2
+    assert message in capsys.readouterr().err
+    assert file.read_text() == "[{}]"
