@@ -267,16 +267,16 @@ def test_changes_to_a_fused_model_are_honoured(change: Any, arguments: dict[str,
     """Whatever is done to the parts of a model after fuse, it answers as a stock model does after the same."""
     stock = models.seeded()
     fused = fastbert.fuse(copy.deepcopy(stock), padding="packed")
-    unchanged = last(stock, **{**call(), **arguments})
+    inputs = {"input_ids": call()["input_ids"], **arguments}
+    unchanged = last(stock, **inputs)
     for model in (stock, fused):
         with torch.no_grad():
             change(model)
     real = call()["attention_mask"].bool() if arguments else torch.ones(5, 17, dtype=torch.bool)
-    inputs = {"input_ids": call()["input_ids"], **arguments}
     expected = last(stock, **inputs)
     torch.testing.assert_close(last(fused, **inputs)[real], expected[real])
     if change is not make_causal or not arguments:  # sdpa is causal only without a mask
-        assert not torch.allclose(expected[real], unchanged[real], rtol=1e-3, atol=1e-3) or not arguments
+        assert not torch.equal(expected[real], unchanged[real])
 
 
 def test_dropout_alone_in_training_mode_drops() -> None:
@@ -459,7 +459,8 @@ def test_a_replaced_submodule_runs_its_layer_stock(where: str) -> None:
     assert list(explanation.layers) == [1]
     assert where in explanation.layers[1]
     assert explanation.fused_calls == {"dense": 1}
-    assert where in str(fastbert.explain(fused)) or torch.is_grad_enabled()
+    with torch.no_grad():
+        assert where in str(fastbert.explain(fused))
 
 
 def test_hooks_see_what_stock_shows_them() -> None:
@@ -527,7 +528,8 @@ def test_an_adapter_that_mixes_tokens_runs_its_layers_stock() -> None:
             parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     expected = last(stock, **call())
     torch.testing.assert_close(last(fastbert.fuse(stock), **call()), expected)
-    assert fused_calls(stock) == 1 or reasons(stock)
+    assert fused_calls(stock) == 0
+    assert list(reasons(stock)) == ["no layer can run fused: attention.self.query is a Linear"]
 
 
 def test_sentence_transformer_and_cross_encoder(tmp_path: Path) -> None:
