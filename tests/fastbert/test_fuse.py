@@ -279,11 +279,15 @@ def test_changes_to_a_fused_model_are_honoured(change: Any, arguments: dict[str,
         assert not torch.equal(expected[real], unchanged[real])
 
 
-def test_dropout_alone_in_training_mode_drops() -> None:
+@pytest.mark.parametrize(
+    "where",
+    ["embeddings.dropout", *(f"encoder.layer.1.{n}.dropout" for n in ("attention.self", "attention.output", "output"))],
+)
+def test_dropout_alone_in_training_mode_drops(where: str) -> None:
     model = fastbert.fuse(models.seeded())
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.train()
+    # Stock's attention asks its own training flag, the others that of their dropout.
+    name = where.removesuffix(".dropout") if where.endswith("self.dropout") else where
+    model.get_submodule(name).train()
     assert not torch.equal(last(model, **call()), last(model, **call()))
 
 
