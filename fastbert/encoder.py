@@ -79,6 +79,8 @@ class Plan(NamedTuple):
     packing: Packing
     stock_layers: tuple[bool, ...]
     """For each layer, whether it runs its stock code."""
+    seeds: Tensor | None = None
+    """(layers, 3) int64, of the dropouts of each layer, drawn from torch's generator; None where none drops."""
 
 
 class FusedEncoder(_Module):
@@ -106,11 +108,12 @@ class FusedEncoder(_Module):
             stock_mask = create_bidirectional_mask(
                 config=self.config, inputs_embeds=hidden_states, attention_mask=packing.key_mask
             )
-        for layer, stock in zip(self.layer, plan.stock_layers, strict=True):
+        seeds = (None,) * len(plan.stock_layers) if plan.seeds is None else plan.seeds.unbind(0)
+        for layer, stock, own_seeds in zip(self.layer, plan.stock_layers, seeds, strict=True):
             if stock:
                 hidden_states = layer(hidden_states, stock_mask, **kwargs)
             else:
-                hidden_states = layer(hidden_states, packing=packing)
+                hidden_states = layer(hidden_states, packing=packing, seeds=own_seeds)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=packing.unpack(hidden_states))
 
 
@@ -153,8 +156,19 @@ def plan_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     if cu_seqlens is None:
         keeps_shape = any(reasons) or _is_watched(model, call)
         packing = _lay_out(model, call, labels, keeps_shape or reads_padding)
-    call["plan"] = Plan(packing, tuple(map(bool, reasons)))
+    call["plan"] = Plan(packing, tuple(map(bool, reasons)), _draw_seeds(model.encoder.layer))
     return (), call
+
+
+def _draw_seeds(layers: Any) -> Tensor | None:
+    """Seeds for all dropouts of one forward, or None where none drops.
+
+    Drawn once, and handed to the layers as arguments: one computed again for its gradients drops the same.
+    """
+    if not any(rate for layer in layers if hasattr(layer, "dropouts") for rate in layer.dropouts()):
+        return None
+    device = next(layers.parameters()).device
+    return torch.randint(2**63 - 1, (len(layers), 3), dtype=torch.int64, device=device)
 
 
 @functools.cache
@@ -242,12 +256,13 @@ def _lay_out(model: Any, call: dict[str, Any], labels: Tensor | None, dense: boo
     exact = selection.starts_real or getattr(model, "pooler", None) is None
     if selection.tokens == 0 or not exact or (selection.labels_padding and padding == "auto"):
         return Packing(batch, seqlen, seqlen, key_mask=mask)
-    indices = selection.indices
+    indices, inverse = selection.packing.indices, selection.packing.inverse
+    assert indices is not None and inverse is not None
     for name in ("input_ids", "token_type_ids", "position_ids"):
         if call.get(name) is not None:
             call[name] = call[name].expand(batch, seqlen).flatten()[indices][None]
     if call.get("inputs_embeds") is not None:
-        call["inputs_embeds"] = ops.pack(call["inputs_embeds"].flatten(0, 1), indices)[None]
+        call["inputs_embeds"] = ops.pack(call["inputs_embeds"].flatten(0, 1), indices, inverse)[None]
     if call.get("position_ids") is None:
         call["position_ids"] = model.embeddings.position_ids[0, indices % seqlen][None]
     return selection.packing

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from . import autograd as autograd  # registers the operators' gradients
 from . import ops
 from .packing import Packing
 from .support import embeddings_are_unsupported, is_plain
@@ -68,48 +70,105 @@ class FusedLayer(_Module):
         activation: nn.Module = self.intermediate.intermediate_act_fn
         return activation
 
-    def forward(self, hidden_states: Tensor, *args: Any, packing: Packing | None = None, **kwargs: Any) -> Tensor:
-        """hidden_states (1, T, H) or (B, S, H), as `packing` lays out -> the same; stock without a `packing`."""
+    def dropouts(self) -> tuple[float, float, float]:
+        """Rates at which dropout now drops: attention probabilities, and what the two halves of the layer add."""
+        attention = child(self, "attention", "self")
+        outputs = child(self, "attention", "output", "dropout"), child(self, "output", "dropout")
+        first, second = (float(dropout.p) if dropout.training else 0.0 for dropout in outputs)
+        # As stock: the flag of the attention, the rate of its dropout.
+        return float(child(attention, "dropout").p) if attention.training else 0.0, first, second
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        packing: Packing | None = None,
+        seeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """hidden_states (1, T, H) or (B, S, H), as `packing` lays out -> the same; stock without a `packing`.
+
+        `seeds`, (3,) int64, are those of the three dropouts; None where none drops anything.
+        """
         if packing is None:
             stock: Tensor = super().forward(hidden_states, *args, **kwargs)
             return stock
         x = hidden_states.flatten(0, 1)  # [T, H]
-        context = self._attention(x, packing)
-        x = _close(child(self, "attention", "output"), context, x)
-        x = _close(child(self, "output"), self._expand(x), x)
+        if self.training or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+            x = self._train(x, packing, seeds)
+        else:
+            x = self._infer(x, packing)
         return x.view_as(hidden_states)
 
-    def _attention(self, x: Tensor, packing: Packing) -> Tensor:
+    def _infer(self, x: Tensor, packing: Packing) -> Tensor:
+        """Seven launches, nothing kept."""
+        q, k, v = self._project(x).unbind(1)  # [T, heads, head_dim]
+        scale = child(self, "attention", "self").scaling
+        context = ops.attention(q, k, v, packing.cu_seqlens, packing.key_mask, packing.max_seqlen, scale)
+        x = _close(child(self, "attention", "output"), context.flatten(1), x)
+        dense, activation = child(self, "intermediate", "dense"), self.activation()
+        approximate = _GELU.get(type(activation))
+        if approximate is None or not is_plain(dense, nn.Linear):
+            expanded = activation(_linear(dense, x))
+        else:
+            expanded = ops.linear_gelu(x, dense.weight, dense.bias, approximate)
+        return _close(child(self, "output"), expanded, x)
+
+    def _train(self, x: Tensor, packing: Packing, seeds: Tensor | None) -> Tensor:
+        """The same with dropout and gradients, and under autocast; residuals keep the dtype of x."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        rates = (0.0, 0.0, 0.0) if seeds is None else self.dropouts()
+        seed = (None, None, None) if seeds is None else seeds.unbind(0)
+
+        context, _ = ops.attention_forward(
+            self._project(x.to(dtype)),
+            packing.cu_seqlens,
+            packing.key_mask,
+            packing.max_seqlen,
+            child(self, "attention", "self").scaling,
+            rates[0],
+            seed[0],
+        )
+        output = child(self, "attention", "output")
+        norm = child(output, "LayerNorm")
+        added = _linear(child(output, "dense"), context.flatten(1))
+        x = ops.add_layer_norm(added, x, norm.weight, norm.bias, norm.eps, rates[1], seed[1])
+
+        up, activation, output = child(self, "intermediate", "dense"), self.activation(), child(self, "output")
+        down, norm = child(output, "dense"), child(output, "LayerNorm")
+        approximate = _GELU.get(type(activation))
+        if approximate is not None and is_plain(up, nn.Linear) and is_plain(down, nn.Linear):
+            added, _ = ops.feed_forward(x.to(dtype), up.weight, up.bias, down.weight, down.bias, approximate)
+        else:
+            added = _linear(down, activation(_linear(up, x.to(dtype))))
+        return ops.add_layer_norm(added, x, norm.weight, norm.bias, norm.eps, rates[2], seed[2])
+
+    def _project(self, x: Tensor) -> Tensor:
+        """x (T, H) -> queries, keys and values, (T, 3, heads, head_dim)."""
         attention = child(self, "attention", "self")
         heads, head_dim = attention.num_attention_heads, attention.attention_head_size
         projections = [child(attention, name) for name in ("query", "key", "value")]
         if all(is_plain(p, nn.Linear) for p in projections):
             query, key, value = projections
             qkv = ops.qkv_linear(x, query.weight, query.bias, key.weight, key.bias, value.weight, value.bias)
-            q, k, v = qkv.view(-1, 3, heads, head_dim).unbind(1)  # [T, heads, head_dim]
-        else:
-            q, k, v = (p(x).view(-1, heads, head_dim) for p in projections)
-        out = ops.attention(q, k, v, packing.cu_seqlens, packing.key_mask, packing.max_seqlen, attention.scaling)
-        return out.flatten(1)
+            return qkv.view(-1, 3, heads, head_dim)
+        return torch.stack([p(x) for p in projections], 1).view(-1, 3, heads, head_dim)
 
-    def _expand(self, x: Tensor) -> Tensor:
-        dense, activation = child(self, "intermediate", "dense"), self.activation()
-        approximate = _GELU.get(type(activation))
-        if not is_plain(dense, nn.Linear):
-            expanded: Tensor = activation(dense(x))
-            return expanded
-        if approximate is None:
-            return activation(ops.linear(x, dense.weight, dense.bias))
-        return ops.linear_gelu(x, dense.weight, dense.bias, approximate)
+
+def _linear(linear: Any, x: Tensor) -> Tensor:
+    """A linear layer, called where it is more than its weights (an adapter)."""
+    result: Tensor = ops.linear(x, linear.weight, linear.bias) if is_plain(linear, nn.Linear) else linear(x)
+    return result
 
 
 def _close(sublayer: Any, x: Tensor, residual: Tensor) -> Tensor:
-    """What ends both halves of a layer: projection, residual and LayerNorm."""
+    """What ends both halves of a layer in inference: projection, residual and LayerNorm."""
     dense, norm = child(sublayer, "dense"), child(sublayer, "LayerNorm")
     if is_plain(dense, nn.Linear):
         total = ops.linear_add(x, dense.weight, dense.bias, residual)
         return ops.layer_norm(total, norm.weight, norm.bias, norm.eps)
-    return ops.add_layer_norm(dense(x), residual, norm.weight, norm.bias, norm.eps)
+    return ops.add_layer_norm(dense(x), residual, norm.weight, norm.bias, norm.eps, 0.0, None)
 
 
 class FusedEmbeddings(_Module):
@@ -145,5 +204,7 @@ class FusedEmbeddings(_Module):
             norm.weight,
             norm.bias,
             norm.eps,
+            -1 if self.word_embeddings.padding_idx is None else self.word_embeddings.padding_idx,
         )
-        return rows.view(*shape, -1)
+        embeddings: Tensor = self.dropout(rows.view(*shape, -1))
+        return embeddings

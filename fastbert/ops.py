@@ -1,7 +1,8 @@
 """torch.library operators `fastbert::*` over the kernels: CUDA and ROCm tensors run Triton, CPU tensors the reference.
 
 Every operator has the signature and the result of the function of its name in `fastbert.kernels.reference`, where
-shapes and dtypes are documented. Here: schemas, backends, shapes under fake tensors, and what is refused.
+shapes and dtypes are documented. Here: schemas, backends, shapes under fake tensors, and what is refused. Gradients
+are in `fastbert.autograd`.
 """
 
 from __future__ import annotations
@@ -17,68 +18,104 @@ from torch import Tensor
 from .kernels import reference
 
 _QKV = "Tensor q_weight, Tensor? q_bias, Tensor k_weight, Tensor? k_bias, Tensor v_weight, Tensor? v_bias"
+_SEQUENCES = "Tensor? cu_seqlens, Tensor? key_mask, SymInt max_seqlen, float scale"
+_DROPOUT = "float dropout, Tensor? seed"
+_IDS = "Tensor input_ids, Tensor token_type_ids, Tensor position_ids"
 _TABLES = "Tensor word, Tensor token_type, Tensor position"
 
 # name: (module of the kernel, schema)
 _OPERATORS = {
-    "linear": ("linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor"),
+    # Inference, where nothing needs a gradient.
     "linear_gelu": ("linear", "(Tensor x, Tensor weight, Tensor? bias, str approximate) -> Tensor"),
     "linear_add": ("linear", "(Tensor x, Tensor weight, Tensor? bias, Tensor residual) -> Tensor"),
-    "qkv_linear": ("linear", f"(Tensor x, {_QKV}) -> Tensor"),
-    "attention": (
-        "attention",
-        "(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, Tensor? key_mask, SymInt max_seqlen, float scale) "
-        "-> Tensor",
-    ),
+    "attention": ("attention", f"(Tensor q, Tensor k, Tensor v, {_SEQUENCES}) -> Tensor"),
     "layer_norm": ("layer_norm", "(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor"),
-    "add_layer_norm": ("layer_norm", "(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> Tensor"),
+    # Inference and training.
+    "linear": ("linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor"),
+    "qkv_linear": ("linear", f"(Tensor x, {_QKV}) -> Tensor"),
+    "add_layer_norm": (
+        "layer_norm",
+        f"(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, {_DROPOUT}) -> Tensor",
+    ),
     "embedding_layer_norm": (
         "embedding",
-        f"(Tensor input_ids, Tensor token_type_ids, Tensor position_ids, {_TABLES}, "
-        "Tensor weight, Tensor bias, float eps) -> Tensor",
+        f"({_IDS}, {_TABLES}, Tensor weight, Tensor bias, float eps, int padding_idx) -> Tensor",
     ),
-    "pack": ("padding", "(Tensor x, Tensor indices) -> Tensor"),
-    "unpack": ("padding", "(Tensor x, Tensor inverse) -> Tensor"),
+    "pack": ("padding", "(Tensor x, Tensor indices, Tensor inverse) -> Tensor"),
+    "unpack": ("padding", "(Tensor x, Tensor indices, Tensor inverse) -> Tensor"),
+    # Training.
+    "feed_forward": (
+        "linear",
+        "(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, str approximate) -> (Tensor, Tensor)",
+    ),
+    "linear_gelu_backward": (
+        "linear",
+        "(Tensor grad, Tensor weight, Tensor pre, str approximate) -> (Tensor, Tensor)",
+    ),
+    "attention_forward": ("attention", f"(Tensor qkv, {_SEQUENCES}, {_DROPOUT}) -> (Tensor, Tensor)"),
+    "attention_backward": (
+        "attention",
+        f"(Tensor grad, Tensor qkv, Tensor out, Tensor lse, {_SEQUENCES}, {_DROPOUT}) -> Tensor",
+    ),
+    "add_layer_norm_backward": (
+        "layer_norm",
+        f"(Tensor grad, Tensor x, Tensor residual, Tensor weight, float eps, {_DROPOUT}) "
+        "-> (Tensor, Tensor, Tensor, Tensor)",
+    ),
+    "embedding_layer_norm_backward": (
+        "embedding",
+        f"(Tensor grad, {_IDS}, {_TABLES}, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+    ),
+    "linear_cross_entropy": (
+        "cross_entropy",
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor labels) -> (Tensor, Tensor)",
+    ),
+    "linear_cross_entropy_backward": (
+        "cross_entropy",
+        "(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor labels, Tensor lse) -> (Tensor, Tensor, Tensor)",
+    ),
 }
 
 _LIBRARY = torch.library.Library("fastbert", "DEF")
 
 
 @functools.cache
-def _kernel(name: str) -> Callable[..., Tensor]:
+def _kernel(name: str) -> Callable[..., Any]:
     """The Triton launcher of an operator; imported at its first call, so that fastbert imports without triton."""
-    kernel: Callable[..., Tensor] = getattr(
-        importlib.import_module(f".kernels.{_OPERATORS[name][0]}", __package__), name
-    )
+    kernel: Callable[..., Any] = getattr(importlib.import_module(f".kernels.{_OPERATORS[name][0]}", __package__), name)
     return kernel
 
 
 def _refuse_gradients(name: str, args: Sequence[Any]) -> None:
     if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        what = "second derivatives are not implemented" if name.endswith("_backward") else "it is for inference"
         raise NotImplementedError(
-            f"fastbert::{name} has no backward yet; call it under torch.no_grad() or torch.inference_mode()"
+            f"fastbert::{name} can't be differentiated: {what}; fastbert.unfuse(model) runs the stock code"
         )
 
 
-CPU_BACKEND: dict[str, Callable[..., Tensor]] = {name: getattr(reference, name) for name in _OPERATORS}
+CPU_BACKEND: dict[str, Callable[..., Any]] = {name: getattr(reference, name) for name in _OPERATORS}
 """What runs on CPU tensors, by operator. Tests put the Triton kernels here, to run models through the interpreter."""
 
 
-def _on_cpu(name: str) -> Callable[..., Tensor]:
-    def run(*args: Any) -> Tensor:
+def _on_cpu(name: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
         _refuse_gradients(name, args)
+        if torch.is_autocast_enabled("cpu"):  # dtypes have been chosen by now
+            with torch.autocast("cpu", enabled=False):
+                return CPU_BACKEND[name](*args)
         return CPU_BACKEND[name](*args)
 
     return run
 
 
-def _on_cuda(name: str) -> Callable[..., Tensor]:
-    def run(*args: Any) -> Tensor:
+def _on_cuda(name: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
         _refuse_gradients(name, args)
         device = args[0].device
-        if device.index == torch.cuda.current_device():
+        if device.index == torch.cuda.current_device() and not torch.is_autocast_enabled("cuda"):
             return _kernel(name)(*args)
-        with torch.cuda.device(device):
+        with torch.cuda.device(device), torch.autocast("cuda", enabled=False):
             return _kernel(name)(*args)
 
     return run
@@ -88,17 +125,49 @@ def _like(x: Tensor, *shape: Any) -> Tensor:
     return x.new_empty(shape)
 
 
-_SHAPES: dict[str, Callable[..., Tensor]] = {
+def _wide(x: Tensor, *shape: Any) -> Tensor:
+    return x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _add_layer_norm_gradients(grad: Tensor, x: Tensor, residual: Tensor, weight: Tensor, *rest: Any) -> Any:
+    dropout = rest[1]
+    dx = _like(x, 0) if not dropout and x.dtype == residual.dtype else _like(x, *x.shape)
+    return dx, _like(residual, *x.shape), _like(weight, *weight.shape), _like(weight, *weight.shape)
+
+
+_SHAPES: dict[str, Callable[..., Any]] = {
     "linear": lambda x, weight, bias: _like(x, x.shape[0], weight.shape[0]),
     "linear_gelu": lambda x, weight, bias, approximate: _like(x, x.shape[0], weight.shape[0]),
     "linear_add": lambda x, weight, bias, residual: _like(x, x.shape[0], weight.shape[0]),
     "qkv_linear": lambda x, q_weight, *rest: _like(x, x.shape[0], 3 * q_weight.shape[0]),
+    "feed_forward": lambda x, weight1, bias1, weight2, *rest: (
+        _like(x, x.shape[0], weight2.shape[0]),
+        _like(x, x.shape[0], weight1.shape[0]),
+    ),
+    "linear_gelu_backward": lambda grad, weight, pre, approximate: (_like(pre, *pre.shape), _like(pre, *pre.shape)),
     "attention": lambda q, *rest: _like(q, *q.shape),
+    "attention_forward": lambda qkv, *rest: (
+        _like(qkv, qkv.shape[0], *qkv.shape[2:]),
+        _wide(qkv, qkv.shape[2], qkv.shape[0]),
+    ),
+    "attention_backward": lambda grad, qkv, *rest: _like(qkv, *qkv.shape),
     "layer_norm": lambda x, *rest: _like(x, *x.shape),
-    "add_layer_norm": lambda x, *rest: _like(x, *x.shape),
+    "add_layer_norm": lambda x, residual, *rest: _like(residual, *x.shape),
+    "add_layer_norm_backward": _add_layer_norm_gradients,
     "embedding_layer_norm": lambda ids, types, positions, word, *rest: _like(word, ids.shape[0], word.shape[1]),
-    "pack": lambda x, indices: _like(x, indices.shape[0], x.shape[1]),
-    "unpack": lambda x, inverse: _like(x, inverse.shape[0], x.shape[1]),
+    "embedding_layer_norm_backward": lambda grad, ids, types, positions, word, token_type, position, weight, eps: (
+        _like(word, ids.shape[0], word.shape[1]),
+        _like(weight, *weight.shape),
+        _like(weight, *weight.shape),
+    ),
+    "linear_cross_entropy": lambda x, *rest: (_wide(x, x.shape[0]), _wide(x, x.shape[0])),
+    "linear_cross_entropy_backward": lambda grad, x, weight, bias, labels, lse: (
+        _like(x, *x.shape),
+        _like(weight, *weight.shape),
+        _like(lse, 0) if bias is None else _like(bias, *bias.shape),
+    ),
+    "pack": lambda x, indices, inverse: _like(x, indices.shape[0], x.shape[1]),
+    "unpack": lambda x, indices, inverse: _like(x, inverse.shape[0], x.shape[1]),
 }
 
 for _name, (_module, _schema) in _OPERATORS.items():
@@ -110,10 +179,24 @@ for _name, (_module, _schema) in _OPERATORS.items():
 linear: Callable[..., Tensor] = torch.ops.fastbert.linear.default
 linear_gelu: Callable[..., Tensor] = torch.ops.fastbert.linear_gelu.default
 linear_add: Callable[..., Tensor] = torch.ops.fastbert.linear_add.default
+linear_gelu_backward: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fastbert.linear_gelu_backward.default
 qkv_linear: Callable[..., Tensor] = torch.ops.fastbert.qkv_linear.default
+feed_forward: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fastbert.feed_forward.default
 attention: Callable[..., Tensor] = torch.ops.fastbert.attention.default
+attention_forward: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fastbert.attention_forward.default
+attention_backward: Callable[..., Tensor] = torch.ops.fastbert.attention_backward.default
 layer_norm: Callable[..., Tensor] = torch.ops.fastbert.layer_norm.default
 add_layer_norm: Callable[..., Tensor] = torch.ops.fastbert.add_layer_norm.default
+add_layer_norm_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = (
+    torch.ops.fastbert.add_layer_norm_backward.default
+)
 embedding_layer_norm: Callable[..., Tensor] = torch.ops.fastbert.embedding_layer_norm.default
+embedding_layer_norm_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = (
+    torch.ops.fastbert.embedding_layer_norm_backward.default
+)
+linear_cross_entropy: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fastbert.linear_cross_entropy.default
+linear_cross_entropy_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = (
+    torch.ops.fastbert.linear_cross_entropy_backward.default
+)
 pack: Callable[..., Tensor] = torch.ops.fastbert.pack.default
 unpack: Callable[..., Tensor] = torch.ops.fastbert.unpack.default

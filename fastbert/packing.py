@@ -31,14 +31,16 @@ class Packing(NamedTuple):
     """(B + 1,) int32, where each sequence starts in the packed layout; None: dense."""
     key_mask: Tensor | None = None
     """(B, S) bool, True where a key takes part; dense layout only. None: all take part."""
+    indices: Tensor | None = None
+    """(T,) int64, rows of the flattened (B * S) padded layout that hold real tokens, in order. None: none dropped."""
     inverse: Tensor | None = None
     """(B * S,) int64, the packed row of each padded row, or -1 where it is padding. None: nothing to unpack."""
 
     def unpack(self, hidden_states: Tensor) -> Tensor:
         """`hidden_states` as the caller knows them: (1, T, H) -> (B, S, H), zeros at padding; else unchanged."""
-        if self.inverse is None:
+        if self.indices is None or self.inverse is None:
             return hidden_states
-        rows = ops.unpack(hidden_states.flatten(0, 1), self.inverse)
+        rows = ops.unpack(hidden_states.flatten(0, 1), self.indices, self.inverse)
         return rows.view(self.batch, self.seqlen, -1)
 
 
@@ -46,8 +48,6 @@ class Selection(NamedTuple):
     """What `pack_mask` found: the packed layout, and what decides whether it may be used."""
 
     packing: Packing
-    indices: Tensor
-    """(T,) int64, rows of the flattened (B * S) padded layout that hold real tokens, in order."""
     tokens: int
     """T, real tokens."""
     starts_real: bool
@@ -86,8 +86,8 @@ def pack_mask(mask: Tensor, labels: Tensor | None = None) -> Selection:
     slots = torch.where(real, row, real.numel())
     rows = torch.arange(real.numel(), device=mask.device)
     indices = torch.empty(real.numel() + 1, dtype=torch.int64, device=mask.device).scatter_(0, slots, rows)[:tokens]
-    packing = Packing(batch, seqlen, longest, cu_seqlens, None, torch.where(real, row, -1))
-    return Selection(packing, indices, tokens, bool(starts_real), bool(at_padding))
+    packing = Packing(batch, seqlen, longest, cu_seqlens, None, indices, torch.where(real, row, -1))
+    return Selection(packing, tokens, bool(starts_real), bool(at_padding))
 
 
 def flattened(cu_seqlens: Tensor, tokens: int, keys: Tensor | None = None) -> Packing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -85,8 +85,6 @@ def layer_is_unsupported(layer: Any) -> str | None:
     """Why a layer runs its stock code: a submodule that is replaced or watched, or parameters of mixed kinds."""
     if not hasattr(type(layer), "parts"):
         return f"it is a {type(layer).__name__} of one's own"
-    if layer.training:
-        return "training mode"
     if "feed_forward_chunk" in layer.__dict__:
         return "its feed_forward_chunk has been replaced"
     if "forward" in layer.__dict__:
@@ -96,8 +94,6 @@ def layer_is_unsupported(layer: Any) -> str | None:
             return f"{name} is a {type(module).__name__}"
         if is_hooked(module):
             return f"{name} has hooks"
-        if module.__dict__["training"]:
-            return f"{name} is in training mode"
         if module.__dict__.get("is_causal"):
             return f"{name} is causal"
     activation = layer.activation()
@@ -124,34 +120,31 @@ def layer_is_unsupported(layer: Any) -> str | None:
 def embeddings_are_unsupported(embeddings: Any) -> str | None:
     """Why an embeddings module runs its stock code."""
     tables = (embeddings.word_embeddings, embeddings.token_type_embeddings, embeddings.position_embeddings)
-    if embeddings.training or embeddings.dropout.training:
-        return "training mode"
-    if type(embeddings.dropout) is not nn.Dropout or is_hooked(embeddings.dropout):
-        return "its dropout is replaced or hooked"
     if any(not is_plain(table, nn.Embedding) or table.max_norm is not None for table in tables):
         return "an embedding table is replaced, hooked or renormalised"
+    if any(table.sparse or table.scale_grad_by_freq for table in tables) or any(
+        table.padding_idx is not None for table in tables[1:]
+    ):
+        return "an embedding table with sparse or scaled gradients, or one of types or positions with a padding_idx"
     if not is_plain(embeddings.LayerNorm, nn.LayerNorm) or embeddings.LayerNorm.bias is None:
         return "its LayerNorm is replaced or hooked"
     weights = [table.weight for table in tables] + [embeddings.LayerNorm.weight]
     if any(w.dtype != weights[0].dtype or w.device != weights[0].device for w in weights):
         return "its parameters differ in dtype or device"
-    return needs_stock(embeddings.parameters(), weights[0])
+    return needs_stock(weights[0])
 
 
-def needs_stock(parameters: Iterator[Tensor], sample: Tensor) -> str | None:
-    """Why the state of torch at this moment rules the kernels out for modules with these parameters.
-
-    Args:
-        parameters: all parameters involved.
-        sample: one of them; its device and dtype stand for all.
-    """
-    if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
-        return "a forward that needs gradients (training is not fused yet; use torch.inference_mode())"
+def needs_stock(sample: Tensor) -> str | None:
+    """Why the state of torch at this moment rules the kernels out for modules whose parameters are like `sample`."""
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "a transform of torch.func"
     device = sample.device.type
-    if torch.is_autocast_enabled(device):
-        return "torch.autocast"
+    if torch.is_autocast_enabled(device) and (
+        sample.dtype != torch.float32 or torch.get_autocast_dtype(device) not in DTYPES
+    ):
+        return "torch.autocast of parameters that are not float32, or to float64"
     if sample.dtype not in DTYPES:
         return f"dtype {sample.dtype}"
     if device not in ("cpu", "cuda"):
@@ -193,20 +186,14 @@ def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
     if infers_sequences and call.get("position_ids") is not None:
         return "flash attention that reads the sequences from position_ids"
     embeds = call.get("inputs_embeds")
-    if embeds is not None and embeds.requires_grad and torch.is_grad_enabled():
-        return "a forward that needs gradients (inputs_embeds)"
     parameter = next(model.encoder.parameters(), None)
     if parameter is None:
         return "a replica of torch.nn.DataParallel"
     dtypes = {parameter.dtype, model.embeddings.LayerNorm.weight.dtype} | (set() if embeds is None else {embeds.dtype})
     if len(dtypes) > 1:
         return f"mixed dtypes: {', '.join(sorted(map(str, dtypes)))}"
-    if reason := needs_stock(model.parameters(), parameter):
+    if reason := needs_stock(parameter):
         return reason
-    if torch.is_grad_enabled() and any(is_hooked(module) for module in model.embeddings.modules()):
-        return "a forward that may need gradients (hooks on the embeddings)"
-    if model.training or model.encoder.training:
-        return "training mode"
     if is_hooked(model.encoder):
         return "the encoder has hooks"
     if "forward" in model.__dict__:

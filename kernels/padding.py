@@ -57,7 +57,7 @@ def _launch(x: Tensor, index: Tensor, first: int) -> Tensor:
     return out
 
 
-def pack(x: Tensor, indices: Tensor) -> Tensor:
+def pack(x: Tensor, indices: Tensor, inverse: Tensor) -> Tensor:
     """Rows of the padded layout that hold real tokens: x (R, H), indices (T,) int64 into its rows -> (T, H).
 
     An index out of range fails an assertion on the device.
@@ -65,7 +65,7 @@ def pack(x: Tensor, indices: Tensor) -> Tensor:
     return _launch(x, indices, 0)
 
 
-def unpack(x: Tensor, inverse: Tensor) -> Tensor:
+def unpack(x: Tensor, indices: Tensor, inverse: Tensor) -> Tensor:
     """Packed rows back in the padded layout: x (T, H), inverse (R,) int64, the packed row of each or -1 -> (R, H).
 
     Rows whose inverse is -1 come back as zeros. An index below -1 or not below T fails an assertion on the device.

@@ -3,12 +3,17 @@
 It is two things at once: the oracle (called on float64 tensors it gives the truth) and the CPU backend (written to be
 fast there: no padding, in-place epilogues, one attention call per sequence). Matrix products in 16-bit dtypes run in
 float32 on processors without native instructions for them, where PyTorch's own are several times slower.
+
+Dropout is the one thing in which a twin differs from its kernel: both drop each element with the same probability, by
+the same seed and the same again in the backward, but this file draws from torch's CPU generator and a kernel from
+Philox, so they drop different ones.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -29,30 +34,64 @@ def _matmul_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if x.device.type != "cpu" or _has_native_matmul(x.dtype) else torch.float32
 
 
+@functools.cache
+def _has_fused_epilogues(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's products with an epilogue are here and worth it: in 16 bits, where passes over memory count."""
+    return dtype.itemsize == 2 and _has_native_matmul(dtype) and torch.backends.mkldnn.is_available()
+
+
+def _fuses_epilogue(x: Tensor, weight: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == weight.dtype and x.numel() > 0 and _has_fused_epilogues(x.dtype)
+
+
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x @ weight.T + bias` in the dtype matrix products run in: a new tensor, for an epilogue to change in place."""
     dtype = _matmul_dtype(x)
-    if dtype is x.dtype:
-        return F.linear(x, weight, bias)
     return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
+def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """`a @ b`, (M, K) and (K, N) of one dtype, accumulated in float32 or better and rounded to `dtype` -> (M, N)."""
+    if a.is_cuda and a.dtype.itemsize == 2 and dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)  # from the accumulator at once
+    inner = _matmul_dtype(a)
+    return torch.mm(a.to(inner), b.to(inner)).to(dtype)
+
+
+def _keep(shape: tuple[int, ...], dropout: float, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """What dropout multiplies with: 0 with probability `dropout`, else 1 / (1 - dropout)."""
+    scale = 0.0 if dropout == 1 else 1 / (1 - dropout)
+    return torch.empty(shape, dtype=dtype).bernoulli_(1 - dropout, generator=generator).mul_(scale)
+
+
+def _generator(seed: Tensor | None) -> torch.Generator:
+    return torch.Generator().manual_seed(0 if seed is None else int(seed))
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x @ weight.T + bias`: x (T, K), weight (N, K), bias (N,) or None -> (T, N), one dtype throughout."""
+    """`x @ weight.T + bias`: x (T, K), weight (N, K), bias (N,) or None -> (T, N).
+
+    Here and in all that follows, weights of another dtype are rounded to that of x, which is that of the result.
+    """
     return _affine(x, weight, bias).to(x.dtype)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str = "none") -> Tensor:
-    """`gelu(x @ weight.T + bias)`: x (T, K), weight (N, K), bias (N,) or None -> (T, N), one dtype throughout.
+    """`gelu(x @ weight.T + bias)`: x (T, K), weight (N, K), bias (N,) or None -> (T, N).
 
     `approximate` is "none" (exact, erf) or "tanh", as in torch.nn.functional.gelu.
     """
-    out = _affine(x, weight, bias)
-    return torch.ops.aten.gelu_(out, approximate=approximate).to(x.dtype)
+    if _fuses_epilogue(x, weight):
+        fused: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], approximate)
+        return fused
+    return torch.ops.aten.gelu_(_affine(x, weight, bias), approximate=approximate).to(x.dtype)
 
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-    """`x @ weight.T + bias + residual`: x (T, K), weight (N, K), residual (T, N) -> (T, N), one dtype throughout."""
+    """`x @ weight.T + bias + residual`: x (T, K), weight (N, K), residual (T, N) -> (T, N)."""
+    if _fuses_epilogue(x, weight):
+        fused: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+        return fused
     # Added after the product: accumulating onto the residual would round every partial sum to its magnitude.
     return _affine(x, weight, bias).add_(residual).to(x.dtype)
 
@@ -72,10 +111,38 @@ def qkv_linear(
     for i, (weight, bias) in enumerate(((q_weight, q_bias), (k_weight, k_bias), (v_weight, v_bias))):
         columns = out[:, i * n : (i + 1) * n]
         if bias is not None and _matmul_dtype(x) == x.dtype:
-            torch.addmm(bias, x, weight.t(), out=columns)
+            torch.addmm(bias.to(x.dtype), x, weight.to(x.dtype).t(), out=columns)
         else:
             columns.copy_(_affine(x, weight, bias))
     return out
+
+
+def feed_forward(
+    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, approximate: str
+) -> tuple[Tensor, Tensor]:
+    """Both linear layers of a feed-forward: x (T, K), weight1 (I, K), bias1 (I,), weight2 (N, I), bias2 (N,).
+
+    Returns:
+        gelu(pre) @ weight2.T + bias2, (T, N); and what the backward needs, pre = x @ weight1.T + bias1, (T, I).
+    """
+    inner = _affine(x, weight1, bias1)
+    pre = inner.to(x.dtype)
+    # Not in place where `pre` is `inner` itself.
+    act = (
+        F.gelu(inner, approximate=approximate) if pre is inner else torch.ops.aten.gelu_(inner, approximate=approximate)
+    )
+    return _affine(act, weight2, bias2).to(x.dtype), pre
+
+
+def linear_gelu_backward(grad: Tensor, weight: Tensor, pre: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
+    """Back through `gelu(pre) @ weight.T`: grad (T, N), weight (N, I), pre (T, I).
+
+    Returns:
+        (grad @ weight) * gelu'(pre), (T, I); and gelu(pre), (T, I), which the gradient of `weight` is a product with.
+    """
+    dact = torch.mm(grad.to(inner := _matmul_dtype(grad)), weight.to(inner))
+    dpre = torch.ops.aten.gelu_backward(dact, pre.to(inner), approximate=approximate)
+    return dpre.to(pre.dtype), F.gelu(pre, approximate=approximate)
 
 
 def attention(
@@ -119,16 +186,193 @@ def attention(
     return out
 
 
+def _sequences(
+    rows: int, cu_seqlens: Tensor | None, key_mask: Tensor | None, max_seqlen: int
+) -> Iterator[tuple[slice, int, Tensor | None]]:
+    """Groups of sequences of one length: (rows of the group, sequences in it, key mask (B, 1, 1, S) or None)."""
+    if cu_seqlens is None:
+        if rows:
+            yield slice(None), rows // max_seqlen, None if key_mask is None else key_mask[:, None, None, :]
+        return
+    for start, end in itertools.pairwise(cu_seqlens.tolist()):
+        if end > start:
+            yield slice(start, end), 1, None
+
+
+def _scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """`scale * query @ key.T` in float32 or better, -inf where masked: (B, heads, S, D) -> (B, heads, S, S)."""
+    scores = torch.matmul(query, key.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32)).mul_(scale)
+    return scores if mask is None else scores.masked_fill_(~mask, float("-inf"))
+
+
+def attention_forward(
+    qkv: Tensor,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`attention` with dropout of the probabilities, and what its backward needs.
+
+    Args:
+        qkv: (T, 3, heads, head_dim): queries, keys and values; rows of any stride, the rest contiguous.
+        cu_seqlens, key_mask, max_seqlen, scale: as `attention` has them.
+        dropout: rate, 0 to 1, at which probabilities are dropped; the others are scaled by 1 / (1 - dropout).
+        seed: int64 tensor of one element, which decides the dropped ones; None where `dropout` is 0.
+
+    Returns:
+        (T, heads, head_dim), contiguous, zero in rows whose keys are all masked; and (heads, T) float32 or better, the
+        logarithm of the sum of exp(scale * score) over the keys of each row.
+    """
+    rows, _, heads, _ = qkv.shape
+    dtype, generator = _matmul_dtype(qkv), _generator(seed)
+    out = qkv.new_empty(rows, *qkv.shape[2:])
+    lse = qkv.new_empty(heads, rows, dtype=torch.promote_types(qkv.dtype, torch.float32))
+    for group, batch, mask in _sequences(rows, cu_seqlens, key_mask, max_seqlen):
+        # [3, B, heads, S, D]
+        query, key, value = qkv[group].unflatten(0, (batch, -1)).permute(2, 0, 3, 1, 4).to(dtype)
+        if dropout:
+            scores = _scores(query, key, mask, scale)
+            # Without a key all scores are -inf: there a maximum of 0 makes every weight 0, and no NaN.
+            top = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
+            weights = scores.sub_(top).exp_()
+            total = weights.sum(-1, keepdim=True)
+            total.masked_fill_(total == 0, 1.0)
+            logsumexp = top.add_(total.log()).squeeze(-1)
+            weights.mul_(_keep(weights.shape, dropout, generator, weights.dtype)).div_(total)
+            result = torch.matmul(weights.to(dtype), value)
+        else:
+            result, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query, key, value, attn_mask=_additive(mask, query), scale=scale
+            )
+        out[group] = result.transpose(1, 2).flatten(0, 1)
+        lse[:, group] = logsumexp.transpose(0, 1).flatten(1)
+    return out, lse
+
+
+def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """A boolean key mask as what is added to the scores."""
+    if mask is None:
+        return None
+    added = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+    return added.expand(-1, 1, query.shape[2], -1)
+
+
+def attention_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """The gradient of `attention_forward` with respect to qkv, (T, 3, heads, head_dim), by what that returned.
+
+    Probabilities and dropout are computed again, from `lse` and `seed`.
+    """
+    dtype, generator = _matmul_dtype(qkv), _generator(seed)
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
+    for group, batch, mask in _sequences(qkv.shape[0], cu_seqlens, key_mask, max_seqlen):
+        query, key, value = qkv[group].unflatten(0, (batch, -1)).permute(2, 0, 3, 1, 4).to(dtype)
+        dout, result = (t[group].unflatten(0, (batch, -1)).transpose(1, 2).to(dtype) for t in (grad, out))
+        logsumexp = lse[:, group].unflatten(1, (batch, -1)).transpose(0, 1)  # [B, heads, S]
+        if dropout:
+            weights = _scores(query, key, mask, scale).sub_(logsumexp[..., None]).exp_()
+            keep = _keep(weights.shape, dropout, generator, weights.dtype)
+            dvalue = torch.matmul((weights * keep).to(dtype).transpose(-1, -2), dout)
+            dweights = torch.matmul(dout, value.transpose(-1, -2)).to(weights.dtype).mul_(keep)
+            delta = (dout.to(weights.dtype) * result).sum(-1, keepdim=True)
+            dscores = dweights.sub_(delta).mul_(weights).mul_(scale).to(dtype)
+            grads = (torch.matmul(dscores, key), torch.matmul(dscores.transpose(-1, -2), query), dvalue)
+        else:
+            # It wants queries between heads and rows in memory: [B, S, heads] transposed.
+            logsumexp = logsumexp.transpose(1, 2).contiguous().transpose(1, 2)
+            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                dout, query, key, value, result, logsumexp, 0.0, False, attn_mask=_additive(mask, query), scale=scale
+            )
+        for i, each in enumerate(grads):
+            dqkv[group, i] = each.transpose(1, 2).flatten(0, 1)
+    return dqkv
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm over the last dimension: x (T, H), weight and bias (H,), eps added to the variance -> (T, H)."""
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
-def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """`layer_norm(x + residual)`, the sum taken in float32: x and residual (T, H), weight and bias (H,) -> (T, H)."""
+def _total(x: Tensor, residual: Tensor, keep: Tensor | None) -> Tensor:
+    """`dropout(x) + residual` in float32 or better."""
+    dtype = torch.promote_types(torch.promote_types(x.dtype, residual.dtype), torch.float32)
+    return (x.to(dtype) if keep is None else x * keep) + residual
+
+
+def _keep_rows(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor | None:
     dtype = torch.promote_types(x.dtype, torch.float32)
-    total = x.to(dtype) + residual
-    return F.layer_norm(total, weight.shape, weight.to(dtype), bias.to(dtype), eps).to(x.dtype)
+    return _keep(x.shape, dropout, _generator(seed), dtype) if dropout else None
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """`layer_norm(dropout(x) + residual)`, the sum taken in float32: x and residual (T, H), weight and bias (H,).
+
+    Args:
+        x: any dtype; the other three may be float32 where x is not.
+        dropout: rate, 0 to 1, at which elements of x are dropped; the others are scaled by 1 / (1 - dropout).
+        seed: int64 tensor of one element, which decides the dropped ones; None where `dropout` is 0.
+
+    Returns:
+        (T, H) in the dtype of `residual`.
+    """
+    total = _total(x, residual, _keep_rows(x, dropout, seed))
+    return F.layer_norm(total, weight.shape, weight.to(total.dtype), bias.to(total.dtype), eps).to(residual.dtype)
+
+
+def _layer_norm_backward(grad: Tensor, total: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of LayerNorm over `total`, in its dtype, with respect to it, the weight and the bias."""
+    dtype, shape = total.dtype, weight.shape
+    weight = weight.to(dtype)
+    _, mean, rstd = torch.ops.aten.native_layer_norm(total, shape, None, None, eps)
+    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_layer_norm_backward(
+        grad.to(dtype), total, shape, mean, rstd, weight, weight, [True, True, True]
+    )
+    return grads
+
+
+def add_layer_norm_backward(
+    grad: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float, dropout: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `add_layer_norm`: (dx, dresidual, dweight, dbias), each in the dtype of what it belongs to.
+
+    Sums, statistics and dropout are computed again. `dx` is empty, (0,), where it equals dresidual: without dropout, in
+    one dtype.
+    """
+    keep = _keep_rows(x, dropout, seed)
+    dtotal, dweight, dbias = _layer_norm_backward(grad, _total(x, residual, keep), weight, eps)
+    if keep is not None:
+        dx = keep.mul_(dtotal).to(x.dtype)
+    else:
+        dx = x.new_empty(0) if x.dtype == residual.dtype else dtotal.to(x.dtype)
+    return dx, dtotal.to(residual.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+
+def _embed(ids: tuple[Tensor, ...], tables: tuple[Tensor, ...]) -> Tensor:
+    total = F.embedding(ids[0], tables[0]).to(torch.promote_types(tables[0].dtype, torch.float32))
+    for each, table in zip(ids[1:], tables[1:], strict=True):
+        total += F.embedding(each, table)
+    return total
 
 
 def embedding_layer_norm(
@@ -141,28 +385,99 @@ def embedding_layer_norm(
     weight: Tensor,
     bias: Tensor,
     eps: float,
+    padding_idx: int = -1,
 ) -> Tensor:
     """`layer_norm(word[input_ids] + token_type[token_type_ids] + position[position_ids])`, sums in float32.
 
     Ids are (T,) int64; the tables (vocabulary, H), (types, H), (positions, H); weight and bias (H,) -> (T, H).
+    `padding_idx` is the row of `word` that gets no gradient, -1 for none.
     """
-    dtype = torch.promote_types(word.dtype, torch.float32)
-    total = F.embedding(input_ids, word).to(dtype)
-    total += F.embedding(token_type_ids, token_type)
-    total += F.embedding(position_ids, position)
-    return F.layer_norm(total, weight.shape, weight.to(dtype), bias.to(dtype), eps).to(word.dtype)
+    total = _embed((input_ids, token_type_ids, position_ids), (word, token_type, position))
+    return F.layer_norm(total, weight.shape, weight.to(total.dtype), bias.to(total.dtype), eps).to(word.dtype)
 
 
-def pack(x: Tensor, indices: Tensor) -> Tensor:
-    """Rows of the padded layout that hold real tokens: x (R, H), indices (T,) int64 into its rows -> (T, H)."""
+def embedding_layer_norm_backward(
+    grad: Tensor,
+    input_ids: Tensor,
+    token_type_ids: Tensor,
+    position_ids: Tensor,
+    word: Tensor,
+    token_type: Tensor,
+    position: Tensor,
+    weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `embedding_layer_norm` by the sum of the three rows, (T, H), the weight and the bias."""
+    total = _embed((input_ids, token_type_ids, position_ids), (word, token_type, position))
+    dtotal, dweight, dbias = _layer_norm_backward(grad, total, weight, eps)
+    return dtotal.to(word.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+
+# Rows whose logits over the vocabulary are held at once.
+_LOSS_ROWS = 256
+
+
+def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Logits rounded to the dtype of x, as a model's are, in `dtype`."""
+    return _affine(x, weight, bias).to(x.dtype).to(dtype)
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of `x @ weight.T + bias` against labels, row by row, without all logits at once.
+
+    Args:
+        x: (R, H).
+        weight, bias: (V, H), and (V,) or None.
+        labels: (R,) int64, 0 to V - 1.
+
+    Returns:
+        The loss of each row, and the logarithm of the sum of its exponentiated logits, which the backward needs: both
+        (R,), float32 or better.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    lse, chosen = x.new_empty(x.shape[0], dtype=dtype), x.new_empty(x.shape[0], dtype=dtype)
+    for start in range(0, x.shape[0], _LOSS_ROWS):
+        rows = slice(start, start + _LOSS_ROWS)
+        logits = _logits(x[rows], weight, bias, dtype)
+        lse[rows] = logits.logsumexp(1)
+        chosen[rows] = logits.gather(1, labels[rows, None]).squeeze(1)
+    return lse - chosen, lse
+
+
+def linear_cross_entropy_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `linear_cross_entropy`: (dx, dweight, dbias), the last empty, (0,), without a bias.
+
+    `grad` (R,) is the gradient with respect to the losses. Logits are computed again, some rows at a time, and the
+    gradients of weight and bias add up in float32 or better.
+    """
+    dx = torch.empty_like(x)
+    dweight = torch.zeros(weight.shape, dtype=lse.dtype)
+    dbias = torch.zeros(0 if bias is None else weight.shape[0], dtype=lse.dtype)
+    for start in range(0, x.shape[0], _LOSS_ROWS):
+        rows = slice(start, start + _LOSS_ROWS)
+        dlogits = _logits(x[rows], weight, bias, lse.dtype).sub_(lse[rows, None]).exp_().mul_(grad[rows, None])
+        dlogits.scatter_add_(1, labels[rows, None], -grad[rows, None].to(dlogits.dtype))
+        if bias is not None:
+            dbias += dlogits.sum(0)
+        dlogits = dlogits.to(x.dtype)
+        dx[rows] = matmul(dlogits, weight.to(x.dtype), x.dtype)
+        dweight += matmul(dlogits.t(), x[rows], lse.dtype)
+    return dx, dweight.to(weight.dtype), dbias if bias is None else dbias.to(bias.dtype)
+
+
+def pack(x: Tensor, indices: Tensor, inverse: Tensor) -> Tensor:
+    """Rows of the padded layout that hold real tokens: x (R, H), indices (T,) int64 into its rows -> (T, H).
+
+    `inverse`, as `unpack` has it, is for the backward, which is `unpack`.
+    """
     return x.index_select(0, indices)
 
 
-def unpack(x: Tensor, inverse: Tensor) -> Tensor:
+def unpack(x: Tensor, indices: Tensor, inverse: Tensor) -> Tensor:
     """Packed rows back in the padded layout: x (T, H), inverse (R,) int64, the packed row of each or -1 -> (R, H).
 
-    Rows whose inverse is -1 come back as zeros.
+    Rows whose inverse is -1 come back as zeros. `indices`, as `pack` has them, say the same the other way round.
     """
-    out = x.new_zeros(inverse.shape[0], x.shape[1])
-    real = (inverse >= 0).nonzero().squeeze(1)
-    return out.index_copy_(0, real, x[inverse[real]])
+    return x.new_zeros(inverse.shape[0], x.shape[1]).index_copy_(0, indices, x)
