@@ -156,16 +156,17 @@ def plan_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     if cu_seqlens is None:
         keeps_shape = any(reasons) or _is_watched(model, call)
         packing = _lay_out(model, call, labels, keeps_shape or reads_padding)
-    call["plan"] = Plan(packing, tuple(map(bool, reasons)), _draw_seeds(model.encoder.layer))
+    call["plan"] = Plan(packing, tuple(map(bool, reasons)), _draw_seeds(model.encoder.layer, reasons))
     return (), call
 
 
-def _draw_seeds(layers: Any) -> Tensor | None:
+def _draw_seeds(layers: Any, reasons: list[str | None]) -> Tensor | None:
     """Seeds for all dropouts of one forward, or None where none drops.
 
     Drawn once, and handed to the layers as arguments: one computed again for its gradients drops the same.
     """
-    if not any(rate for layer in layers if hasattr(layer, "dropouts") for rate in layer.dropouts()):
+    fused = [layer for layer, reason in zip(layers, reasons, strict=True) if reason is None]
+    if not any(rate for layer in fused for rate in layer.dropouts()):
         return None
     device = next(layers.parameters()).device
     return torch.randint(2**63 - 1, (len(layers), 3), dtype=torch.int64, device=device)

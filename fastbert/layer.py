@@ -94,7 +94,8 @@ class FusedLayer(_Module):
             stock: Tensor = super().forward(hidden_states, *args, **kwargs)
             return stock
         x = hidden_states.flatten(0, 1)  # [T, H]
-        if self.training or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        trains = self.training or seeds is not None or torch.is_grad_enabled()
+        if trains or torch.is_autocast_enabled(x.device.type):
             x = self._train(x, packing, seeds)
         else:
             x = self._infer(x, packing)

@@ -373,31 +373,11 @@ def test_ids_broadcast_as_stocks_do() -> None:
             torch.testing.assert_close(last(fused, **arguments)[real], last(stock, **arguments)[real])
 
 
-def test_gradients_run_stock_and_are_stocks(pair: tuple[Any, Any]) -> None:
-    fused, stock = pair
-    for model in pair:
-        model(**call()).logits.sum().backward()
-    for (name, a), b in zip(fused.named_parameters(), stock.parameters(), strict=True):
-        assert torch.equal(a.grad, b.grad), name
-    assert list(reasons(fused)) == [
-        "a forward that needs gradients (training is not fused yet; use torch.inference_mode())"
-    ]
-    embeds = torch.randn(2, 3, 128, requires_grad=True)
-    fused.requires_grad_(False)(inputs_embeds=embeds).logits.sum().backward()
-    assert embeds.grad is not None
-
-
-def test_training_mode_and_autocast_run_stock(pair: tuple[Any, Any]) -> None:
-    fused, stock = pair
+def test_autocast_of_16_bit_parameters_runs_stock(pair: tuple[Any, Any]) -> None:
+    fused, stock = (model.bfloat16() for model in pair)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(last(fused, **call()), last(stock, **call()))
-    results = []
-    for model in pair:
-        model.train()
-        torch.manual_seed(0)
-        results.append(last(model, **call()))
-    assert torch.equal(*results)
-    assert reasons(fused) == {"torch.autocast": 1, "training mode": 1}
+    assert reasons(fused) == {"torch.autocast of parameters that are not float32, or to float64": 1}
 
 
 def test_a_direct_call_of_forward_runs_fused(pair: tuple[Any, Any]) -> None:
@@ -668,7 +648,5 @@ def test_explain_reads_well() -> None:
     assert str(fastbert.explain(model)) == "bert: stock: not fused; call fastbert.fuse"
     fastbert.fuse(model)
     last(model, **call())
-    with torch.inference_mode():
-        assert str(fastbert.explain(model)) == "bert: fused (padding='auto')\n  ran fused, packed: 1"
-    assert "needs gradients" in str(fastbert.explain(model))
+    assert str(fastbert.explain(model)) == "bert: fused (padding='auto')\n  ran fused, packed: 1"
     assert str(fastbert.explain(nn.Linear(1, 1))) == "no encoder of a supported family found"

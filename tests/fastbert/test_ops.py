@@ -1,71 +1,196 @@
-"""The torch.library operators: registered soundly, refused where they have no backward, routed to the right backend."""
+"""The torch.library operators: registered soundly, differentiated rightly, refused where they have no backward, routed
+to the right backend."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from fastbert import ops
+from fastbert import autograd, ops
+
+INFERENCE_ONLY = ("linear_gelu", "linear_add", "attention", "layer_norm")
 
 
-def arguments(dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, tuple[Any, ...]]:
+def arguments(
+    dtype: torch.dtype = torch.float32, device: str = "cpu", dropout: float = 0.3
+) -> dict[str, tuple[Any, ...]]:
     """One sound call of every operator."""
     generator = torch.Generator().manual_seed(0)
 
-    def normal(*shape: int) -> torch.Tensor:
+    def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    def integers(high: int, n: int) -> torch.Tensor:
+    def integers(high: int, n: int) -> Tensor:
         return torch.randint(0, high, (n,), generator=generator).to(device)
 
     x, weight, bias = normal(9, 32), normal(48, 32), normal(48)
-    heads = normal(9, 3, 2, 16).unbind(1)
-    cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32, device=device)
+    qkv = normal(9, 3, 2, 16)
+    sequences = (torch.tensor([0, 4, 9], dtype=torch.int32, device=device), None, 5, 0.25)
     norm = (normal(32), normal(32), 1e-12)
+    drop = (dropout, torch.tensor([7], device=device) if dropout else None)
+    ids = (integers(10, 9), integers(2, 9), torch.arange(9, device=device))
     tables = (normal(11, 32), normal(2, 32), normal(9, 32))
+    attended = ops.attention_forward(qkv, *sequences, *drop)
+    losses = (x, weight, bias, integers(48, 9))
+    rows = (torch.tensor([0, 3, 8], device=device), torch.tensor([0, -1, -1, 1, -1, -1, -1, -1, 2], device=device))
     return {
         "linear": (x, weight, bias),
         "linear_gelu": (x, weight, bias, "tanh"),
         "linear_add": (x, weight, None, normal(9, 48)),
-        "qkv_linear": (x, weight, bias, weight, None, weight, bias),
-        "attention": (*heads, cu_seqlens, None, 5, 0.25),
+        "qkv_linear": (x, weight, bias, weight.clone(), None, weight.clone(), bias.clone()),
+        "feed_forward": (x, weight, bias, normal(32, 48), normal(32), "none"),
+        "linear_gelu_backward": (normal(9, 32), normal(32, 48), normal(9, 48), "tanh"),
+        "attention": (*qkv.unbind(1), *sequences),
+        "attention_forward": (qkv, *sequences, *drop),
+        "attention_backward": (normal(9, 2, 16), qkv, *attended, *sequences, *drop),
         "layer_norm": (x, *norm),
-        "add_layer_norm": (x, normal(9, 32), *norm),
-        "embedding_layer_norm": (integers(11, 9), integers(2, 9), torch.arange(9, device=device), *tables, *norm),
-        "pack": (x, torch.tensor([0, 3, 8], device=device)),
-        "unpack": (x, torch.tensor([0, -1, 8, 3], device=device)),
+        "add_layer_norm": (x, normal(9, 32), *norm, *drop),
+        "add_layer_norm_backward": (normal(9, 32), x, normal(9, 32), norm[0], norm[2], *drop),
+        "embedding_layer_norm": (*ids, *tables, *norm, 10),  # a padding_idx that does not occur
+        "embedding_layer_norm_backward": (normal(9, 32), *ids, *tables, norm[0], norm[2]),
+        "linear_cross_entropy": losses,
+        "linear_cross_entropy_backward": (normal(9).float(), *losses, ops.linear_cross_entropy(*losses)[1]),
+        "pack": (x, *rows),
+        "unpack": (normal(3, 32), *rows),
     }
+
+
+def differentiable(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same call, of leaves that need gradients."""
+    return tuple(
+        a.detach().clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
+    )
 
 
 def test_every_operator_is_covered() -> None:
     assert set(arguments()) == set(ops._OPERATORS)
     assert all(callable(getattr(ops, name)) for name in ops._OPERATORS)
+    no_backward = {*INFERENCE_ONLY, *(name for name in ops._OPERATORS if name.endswith("_backward"))}
+    assert set(autograd._FORMULAS) == set(ops._OPERATORS) - no_backward
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ops._OPERATORS)
 def test_opcheck(name: str, dtype: torch.dtype) -> None:
-    torch.library.opcheck(getattr(ops, name), arguments(dtype)[name])
+    args = arguments(dtype)[name]
+    torch.library.opcheck(getattr(ops, name), args)
+    if name in autograd._FORMULAS:
+        torch.library.opcheck(getattr(ops, name), differentiable(args))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ops._OPERATORS)
 def test_opcheck_on_a_gpu(name: str, dtype: torch.dtype) -> None:
-    torch.library.opcheck(getattr(ops, name), arguments(dtype, "cuda")[name])
+    args = arguments(dtype, "cuda")[name]
+    torch.library.opcheck(getattr(ops, name), args)
+    if name in autograd._FORMULAS:
+        torch.library.opcheck(getattr(ops, name), differentiable(args))
 
 
-@pytest.mark.parametrize("name", ["linear", "attention", "layer_norm", "embedding_layer_norm", "pack"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("name", autograd._FORMULAS)
+def test_gradcheck(name: str, dropout: float) -> None:
+    """Every gradient in float64 against finite differences; with dropout, of the elements the seed chose."""
+    args = differentiable(arguments(torch.float64, dropout=dropout)[name])
+    assert torch.autograd.gradcheck(getattr(ops, name), args)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradcheck_of_dense_attention(masked: bool) -> None:
+    qkv = torch.randn(12, 3, 2, 16, dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[True, False, True, True], [False] * 4, [True] * 4]) if masked else None
+    for drop in ((0.0, None), (0.3, torch.tensor([7]))):
+        assert torch.autograd.gradcheck(lambda x, d=drop: ops.attention_forward(x, None, mask, 4, 0.25, *d)[0], (qkv,))
+
+
+def test_dropout_drops_at_its_rate_and_scales_the_rest() -> None:
+    ones, zeros, weight = torch.ones(400, 500), torch.zeros(400, 500), torch.ones(500)
+    for rate in (0.1, 0.5):
+        # The gradient of x through dropout alone is the mask: here, that of a sum before LayerNorm's.
+        _, dresidual, _, _ = ops.add_layer_norm_backward(
+            torch.randn(400, 500), ones, torch.randn(400, 500), weight, 1e-12, rate, torch.tensor([3])
+        )
+        dx = ops.add_layer_norm_backward(
+            torch.randn(400, 500, generator=torch.Generator().manual_seed(0)),
+            ones,
+            zeros + torch.randn(400, 500, generator=torch.Generator().manual_seed(1)),
+            weight,
+            1e-12,
+            rate,
+            torch.tensor([3]),
+        )
+        ratio = dx[0] / dx[1]
+        kept = ratio != 0
+        torch.testing.assert_close(ratio[kept], torch.full_like(ratio[kept], 1 / (1 - rate)))
+        # 200,000 draws: four standard deviations.
+        assert abs(kept.double().mean().item() - (1 - rate)) < 4 * math.sqrt(rate * (1 - rate) / kept.numel())
+        assert dresidual.ne(0).all()
+
+
+def test_attention_dropout_drops_at_its_rate_and_scales_the_rest() -> None:
+    """Values that pick out the probabilities: uniform ones, of 1 / 64 each."""
+    length, rate = 64, 0.25
+    qkv = torch.zeros(2 * length, 3, 8, length)
+    qkv[:, 2] = torch.eye(length).repeat(2, 1)[:, None]
+    starts = torch.tensor([0, length, 2 * length], dtype=torch.int32)
+    out, _ = ops.attention_forward(qkv, starts, None, length, 1.0, rate, torch.tensor([3]))
+    kept = out != 0
+    torch.testing.assert_close(out[kept], torch.full_like(out[kept], 1 / (1 - rate) / length))
+    assert abs(kept.double().mean().item() - (1 - rate)) < 4 * math.sqrt(rate * (1 - rate) / kept.numel())
+    first, second = kept.split(length)
+    assert not torch.equal(first, second)
+    assert not torch.equal(kept[:, 0], kept[:, 1])
+
+
+@pytest.mark.parametrize("name", ["attention_forward", "add_layer_norm"])
+def test_a_seed_says_what_is_dropped(name: str) -> None:
+    *args, dropout, seed = arguments(dropout=0.5)[name]
+
+    def run(dropout: float, seed: int) -> Tensor:
+        out = getattr(ops, name)(*args, dropout, torch.tensor([seed]))
+        return out[0] if isinstance(out, tuple) else out
+
+    state = torch.get_rng_state()
+    assert torch.equal(run(0.5, 1), run(0.5, 1))
+    assert not torch.equal(run(0.5, 1), run(0.5, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    everything = run(1.0, 1)
+    assert everything.isfinite().all()
+    if name == "attention_forward":
+        assert everything.eq(0).all()
+
+
+@pytest.mark.parametrize("name", INFERENCE_ONLY)
 def test_a_call_that_needs_gradients_is_refused(name: str) -> None:
-    args = [
-        a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments()[name]
-    ]
-    with pytest.raises(NotImplementedError, match=f"fastbert::{name} has no backward"):
+    args = differentiable(arguments()[name])
+    with pytest.raises(NotImplementedError, match=f"fastbert::{name} can't be differentiated"):
         getattr(ops, name)(*args)
     with torch.no_grad():
         assert not getattr(ops, name)(*args).requires_grad
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in autograd._FORMULAS if f"{n.removesuffix('_forward')}_backward" in ops._OPERATORS]
+)
+def test_second_derivatives_are_refused(name: str) -> None:
+    out = getattr(ops, name)(*(args := differentiable(arguments()[name])))
+    out = out[0] if isinstance(out, tuple) else out
+    inputs = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        torch.autograd.grad(out.pow(2).sum(), inputs, create_graph=True)
+
+
+def test_autocast_leaves_an_operator_alone() -> None:
+    """Dtypes are chosen by who calls it; what it is made of must not be cast again."""
+    for name, args in arguments(torch.bfloat16).items():
+        expected = getattr(ops, name)(*args)
+        with torch.autocast("cpu", torch.float16):
+            torch.testing.assert_close(getattr(ops, name)(*args), expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_cpu_tensors_run_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:

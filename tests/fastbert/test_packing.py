@@ -14,8 +14,8 @@ from tests import models
 def test_pack_mask_agrees_with_boolean_indexing(kind: str, shape: tuple[int, int]) -> None:
     mask = models.masks(*shape)[kind].bool()
     hidden = torch.randn(*shape, 3)
-    layout, indices, tokens, starts_real, labels_padding = packing.pack_mask(mask)
-    assert torch.equal(hidden.flatten(0, 1)[indices], hidden[mask])
+    layout, tokens, starts_real, labels_padding = packing.pack_mask(mask)
+    assert torch.equal(hidden.flatten(0, 1)[layout.indices], hidden[mask])
     assert tokens == int(mask.sum())
     assert layout.cu_seqlens.dtype == torch.int32
     assert layout.cu_seqlens.diff().tolist() == mask.sum(1).tolist()
@@ -34,7 +34,7 @@ def test_labels_at_padding_are_found() -> None:
 
 def test_flattened() -> None:
     layout = packing.flattened(torch.tensor([0, 3, 3, 8]), 8)
-    assert layout == (3, 8, 5, layout.cu_seqlens, None, None)
+    assert layout == (3, 8, 5, layout.cu_seqlens, None, None, None)
     assert layout.cu_seqlens.dtype == torch.int32
     hidden = torch.randn(1, 8, 2)
     assert layout.unpack(hidden) is hidden
