@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -59,9 +60,15 @@ def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _keep(shape: tuple[int, ...], dropout: float, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """What dropout multiplies with: 0 with probability `dropout`, else 1 / (1 - dropout)."""
-    scale = 0.0 if dropout == 1 else 1 / (1 - dropout)
-    return torch.empty(shape, dtype=dtype).bernoulli_(1 - dropout, generator=generator).mul_(scale)
+    """What dropout multiplies with: 0 with probability `dropout`, to 16 bits, else 1 / (1 - dropout).
+
+    Four elements share the 64 bits of a draw: several times as fast as torch's own draws from a Bernoulli distribution.
+    """
+    count = math.prod(shape)
+    draws = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    # As signed integers, of which 2**15 would not be one.
+    kept = draws.view(torch.int16)[:count].view(shape) >= min(round(dropout * 2**16), 2**16 - 1) - 2**15
+    return kept.to(dtype).mul_(0.0 if dropout == 1 else 1 / (1 - dropout))
 
 
 def _generator(seed: Tensor | None) -> torch.Generator:

@@ -64,8 +64,8 @@ def backward(model: Any, call: dict[str, Any], real: Tensor) -> None:
 def judged_with(name: str) -> str:
     """The tensor whose errors a parameter's gradient is judged with: its own, but for some biases the weight's.
 
-    Softmax ignores the bias of the keys, and that of a multiple choice: their gradients are zero but for rounding. Those
-    of a head's few outputs are too few numbers to compare the errors of.
+    Softmax ignores the bias of the keys, and that of a multiple choice: their gradients are zero but for rounding.
+    Those of a head's few outputs are too few numbers to compare the errors of.
     """
     ignored = ("key.bias", "classifier.bias", "seq_relationship.bias", "qa_outputs.bias")
     return name.removesuffix("bias") + "weight" if name.endswith(ignored) else name
@@ -228,7 +228,7 @@ def test_dropout_is_stocks_on_average(what: str) -> None:
     with torch.no_grad():
         outs = [m(**call).last_hidden_state[:, :20].double() for m in (fused, stock, stock)]
     variances = [o.var(0) for o in outs]
-    # Of 2,560 differences of means, in standard errors: their mean square is 1 but for chance (standard deviation 0.05).
+    # Of 2,560 differences of means, in standard errors: their mean square is 1 but for chance (by 0.05).
     error = ((outs[0].mean(0) - outs[1].mean(0)) ** 2 / ((variances[0] + variances[1]) / 400)).mean()
     itself = ((outs[2].mean(0) - outs[1].mean(0)) ** 2 / ((variances[2] + variances[1]) / 400)).mean()
     assert 0.5 < error < 1.5 and 0.5 < itself < 1.5
@@ -236,7 +236,7 @@ def test_dropout_is_stocks_on_average(what: str) -> None:
 
 
 def train(model: Any, steps: int, order: Tensor) -> Tensor:
-    """Losses of `steps` of AdamW on sequence classification; `order` permutes each batch, which changes rounding alone."""
+    """Losses of AdamW on sequence classification; `order` permutes each batch, which changes nothing but rounding."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     losses = []
     for step in range(steps):
