@@ -65,10 +65,11 @@ class Counts:
 
 
 class Settings:
-    """What `fuse` leaves on an encoder: padding asked for, counts, and whether a head may read padding unseen."""
+    """What `fuse` leaves on an encoder: what was asked of it, counts, and whether a head may read padding unseen."""
 
-    def __init__(self, padding: str) -> None:
+    def __init__(self, padding: str, loss_only: bool) -> None:
         self.padding = padding
+        self.loss_only = loss_only
         self.opaque_head = False
         self.counts = Counts()
 
@@ -177,6 +178,11 @@ def _parameter_names(kind: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
+def named_arguments(kind: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of `kind.forward`, all by name."""
+    return {**dict(zip(_parameter_names(kind), args, strict=False)), **kwargs}
+
+
 def plan_label_call(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -184,7 +190,7 @@ def plan_label_call(
 
     transformers hands unknown keyword arguments on to the base model, where `plan_call` takes them.
     """
-    call = {**dict(zip(_parameter_names(type(model)), args, strict=False)), **kwargs}  # type: ignore[arg-type]
+    call = named_arguments(type(model), args, kwargs)
     return None if call.get("labels") is None else (args, {**kwargs, "padded_labels": call["labels"]})
 
 
@@ -192,7 +198,7 @@ def plan_span_call(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Forward pre-hook of a head with a loss that takes in padding: tells its base model so when there is a loss."""
-    call = {**dict(zip(_parameter_names(type(model)), args, strict=False)), **kwargs}  # type: ignore[arg-type]
+    call = named_arguments(type(model), args, kwargs)
     loss = call.get("labels") is not None or call.get("start_positions") is not None
     return (args, {**kwargs, "reads_padding": True}) if loss else None
 

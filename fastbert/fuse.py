@@ -43,7 +43,7 @@ def _base_models(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
     return found
 
 
-def fuse(model: Model, *, padding: str = "auto") -> Model:
+def fuse(model: Model, *, padding: str = "auto", loss_only: bool = False) -> Model:
     """Makes every supported encoder inside `model` run fused, in place.
 
     Parameters, names, `state_dict()`, saving, copying and moving stay as they are; at real tokens every output equals
@@ -57,6 +57,8 @@ def fuse(model: Model, *, padding: str = "auto") -> Model:
             except where the model itself reads padding (a pooler over a masked first position, a loss taken over
             padding). Calls whose hidden states are asked for or watched by hooks are dense under any of them. What
             stands outside `model` is not seen: fuse the whole model, not the encoder of one.
+        loss_only: whether a masked language model given labels returns its loss without logits (they are None), taken
+            from the labelled tokens alone: the (batch, tokens, vocabulary) logits are never made.
 
     Returns:
         The same object.
@@ -77,27 +79,32 @@ def fuse(model: Model, *, padding: str = "auto") -> Model:
         )
     for (_, base, family), reason in zip(found, reasons, strict=True):
         if reason is None:
-            _fuse_base(base, family, padding)
+            _fuse_base(base, family, padding, loss_only)
     fused = {id(base) for (_, base, _), reason in zip(found, reasons, strict=True) if reason is None}
     for module in model.modules():
         for family in _families():
             for head, hook in family.HEADS.items():
                 if isinstance(module, head) and id(module.base_model) in fused:
-                    if hook is None or type(module).forward is not head.forward:  # would it hand the argument on?
+                    known = head, family.LOSS_HEADS.get(head, head)
+                    # Would it hand the argument on?
+                    if hook is None or type(module).forward not in [kind.forward for kind in known]:
                         module.base_model.encoder.fastbert.opaque_head = True
                     else:
                         _add_hook(module, hook)
+            if loss_only and type(module) in family.LOSS_HEADS and id(module.base_model) in fused:
+                module.__class__ = family.LOSS_HEADS[type(module)]
     return model
 
 
-def _fuse_base(base: Any, family: Any, padding: str) -> None:
+def _fuse_base(base: Any, family: Any, padding: str, loss_only: bool) -> None:
     for module in base.modules():
         if type(module) in family.CLASSES:
             module.__class__ = family.CLASSES[type(module)]
     if hasattr(base.encoder, "fastbert"):
         base.encoder.fastbert.padding = padding
+        base.encoder.fastbert.loss_only = loss_only
     else:
-        base.encoder.fastbert = Settings(padding)
+        base.encoder.fastbert = Settings(padding, loss_only)
 
 
 def _add_hook(module: nn.Module, hook: Any) -> None:
@@ -120,6 +127,9 @@ def unfuse(model: Model) -> Model:
             for head, hook in family.HEADS.items():
                 if isinstance(module, head):
                     _remove_hook(module, hook)
+            for plain, fused in family.LOSS_HEADS.items():
+                if type(module) is fused:
+                    module.__class__ = plain
     return model
 
 

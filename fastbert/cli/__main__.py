@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--dtype", nargs="+", choices=DTYPES, help="default: float32 on a CPU, bfloat16 and float16 on a GPU"
     )
+    bench.add_argument("--train", action="store_true", help="time training steps, forward and backward, not forwards")
     bench.add_argument("--compile", action="store_true", help="time stock under torch.compile, too")
     bench.add_argument("--device", help="default: cuda where there is one, else cpu")
     bench.add_argument(

@@ -5,10 +5,11 @@ from `lengths.json` (counts of token lengths, made by benchmarks/lengths.py); of
 their mean in real tokens and in padding is run, so that no figure comes of a lucky draw.
 
 Stock runs the batch padded to its longest row; so does the caller of fused, whose time includes packing. Weights are
-seeded and shared by all candidates, which take turns in random order. Time is that of a forward, on a GPU between
-CUDA events. Memory is what a forward takes on top of the weights: on a CPU the growth of the peak of the resident set
-(Linux), on a GPU of the allocator's. The floor is the larger of counted FLOPs of real tokens over the rate of matrix
-products, and bytes of weights over the rate of copying; both rates are measured in the run.
+seeded and shared by all candidates, which take turns in random order. Time is that of a forward, or of a training
+step: forward with dropout and backward, without an optimizer. On a GPU it is taken between CUDA events. Memory is what
+it takes on top of the weights, and of their gradients: on a CPU the growth of the peak of the resident set (Linux), on
+a GPU of the allocator's. The floor is the larger of counted FLOPs of real tokens over the rate of matrix products, and
+bytes of weights over the rate of copying, three times either for a step; both rates are measured in the run.
 """
 
 from __future__ import annotations
@@ -258,6 +259,7 @@ def run(
     repeats: int = 20,
     minutes: float = 8.0,
     compiled: bool = False,
+    train: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Measures every workload x size x dtype; yields a record for each candidate as soon as its case is done.
 
@@ -269,6 +271,7 @@ def run(
         repeats: timed forwards of each candidate.
         minutes: repeats are cut, to LEAST_REPEATS if need be, to end about then; cases not begun by then are left out.
         compiled: whether stock under torch.compile is a third candidate.
+        train: whether training steps are measured, not forwards.
 
     Yields:
         Records: plain data, times in seconds. A candidate beyond the numerical policy has status "FAILED: ..." and one
@@ -283,19 +286,22 @@ def run(
             if begun and time.monotonic() > deadline:
                 return
             model = build(size, dtype, device)
-            truths = _truths(model, workloads)
+            truths = _truths(model, workloads, train)
             for item, truth in zip(workloads, truths, strict=True):
                 if begun and time.monotonic() > deadline:
                     return
                 share = (deadline - time.monotonic()) / (cases - begun)
                 begun += 1
                 candidates = _candidates(model, compiled)
-                _measure(candidates, item, truth, repeats, time.monotonic() + share)
-                floor = max(
+                measure = _measure if train else torch.inference_mode()(_measure)
+                measure(candidates, item, truth, repeats, time.monotonic() + share, train)
+                model.zero_grad()
+                floor = (3 if train else 1) * max(
                     flops(model.config, item.lengths) / machine.flops_per_s(dtype),
                     sum(p.nbytes for p in model.encoder.parameters()) / machine.bytes_per_s,
                 )
-                yield from _records(candidates, item, size, dtype, model.config, floor, about)
+                what = "BertModel training step" if train else "BertModel forward"
+                yield from _records(candidates, item, size, dtype, model.config, floor, {"what": what, **about})
 
 
 def _candidates(model: BertModel, compiled: bool) -> list[_Candidate]:
@@ -312,27 +318,58 @@ def _checked(item: Workload) -> list[int]:
     return sorted({order[0], order[-1]})
 
 
-@torch.inference_mode()
-def _truths(model: BertModel, workloads: Sequence[Workload]) -> list[Tensor]:
-    """For each workload, the float64 output of the sequences that are checked, each alone: (their tokens, hidden)."""
+def _backward(model: BertModel, inputs: dict[str, Tensor]) -> None:
+    """Gradients of a fixed random projection of every real token's output."""
+    hidden = model(**inputs).last_hidden_state
+    generator = torch.Generator().manual_seed(SEED)
+    weights = torch.randn(hidden.shape, generator=generator, dtype=torch.float32).to(hidden)
+    (hidden * weights * inputs["attention_mask"][..., None]).sum().backward()
+
+
+def _gradients(model: BertModel, item: Workload, device: torch.device) -> Tensor:
+    """Of the sequences that are checked, without dropout: the gradients of the first and the last layer, end to end."""
+    checked = _checked(item)
+    longest = max(item.lengths[i] for i in checked)
+    inputs = {name: x[checked, :longest] for name, x in item.inputs(device).items()}
+    model.eval()
+    model.zero_grad()
+    _backward(model, inputs)
+    layers = model.encoder.layer[0], model.encoder.layer[-1]
+    found = torch.cat([p.grad.flatten() for layer in layers for p in layer.parameters() if p.grad is not None])
+    model.zero_grad()
+    return found
+
+
+def _outputs(model: BertModel, item: Workload, device: torch.device) -> Tensor:
+    """Of the sequences that are checked, in the whole batch: (their tokens, hidden)."""
+    hidden = model(**item.inputs(device)).last_hidden_state
+    return torch.cat([hidden[i, : item.lengths[i]] for i in _checked(item)])
+
+
+def _truths(model: BertModel, workloads: Sequence[Workload], train: bool) -> list[Tensor]:
+    """For each workload, what its candidates are checked by, in float64; outputs of each sequence alone."""
     reference = twin(model, model.device, torch.float64)
+    if train:
+        reference.encoder.requires_grad_()
+        return [_gradients(reference, item, model.device) for item in workloads]
     truths = []
-    for item in workloads:
-        ids = item.inputs(model.device)["input_ids"]
-        alone = [ids[i : i + 1, : item.lengths[i]] for i in _checked(item)]
-        truths.append(torch.cat([reference(row).last_hidden_state[0] for row in alone]))
+    with torch.inference_mode():
+        for item in workloads:
+            ids = item.inputs(model.device)["input_ids"]
+            alone = [ids[i : i + 1, : item.lengths[i]] for i in _checked(item)]
+            truths.append(torch.cat([reference(row).last_hidden_state[0] for row in alone]))
     return truths
 
 
-@torch.inference_mode()
-def _measure(candidates: Sequence[_Candidate], item: Workload, truth: Tensor, repeats: int, deadline: float) -> None:
+def _measure(
+    candidates: Sequence[_Candidate], item: Workload, truth: Tensor, repeats: int, deadline: float, train: bool
+) -> None:
     """Checks every candidate, then times those that passed, until `deadline` (of the monotonic clock) or `repeats`."""
     inputs = item.inputs(truth.device)
     stock_rows: list[Tensor] = []
 
     def check(candidate: _Candidate) -> None:
-        hidden = candidate.model(**inputs).last_hidden_state
-        rows = torch.cat([hidden[i, : item.lengths[i]] for i in _checked(item)])
+        rows = (_gradients if train else _outputs)(candidate.model, item, truth.device)
         if not torch.isfinite(rows).all():
             raise AssertionError("output is not finite")
         if candidate is candidates[0]:
@@ -344,14 +381,17 @@ def _measure(candidates: Sequence[_Candidate], item: Workload, truth: Tensor, re
                 raise AssertionError(f"ran stock: {', '.join(encoder.stock_calls)}")
         candidate.error, _ = numerics.assert_within_policy(rows, stock_rows[0], truth)
 
-    def forward(candidate: _Candidate) -> Callable[[], Any]:
-        return lambda: candidate.model(**inputs)
+    def call(candidate: _Candidate) -> Callable[[], Any]:
+        return lambda: _backward(candidate.model, inputs) if train else candidate.model(**inputs)
 
     for candidate in candidates:
         candidate.attempt(check, candidate)
+        candidate.model.train(train)
     for candidate in candidates:
         if candidate.status == "ok":
-            candidate.peak_memory = candidate.attempt(peak_growth, forward(candidate), truth.device)
+            if train:  # gradients are there before the step whose memory is measured
+                candidate.attempt(call(candidate))
+            candidate.peak_memory = candidate.attempt(peak_growth, call(candidate), truth.device)
     order = [c for c in candidates if c.status == "ok"]
     chance = random.Random(SEED)
     for done in range(repeats):
@@ -360,7 +400,8 @@ def _measure(candidates: Sequence[_Candidate], item: Workload, truth: Tensor, re
         chance.shuffle(order)
         for candidate in order:
             if candidate.status == "ok":
-                sample = candidate.attempt(timed, forward(candidate), truth.device)
+                candidate.model.zero_grad()
+                sample = candidate.attempt(timed, call(candidate), truth.device)
                 candidate.samples += [] if sample is None else [sample]
 
 
@@ -383,7 +424,6 @@ def _records(
     for candidate in candidates:
         low, median, high = quantiles(candidate)
         yield {
-            "what": "BertModel forward",
             "candidate": candidate.name,
             "status": candidate.status,
             "workload": item.name,
@@ -432,14 +472,15 @@ def render(records: Iterable[dict[str, Any]]) -> str:
     """A Markdown table of the latest record of every candidate and case, and where they were measured."""
     latest: dict[tuple[str, ...], dict[str, Any]] = {}
     for record in sorted(records, key=lambda record: record["date"]):
-        latest[tuple(record[key] for key in ("device_name", "size", "dtype", "workload", "candidate"))] = record
+        latest[tuple(record[key] for key in ("device_name", "what", "size", "dtype", "workload", "candidate"))] = record
     lines = [
-        "| device | model | dtype | workload | padded / real | run | tokens/s | x stock | of the floor | memory, MiB | "
-        "repeats |",
-        "|---|---|---|---|---:|---|---:|---:|---:|---:|---:|",
+        "| device | what | model | dtype | workload | padded / real | run | tokens/s | x stock | of the floor | "
+        "memory, MiB | repeats |",
+        "|---|---|---|---|---|---:|---|---:|---:|---:|---:|---:|",
     ]
     for record in latest.values():
-        case = [record["device_name"], record["size"], record["dtype"], record["workload"]]
+        what = record["what"].removeprefix("BertModel ")
+        case = [record["device_name"], what, record["size"], record["dtype"], record["workload"]]
         figures = [f"{record['ideal_ratio']:.2f}", record["candidate"]]
         if record["median_s"] is None:
             figures += [record["status"].split(":")[0], "", "", "", ""]
@@ -532,6 +573,7 @@ def main(arguments: argparse.Namespace) -> int:
         repeats=arguments.repeats,
         minutes=arguments.minutes,
         compiled=arguments.compile,
+        train=arguments.train,
     ):
         records.append(record)
         print(line(record), flush=True)

@@ -13,9 +13,11 @@ import torch
 from torch import nn
 from transformers import BertConfig
 from transformers.models.bert import modeling_bert as hf
+from transformers.utils.generic import can_return_tuple
 
-from ..encoder import FusedEncoder, plan_call, plan_label_call, plan_span_call
+from ..encoder import FusedEncoder, named_arguments, plan_call, plan_label_call, plan_span_call
 from ..fuse import FusedModel
+from ..heads import labelled_loss, takes_labelled_rows
 from ..layer import FusedEmbeddings, FusedLayer, child
 
 __all__ = [
@@ -66,8 +68,44 @@ class BertModel(FusedModel, hf.BertModel):
         return super().forward(*args, **kwargs)
 
 
+class BertForPreTraining(FusedModel, hf.BertForPreTraining):
+    """transformers' BertForPreTraining, fused from construction or `from_pretrained` on."""
+
+    @functools.wraps(hf.BertForPreTraining.forward)
+    @can_return_tuple
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = named_arguments(hf.BertForPreTraining, args, kwargs)
+        if call.get("next_sentence_label") is None or not takes_labelled_rows(self, call):
+            return super().forward(*args, **kwargs)
+        labels, next_sentence_label = call.pop("labels"), call.pop("next_sentence_label")
+        outputs = self.bert(**call)
+        order = self.cls.seq_relationship(outputs.pooler_output)
+        order_loss = nn.functional.cross_entropy(order.view(-1, 2), next_sentence_label.view(-1))
+        return hf.BertForPreTrainingOutput(
+            loss=labelled_loss(self.cls.predictions, outputs.last_hidden_state, labels) + order_loss,
+            seq_relationship_logits=order,
+            hidden_states=outputs.hidden_states,
+        )
+
+
+class BertForMaskedLM(FusedModel, hf.BertForMaskedLM):
+    """transformers' BertForMaskedLM, fused from construction or `from_pretrained` on."""
+
+    @functools.wraps(hf.BertForMaskedLM.forward)
+    @can_return_tuple
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = named_arguments(hf.BertForMaskedLM, args, kwargs)
+        if not takes_labelled_rows(self, call):
+            return super().forward(*args, **kwargs)
+        labels = call.pop("labels")
+        outputs = self.bert(**call)
+        loss = labelled_loss(self.cls.predictions, outputs.last_hidden_state, labels)
+        return hf.MaskedLMOutput(loss=loss, hidden_states=outputs.hidden_states)
+
+
 # What `fastbert.fuse` asks of a family: the base model it looks for and its encoder, which class takes the place of
-# which, and the hook of every head whose loss is taken over tokens; None: what its loss reads can't be told on.
+# which, the heads that can give their loss alone, and the hook of every head whose loss is taken over tokens; None:
+# what its loss reads can't be told on.
 BASE = hf.BertModel
 ENCODER = hf.BertEncoder
 CLASSES = {
@@ -76,6 +114,10 @@ CLASSES = {
     hf.BertLayer: BertLayer,
     hf.BertEncoder: BertEncoder,
 }
+LOSS_HEADS = {
+    hf.BertForPreTraining: BertForPreTraining,
+    hf.BertForMaskedLM: BertForMaskedLM,
+}
 HEADS = {
     hf.BertForPreTraining: plan_label_call,
     hf.BertForMaskedLM: plan_label_call,
@@ -83,14 +125,6 @@ HEADS = {
     hf.BertLMHeadModel: None,
     hf.BertForQuestionAnswering: plan_span_call,
 }
-
-
-class BertForPreTraining(FusedModel, hf.BertForPreTraining):
-    """transformers' BertForPreTraining, fused from construction or `from_pretrained` on."""
-
-
-class BertForMaskedLM(FusedModel, hf.BertForMaskedLM):
-    """transformers' BertForMaskedLM, fused from construction or `from_pretrained` on."""
 
 
 class BertLMHeadModel(FusedModel, hf.BertLMHeadModel):

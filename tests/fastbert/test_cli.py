@@ -157,6 +157,37 @@ def test_bench_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(records)
 
 
+@pytest.mark.usefixtures("tiny")
+def test_bench_of_training_steps(tmp_path: Path) -> None:
+    arguments = ["bench", "--train", "--size", "minilm", "--repeats", "3", "--device", "cpu", "--workload", "squad"]
+    assert main([*arguments, "--output", str(tmp_path)]) == 0
+    stock, fused = json.loads(next(tmp_path.rglob("*.json")).read_text())
+    assert set(fused) == FIELDS
+    for record in (stock, fused):
+        assert (record["what"], record["status"], record["repeats"]) == ("BertModel training step", "ok", 3)
+        assert 0 < record["error"] < 1e-5  # of gradients
+    forward = bench.flops(hf.BertConfig(**bench.SHAPES["minilm"]), bench.workload("squad").lengths) / 1e11
+    assert fused["fraction_of_floor"] * fused["median_s"] == pytest.approx(3 * forward)
+
+
+def test_gradients_are_checked_of_the_first_and_the_last_layer() -> None:
+    model = bench.build("minilm", torch.float32, torch.device("cpu"))
+    item = bench.Workload("two", (3, 9, 5))
+    found = bench._gradients(model, item, torch.device("cpu"))
+    assert found.numel() == 2 * sum(p.numel() for p in model.encoder.layer[0].parameters())
+    assert all(part.abs().max() > 0 for part in found.chunk(2))
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.usefixtures("tiny")
+def test_bench_does_not_time_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ops.attention_backward
+    monkeypatch.setattr(ops, "attention_backward", lambda *args: right(*args) * 1.001)
+    work = [bench.workload("single")]
+    stock, fused = bench.run(work, ["minilm"], [torch.float32], device=torch.device("cpu"), repeats=3, train=True)
+    assert (stock["status"], fused["status"].split(":")[0], fused["repeats"]) == ("ok", "FAILED", 0)
+
+
 @pytest.mark.usefixtures("tiny", "wrong")
 def test_bench_does_not_time_what_is_wrong(tmp_path: Path) -> None:
     arguments = ["bench", "--size", "minilm", "--repeats", "3", "--device", "cpu", "--workload", "single"]
@@ -216,6 +247,7 @@ def test_report_goes_between_the_markers(tmp_path: Path, capsys: pytest.CaptureF
     measured = {
         **dict.fromkeys(FIELDS),
         **about,
+        **{"what": "BertModel forward"},
         **{"candidate": "fused", "size": "large", "dtype": "float32", "workload": "squad b16", "status": "ok"},
         **{"median_s": 2.0, "tokens_per_s": 1316.4, "ratio_to_stock": 1.951, "ideal_ratio": 1.97},
         **{"fraction_of_floor": 0.874, "peak_memory_bytes": 3 << 20, "repeats": 7},
@@ -227,7 +259,7 @@ def test_report_goes_between_the_markers(tmp_path: Path, capsys: pytest.CaptureF
     for _ in range(2):
         assert main(["bench", "--report", str(records), "--readme", str(readme)]) == 0
     text = readme.read_text()
-    assert f"| {about['device_name']} | large | float32 | squad b16 | 1.97 | fused |" in text
+    assert f"| {about['device_name']} | forward | large | float32 | squad b16 | 1.97 | fused |" in text
     assert "| fused | 1,316 | 1.95 | 87% | 3 | 7 |\n" in text
     assert text.startswith("before\n<!-- table:begin -->\n| device |")
     assert text.endswith("<!-- table:end -->\nafter\n")

@@ -114,6 +114,58 @@ def test_gradients_under_autocast(dtype: torch.dtype, padding: str) -> None:
     compare(models.seeded(kind, **NO_DROPOUT), kind, torch.float32, padding, padding, context)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", [hf.BertForMaskedLM, hf.BertForPreTraining], ids=lambda kind: kind.__name__)
+def test_loss_only(kind: Any, dtype: torch.dtype, autocast: bool) -> None:
+    """The loss and its gradients from labelled tokens alone, as near to float64 as stock's from all logits."""
+    context = torch.autocast("cpu", torch.bfloat16) if autocast else torch.enable_grad()
+    if autocast and dtype != torch.float32:
+        pytest.skip("autocast is for float32 parameters")
+    fused, stock, truth = models.three(models.seeded(kind, **NO_DROPOUT), dtype)
+    fastbert.fuse(fused, loss_only=True)
+    calls = [batch(kind, seed)[0] for seed in range(8)]
+    losses, found = [], []
+    for m in (fused, stock, truth):
+        grads: dict[str, list[Tensor]] = {}
+        of_calls = []
+        for call in calls:
+            m.zero_grad()
+            with torch.enable_grad() if m is truth else context:
+                out = m(**call)
+            out.loss.backward()
+            of_calls.append(out.loss.detach())
+            for name, parameter in m.named_parameters():
+                if parameter.grad is not None:
+                    grads.setdefault(judged_with(name), []).append(parameter.grad.flatten().clone())
+        losses.append(torch.stack(of_calls))
+        found.append({name: torch.cat(parts) for name, parts in grads.items()})
+    assert_within_policy(losses[0].to(losses[1].dtype), losses[1], losses[2], "loss")
+    assert found[0].keys() == found[1].keys()
+    for name in found[0]:
+        assert_within_policy(*(f[name] for f in found), name)
+    out = fused(**calls[0])
+    assert out["loss"] is not None
+    assert (out.logits if kind is hf.BertForMaskedLM else out.prediction_logits) is None
+    assert isinstance(fused(**calls[0], return_dict=False), tuple)
+    without = {name: value for name, value in calls[0].items() if "label" not in name}
+    assert (fused(**without).logits if kind is hf.BertForMaskedLM else fused(**without).prediction_logits) is not None
+    everything = {**calls[0], "labels": torch.full_like(calls[0]["labels"], -100)}
+    assert fused(**everything).loss.isnan() and stock(**everything).loss.isnan()
+    with pytest.raises(ValueError, match="labels has shape"):
+        fused(**{**calls[0], "labels": calls[0]["labels"][:, :-1]})
+    assert type(fastbert.unfuse(fused)) is kind
+    assert fused(**calls[0])["logits" if kind is hf.BertForMaskedLM else "prediction_logits"] is not None
+
+
+def test_loss_only_never_makes_all_logits() -> None:
+    model = models.seeded(hf.BertForMaskedLM, vocab_size=5000, **NO_DROPOUT)
+    call, _ = batch(hf.BertForMaskedLM, 0)
+    logits = call["input_ids"].numel() * 5000 * 4
+    assert saved_bytes(fastbert.fuse(model), call) > logits
+    assert saved_bytes(fastbert.fuse(model, loss_only=True), call) < logits / 4
+
+
 @pytest.mark.parametrize("activation", ["gelu_new", "relu"])
 def test_gradients_through_other_activations(activation: str) -> None:
     kind = hf.BertForTokenClassification
