@@ -7,7 +7,11 @@ carrying the softmax along: a running maximum and sum of each row, in float32 an
 memory. Tile shapes depend on dtype and head_dim alone and a program sees one sequence alone, so that the output of a
 sequence is bitwise the same in any batch, packed or padded on the right.
 
-The recurrence is that of FlashAttention-2 (Dao, 2023, https://arxiv.org/abs/2307.08691).
+In training, dropout zeroes probabilities after the softmax, and the logarithm of each row's sum is kept. The backward
+computes the probabilities again from it, in two kernels without atomics: one holds keys and walks the queries for dK
+and dV, one holds queries and walks the keys for dQ.
+
+The recurrence and the backward are those of FlashAttention-2 (Dao, 2023, https://arxiv.org/abs/2307.08691).
 """
 
 from __future__ import annotations
@@ -19,18 +23,41 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import architecture, attention_config, input_precision
+from .dropout import checked_seed, draw_threshold, keep_scale, keep_tile
+from .launch import architecture, attention_backward_config, attention_config, input_precision
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+
+# Rows of a program that sums products of two rows.
+DELTA_ROWS = 64
 
 
-@triton.jit(do_not_specialize=["max_seqlen"])
+@triton.jit
+def sequence_rows(cu_seqlens_ptr, sequence, max_seqlen):
+    """First row and length of a sequence."""
+    if cu_seqlens_ptr is None:
+        row = sequence * max_seqlen
+        length = max_seqlen
+    else:
+        row = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
+        length = (tl.load(cu_seqlens_ptr + sequence + 1) - row).to(tl.int32)
+    return row, length
+
+
+@triton.jit(do_not_specialize=["max_seqlen", "rows", "threshold"])
 def attention_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     out_ptr,
+    lse_ptr,  # (heads, rows) float32, or None
     cu_seqlens_ptr,  # None: every sequence has max_seqlen rows
     key_mask_ptr,  # None: every key takes part
+    seed_ptr,  # of dropout, or None
+    rows,
     max_seqlen,
+    threshold,  # of dropout, as are
+    kept_scale,
     scale_log2e,  # scale * log2(e)
     stride_qt,
     stride_qh,
@@ -47,12 +74,7 @@ def attention_kernel(
     start_m = tl.program_id(0) * BLOCK_M
     head = tl.program_id(1).to(tl.int64)
     sequence = tl.program_id(2).to(tl.int64)
-    if cu_seqlens_ptr is None:
-        row = sequence * max_seqlen
-        length = max_seqlen
-    else:
-        row = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
-        length = (tl.load(cu_seqlens_ptr + sequence + 1) - row).to(tl.int32)
+    row, length = sequence_rows(cu_seqlens_ptr, sequence, max_seqlen)
     if start_m >= length:
         return
 
@@ -97,6 +119,10 @@ def attention_kernel(
         row_sum = row_sum * correction + tl.sum(p, 1)
         row_max = new_max
 
+        if seed_ptr is not None:  # the sum is of all, kept or not
+            queries = row + start_m + offs_m
+            keep_p = keep_tile(tl.load(seed_ptr), queries, start_n, head, threshold, BLOCK_M, BLOCK_N)
+            p = tl.where(keep_p, p, 0.0)
         v = tl.load(v_tile_ptr + v_offs, mask=mask_kv, other=0.0)
         acc = acc * correction[:, None]
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=INPUT_PRECISION)
@@ -105,11 +131,192 @@ def attention_kernel(
 
     if key_mask_ptr is not None:
         row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # all keys masked: zero, as acc is
-    acc = acc * (1.0 / row_sum)[:, None]
+        row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
+    if lse_ptr is not None:
+        lse = (row_max + tl.log2(row_sum)) / LOG2_E
+        tl.store(lse_ptr + head * rows + row + start_m + offs_m, lse, mask=start_m + offs_m < length)
+    norm = 1.0 / row_sum
+    if seed_ptr is not None:
+        norm = norm * kept_scale
+    acc = acc * norm[:, None]
     stride_ot = tl.num_programs(1) * HEAD_DIM
     out_tile_ptr = out_ptr + (row + start_m) * stride_ot + head * HEAD_DIM
     out_offs = offs_m[:, None] * stride_ot + offs_d[None, :]
     tl.store(out_tile_ptr + out_offs, acc.to(out_ptr.dtype.element_ty), mask=mask_q)
+
+
+@triton.jit
+def delta_kernel(
+    grad_ptr,  # (rows, heads, HEAD_DIM), contiguous
+    out_ptr,  # the same
+    delta_ptr,  # (heads, rows) float32: sums of their products
+    rows,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    head = tl.program_id(1).to(tl.int64)
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs = (offs_m[:, None] * tl.num_programs(1) + head) * HEAD_DIM + offs_d[None, :]
+    mask = (offs_m[:, None] < rows) & (offs_d[None, :] < HEAD_DIM)
+    grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    out = tl.load(out_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(delta_ptr + head * rows + offs_m, tl.sum(grad * out, 1), mask=offs_m < rows)
+
+
+@triton.jit(do_not_specialize=["max_seqlen", "rows", "threshold"])
+def attention_backward_kv_kernel(
+    qkv_ptr,  # (rows, 3, heads, HEAD_DIM), rows stride_qt apart
+    grad_ptr,  # (rows, heads, HEAD_DIM), contiguous
+    lse_ptr,  # (heads, rows)
+    delta_ptr,  # (heads, rows)
+    dqkv_ptr,  # (rows, 3, heads, HEAD_DIM), contiguous; here the last two thirds
+    cu_seqlens_ptr,
+    key_mask_ptr,
+    seed_ptr,
+    rows,
+    max_seqlen,
+    threshold,
+    kept_scale,
+    scale,
+    stride_qt,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # keys of a program
+    BLOCK_M: tl.constexpr,  # queries at a time
+    BLOCK_D: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    start_n = tl.program_id(0) * BLOCK_N
+    head = tl.program_id(1).to(tl.int64)
+    sequence = tl.program_id(2).to(tl.int64)
+    heads = tl.num_programs(1)
+    row, length = sequence_rows(cu_seqlens_ptr, sequence, max_seqlen)
+    if start_n >= length:
+        return
+
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d[None, :] < HEAD_DIM
+    mask_kv = (start_n + offs_n < length)[:, None] & mask_d
+    third = heads * HEAD_DIM
+    k_tile_ptr = qkv_ptr + (row + start_n) * stride_qt + third + head * HEAD_DIM
+    kv_offs = offs_n[:, None] * stride_qt + offs_d[None, :]
+    k = tl.load(k_tile_ptr + kv_offs, mask=mask_kv, other=0.0)
+    v = tl.load(k_tile_ptr + third + kv_offs, mask=mask_kv, other=0.0)
+    if key_mask_ptr is not None:
+        offs_mask = sequence * max_seqlen + start_n + offs_n
+        takes_part = tl.load(key_mask_ptr + offs_mask, mask=start_n + offs_n < length, other=False)
+
+    q_tile_ptr = qkv_ptr + row * stride_qt + head * HEAD_DIM
+    grad_tile_ptr = grad_ptr + row * third + head * HEAD_DIM
+    q_offs = offs_m[:, None] * stride_qt + offs_d[None, :]
+    grad_offs = offs_m[:, None] * third + offs_d[None, :]
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for start_m in range(0, length, BLOCK_M):
+        valid_m = offs_m < length - start_m
+        mask_q = valid_m[:, None] & mask_d
+        q = tl.load(q_tile_ptr + q_offs, mask=mask_q, other=0.0)
+        grad = tl.load(grad_tile_ptr + grad_offs, mask=mask_q, other=0.0)
+        offs_row = head * rows + row + start_m + offs_m
+        # Queries past the end have no weight: exp2(-inf) is zero.
+        lse = tl.load(lse_ptr + offs_row, mask=valid_m, other=float("inf"))
+        delta = tl.load(delta_ptr + offs_row, mask=valid_m, other=0.0)
+        scores = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)  # [BLOCK_N, BLOCK_M]
+        p = tl.exp2((scores * scale - lse[None, :]) * LOG2_E)
+        if key_mask_ptr is not None:
+            p = tl.where(takes_part[:, None], p, 0.0)
+        dp = tl.dot(v, tl.trans(grad), input_precision=INPUT_PRECISION)  # [BLOCK_N, BLOCK_M]
+        kept = p
+        if seed_ptr is not None:
+            queries = row + start_m + offs_m
+            keep = tl.trans(keep_tile(tl.load(seed_ptr), queries, start_n, head, threshold, BLOCK_M, BLOCK_N))
+            kept = tl.where(keep, p * kept_scale, 0.0)
+            dp = tl.where(keep, dp * kept_scale, 0.0)
+        dv = tl.dot(kept.to(grad.dtype), grad, dv, input_precision=INPUT_PRECISION)
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=INPUT_PRECISION)
+        q_tile_ptr += BLOCK_M * stride_qt
+        grad_tile_ptr += BLOCK_M * third
+
+    out_tile_ptr = dqkv_ptr + (row + start_n) * 3 * third + third + head * HEAD_DIM
+    out_offs = offs_n[:, None] * 3 * third + offs_d[None, :]
+    tl.store(out_tile_ptr + out_offs, (dk * scale).to(dqkv_ptr.dtype.element_ty), mask=mask_kv)
+    tl.store(out_tile_ptr + third + out_offs, dv.to(dqkv_ptr.dtype.element_ty), mask=mask_kv)
+
+
+@triton.jit(do_not_specialize=["max_seqlen", "rows", "threshold"])
+def attention_backward_q_kernel(
+    qkv_ptr,  # all as in attention_backward_kv_kernel
+    grad_ptr,
+    lse_ptr,
+    delta_ptr,
+    dqkv_ptr,  # here the first third
+    cu_seqlens_ptr,
+    key_mask_ptr,
+    seed_ptr,
+    rows,
+    max_seqlen,
+    threshold,
+    kept_scale,
+    scale,
+    stride_qt,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # queries of a program
+    BLOCK_N: tl.constexpr,  # keys at a time
+    BLOCK_D: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    start_m = tl.program_id(0) * BLOCK_M
+    head = tl.program_id(1).to(tl.int64)
+    sequence = tl.program_id(2).to(tl.int64)
+    heads = tl.num_programs(1)
+    row, length = sequence_rows(cu_seqlens_ptr, sequence, max_seqlen)
+    if start_m >= length:
+        return
+
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d[None, :] < HEAD_DIM
+    valid_m = start_m + offs_m < length
+    mask_q = valid_m[:, None] & mask_d
+    third = heads * HEAD_DIM
+    q_tile_ptr = qkv_ptr + (row + start_m) * stride_qt + head * HEAD_DIM
+    grad_tile_ptr = grad_ptr + (row + start_m) * third + head * HEAD_DIM
+    q = tl.load(q_tile_ptr + offs_m[:, None] * stride_qt + offs_d[None, :], mask=mask_q, other=0.0)
+    grad = tl.load(grad_tile_ptr + offs_m[:, None] * third + offs_d[None, :], mask=mask_q, other=0.0)
+    offs_row = head * rows + row + start_m + offs_m
+    lse = tl.load(lse_ptr + offs_row, mask=valid_m, other=float("inf"))
+    delta = tl.load(delta_ptr + offs_row, mask=valid_m, other=0.0)
+
+    k_tile_ptr = qkv_ptr + row * stride_qt + third + head * HEAD_DIM
+    kv_offs = offs_n[:, None] * stride_qt + offs_d[None, :]
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start_n in range(0, length, BLOCK_N):
+        takes_part = offs_n < length - start_n
+        mask_kv = takes_part[:, None] & mask_d
+        if key_mask_ptr is not None:
+            takes_part = tl.load(key_mask_ptr + sequence * max_seqlen + start_n + offs_n, mask=takes_part, other=False)
+        k = tl.load(k_tile_ptr + kv_offs, mask=mask_kv, other=0.0)
+        v = tl.load(k_tile_ptr + third + kv_offs, mask=mask_kv, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2((scores * scale - lse[:, None]) * LOG2_E)
+        p = tl.where(takes_part[None, :], p, 0.0)
+        dp = tl.dot(grad, tl.trans(v), input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
+        if seed_ptr is not None:
+            queries = row + start_m + offs_m
+            keep = keep_tile(tl.load(seed_ptr), queries, start_n, head, threshold, BLOCK_M, BLOCK_N)
+            dp = tl.where(keep, dp * kept_scale, 0.0)
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=INPUT_PRECISION)
+        k_tile_ptr += BLOCK_N * stride_qt
+
+    out_tile_ptr = dqkv_ptr + (row + start_m) * 3 * third + head * HEAD_DIM
+    out_offs = offs_m[:, None] * 3 * third + offs_d[None, :]
+    tl.store(out_tile_ptr + out_offs, (dq * scale).to(dqkv_ptr.dtype.element_ty), mask=mask_q)
 
 
 def attention(
@@ -139,43 +346,69 @@ def attention(
         ValueError: `q`, `k` or `v` is not contiguous in its last dimension; `key_mask` in the packed layout, or of
             another shape; rows that don't divide by `max_seqlen` in the dense one; `scale` not positive.
     """
-    rows, heads, head_dim = q.shape
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.shape != q.shape or x.stride(2) != 1:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)} and strides {x.stride()}; "
                 f"expected shape {tuple(q.shape)}, contiguous in the last dimension"
             )
+    return _launch_forward(q, k, v, None, cu_seqlens, key_mask, max_seqlen, scale, 0.0, None)
+
+
+def _checked(
+    rows: int, cu_seqlens: Tensor | None, key_mask: Tensor | None, max_seqlen: int, scale: float
+) -> tuple[int, Tensor | None]:
+    """The number of sequences, and the mask contiguous. Raises ValueError as `attention` says."""
     if not scale > 0:
         raise ValueError(f"scale is {scale}; expected a positive number")  # the maximum is taken before scaling
+    if cu_seqlens is not None:
+        if key_mask is not None:
+            raise ValueError("key_mask is given together with cu_seqlens; packed sequences take none")
+        return cu_seqlens.shape[0] - 1, None
+    batch = rows // max_seqlen
+    if batch * max_seqlen != rows:
+        raise ValueError(f"q has {rows} rows; expected a multiple of max_seqlen ({max_seqlen})")
+    if key_mask is None:
+        return batch, None
+    if key_mask.shape != (batch, max_seqlen) or key_mask.dtype != torch.bool:
+        raise ValueError(
+            f"key_mask has shape {tuple(key_mask.shape)} and dtype {key_mask.dtype}; "
+            f"expected {(batch, max_seqlen)} and torch.bool"
+        )
+    return batch, key_mask.contiguous()
+
+
+def _launch_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor | None,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> Tensor:
+    rows, heads, head_dim = q.shape
+    batch, key_mask = _checked(rows, cu_seqlens, key_mask, max_seqlen, scale)
     out = torch.empty((rows, heads, head_dim), dtype=q.dtype, device=q.device)
     if rows == 0:
         return out
-    if cu_seqlens is None:
-        batch = rows // max_seqlen
-        if batch * max_seqlen != rows:
-            raise ValueError(f"q has {rows} rows; expected a multiple of max_seqlen ({max_seqlen})")
-        if key_mask is not None:
-            if key_mask.shape != (batch, max_seqlen) or key_mask.dtype != torch.bool:
-                raise ValueError(
-                    f"key_mask has shape {tuple(key_mask.shape)} and dtype {key_mask.dtype}; "
-                    f"expected {(batch, max_seqlen)} and torch.bool"
-                )
-            key_mask = key_mask.contiguous()
-    else:
-        if key_mask is not None:
-            raise ValueError("key_mask is given together with cu_seqlens; packed sequences take none")
-        batch = cu_seqlens.shape[0] - 1
-
     config = attention_config(architecture(q.device), q.dtype, head_dim)
     attention_kernel[(triton.cdiv(max_seqlen, config.block_m), heads, batch)](
         q,
         k,
         v,
         out,
+        lse,
         cu_seqlens,
         key_mask,
+        seed,
+        rows,
         max_seqlen,
+        draw_threshold(dropout),
+        keep_scale(dropout),
         scale * math.log2(math.e),
         q.stride(0),
         q.stride(1),
@@ -192,3 +425,107 @@ def attention(
         num_stages=config.num_stages,
     )
     return out
+
+
+def _rows_of(qkv: Tensor) -> Tensor:
+    """`qkv` itself, whose rows may be any distance apart, or a copy where they aren't contiguous."""
+    if qkv.ndim != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"qkv has shape {tuple(qkv.shape)}; expected (T, 3, heads, head_dim)")
+    head_dim = qkv.shape[3]
+    rows_are = (qkv.shape[2] * head_dim, head_dim, 1)
+    return qkv if qkv.stride()[1:] == rows_are else qkv.contiguous()
+
+
+def attention_forward(
+    qkv: Tensor,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`attention` with dropout of the probabilities, and what its backward needs; never waits for the device.
+
+    Args:
+        qkv: (T, 3, heads, head_dim): queries, keys and values; dtypes and sizes as in `attention`.
+        cu_seqlens, key_mask, max_seqlen, scale: as `attention` has them.
+        dropout: rate, 0 to 1, at which probabilities are dropped; the others are scaled by 1 / (1 - dropout).
+        seed: int64 tensor of one element, on the device, which decides the dropped ones; None where `dropout` is 0.
+
+    Returns:
+        (T, heads, head_dim), contiguous, zero in rows whose keys are all masked; and (heads, T) float32, the logarithm
+        of the sum of exp(scale * score) over the keys of each row, 0 where there are none.
+
+    Raises:
+        ValueError: as in `attention`; `dropout` out of range, or without a seed.
+    """
+    qkv, seed = _rows_of(qkv), checked_seed(dropout, seed)
+    lse = torch.empty((qkv.shape[2], qkv.shape[0]), dtype=torch.float32, device=qkv.device)
+    q, k, v = qkv.unbind(1)
+    out = _launch_forward(q, k, v, lse, cu_seqlens, key_mask, max_seqlen, scale, dropout, seed)
+    return out, lse
+
+
+def attention_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """The gradient of `attention_forward` with respect to qkv, (T, 3, heads, head_dim), by what that returned.
+
+    `grad` is (T, heads, head_dim). Deterministic: the same bits every time. Three launches.
+
+    Raises:
+        ValueError: as in `attention_forward`; `grad` of another shape than `out`.
+    """
+    qkv, seed = _rows_of(qkv), checked_seed(dropout, seed)
+    rows, _, heads, head_dim = qkv.shape
+    batch, key_mask = _checked(rows, cu_seqlens, key_mask, max_seqlen, scale)
+    if grad.shape != out.shape:
+        raise ValueError(f"grad has shape {tuple(grad.shape)}; expected {tuple(out.shape)}, the shape of out")
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    if rows == 0:
+        return dqkv
+    grad, out, lse = grad.contiguous(), out.contiguous(), lse.contiguous()
+    delta = torch.empty_like(lse)
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    delta_kernel[(triton.cdiv(rows, DELTA_ROWS), heads)](
+        grad, out, delta, rows, HEAD_DIM=head_dim, BLOCK_M=DELTA_ROWS, BLOCK_D=block_d, num_warps=4
+    )
+    config = attention_backward_config(architecture(qkv.device), qkv.dtype, head_dim)
+    grid = (triton.cdiv(max_seqlen, config.block_m), heads, batch)
+    for kernel, held, walked in (
+        (attention_backward_kv_kernel, "BLOCK_N", "BLOCK_M"),
+        (attention_backward_q_kernel, "BLOCK_M", "BLOCK_N"),
+    ):
+        kernel[grid](
+            qkv,
+            grad,
+            lse,
+            delta,
+            dqkv,
+            cu_seqlens,
+            key_mask,
+            seed,
+            rows,
+            max_seqlen,
+            draw_threshold(dropout),
+            keep_scale(dropout),
+            scale,
+            qkv.stride(0),
+            HEAD_DIM=head_dim,
+            BLOCK_D=block_d,
+            INPUT_PRECISION=input_precision(qkv.dtype),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            **{held: config.block_m, walked: config.block_n},
+        )
+    return dqkv

@@ -1,6 +1,7 @@
 """The embedding layer: three gathers, their sum and LayerNorm, in one launch.
 
-`embedding_layer_norm` is the Triton twin of the function of that name in `reference`.
+`embedding_layer_norm` and `embedding_layer_norm_backward` are the Triton twins of the functions of those names in
+`reference`.
 
 Ids are checked on the device, by an assertion that names the argument, so that nothing has to be copied to the host
 first: CUDA reports it at the next synchronization, as for an id out of range in torch.nn.Embedding. No table is read
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .layer_norm import normalize
+from .layer_norm import normalize, normalize_backward
 
 
 @triton.jit
@@ -23,6 +24,28 @@ def gather(table_ptr, row, in_range, cols, mask, width):
     """Columns `cols` of one row of a table in float32: zero where not `mask`, NaN where the row is not `in_range`."""
     value = tl.load(table_ptr + row * width + cols, mask=mask & in_range, other=0.0).to(tl.float32)
     return tl.where(mask & (in_range == 0), float("nan"), value)
+
+
+@triton.jit
+def _embed(
+    word_ptr,
+    token_type_ptr,
+    position_ptr,
+    word,
+    token_type,
+    position,
+    word_in_range,
+    token_type_in_range,
+    position_in_range,
+    cols,
+    mask,
+    width,
+):
+    """The sum of one row of each table, in float32."""
+    x = gather(word_ptr, word, word_in_range, cols, mask, width)
+    x += gather(token_type_ptr, token_type, token_type_in_range, cols, mask, width)
+    x += gather(position_ptr, position, position_in_range, cols, mask, width)
+    return x
 
 
 # debug: device assertions are compiled in.
@@ -57,11 +80,99 @@ def embedding_kernel(
 
     cols = tl.arange(0, BLOCK_H)
     mask = cols < width
-    x = gather(word_ptr, word, word_in_range, cols, mask, width)
-    x += gather(token_type_ptr, token_type, token_type_in_range, cols, mask, width)
-    x += gather(position_ptr, position, position_in_range, cols, mask, width)
+    x = _embed(
+        word_ptr,
+        token_type_ptr,
+        position_ptr,
+        word,
+        token_type,
+        position,
+        word_in_range,
+        token_type_in_range,
+        position_in_range,
+        cols,
+        mask,
+        width,
+    )
     y = normalize(x, mask, weight_ptr, bias_ptr, cols, width, eps)
     tl.store(out_ptr + row * width + cols, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def embedding_backward_kernel(
+    grad_ptr,  # (rows, width), contiguous
+    input_ids_ptr,  # (rows,) int64, as are the next two; within their tables, or the forward had failed
+    token_type_ids_ptr,
+    position_ids_ptr,
+    word_ptr,  # (words, width), contiguous, as are the other tables
+    token_type_ptr,
+    position_ptr,
+    weight_ptr,  # (width,)
+    dtotal_ptr,  # (rows, width), contiguous
+    dweight_ptr,  # (programs, width) float32: sums over the rows of a program
+    dbias_ptr,  # the same
+    rows,
+    words,
+    token_types,
+    positions,
+    width,
+    eps,
+    ROWS: tl.constexpr,  # of a program
+    BLOCK_H: tl.constexpr,
+):
+    cols = tl.arange(0, BLOCK_H)
+    mask = cols < width
+    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    dweight = tl.zeros([BLOCK_H], tl.float32)
+    dbias = tl.zeros([BLOCK_H], tl.float32)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    for row in range(first, tl.minimum(first + ROWS, rows)):
+        word = tl.load(input_ids_ptr + row)
+        token_type = tl.load(token_type_ids_ptr + row)
+        position = tl.load(position_ids_ptr + row)
+        x = _embed(
+            word_ptr,
+            token_type_ptr,
+            position_ptr,
+            word,
+            token_type,
+            position,
+            (word >= 0) & (word < words),
+            (token_type >= 0) & (token_type < token_types),
+            (position >= 0) & (position < positions),
+            cols,
+            mask,
+            width,
+        )
+        grad = tl.load(grad_ptr + row * width + cols, mask=mask, other=0.0).to(tl.float32)
+        dtotal, of_weight = normalize_backward(x, grad, mask, weight, width, eps)
+        dweight += of_weight
+        dbias += grad
+        tl.store(dtotal_ptr + row * width + cols, dtotal.to(dtotal_ptr.dtype.element_ty), mask=mask)
+    offs = tl.program_id(0).to(tl.int64) * width + cols
+    tl.store(dweight_ptr + offs, dweight, mask=mask)
+    tl.store(dbias_ptr + offs, dbias, mask=mask)
+
+
+def _check(
+    input_ids: Tensor,
+    token_type_ids: Tensor,
+    position_ids: Tensor,
+    word: Tensor,
+    token_type: Tensor,
+    position: Tensor,
+    *vectors: tuple[str, Tensor],
+) -> None:
+    (rows,), width = input_ids.shape, word.shape[1]
+    for name, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
+        if ids.shape != (rows,):
+            raise ValueError(f"{name} has shape {tuple(ids.shape)}; expected {(rows,)}, the shape of input_ids")
+    for name, table in (("token_type", token_type), ("position", position)):
+        if table.ndim != 2 or table.shape[1] != width:
+            raise ValueError(f"{name} has shape {tuple(table.shape)}; expected (_, {width}), rows as wide as word's")
+    for name, vector in vectors:
+        if vector.shape != (width,):
+            raise ValueError(f"{name} has shape {tuple(vector.shape)}; expected {(width,)}")
 
 
 def embedding_layer_norm(
@@ -74,25 +185,18 @@ def embedding_layer_norm(
     weight: Tensor,
     bias: Tensor,
     eps: float,
+    padding_idx: int = -1,
 ) -> Tensor:
     """`layer_norm(word[input_ids] + token_type[token_type_ids] + position[position_ids])`, sums in float32.
 
     Ids are (T,) int64; the tables (vocabulary, H), (types, H), (positions, H); weight and bias (H,) -> (T, H). An id
-    out of range fails an assertion on the device.
+    out of range fails an assertion on the device. `padding_idx` is the row of `word` without a gradient, -1 for none.
 
     Raises:
         ValueError: shapes that don't fit together.
     """
+    _check(input_ids, token_type_ids, position_ids, word, token_type, position, ("weight", weight), ("bias", bias))
     (rows,), width = input_ids.shape, word.shape[1]
-    for name, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
-        if ids.shape != (rows,):
-            raise ValueError(f"{name} has shape {tuple(ids.shape)}; expected {(rows,)}, the shape of input_ids")
-    for name, table in (("token_type", token_type), ("position", position)):
-        if table.ndim != 2 or table.shape[1] != width:
-            raise ValueError(f"{name} has shape {tuple(table.shape)}; expected (_, {width}), rows as wide as word's")
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector.shape != (width,):
-            raise ValueError(f"{name} has shape {tuple(vector.shape)}; expected {(width,)}")
     out = torch.empty(rows, width, dtype=word.dtype, device=word.device)
     if out.numel() == 0:
         return out
@@ -118,3 +222,53 @@ def embedding_layer_norm(
         sanitize_overflow=False,
     )
     return out
+
+
+def embedding_layer_norm_backward(
+    grad: Tensor,
+    input_ids: Tensor,
+    token_type_ids: Tensor,
+    position_ids: Tensor,
+    word: Tensor,
+    token_type: Tensor,
+    position: Tensor,
+    weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `embedding_layer_norm` by the sum of the three rows, (T, H), the weight and the bias. Deterministic.
+
+    Raises:
+        ValueError: shapes that don't fit together.
+    """
+    _check(input_ids, token_type_ids, position_ids, word, token_type, position, ("weight", weight))
+    (rows,), width = input_ids.shape, word.shape[1]
+    if grad.shape != (rows, width):
+        raise ValueError(f"grad has shape {tuple(grad.shape)}; expected {(rows, width)}")
+    dtotal = torch.empty(rows, width, dtype=word.dtype, device=word.device)
+    config = launch.row_backward_config(word.dtype, width)
+    programs = triton.cdiv(rows, config.block_m)
+    dweight, dbias = (torch.empty(programs, width, dtype=torch.float32, device=word.device) for _ in range(2))
+    if dtotal.numel():
+        embedding_backward_kernel[(programs,)](
+            grad.contiguous(),
+            input_ids.contiguous(),
+            token_type_ids.contiguous(),
+            position_ids.contiguous(),
+            word.contiguous(),
+            token_type.contiguous(),
+            position.contiguous(),
+            weight.contiguous(),
+            dtotal,
+            dweight,
+            dbias,
+            rows,
+            word.shape[0],
+            token_type.shape[0],
+            position.shape[0],
+            width,
+            eps,
+            ROWS=config.block_m,
+            BLOCK_H=config.block_n,
+            num_warps=config.num_warps,
+        )
+    return dtotal, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(weight.dtype)

@@ -110,6 +110,31 @@ def attention_config(arch: str, dtype: torch.dtype, head_dim: int) -> Config:
     return _ATTENTION.get(arch, _ATTENTION["portable"])[dtype.itemsize, padded]
 
 
+# The backward of attention: `block_m` rows held, keys in one kernel and queries in the other, `block_n` walked at once.
+# Unmeasured, as above: dK and dV of the held rows and two tiles of scores at once are what fills the registers.
+_ATTENTION_BACKWARD: dict[str, dict[tuple[int, int], Config]] = {
+    "sm_80": {
+        (2, 16): Config(64, 64, 0, 4, 2),
+        (2, 32): Config(64, 64, 0, 4, 2),
+        (2, 64): Config(64, 32, 0, 4, 2),
+        (2, 128): Config(64, 32, 0, 8, 2),
+        (4, 16): Config(32, 32, 0, 8, 1),
+        (4, 32): Config(32, 32, 0, 8, 1),
+        (4, 64): Config(32, 32, 0, 8, 1),
+        (4, 128): Config(16, 32, 0, 8, 1),
+    },
+}
+for _arch in ("sm_90", "sm_100", "portable"):
+    _ATTENTION_BACKWARD[_arch] = _ATTENTION_BACKWARD["sm_80"]
+
+
+@functools.cache
+def attention_backward_config(arch: str, dtype: torch.dtype, head_dim: int) -> Config:
+    """The tiles of attention's backward: `block_m` rows held, `block_n` walked. Arguments as `attention_config`'s."""
+    padded = max(16, 1 << (head_dim - 1).bit_length())
+    return _ATTENTION_BACKWARD.get(arch, _ATTENTION_BACKWARD["portable"])[dtype.itemsize, padded]
+
+
 # Linear layers: by architecture and bytes an element, (n below which it applies, configuration). Not measured yet:
 # counted from registers and shared memory a program, as the ahead-of-time compilation reports them.
 _ANY = float("inf")
@@ -157,14 +182,41 @@ def linear_config(arch: str, dtype: torch.dtype, n: int, k: int) -> Config:
 
 
 @functools.cache
+def linear_backward_config(arch: str, dtype: torch.dtype, n: int, k: int) -> Config:
+    """The tiles of `linear_gelu_backward`, of a weight of shape (k, n): those of a product with few columns.
+
+    Its epilogue holds two results and what they are made from: with the widest tiles that spills.
+    """
+    if n % 16 or k % 16:
+        return _LINEAR_UNALIGNED
+    return _LINEAR.get(arch, _LINEAR["portable"])[dtype.itemsize][0][1]
+
+
+@functools.cache
 def row_config(dtype: torch.dtype, width: int) -> Config:
     """One row a program, `block_n` columns (a power of two, `width` or more), for kernels that normalize or move rows.
 
     A warp holds 2 KiB of its row: up to BERT-large's width one warp reduces it all, without shared memory or a barrier.
     Unmeasured.
     """
-    block = 1 << (width - 1).bit_length()
+    block = max(8, 1 << (width - 1).bit_length())  # of dropout's draws, eight at a time
     num_warps = 1
     while num_warps < 16 and block * dtype.itemsize > 2048 * num_warps:
         num_warps *= 2
     return Config(1, block, 0, num_warps, 1)
+
+
+@functools.cache
+def row_backward_config(dtype: torch.dtype, width: int) -> Config:
+    """`block_m` rows a program, `block_n` columns as `row_config` has them, for the backward of a normalization.
+
+    Half a dozen rows of numbers are held at once: four times the warps of `row_config` keep them in registers. Sixteen
+    rows a program make the sums of weight and bias, a row each in float32, an eighth of what is read and written.
+    Unmeasured.
+    """
+    forward = row_config(dtype, width)
+    return Config(16, forward.block_n, 0, min(4 * forward.num_warps, 16), 1)
+
+
+VOCABULARY_BLOCK = 4096
+"""Columns of the vocabulary that a program of `cross_entropy` takes at a time, in four warps. Unmeasured."""

@@ -1,9 +1,11 @@
 """Linear layers: one matrix product with its epilogue (bias, GELU, residual) in one launch.
 
-`linear`, `linear_gelu`, `linear_add` and `qkv_linear` are the Triton twins of the functions of those names in
-`reference`: same arguments, same result, on a GPU. They share one kernel. Products accumulate in float32, the epilogue
-runs in float32, and there is one rounding, at the store. float32 inputs are multiplied as
-`torch.get_float32_matmul_precision()` says: IEEE under "highest", TF32 otherwise.
+`linear`, `linear_gelu`, `linear_add`, `qkv_linear` and `feed_forward` are the Triton twins of the functions of those
+names in `reference`: same arguments, same result, on a GPU. They share one kernel. `linear_gelu_backward` has its own,
+a product whose epilogue is GELU's derivative; the other gradients are plain products, and torch's.
+
+Products accumulate in float32, the epilogue runs in float32, and there is one rounding, at the store. float32 inputs
+are multiplied as `torch.get_float32_matmul_precision()` says: IEEE under "highest", TF32 otherwise.
 
 The tile shape follows from dtype, N and K alone and K is never split, so a row of the result is bitwise the same
 whatever other rows are in the batch.
@@ -42,6 +44,21 @@ def load_bias(bias_ptr, cols, mask_n, BLOCK_N: tl.constexpr):
     return bias
 
 
+@triton.jit
+def gelu_erf_backward(x):
+    """GELU of x, and its derivative."""
+    below = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    return x * below, below + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+
+
+@triton.jit
+def gelu_tanh_backward(x):
+    """GELU of x, and its derivative."""
+    share = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    slope = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+    return x * share, share + x * share * (1.0 - share) * slope
+
+
 # m is not specialized: one compiled kernel for every number of rows, so T % 16 can't change a bit of any row.
 @triton.jit(do_not_specialize=["m"])
 def linear_kernel(
@@ -53,6 +70,7 @@ def linear_kernel(
     b1_ptr,
     b2_ptr,
     residual_ptr,  # (m, n), rows stride_rm apart, or None
+    pre_ptr,  # (m, n), contiguous: what GELU is taken of, or None
     out_ptr,  # (m, SEGMENTS * n), contiguous
     m,
     n,
@@ -131,12 +149,15 @@ def linear_kernel(
             elif segment == 2:
                 bias = load_bias(b2_ptr, cols, mask_n, HALF_N)
         y = (acc0 if half == 0 else acc1) + bias[None, :]
+        mask = (start_m + offs_m < m)[:, None] & mask_n[None, :]
+        if pre_ptr is not None:
+            pre_ptrs = pre_ptr + start_m.to(tl.int64) * n + start_h
+            tl.store(pre_ptrs + (offs_m[:, None] * n + offs_h[None, :]), y.to(pre_ptr.dtype.element_ty), mask=mask)
         if GELU == "none":
             y = gelu_erf(y)
         elif GELU == "tanh":
             y = gelu_tanh(y)
 
-        mask = (start_m + offs_m < m)[:, None] & mask_n[None, :]
         if residual_ptr is not None:
             residual_ptrs = residual_ptr + start_m.to(tl.int64) * stride_rm + start_h
             offs = offs_m[:, None] * stride_rm + offs_h[None, :]
@@ -147,7 +168,12 @@ def linear_kernel(
 
 
 def _launch(
-    x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], gelu: str, residual: Tensor | None
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor | None, ...],
+    gelu: str = "",
+    residual: Tensor | None = None,
+    pre: Tensor | None = None,
 ) -> Tensor:
     """Launches the kernel over the columns of `weights`, side by side; `gelu` is "", "none" or "tanh"."""
     (m, k), n = x.shape, weights[0].shape[0]
@@ -162,10 +188,10 @@ def _launch(
     if out.numel() == 0:
         return out
     config = launch.linear_config(launch.architecture(x.device), x.dtype, n, k)
-    # As they come from nn.Linear and from the other operators, none of these copies anything.
+    # As they come from nn.Linear, in one dtype, and from the other operators, none of these copies anything.
     x = launch.contiguous_rows(x)
-    w0, w1, w2 = (*(weight.contiguous() for weight in weights), None, None)[:3]
-    b0, b1, b2 = (*(None if bias is None else bias.contiguous() for bias in biases), None, None)[:3]
+    w0, w1, w2 = (*(weight.to(x.dtype).contiguous() for weight in weights), None, None)[:3]
+    b0, b1, b2 = (*(None if bias is None else bias.to(x.dtype).contiguous() for bias in biases), None, None)[:3]
     residual = None if residual is None else launch.contiguous_rows(residual)
     grid = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n) * len(weights)
     linear_kernel[(grid,)](
@@ -177,6 +203,7 @@ def _launch(
         b1,
         b2,
         residual,
+        pre,
         out,
         m,
         n,
@@ -197,35 +224,41 @@ def _launch(
     return out
 
 
+def _check_approximate(approximate: str) -> None:
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f'approximate is {approximate!r}; expected "none" or "tanh"')
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x @ weight.T + bias`: x (T, K), weight (N, K), bias (N,) or None -> (T, N), one dtype throughout.
+    """`x @ weight.T + bias`: x (T, K), weight (N, K), bias (N,) or None -> (T, N).
+
+    Here and in all that follows, weights of another dtype are rounded to that of x, which is that of the result.
 
     Raises:
         ValueError: shapes that don't fit together.
     """
-    return _launch(x, (weight,), (bias,), "", None)
+    return _launch(x, (weight,), (bias,))
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str = "none") -> Tensor:
-    """`gelu(x @ weight.T + bias)`: x (T, K), weight (N, K), bias (N,) or None -> (T, N), one dtype throughout.
+    """`gelu(x @ weight.T + bias)`: x (T, K), weight (N, K), bias (N,) or None -> (T, N).
 
     `approximate` is "none" (exact, erf) or "tanh", as in torch.nn.functional.gelu.
 
     Raises:
         ValueError: shapes that don't fit together, or another `approximate`.
     """
-    if approximate not in ("none", "tanh"):
-        raise ValueError(f'approximate is {approximate!r}; expected "none" or "tanh"')
-    return _launch(x, (weight,), (bias,), approximate, None)
+    _check_approximate(approximate)
+    return _launch(x, (weight,), (bias,), approximate)
 
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-    """`x @ weight.T + bias + residual`: x (T, K), weight (N, K), residual (T, N) -> (T, N), one dtype throughout.
+    """`x @ weight.T + bias + residual`: x (T, K), weight (N, K), residual (T, N) -> (T, N).
 
     Raises:
         ValueError: shapes that don't fit together.
     """
-    return _launch(x, (weight,), (bias,), "", residual)
+    return _launch(x, (weight,), (bias,), residual=residual)
 
 
 def qkv_linear(
@@ -244,4 +277,137 @@ def qkv_linear(
     Raises:
         ValueError: shapes that don't fit together.
     """
-    return _launch(x, (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias), "", None)
+    return _launch(x, (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias))
+
+
+def feed_forward(
+    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, approximate: str
+) -> tuple[Tensor, Tensor]:
+    """Both linear layers of a feed-forward: x (T, K), weight1 (I, K), bias1 (I,), weight2 (N, I), bias2 (N,).
+
+    Returns:
+        gelu(pre) @ weight2.T + bias2, (T, N); and what the backward needs, pre = x @ weight1.T + bias1, (T, I).
+
+    Raises:
+        ValueError: shapes that don't fit together, or another `approximate` than "none" or "tanh".
+    """
+    _check_approximate(approximate)
+    pre = torch.empty(x.shape[0], weight1.shape[0], dtype=x.dtype, device=x.device)
+    act = _launch(x, (weight1,), (bias1,), approximate, pre=pre)
+    return _launch(act, (weight2,), (bias2,)), pre
+
+
+# As in linear_kernel; the weight is read the other way round.
+@triton.jit(do_not_specialize=["m"])
+def linear_gelu_backward_kernel(
+    grad_ptr,  # (m, k), rows stride_gm apart
+    w_ptr,  # (k, n), contiguous
+    pre_ptr,  # (m, n), contiguous, as are the next two
+    dpre_ptr,
+    act_ptr,
+    m,
+    n,
+    k,
+    stride_gm,
+    GELU: tl.constexpr,  # "none" (erf) or "tanh"
+    EVEN_K: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    tiles_m = tl.cdiv(m, BLOCK_M)
+    tiles_n = tl.cdiv(n, BLOCK_N)
+    pid = tl.program_id(0)
+    first_m = pid // (GROUP_M * tiles_n) * GROUP_M
+    group_m = tl.minimum(tiles_m - first_m, GROUP_M)
+    tile_m = first_m + pid % (GROUP_M * tiles_n) % group_m
+    tile_n = pid % (GROUP_M * tiles_n) // group_m
+
+    start_m = tile_m * BLOCK_M
+    start_n = tile_n * BLOCK_N
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    rows = tl.minimum(offs_m, m - 1 - start_m)
+    mask_n = (start_n + offs_n < n)[None, :]
+    grad_ptrs = grad_ptr + start_m.to(tl.int64) * stride_gm + (rows[:, None] * stride_gm + offs_k[None, :])
+    w_ptrs = w_ptr + start_n + (offs_k[:, None] * n + offs_n[None, :])
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start_k in range(0, k, BLOCK_K):
+        if EVEN_K:
+            grad = tl.load(grad_ptrs)
+            w = tl.load(w_ptrs, mask=mask_n, other=0.0)
+        else:
+            keep = offs_k < k - start_k
+            grad = tl.load(grad_ptrs, mask=keep[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=keep[:, None] & mask_n, other=0.0)
+        if grad.dtype == tl.float32 and INPUT_PRECISION == "ieee":
+            acc += tl.dot(grad, w, input_precision="ieee", max_num_imprecise_acc=BLOCK_K)
+        else:
+            acc = tl.dot(grad, w, acc, input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
+        grad_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K * n
+
+    HALF_N: tl.constexpr = BLOCK_N // 2
+    acc0, acc1 = tl.split(acc.reshape(BLOCK_M, 2, HALF_N).permute(0, 2, 1))
+    for half in tl.static_range(2):
+        offs_h = tl.arange(0, HALF_N)
+        start_h = start_n + half * HALF_N
+        corner = start_m.to(tl.int64) * n + start_h
+        offs = offs_m[:, None] * n + offs_h[None, :]
+        mask = (start_m + offs_m < m)[:, None] & (start_h + offs_h < n)[None, :]
+        x = tl.load(pre_ptr + corner + offs, mask=mask, other=0.0).to(tl.float32)
+        if GELU == "none":
+            act, slope = gelu_erf_backward(x)
+        else:
+            act, slope = gelu_tanh_backward(x)
+        dpre = (acc0 if half == 0 else acc1) * slope
+        tl.store(dpre_ptr + corner + offs, dpre.to(dpre_ptr.dtype.element_ty), mask=mask)
+        tl.store(act_ptr + corner + offs, act.to(act_ptr.dtype.element_ty), mask=mask)
+
+
+def linear_gelu_backward(grad: Tensor, weight: Tensor, pre: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
+    """Back through `gelu(pre) @ weight.T`: grad (T, N), weight (N, I), pre (T, I).
+
+    Returns:
+        (grad @ weight) * gelu'(pre), (T, I); and gelu(pre), (T, I), which the gradient of `weight` is a product with.
+
+    Raises:
+        ValueError: shapes that don't fit together, or another `approximate` than "none" or "tanh".
+    """
+    _check_approximate(approximate)
+    (m, k), n = grad.shape, weight.shape[1]
+    if weight.shape != (k, n) or pre.shape != (m, n):
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)} and pre {tuple(pre.shape)}; "
+            f"expected {(k, n)} and {(m, n)} for grad of shape {(m, k)}"
+        )
+    dpre, act = (torch.empty(m, n, dtype=pre.dtype, device=pre.device) for _ in range(2))
+    if dpre.numel() == 0:
+        return dpre, act
+    config = launch.linear_backward_config(launch.architecture(grad.device), grad.dtype, n, k)
+    grad = launch.contiguous_rows(grad)
+    linear_gelu_backward_kernel[(triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)](
+        grad,
+        weight.to(grad.dtype).contiguous(),
+        pre.contiguous(),
+        dpre,
+        act,
+        m,
+        n,
+        k,
+        grad.stride(0),
+        GELU=approximate,
+        EVEN_K=k % config.block_k == 0,
+        INPUT_PRECISION=launch.input_precision(grad.dtype),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP_M=GROUP_M,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return dpre, act

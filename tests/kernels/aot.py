@@ -47,11 +47,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastbert.kernels import linear
-from fastbert.kernels.attention import attention_kernel
-from fastbert.kernels.embedding import embedding_kernel
-from fastbert.kernels.launch import Config, attention_config, linear_config, row_config
-from fastbert.kernels.layer_norm import layer_norm_kernel
+from fastbert.kernels import attention, linear
+from fastbert.kernels.cross_entropy import cross_entropy_backward_kernel, cross_entropy_kernel
+from fastbert.kernels.embedding import embedding_backward_kernel, embedding_kernel
+from fastbert.kernels.launch import (
+    VOCABULARY_BLOCK,
+    Config,
+    attention_backward_config,
+    attention_config,
+    linear_backward_config,
+    linear_config,
+    row_backward_config,
+    row_config,
+)
+from fastbert.kernels.layer_norm import add_layer_norm_backward_kernel, layer_norm_kernel
 from fastbert.kernels.padding import gather_rows_kernel
 
 TARGETS = {
@@ -96,26 +105,75 @@ def table(arch: str) -> str:
 
 @specializations("attention")
 def _attention(arch: str, full: bool) -> Iterator[Spec]:
-    def spec(dtype: torch.dtype, head_dim: int, layout: str, precision: str = "ieee") -> Spec:
+    def common(dtype: torch.dtype, head_dim: int, layout: str, precision: str, drops: bool) -> dict[str, Any]:
+        return {
+            "cu_seqlens_ptr": "*i32" if layout == "packed" else None,
+            "key_mask_ptr": "*i1" if layout == "masked" else None,
+            "seed_ptr": "*i64" if drops else None,
+            "rows": 4096,
+            "max_seqlen": 512,
+            "threshold": 6554,
+            "kept_scale": 1.11,
+            "HEAD_DIM": head_dim,
+            "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+            "INPUT_PRECISION": precision,
+        }
+
+    def spec(
+        dtype: torch.dtype, head_dim: int, layout: str, precision: str = "ieee", lse: bool = False, drops: bool = False
+    ) -> Spec:
         config = attention_config(table(arch), dtype, head_dim)
         strides = {f"stride_{x}{axis}": 3 * 1024 if axis == "t" else head_dim for x in "qkv" for axis in "th"}
         return Spec(
-            variant=f"{layout} {precision} d{head_dim}",
-            kernel=attention_kernel,
+            variant=f"{layout} {precision} d{head_dim}" + (" lse" if lse else "") + (" dropout" if drops else ""),
+            kernel=attention.attention_kernel,
             arguments={
+                **common(dtype, head_dim, layout, precision, drops),
                 **{f"{name}_ptr": f"*{TYPE_NAMES[dtype]}" for name in ("q", "k", "v", "out")},
-                "cu_seqlens_ptr": "*i32" if layout == "packed" else None,
-                "key_mask_ptr": "*i1" if layout == "masked" else None,
-                "max_seqlen": 512,
+                "lse_ptr": "*fp32" if lse else None,
                 "scale_log2e": 0.18,
                 **strides,
-                "HEAD_DIM": head_dim,
                 "BLOCK_M": config.block_m,
                 "BLOCK_N": config.block_n,
-                "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-                "INPUT_PRECISION": precision,
             },
             config=config,
+        )
+
+    def backward(
+        dtype: torch.dtype, head_dim: int, layout: str, precision: str = "ieee", drops: bool = True
+    ) -> Iterator[Spec]:
+        config = attention_backward_config(table(arch), dtype, head_dim)
+        pointer = f"*{TYPE_NAMES[dtype]}"
+        for name, held, walked in (("kv", "BLOCK_N", "BLOCK_M"), ("q", "BLOCK_M", "BLOCK_N")):
+            yield Spec(
+                variant=f"d{name} {layout} {precision} d{head_dim}" + (" dropout" if drops else ""),
+                kernel=getattr(attention, f"attention_backward_{name}_kernel"),
+                arguments={
+                    **common(dtype, head_dim, layout, precision, drops),
+                    **dict.fromkeys(("qkv_ptr", "grad_ptr", "dqkv_ptr"), pointer),
+                    **dict.fromkeys(("lse_ptr", "delta_ptr"), "*fp32"),
+                    "scale": 0.125,
+                    "stride_qt": 3 * 1024,
+                    held: config.block_m,
+                    walked: config.block_n,
+                },
+                config=config,
+            )
+
+    def delta(dtype: torch.dtype, head_dim: int) -> Spec:
+        return Spec(
+            variant=f"delta d{head_dim}",
+            kernel=attention.delta_kernel,
+            arguments={
+                **dict.fromkeys(("grad_ptr", "out_ptr"), f"*{TYPE_NAMES[dtype]}"),
+                "delta_ptr": "*fp32",
+                "rows": 4096,
+                "HEAD_DIM": head_dim,
+                "BLOCK_M": attention.DELTA_ROWS,
+                "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+            },
+            config=Config(attention.DELTA_ROWS, 0, 0, 4, 1),
+            matrix=False,
         )
 
     layouts = ("packed", "dense", "masked")
@@ -125,7 +183,23 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
                 for dtype in TYPE_NAMES:
                     yield spec(dtype, head_dim, layout)
                 yield spec(torch.float32, head_dim, layout, "tf32")
+                for dtype in TYPE_NAMES:
+                    for drops in (False, True):
+                        yield spec(dtype, head_dim, layout, "ieee", True, drops)
+                        yield from backward(dtype, head_dim, layout, "ieee", drops)
+                yield from backward(torch.float32, head_dim, layout, "tf32")
+            for dtype in TYPE_NAMES:
+                yield delta(dtype, head_dim)
     else:
+        yield spec(torch.bfloat16, 64, "packed", "ieee", True, True)
+        yield spec(torch.bfloat16, 128, "masked", "ieee", True, True)
+        yield from backward(torch.bfloat16, 64, "packed")
+        yield from backward(torch.bfloat16, 64, "masked", drops=False)
+        yield from backward(torch.float16, 128, "masked")
+        yield from backward(torch.float16, 32, "packed")
+        yield from backward(torch.float32, 64, "masked")
+        yield from backward(torch.float32, 128, "packed")
+        yield delta(torch.bfloat16, 64)
         for head_dim, layout in ((16, "packed"), (32, "masked"), (40, "packed"), (64, "masked"), (128, "masked")):
             yield spec(torch.float16, head_dim, layout)
             yield spec(torch.float32, head_dim, layout)
@@ -138,6 +212,29 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
 
 @specializations("linear")
 def _linear(arch: str, full: bool) -> Iterator[Spec]:
+    def backward(dtype: torch.dtype, n: int, k: int, gelu: str, precision: str = "ieee") -> Spec:
+        config = linear_backward_config(table(arch), dtype, n, k)
+        pointer = f"*{TYPE_NAMES[dtype]}"
+        return Spec(
+            variant=f"gelu backward {gelu} {precision} n{n} k{k}",
+            kernel=linear.linear_gelu_backward_kernel,
+            arguments={
+                **{f"{name}_ptr": pointer for name in ("grad", "w", "pre", "dpre", "act")},
+                "m": 4096,
+                "n": n,
+                "k": k,
+                "stride_gm": k,
+                "GELU": gelu,
+                "EVEN_K": k % config.block_k == 0,
+                "INPUT_PRECISION": precision,
+                "BLOCK_M": config.block_m,
+                "BLOCK_N": config.block_n,
+                "BLOCK_K": config.block_k,
+                "GROUP_M": linear.GROUP_M,
+            },
+            config=config,
+        )
+
     def spec(dtype: torch.dtype, n: int, k: int, op: str, precision: str = "ieee", bias: bool = True) -> Spec:
         config = linear_config(table(arch), dtype, n, k)
         pointer = f"*{TYPE_NAMES[dtype]}"
@@ -151,13 +248,14 @@ def _linear(arch: str, full: bool) -> Iterator[Spec]:
                 **{f"w{i}_ptr": pointer for i, pointer in enumerate(present)},
                 **{f"b{i}_ptr": pointer if bias else None for i, pointer in enumerate(present)},
                 "residual_ptr": pointer if op == "add" else None,
+                "pre_ptr": pointer if op.endswith("pre") else None,
                 "m": 4096,
                 "n": n,
                 "k": k,
                 "stride_xm": k,
                 "stride_rm": n if op == "add" else 0,
                 "SEGMENTS": segments,
-                "GELU": {"gelu": "none", "gelu_tanh": "tanh"}.get(op, ""),
+                "GELU": {"gelu": "none", "gelu_pre": "none", "gelu_tanh": "tanh"}.get(op, ""),
                 "EVEN_K": k % config.block_k == 0,
                 "INPUT_PRECISION": precision,
                 "BLOCK_M": config.block_m,
@@ -168,7 +266,7 @@ def _linear(arch: str, full: bool) -> Iterator[Spec]:
             config=config,
         )
 
-    ops = ("linear", "gelu", "gelu_tanh", "add", "qkv")
+    ops = ("linear", "gelu", "gelu_pre", "gelu_tanh", "add", "qkv")
     precisions = [(dtype, "ieee") for dtype in TYPE_NAMES]
     if arch.startswith("sm_"):
         precisions.append((torch.float32, "tf32"))
@@ -180,6 +278,8 @@ def _linear(arch: str, full: bool) -> Iterator[Spec]:
                 yield spec(dtype, n, k, op, precision)
             for op in ("linear", "qkv"):
                 yield spec(dtype, n, k, op, precision, bias=False)
+            for gelu in ("none", "tanh"):
+                yield backward(dtype, n, k, gelu, precision)
     else:
         for op in ops:  # an n on either side of where the tile changes
             yield spec(torch.bfloat16, 1024, 1024, op)
@@ -188,6 +288,10 @@ def _linear(arch: str, full: bool) -> Iterator[Spec]:
             yield spec(dtype, 100, 70, "gelu", precision)
             yield spec(dtype, 1024, 1040, "add", precision)
         yield spec(torch.bfloat16, 4096, 1024, "linear", bias=False)
+        yield backward(torch.bfloat16, 4096, 1024, "none")
+        yield backward(torch.float16, 4096, 1024, "tanh")
+        yield backward(torch.float16, 100, 70, "none")
+        yield backward(torch.float32, 4096, 1024, "none")
 
 
 WIDTHS = (128, 384, 768, 1024, 4096)
@@ -195,19 +299,45 @@ WIDTHS = (128, 384, 768, 1024, 4096)
 
 @specializations("layer_norm")
 def _layer_norm(arch: str, full: bool) -> Iterator[Spec]:
-    for width, dtype, residual in itertools.product(WIDTHS if full else (384, 1024), TYPE_NAMES, (False, True)):
+    dropout = {"threshold": 6554, "kept_scale": 1.11}
+    for width, dtype, op in itertools.product(WIDTHS if full else (384, 1024), TYPE_NAMES, ("", "add ", "drop ")):
         config = row_config(dtype, width)
         pointer = f"*{TYPE_NAMES[dtype]}"
         yield Spec(
-            variant=f"{'add ' if residual else ''}h{width}",
+            variant=f"{op}h{width}",
             kernel=layer_norm_kernel,
             arguments={
                 **{f"{name}_ptr": pointer for name in ("x", "weight", "bias", "out")},
-                "residual_ptr": pointer if residual else None,
+                "residual_ptr": pointer if op else None,
+                "seed_ptr": "*i64" if op == "drop " else None,
                 "width": width,
                 "stride_xm": width,
-                "stride_rm": width if residual else 0,
+                "stride_rm": width if op else 0,
                 "eps": 1e-12,
+                **dropout,
+                "BLOCK_H": config.block_n,
+            },
+            config=config,
+            matrix=False,
+        )
+    for width, dtype, drops in itertools.product(WIDTHS if full else (1024,), TYPE_NAMES, (False, True)):
+        config = row_backward_config(dtype, width)
+        pointer = f"*{TYPE_NAMES[dtype]}"
+        yield Spec(
+            variant=f"{'drop ' if drops else ''}backward h{width}",
+            kernel=add_layer_norm_backward_kernel,
+            arguments={
+                **{f"{name}_ptr": pointer for name in ("grad", "x", "residual", "weight", "dresidual")},
+                "dx_ptr": pointer if drops else None,
+                "seed_ptr": "*i64" if drops else None,
+                **dict.fromkeys(("dweight_ptr", "dbias_ptr"), "*fp32"),
+                "rows": 4096,
+                "width": width,
+                "stride_xm": width,
+                "stride_rm": width,
+                "eps": 1e-12,
+                **dropout,
+                "ROWS": config.block_m,
                 "BLOCK_H": config.block_n,
             },
             config=config,
@@ -217,9 +347,9 @@ def _layer_norm(arch: str, full: bool) -> Iterator[Spec]:
 
 @specializations("embedding")
 def _embedding(arch: str, full: bool) -> Iterator[Spec]:
+    tables = ("word", "token_type", "position")
     for width, dtype in itertools.product(WIDTHS if full else (1024,), TYPE_NAMES):
         config = row_config(dtype, width)
-        tables = ("word", "token_type", "position")
         yield Spec(
             variant=f"h{width}",
             kernel=embedding_kernel,
@@ -236,6 +366,50 @@ def _embedding(arch: str, full: bool) -> Iterator[Spec]:
             config=config,
             matrix=False,
         )
+    for width, dtype in itertools.product(WIDTHS if full else (1024,), TYPE_NAMES):
+        config = row_backward_config(dtype, width)
+        pointer = f"*{TYPE_NAMES[dtype]}"
+        yield Spec(
+            variant=f"backward h{width}",
+            kernel=embedding_backward_kernel,
+            arguments={
+                **{f"{name}_ptr": pointer for name in (*tables, "grad", "weight", "dtotal")},
+                **{f"{name}_ids_ptr": "*i64" for name in ("input", "token_type", "position")},
+                **dict.fromkeys(("dweight_ptr", "dbias_ptr"), "*fp32"),
+                "rows": 4096,
+                "words": 30522,
+                "token_types": 2,
+                "positions": 512,
+                "width": width,
+                "eps": 1e-12,
+                "ROWS": config.block_m,
+                "BLOCK_H": config.block_n,
+            },
+            config=config,
+            matrix=False,
+        )
+
+
+@specializations("cross_entropy")
+def _cross_entropy(arch: str, full: bool) -> Iterator[Spec]:
+    for dtype in TYPE_NAMES:
+        for name, kernel, others in (
+            ("forward", cross_entropy_kernel, ("loss_ptr", "lse_ptr")),
+            ("backward", cross_entropy_backward_kernel, ("lse_ptr", "grad_ptr")),
+        ):
+            yield Spec(
+                variant=name,
+                kernel=kernel,
+                arguments={
+                    "logits_ptr": f"*{TYPE_NAMES[dtype]}",
+                    "labels_ptr": "*i64",
+                    **dict.fromkeys(others, "*fp32"),
+                    "width": 30522,
+                    "BLOCK_N": VOCABULARY_BLOCK,
+                },
+                config=Config(1, VOCABULARY_BLOCK, 0, 4, 1),
+                matrix=False,
+            )
 
 
 @specializations("padding")
