@@ -88,16 +88,16 @@ def _feed_forward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     qkv, cu_seqlens, key_mask, max_seqlen, scale, dropout, seed = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(qkv, out, lse, cu_seqlens, key_mask, seed)
+    out, stats = output
+    ctx.mark_non_differentiable(stats)
+    ctx.save_for_backward(qkv, out, stats, cu_seqlens, key_mask, seed)
     ctx.numbers = max_seqlen, scale, dropout
 
 
 def _attention(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    qkv, out, lse, cu_seqlens, key_mask, seed = ctx.saved_tensors
+    qkv, out, stats, cu_seqlens, key_mask, seed = ctx.saved_tensors
     max_seqlen, scale, dropout = ctx.numbers
-    dqkv = ops.attention_backward(grad, qkv, out, lse, cu_seqlens, key_mask, max_seqlen, scale, dropout, seed)
+    dqkv = ops.attention_backward(grad, qkv, out, stats, cu_seqlens, key_mask, max_seqlen, scale, dropout, seed)
     return dqkv, None, None, None, None, None, None
 
 

@@ -55,7 +55,7 @@ _OPERATORS = {
     "attention_forward": ("attention", f"(Tensor qkv, {_SEQUENCES}, {_DROPOUT}) -> (Tensor, Tensor)"),
     "attention_backward": (
         "attention",
-        f"(Tensor grad, Tensor qkv, Tensor out, Tensor lse, {_SEQUENCES}, {_DROPOUT}) -> Tensor",
+        f"(Tensor grad, Tensor qkv, Tensor out, Tensor stats, {_SEQUENCES}, {_DROPOUT}) -> Tensor",
     ),
     "add_layer_norm_backward": (
         "layer_norm",
@@ -148,7 +148,7 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     "attention": lambda q, *rest: _like(q, *q.shape),
     "attention_forward": lambda qkv, *rest: (
         _like(qkv, qkv.shape[0], *qkv.shape[2:]),
-        _wide(qkv, qkv.shape[2], qkv.shape[0]),
+        _wide(qkv, 2, qkv.shape[2], qkv.shape[0]),
     ),
     "attention_backward": lambda grad, qkv, *rest: _like(qkv, *qkv.shape),
     "layer_norm": lambda x, *rest: _like(x, *x.shape),

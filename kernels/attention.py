@@ -7,8 +7,8 @@ carrying the softmax along: a running maximum and sum of each row, in float32 an
 memory. Tile shapes depend on dtype and head_dim alone and a program sees one sequence alone, so that the output of a
 sequence is bitwise the same in any batch, packed or padded on the right.
 
-In training, dropout zeroes probabilities after the softmax, and the logarithm of each row's sum is kept. The backward
-computes the probabilities again from it, in two kernels without atomics: one holds keys and walks the queries for dK
+In training, dropout zeroes probabilities after the softmax, and each row's maximum and sum are kept. The backward
+computes the probabilities again from them, in two kernels without atomics: one holds keys and walks the queries for dK
 and dV, one holds queries and walks the keys for dQ.
 
 The recurrence and the backward are those of FlashAttention-2 (Dao, 2023, https://arxiv.org/abs/2307.08691).
@@ -25,8 +25,6 @@ from torch import Tensor
 
 from .dropout import checked_seed, draw_threshold, keep_scale, keep_tile
 from .launch import architecture, attention_backward_config, attention_config, input_precision
-
-LOG2_E = tl.constexpr(math.log2(math.e))
 
 # Rows of a program that sums products of two rows.
 DELTA_ROWS = 64
@@ -50,7 +48,7 @@ def attention_kernel(
     k_ptr,
     v_ptr,
     out_ptr,
-    lse_ptr,  # (heads, rows) float32, or None
+    stats_ptr,  # (2, heads, rows) float32, or None: maximum and sum of each row
     cu_seqlens_ptr,  # None: every sequence has max_seqlen rows
     key_mask_ptr,  # None: every key takes part
     seed_ptr,  # of dropout, or None
@@ -132,9 +130,10 @@ def attention_kernel(
     if key_mask_ptr is not None:
         row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # all keys masked: zero, as acc is
         row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
-    if lse_ptr is not None:
-        lse = (row_max + tl.log2(row_sum)) / LOG2_E
-        tl.store(lse_ptr + head * rows + row + start_m + offs_m, lse, mask=start_m + offs_m < length)
+    if stats_ptr is not None:
+        stats_ptr += head * rows + row + start_m + offs_m
+        tl.store(stats_ptr, row_max, mask=start_m + offs_m < length)
+        tl.store(stats_ptr + tl.num_programs(1).to(tl.int64) * rows, row_sum, mask=start_m + offs_m < length)
     norm = 1.0 / row_sum
     if seed_ptr is not None:
         norm = norm * kept_scale
@@ -169,7 +168,7 @@ def delta_kernel(
 def attention_backward_kv_kernel(
     qkv_ptr,  # (rows, 3, heads, HEAD_DIM), rows stride_qt apart
     grad_ptr,  # (rows, heads, HEAD_DIM), contiguous
-    lse_ptr,  # (heads, rows)
+    stats_ptr,  # (2, heads, rows)
     delta_ptr,  # (heads, rows)
     dqkv_ptr,  # (rows, 3, heads, HEAD_DIM), contiguous; here the last two thirds
     cu_seqlens_ptr,
@@ -180,6 +179,7 @@ def attention_backward_kv_kernel(
     threshold,
     kept_scale,
     scale,
+    scale_log2e,
     stride_qt,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,  # keys of a program
@@ -222,10 +222,11 @@ def attention_backward_kv_kernel(
         grad = tl.load(grad_tile_ptr + grad_offs, mask=mask_q, other=0.0)
         offs_row = head * rows + row + start_m + offs_m
         # Queries past the end have no weight: exp2(-inf) is zero.
-        lse = tl.load(lse_ptr + offs_row, mask=valid_m, other=float("inf"))
+        row_max = tl.load(stats_ptr + offs_row, mask=valid_m, other=float("inf"))
+        row_sum = tl.load(stats_ptr + heads.to(tl.int64) * rows + offs_row, mask=valid_m, other=1.0)
         delta = tl.load(delta_ptr + offs_row, mask=valid_m, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)  # [BLOCK_N, BLOCK_M]
-        p = tl.exp2((scores * scale - lse[None, :]) * LOG2_E)
+        p = tl.exp2(tl.fma(scores, scale_log2e, -row_max[None, :])) * (1.0 / row_sum)[None, :]
         if key_mask_ptr is not None:
             p = tl.where(takes_part[:, None], p, 0.0)
         dp = tl.dot(v, tl.trans(grad), input_precision=INPUT_PRECISION)  # [BLOCK_N, BLOCK_M]
@@ -251,7 +252,7 @@ def attention_backward_kv_kernel(
 def attention_backward_q_kernel(
     qkv_ptr,  # all as in attention_backward_kv_kernel
     grad_ptr,
-    lse_ptr,
+    stats_ptr,
     delta_ptr,
     dqkv_ptr,  # here the first third
     cu_seqlens_ptr,
@@ -262,6 +263,7 @@ def attention_backward_q_kernel(
     threshold,
     kept_scale,
     scale,
+    scale_log2e,
     stride_qt,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,  # queries of a program
@@ -289,7 +291,8 @@ def attention_backward_q_kernel(
     q = tl.load(q_tile_ptr + offs_m[:, None] * stride_qt + offs_d[None, :], mask=mask_q, other=0.0)
     grad = tl.load(grad_tile_ptr + offs_m[:, None] * third + offs_d[None, :], mask=mask_q, other=0.0)
     offs_row = head * rows + row + start_m + offs_m
-    lse = tl.load(lse_ptr + offs_row, mask=valid_m, other=float("inf"))
+    row_max = tl.load(stats_ptr + offs_row, mask=valid_m, other=float("inf"))
+    row_sum = tl.load(stats_ptr + heads.to(tl.int64) * rows + offs_row, mask=valid_m, other=1.0)
     delta = tl.load(delta_ptr + offs_row, mask=valid_m, other=0.0)
 
     k_tile_ptr = qkv_ptr + row * stride_qt + third + head * HEAD_DIM
@@ -303,7 +306,7 @@ def attention_backward_q_kernel(
         k = tl.load(k_tile_ptr + kv_offs, mask=mask_kv, other=0.0)
         v = tl.load(k_tile_ptr + third + kv_offs, mask=mask_kv, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
-        p = tl.exp2((scores * scale - lse[:, None]) * LOG2_E)
+        p = tl.exp2(tl.fma(scores, scale_log2e, -row_max[:, None])) * (1.0 / row_sum)[:, None]
         p = tl.where(takes_part[None, :], p, 0.0)
         dp = tl.dot(grad, tl.trans(v), input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
         if seed_ptr is not None:
@@ -365,7 +368,7 @@ def _checked(
         if key_mask is not None:
             raise ValueError("key_mask is given together with cu_seqlens; packed sequences take none")
         return cu_seqlens.shape[0] - 1, None
-    batch = rows // max_seqlen
+    batch = rows // max_seqlen if rows else 0
     if batch * max_seqlen != rows:
         raise ValueError(f"q has {rows} rows; expected a multiple of max_seqlen ({max_seqlen})")
     if key_mask is None:
@@ -382,7 +385,7 @@ def _launch_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lse: Tensor | None,
+    stats: Tensor | None,
     cu_seqlens: Tensor | None,
     key_mask: Tensor | None,
     max_seqlen: int,
@@ -401,7 +404,7 @@ def _launch_forward(
         k,
         v,
         out,
-        lse,
+        stats,
         cu_seqlens,
         key_mask,
         seed,
@@ -454,24 +457,25 @@ def attention_forward(
         seed: int64 tensor of one element, on the device, which decides the dropped ones; None where `dropout` is 0.
 
     Returns:
-        (T, heads, head_dim), contiguous, zero in rows whose keys are all masked; and (heads, T) float32, the logarithm
-        of the sum of exp(scale * score) over the keys of each row, 0 where there are none.
+        (T, heads, head_dim), contiguous, zero in rows whose keys are all masked; and (2, heads, T) float32, of each
+        row the maximum m of scale * log2(e) * score and the sum of exp2 of the differences from it. Their logarithm in
+        one number would be off by a rounding of m, and so would every probability computed from it.
 
     Raises:
         ValueError: as in `attention`; `dropout` out of range, or without a seed.
     """
     qkv, seed = _rows_of(qkv), checked_seed(dropout, seed)
-    lse = torch.empty((qkv.shape[2], qkv.shape[0]), dtype=torch.float32, device=qkv.device)
+    stats = torch.empty((2, qkv.shape[2], qkv.shape[0]), dtype=torch.float32, device=qkv.device)
     q, k, v = qkv.unbind(1)
-    out = _launch_forward(q, k, v, lse, cu_seqlens, key_mask, max_seqlen, scale, dropout, seed)
-    return out, lse
+    out = _launch_forward(q, k, v, stats, cu_seqlens, key_mask, max_seqlen, scale, dropout, seed)
+    return out, stats
 
 
 def attention_backward(
     grad: Tensor,
     qkv: Tensor,
     out: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     cu_seqlens: Tensor | None,
     key_mask: Tensor | None,
     max_seqlen: int,
@@ -494,8 +498,8 @@ def attention_backward(
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     if rows == 0:
         return dqkv
-    grad, out, lse = grad.contiguous(), out.contiguous(), lse.contiguous()
-    delta = torch.empty_like(lse)
+    grad, out, stats = grad.contiguous(), out.contiguous(), stats.contiguous()
+    delta = torch.empty(heads, rows, dtype=torch.float32, device=qkv.device)
     block_d = max(16, triton.next_power_of_2(head_dim))
     delta_kernel[(triton.cdiv(rows, DELTA_ROWS), heads)](
         grad, out, delta, rows, HEAD_DIM=head_dim, BLOCK_M=DELTA_ROWS, BLOCK_D=block_d, num_warps=4
@@ -509,7 +513,7 @@ def attention_backward(
         kernel[grid](
             qkv,
             grad,
-            lse,
+            stats,
             delta,
             dqkv,
             cu_seqlens,
@@ -520,6 +524,7 @@ def attention_backward(
             draw_threshold(dropout),
             keep_scale(dropout),
             scale,
+            scale * math.log2(math.e),
             qkv.stride(0),
             HEAD_DIM=head_dim,
             BLOCK_D=block_d,

@@ -126,7 +126,8 @@ def embedding_backward_kernel(
     dweight = tl.zeros([BLOCK_H], tl.float32)
     dbias = tl.zeros([BLOCK_H], tl.float32)
     first = tl.program_id(0).to(tl.int64) * ROWS
-    for row in range(first, tl.minimum(first + ROWS, rows)):
+    for i in range(0, tl.minimum(rows - first, ROWS).to(tl.int32)):
+        row = first + i
         word = tl.load(input_ids_ptr + row)
         token_type = tl.load(token_type_ids_ptr + row)
         position = tl.load(position_ids_ptr + row)

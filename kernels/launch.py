@@ -121,11 +121,24 @@ _ATTENTION_BACKWARD: dict[str, dict[tuple[int, int], Config]] = {
         (4, 16): Config(32, 32, 0, 8, 1),
         (4, 32): Config(32, 32, 0, 8, 1),
         (4, 64): Config(32, 32, 0, 8, 1),
-        (4, 128): Config(16, 32, 0, 8, 1),
+        (4, 128): Config(16, 16, 0, 8, 1),
+    },
+    "portable": {
+        (2, 16): Config(64, 32, 0, 4, 1),
+        (2, 32): Config(64, 32, 0, 4, 1),
+        (2, 64): Config(64, 32, 0, 4, 1),
+        (2, 128): Config(32, 32, 0, 4, 1),  # on gfx942 larger tiles spill
+        (4, 16): Config(32, 32, 0, 8, 1),
+        (4, 32): Config(32, 32, 0, 8, 1),
+        (4, 64): Config(32, 32, 0, 8, 1),
+        (4, 128): Config(16, 16, 0, 8, 1),
     },
 }
-for _arch in ("sm_90", "sm_100", "portable"):
-    _ATTENTION_BACKWARD[_arch] = _ATTENTION_BACKWARD["sm_80"]
+_ATTENTION_BACKWARD["sm_90"] = _ATTENTION_BACKWARD["sm_80"]
+_ATTENTION_BACKWARD["sm_100"] = {
+    **_ATTENTION_BACKWARD["sm_80"],
+    (4, 64): Config(32, 32, 0, 4, 1),  # with eight warps ptxas stops short of the registers it needs, and spills
+}
 
 
 @functools.cache
@@ -181,15 +194,15 @@ def linear_config(arch: str, dtype: torch.dtype, n: int, k: int) -> Config:
     return next(config for below, config in table if n < below)
 
 
+# The product whose epilogue is GELU's derivative, by bytes an element. Two results and what they are made from are held
+# beside the sums: with four warps, or wider tiles, that spills.
+_LINEAR_BACKWARD = {2: Config(128, 128, 32, 8, 3), 4: Config(64, 128, 32, 8, 3)}
+
+
 @functools.cache
 def linear_backward_config(arch: str, dtype: torch.dtype, n: int, k: int) -> Config:
-    """The tiles of `linear_gelu_backward`, of a weight of shape (k, n): those of a product with few columns.
-
-    Its epilogue holds two results and what they are made from: with the widest tiles that spills.
-    """
-    if n % 16 or k % 16:
-        return _LINEAR_UNALIGNED
-    return _LINEAR.get(arch, _LINEAR["portable"])[dtype.itemsize][0][1]
+    """The tiles of `linear_gelu_backward`, of a weight of shape (k, n). Arguments as `linear_config`'s."""
+    return _LINEAR_UNALIGNED if n % 16 or k % 16 else _LINEAR_BACKWARD[dtype.itemsize]
 
 
 @functools.cache
@@ -210,12 +223,13 @@ def row_config(dtype: torch.dtype, width: int) -> Config:
 def row_backward_config(dtype: torch.dtype, width: int) -> Config:
     """`block_m` rows a program, `block_n` columns as `row_config` has them, for the backward of a normalization.
 
-    Half a dozen rows of numbers are held at once: four times the warps of `row_config` keep them in registers. Sixteen
-    rows a program make the sums of weight and bias, a row each in float32, an eighth of what is read and written.
+    Half a dozen rows of numbers are held at once: eight times the warps of `row_config` keep them in registers, even
+    where ptxas stops early (sm_100). Sixteen rows a program make the sums of weight and bias, a row each in float32, an
+    eighth of what is read and written.
     Unmeasured.
     """
     forward = row_config(dtype, width)
-    return Config(16, forward.block_n, 0, min(4 * forward.num_warps, 16), 1)
+    return Config(16, forward.block_n, 0, min(8 * forward.num_warps, 32), 1)
 
 
 VOCABULARY_BLOCK = 4096

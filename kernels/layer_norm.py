@@ -119,7 +119,8 @@ def add_layer_norm_backward_kernel(
     dbias = tl.zeros([BLOCK_H], tl.float32)
     DROPS: tl.constexpr = seed_ptr is not None
     first = tl.program_id(0).to(tl.int64) * ROWS
-    for row in range(first, tl.minimum(first + ROWS, rows)):
+    for i in range(0, tl.minimum(rows - first, ROWS).to(tl.int32)):
+        row = first + i
         keep = mask
         if DROPS:
             keep = keep_row(tl.load(seed_ptr), row, threshold, BLOCK_H)

@@ -230,13 +230,13 @@ def attention_forward(
         seed: int64 tensor of one element, which decides the dropped ones; None where `dropout` is 0.
 
     Returns:
-        (T, heads, head_dim), contiguous, zero in rows whose keys are all masked; and (heads, T) float32 or better, the
-        logarithm of the sum of exp(scale * score) over the keys of each row.
+        (T, heads, head_dim), contiguous, zero in rows whose keys are all masked; and what says the softmax of each row
+        again, (2, heads, T) float32 or better: here the logarithm of the sum of exp(scale * score), and ones.
     """
     rows, _, heads, _ = qkv.shape
     dtype, generator = _matmul_dtype(qkv), _generator(seed)
     out = qkv.new_empty(rows, *qkv.shape[2:])
-    lse = qkv.new_empty(heads, rows, dtype=torch.promote_types(qkv.dtype, torch.float32))
+    stats = qkv.new_ones(2, heads, rows, dtype=torch.promote_types(qkv.dtype, torch.float32))
     for group, batch, mask in _sequences(rows, cu_seqlens, key_mask, max_seqlen):
         # [3, B, heads, S, D]
         query, key, value = qkv[group].unflatten(0, (batch, -1)).permute(2, 0, 3, 1, 4).to(dtype)
@@ -255,8 +255,8 @@ def attention_forward(
                 query, key, value, attn_mask=_additive(mask, query), scale=scale
             )
         out[group] = result.transpose(1, 2).flatten(0, 1)
-        lse[:, group] = logsumexp.transpose(0, 1).flatten(1)
-    return out, lse
+        stats[0, :, group] = logsumexp.transpose(0, 1).flatten(1)
+    return out, stats
 
 
 def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
@@ -271,7 +271,7 @@ def attention_backward(
     grad: Tensor,
     qkv: Tensor,
     out: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     cu_seqlens: Tensor | None,
     key_mask: Tensor | None,
     max_seqlen: int,
@@ -281,14 +281,14 @@ def attention_backward(
 ) -> Tensor:
     """The gradient of `attention_forward` with respect to qkv, (T, 3, heads, head_dim), by what that returned.
 
-    Probabilities and dropout are computed again, from `lse` and `seed`.
+    Probabilities and dropout are computed again, from `stats` and `seed`.
     """
     dtype, generator = _matmul_dtype(qkv), _generator(seed)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
     for group, batch, mask in _sequences(qkv.shape[0], cu_seqlens, key_mask, max_seqlen):
         query, key, value = qkv[group].unflatten(0, (batch, -1)).permute(2, 0, 3, 1, 4).to(dtype)
         dout, result = (t[group].unflatten(0, (batch, -1)).transpose(1, 2).to(dtype) for t in (grad, out))
-        logsumexp = lse[:, group].unflatten(1, (batch, -1)).transpose(0, 1)  # [B, heads, S]
+        logsumexp = stats[0, :, group].unflatten(1, (batch, -1)).transpose(0, 1)  # [B, heads, S]
         if dropout:
             weights = _scores(query, key, mask, scale).sub_(logsumexp[..., None]).exp_()
             keep = _keep(weights.shape, dropout, generator, weights.dtype)

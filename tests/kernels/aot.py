@@ -120,17 +120,22 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
         }
 
     def spec(
-        dtype: torch.dtype, head_dim: int, layout: str, precision: str = "ieee", lse: bool = False, drops: bool = False
+        dtype: torch.dtype,
+        head_dim: int,
+        layout: str,
+        precision: str = "ieee",
+        stats: bool = False,
+        drops: bool = False,
     ) -> Spec:
         config = attention_config(table(arch), dtype, head_dim)
         strides = {f"stride_{x}{axis}": 3 * 1024 if axis == "t" else head_dim for x in "qkv" for axis in "th"}
         return Spec(
-            variant=f"{layout} {precision} d{head_dim}" + (" lse" if lse else "") + (" dropout" if drops else ""),
+            variant=f"{layout} {precision} d{head_dim}" + (" stats" if stats else "") + (" dropout" if drops else ""),
             kernel=attention.attention_kernel,
             arguments={
                 **common(dtype, head_dim, layout, precision, drops),
                 **{f"{name}_ptr": f"*{TYPE_NAMES[dtype]}" for name in ("q", "k", "v", "out")},
-                "lse_ptr": "*fp32" if lse else None,
+                "stats_ptr": "*fp32" if stats else None,
                 "scale_log2e": 0.18,
                 **strides,
                 "BLOCK_M": config.block_m,
@@ -151,8 +156,9 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
                 arguments={
                     **common(dtype, head_dim, layout, precision, drops),
                     **dict.fromkeys(("qkv_ptr", "grad_ptr", "dqkv_ptr"), pointer),
-                    **dict.fromkeys(("lse_ptr", "delta_ptr"), "*fp32"),
+                    **dict.fromkeys(("stats_ptr", "delta_ptr"), "*fp32"),
                     "scale": 0.125,
+                    "scale_log2e": 0.18,
                     "stride_qt": 3 * 1024,
                     held: config.block_m,
                     walked: config.block_n,

@@ -14,6 +14,7 @@ from fastbert.kernels import attention as kernel
 from fastbert.kernels import launch, reference
 from fastbert.numerics import assert_within_policy, relative_error
 from tests.conftest import kernel_dtypes
+from tests.kernels.philox import keep
 
 
 def make_qkv(rows: int, heads: int, head_dim: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,3 +212,111 @@ def test_configuration_is_the_table_of_the_architecture_or_portable() -> None:
     assert launch.attention_config("sm_120", torch.float16, 64) == portable
     assert launch.attention_config("sm_90", torch.float16, 64) != portable
     assert launch.attention_config("sm_90", torch.bfloat16, 33) == launch.attention_config("sm_90", torch.float16, 64)
+
+
+SEED = 0x1234567890
+
+
+def attend(qkv: Tensor, lengths: list[int], mask: Tensor | None, scale: float, dropout: float = 0.0) -> Tensor:
+    """Attention in plain operations, differentiable, with the dropout of the kernels, in the dtype of its inputs."""
+    parts, row = [], 0
+    for i, length in enumerate(lengths):
+        q, k, v = qkv[row : row + length].permute(1, 2, 0, 3)  # [heads, S, D]
+        scores = (q @ k.transpose(1, 2)) * scale
+        if mask is not None:
+            scores = scores.masked_fill(~mask[i], float("-inf"))
+        weights = scores.softmax(-1)
+        if mask is not None:
+            weights = torch.where(mask[i].any(), weights, 0.0)
+        if dropout:
+            rows, cols = torch.arange(row, row + length), torch.arange(length)
+            kept = torch.stack([keep(SEED, rows, cols, head, dropout) for head in range(len(q))])
+            weights = weights * kept.to(weights) / (1 - dropout)
+        parts.append((weights @ v).transpose(0, 1))
+        row += length
+    return torch.cat(parts)
+
+
+def check_training(
+    lengths: list[int], heads: int, head_dim: int, dtype: torch.dtype, device: str, mask: Tensor | None, dropout: float
+) -> None:
+    """Holds output and gradient, with dropout, to the policy."""
+    rows, longest, scale = sum(lengths), max(lengths), head_dim**-0.5
+    q, k, v = make_qkv(rows, heads, head_dim, dtype, device)
+    qkv = torch.stack((q, k, v), 1)
+    grad = torch.randn(rows, heads, head_dim, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    seed = torch.tensor([SEED], device=device) if dropout else None
+    layout = (None if mask is not None else cumulative(lengths, device), mask, longest, scale, dropout, seed)
+    out, stats = kernel.attention_forward(qkv, *layout)
+    dqkv = kernel.attention_backward(grad, qkv, out, stats, *layout)
+    results = []
+    for x in (qkv, qkv.double()):
+        leaf = x.clone().requires_grad_()
+        plain = attend(leaf, lengths, mask, scale, dropout)
+        # Of a sequence without keys softmax's own gradient is NaN; the truth is zero.
+        results.append((plain.detach(), torch.autograd.grad(plain, leaf, grad.to(x))[0].nan_to_num(0.0)))
+    assert_within_policy(out, results[0][0], results[1][0], "out")
+    for i, name in enumerate("qkv"):
+        assert_within_policy(dqkv[:, i], results[0][1][:, i], results[1][1][:, i], f"d{name}")
+    if not dropout and mask is None:
+        assert torch.equal(out, kernel.attention(q, k, v, *layout[:4]))
+    assert torch.equal(dqkv, kernel.attention_backward(grad, qkv, out, stats, *layout))
+
+
+@pytest.mark.parametrize("dtype", kernel_dtypes)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("head_dim", [16, 40, 64, 128])
+def test_training_packed(head_dim: int, dropout: float, dtype: torch.dtype, device: str) -> None:
+    lengths = [1, 37, 0, 129] if head_dim == 64 else [37, 65]
+    check_training(lengths, 2, head_dim, dtype, device, None, dropout)
+
+
+@pytest.mark.parametrize("dtype", kernel_dtypes)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["right", "left", "holes", "all-masked row"])
+def test_training_dense(kind: str, dropout: float, dtype: torch.dtype, device: str) -> None:
+    check_training([67] * 3, 2, 32, dtype, device, make_mask(kind, 3, 67, device), dropout)
+
+
+def test_training_with_all_dropped(device: str) -> None:
+    qkv = torch.randn(9, 3, 2, 16, device=device)
+    layout = (None, None, 9, 0.25, 1.0, torch.tensor([SEED], device=device))
+    out, stats = kernel.attention_forward(qkv, *layout)
+    assert out.eq(0).all()
+    assert kernel.attention_backward(torch.ones_like(out), qkv, out, stats, *layout).eq(0).all()
+
+
+def test_training_with_strides_apart(device: str) -> None:
+    """Rows of qkv any distance apart, heads that aren't side by side, and a gradient that was expanded."""
+    qkv = torch.randn(21, 3, 2, 16, device=device)
+    layout = (cumulative([9, 12], device), None, 12, 0.25, 0.5, torch.tensor([SEED], device=device))
+    out, stats = kernel.attention_forward(qkv, *layout)
+    apart = torch.full((21, 130), math.nan, device=device)[:, :96].view(21, 3, 2, 16)
+    apart.copy_(qkv)
+    turned = qkv.transpose(1, 2).contiguous().transpose(1, 2)
+    ones = torch.ones(1, 1, 1, device=device).expand(21, 2, 16)
+    expected = kernel.attention_backward(torch.ones_like(out), qkv, out, stats, *layout)
+    for strided in (apart, turned):
+        assert torch.equal(kernel.attention_forward(strided, *layout)[0], out)
+        assert torch.equal(kernel.attention_backward(ones, strided, out, stats, *layout), expected)
+
+
+def test_training_refuses(device: str) -> None:
+    qkv = torch.randn(8, 3, 2, 16, device=device)
+    seed = torch.tensor([SEED], device=device)
+    out, stats = kernel.attention_forward(qkv, None, None, 8, 0.25, 0.0, None)
+    with pytest.raises(ValueError, match="qkv has shape"):
+        kernel.attention_forward(qkv[:, :2], None, None, 8, 0.25, 0.0, None)
+    with pytest.raises(ValueError, match="dropout is 1"):
+        kernel.attention_forward(qkv, None, None, 8, 0.25, 1.5, seed)
+    with pytest.raises(ValueError, match="seed"):
+        kernel.attention_forward(qkv, None, None, 8, 0.25, 0.5, None)
+    with pytest.raises(ValueError, match="grad has shape"):
+        kernel.attention_backward(out[:4], qkv, out, stats, None, None, 8, 0.25, 0.0, None)
+
+
+def test_training_without_rows(device: str) -> None:
+    qkv = torch.randn(0, 3, 2, 16, device=device)
+    layout = (cumulative([0], device), None, 0, 0.25, 0.0, None)
+    out, stats = kernel.attention_forward(qkv, *layout)
+    assert kernel.attention_backward(out, qkv, out, stats, *layout).shape == (0, 3, 2, 16)
