@@ -56,8 +56,13 @@ def vocabulary(folder: Path, documents: list[list[str]], size: int) -> Any:
         wordpiece = Tokenizer(models.WordPiece(unk_token="[UNK]"))
         wordpiece.normalizer = normalizers.BertNormalizer(lowercase=True)
         wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=SPECIAL)
-        wordpiece.train_from_iterator((sentence for document in documents for sentence in document), trainer)
+        sentences = [wordpiece.normalizer.normalize_str(sentence) for document in documents for sentence in document]
+        words = {word for sentence in sentences for word, _ in wordpiece.pre_tokenizer.pre_tokenize_str(sentence)}
+        # The trainer numbers single characters in no fixed order, and pieces that are as frequent as each other by
+        # those numbers: named beforehand, they make the same text give the same vocabulary.
+        single = sorted({word[0] for word in words}) + sorted({f"##{letter}" for word in words for letter in word[1:]})
+        trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=SPECIAL + single)
+        wordpiece.train_from_iterator(sentences, trainer)
         partial = folder.with_name(folder.name + ".partial")  # whole or not at all
         shutil.rmtree(partial, ignore_errors=True)
         BertTokenizer(vocab=wordpiece.get_vocab()).save_pretrained(partial)
