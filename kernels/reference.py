@@ -78,7 +78,8 @@ def _generator(seed: Tensor | None) -> torch.Generator:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x @ weight.T + bias`: x (T, K), weight (N, K), bias (N,) or None -> (T, N).
 
-    Here and in all that follows, weights of another dtype are rounded to that of x, which is that of the result.
+    Here and in all that follows, weights of another dtype are rounded to that of x, which is that of the result; not
+    where products of that dtype run in float32.
     """
     return _affine(x, weight, bias).to(x.dtype)
 

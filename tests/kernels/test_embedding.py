@@ -142,3 +142,36 @@ def test_wrong_shapes_are_refused(wrong: int, shape: tuple[int, ...], name: str,
 @pytest.mark.parametrize(("rows", "width"), [(1, 1024), (37, 100), (129, 384), (0, 384)])
 def test_reference(rows: int, width: int, dtype: torch.dtype) -> None:
     check(reference, make_args(rows, width, dtype, "cpu"))
+
+
+def check_backward(module: object, args: list[Tensor]) -> None:
+    *ids, word, token_type, position, weight, _ = args
+    grad = torch.randn(len(ids[0]), word.shape[1], generator=torch.Generator().manual_seed(1)).to(word)
+    found = module.embedding_layer_norm_backward(grad, *ids, word, token_type, position, weight, EPS)
+    results = []
+    for convert in (lambda t: t, lambda t: t.double()):
+        word, token_type, position, weight, bias = (convert(t) for t in args[3:])
+        total = F.embedding(ids[0], word) + F.embedding(ids[1], token_type) + F.embedding(ids[2], position)
+        leaves = [t.detach().clone().requires_grad_() for t in (total, weight, bias)]
+        results.append(
+            torch.autograd.grad(F.layer_norm(leaves[0], weight.shape, *leaves[1:], EPS), leaves, convert(grad))
+        )
+    for name, mine, stock, truth in zip(("dsum", "dweight", "dbias"), found, *results, strict=True):
+        assert_within_policy(mine, stock, truth, name)
+
+
+@pytest.mark.parametrize("dtype", kernel_dtypes)
+@pytest.mark.parametrize(("rows", "width"), [(17, 1024), (37, 100), (33, 384)])
+def test_backward(rows: int, width: int, dtype: torch.dtype, device: str) -> None:
+    check_backward(kernel, make_args(rows, width, dtype, device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_backward_of_the_reference(dtype: torch.dtype) -> None:
+    check_backward(reference, make_args(37, 384, dtype, "cpu"))
+
+
+def test_backward_refuses_wrong_shapes(device: str) -> None:
+    *ids, word, token_type, position, weight, _ = make_args(9, 384, torch.float32, device)
+    with pytest.raises(ValueError, match="grad has shape"):
+        kernel.embedding_layer_norm_backward(word[:8], *ids, word, token_type, position, weight, EPS)

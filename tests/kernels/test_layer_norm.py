@@ -13,6 +13,7 @@ from fastbert.kernels import layer_norm as kernel
 from fastbert.kernels import reference
 from fastbert.numerics import assert_within_policy
 from tests.conftest import kernel_dtypes
+from tests.kernels.philox import keep
 
 EPS = 1e-12  # BERT's
 dtypes = [torch.float32, torch.float16, torch.bfloat16]
@@ -134,3 +135,83 @@ def test_reference(rows: int, width: int, dtype: torch.dtype) -> None:
     x, residual, weight, bias = make_args(rows, width, dtype, "cpu")
     check(reference, x, None, weight, bias)
     check(reference, x, residual, weight, bias)
+
+
+SEED = 0x1234567890
+
+
+def check_training(
+    module: object, args: list[Tensor], dropout: float, grad: Tensor, kept: Tensor | None, eps: float = EPS
+) -> tuple[Tensor, ...]:
+    """Holds `add_layer_norm` with dropout, and its gradients, to the policy: stock drops what `kept` says."""
+    seed = torch.tensor([SEED], device=grad.device) if dropout else None
+    x, residual, weight, _ = args
+    out = module.add_layer_norm(*args, eps, dropout, seed)
+    assert out.dtype == residual.dtype
+    dx, *others = module.add_layer_norm_backward(grad, x, residual, weight, eps, dropout, seed)
+    if not dropout and x.dtype == residual.dtype:
+        assert dx.shape == (0,)
+        dx = others[0]
+    results = []
+    for convert in (lambda t: t, lambda t: t.double()):
+        leaves = [convert(t).clone().requires_grad_() for t in args]
+        added = leaves[0] if kept is None else leaves[0] * kept.to(leaves[0]) / (1 - dropout)
+        plain = F.layer_norm(added + leaves[1], weight.shape, *leaves[2:], eps)
+        results.append((plain.detach(), *torch.autograd.grad(plain, leaves, convert(grad).to(plain.dtype))))
+    for name, mine, stock, truth in zip(
+        ("out", "dx", "dresidual", "dweight", "dbias"), (out, dx, *others), *results, strict=True
+    ):
+        assert_within_policy(mine, stock, truth, name)
+    return out, dx, *others
+
+
+@pytest.mark.parametrize("dtype", [*kernel_dtypes, "autocast"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("rows", "width"), [(37, 128), (33, 384), (17, 1000), (16, 1024), (40, 5)])
+def test_training_kernel(rows: int, width: int, dropout: float, dtype: torch.dtype | str, device: str) -> None:
+    args = make_args(rows, width, torch.float32 if dtype == "autocast" else dtype, device)
+    if dtype == "autocast":
+        args[0] = args[0].half()
+    grad = torch.randn(rows, width, generator=torch.Generator().manual_seed(1)).to(args[1])
+    kept = keep(SEED, torch.arange(rows), torch.arange(width), 0, dropout).to(device) if dropout else None
+    first = check_training(kernel, args, dropout, grad, kept)
+    second = check_training(kernel, args, dropout, grad, kept)
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("dtype", [*dtypes, "autocast"])
+@pytest.mark.parametrize(("rows", "width"), [(37, 384), (129, 100)])
+def test_training_reference(rows: int, width: int, dtype: torch.dtype | str) -> None:
+    args = make_args(rows, width, torch.float32 if dtype == "autocast" else dtype, "cpu")
+    if dtype == "autocast":
+        args[0] = args[0].bfloat16()
+    grad = torch.randn(rows, width, generator=torch.Generator().manual_seed(1)).to(args[1])
+    check_training(reference, args, 0.0, grad, None)
+
+
+def test_training_with_rows_apart(device: str) -> None:
+    args = make_args(19, 384, torch.float32, device)
+    seed = torch.tensor([SEED], device=device)
+    x, residual, weight, _ = args
+    ones = torch.ones_like(x)
+    expected = kernel.add_layer_norm_backward(ones, x, residual, weight, EPS, 0.3, seed)
+    apart = torch.full((19, 400), math.nan, device=device)[:, :384]
+    apart.copy_(x)
+    found = kernel.add_layer_norm_backward(ones[:1, :1].expand(19, 384), apart, residual, weight, EPS, 0.3, seed)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_training_without_rows(device: str) -> None:
+    x, residual, weight, _ = make_args(0, 384, torch.float32, device)
+    dx, dresidual, dweight, dbias = kernel.add_layer_norm_backward(x, x, residual, weight, EPS, 0.0, None)
+    assert (dx.shape, dresidual.shape) == ((0,), (0, 384))
+    assert dweight.eq(0).all() and dbias.eq(0).all()
+
+
+def test_training_refuses_wrong_shapes(device: str) -> None:
+    x, residual, weight, _ = make_args(9, 384, torch.float32, device)
+    for wrong, name in (((x[:8], x, residual, weight), "grad"), ((x, x, residual, weight[:5]), "weight")):
+        with pytest.raises(ValueError, match=f"{name} has shape"):
+            kernel.add_layer_norm_backward(*wrong, EPS, 0.0, None)
+    with pytest.raises(ValueError, match="seed"):
+        kernel.add_layer_norm(x, residual, weight, weight, EPS, 0.5)

@@ -203,3 +203,83 @@ def test_every_shape_has_a_configuration(arch: str, dtype: torch.dtype) -> None:
 def test_reference(op: str, rest: tuple[str, ...], bias: bool, dtype: torch.dtype) -> None:
     for t, n, k in ((1, 384, 128), (37, 100, 70), (129, 384, 384), (0, 48, 64)):
         check(reference, op, make_args(op, t, n, k, dtype, "cpu", bias), rest)
+
+
+def plain_feed_forward(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, gelu: str) -> Tensor:
+    return F.linear(F.gelu(F.linear(x, w1, b1), approximate=gelu), w2, b2)
+
+
+def make_feed_forward(t: int, k: int, i: int, dtype: torch.dtype, device: str, bias: bool) -> list[Tensor | None]:
+    x, w1, b1 = make_args("linear", t, i, k, dtype, device, bias)
+    _, w2, b2 = make_args("linear", t + 1, k, i, dtype, device, bias)
+    return [x, w1, b1, w2, b2]
+
+
+def check_training(module: object, args: list[Tensor | None], gelu: str) -> None:
+    """Holds a feed-forward, and the gradients of what its GELU is taken of and of its second weight, to the policy."""
+    out, pre = module.feed_forward(*args, gelu)
+    x, w1, b1, w2, _ = args
+    assert torch.equal(pre, module.linear(x, w1, b1))
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    dpre, act = module.linear_gelu_backward(grad, w2, pre, gelu)
+    results = []
+    for convert in (lambda t: t, lambda t: None if t is None else t.double()):
+        leaf = convert(pre).clone().requires_grad_()
+        plain = F.gelu(leaf, approximate=gelu)
+        (gradient,) = torch.autograd.grad(plain, leaf, convert(grad) @ convert(w2))
+        whole = plain_feed_forward(*(convert(a) for a in args), gelu)
+        results.append((whole, gradient, plain.detach()))
+    for name, mine, stock, truth in zip(("out", "dpre", "act"), (out, dpre, act), *results, strict=True):
+        assert_within_policy(mine, stock, truth, name)
+
+
+@pytest.mark.parametrize("dtype", kernel_dtypes)
+@pytest.mark.parametrize("gelu", ["none", "tanh"])
+@pytest.mark.parametrize(("t", "k", "i", "bias"), [(37, 64, 160, True), (129, 128, 256, False), (5, 100, 70, True)])
+def test_training_kernel(t: int, k: int, i: int, bias: bool, gelu: str, dtype: torch.dtype, device: str) -> None:
+    check_training(kernel, make_feed_forward(t, k, i, dtype, device, bias), gelu)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("gelu", ["none", "tanh"])
+def test_training_reference(gelu: str, dtype: torch.dtype) -> None:
+    check_training(reference, make_feed_forward(37, 128, 256, dtype, "cpu", True), gelu)
+
+
+@pytest.mark.parametrize("gelu", ["none", "tanh"])
+def test_the_derivative_has_the_right_limits(gelu: str, device: str) -> None:
+    pre = torch.tensor([[-65504.0, -100.0, -20.0, 0.0, 20.0, 100.0, 65504.0] * 16], device=device)
+    dpre, act = kernel.linear_gelu_backward(
+        torch.ones(1, 16, device=device), torch.eye(16, 112, device=device), pre, gelu
+    )
+    limits = torch.tensor([0, 0, 0, 0.5, 1, 1, 1], device=device)
+    assert torch.equal(dpre[0, :7], limits)
+    assert torch.equal(act, pre.clamp(min=0) + 0.0)
+
+
+@pytest.mark.parametrize("op", ["linear", "linear_gelu", "qkv_linear", "feed_forward", "linear_gelu_backward"])
+def test_weights_are_rounded_to_the_dtype_of_the_input(op: str, device: str) -> None:
+    """As under autocast: 16-bit activations, float32 parameters."""
+    args = make_feed_forward(9, 64, 64, torch.float32, device, True)
+    call = {
+        "linear": (args[0], args[1], args[2]),
+        "linear_gelu": (args[0], args[1], args[2], "none"),
+        "qkv_linear": (args[0], *args[1:3], *args[1:3], *args[3:5]),
+        "feed_forward": (*args, "none"),
+        "linear_gelu_backward": (args[0], args[1], args[0], "none"),
+    }[op]
+    rounded = tuple(a.half() if isinstance(a, Tensor) else a for a in call)
+    activations = 3 if op == "linear_gelu_backward" else 1
+    mixed = tuple(a.half() if isinstance(a, Tensor) and (i != 1 and i < activations) else a for i, a in enumerate(call))
+    expected, found = (getattr(kernel, op)(*each) for each in (rounded, mixed))
+    for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (expected, found)), strict=True):
+        assert a.dtype == b.dtype == torch.float16
+        assert torch.equal(a, b)
+
+
+def test_training_refuses_wrong_shapes(device: str) -> None:
+    x, w1, b1, w2, b2 = make_feed_forward(9, 64, 32, torch.float32, device, True)
+    with pytest.raises(ValueError, match="approximate"):
+        kernel.feed_forward(x, w1, b1, w2, b2, "erf")
+    with pytest.raises(ValueError, match="weight has shape"):
+        kernel.linear_gelu_backward(x, w1.t()[:, :5], torch.zeros(9, 32, device=device), "none")

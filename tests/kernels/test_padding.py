@@ -36,9 +36,9 @@ def test_pack_and_unpack(module: object, width: int, dtype: torch.dtype, device:
     inverse = torch.where(mask, mask.cumsum(0) - 1, -1)
     x = make_rows(mask.numel(), width, dtype, device)
 
-    packed = module.pack(x, indices)
+    packed = module.pack(x, indices, inverse)
     assert torch.equal(packed, x[mask])
-    unpacked = module.unpack(packed, inverse)
+    unpacked = module.unpack(packed, indices, inverse)
     assert torch.equal(unpacked, x * mask[:, None])
     assert packed.is_contiguous() and unpacked.is_contiguous()
 
@@ -46,19 +46,21 @@ def test_pack_and_unpack(module: object, width: int, dtype: torch.dtype, device:
 @pytest.mark.parametrize("module", modules)
 def test_rows_and_columns_apart(module: object, device: str) -> None:
     x = make_rows(7, 100, torch.float32, device)
-    indices = torch.tensor([5, 0, 0, 6], device=device)
+    indices = torch.tensor([5, 0, 3, 6, 1, 4, 2], device=device)
+    inverse = indices.argsort()
     for apart in (torch.cat([x, x], dim=1)[:, :100], x.t().contiguous().t()):
-        assert torch.equal(module.pack(apart, indices.repeat_interleave(2)[::2]), x[indices])
-        assert torch.equal(module.unpack(apart, indices), x[indices])
+        every_other = (t.repeat_interleave(2)[::2] for t in (indices, inverse))
+        assert torch.equal(module.pack(apart, *every_other), x[indices])
+        assert torch.equal(module.unpack(apart, indices, inverse), x[inverse])
 
 
 @pytest.mark.parametrize("module", modules)
 def test_nothing_to_move(module: object, device: str) -> None:
     x, none = make_rows(7, 100, torch.float32, device), torch.tensor([], dtype=torch.int64, device=device)
-    assert module.pack(x, none).shape == (0, 100)
-    assert module.unpack(x, none).shape == (0, 100)
-    missing = torch.full((3,), -1, device=device)
-    assert torch.equal(module.unpack(x[:0], missing), torch.zeros(3, 100, device=device))
+    missing = torch.full((7,), -1, device=device)
+    assert module.pack(x, none, missing).shape == (0, 100)
+    assert module.unpack(x[:0], none, none).shape == (0, 100)
+    assert torch.equal(module.unpack(x[:0], none, missing), torch.zeros(7, 100, device=device))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="an assertion that fails on a GPU ends the process's use of it")
@@ -68,5 +70,6 @@ def test_an_index_out_of_range_is_asserted(name: str, index: int, device: str, m
 
     debugging = replace(interpreter.interpreter_builder.options, debug=True)
     monkeypatch.setattr(interpreter.interpreter_builder, "options", debugging)
+    wrong = torch.tensor([index], device=device)
     with pytest.raises(interpreter.InterpreterError, match="indices"):
-        getattr(kernel, name)(make_rows(7, 100, torch.float32, device), torch.tensor([index], device=device))
+        getattr(kernel, name)(make_rows(7, 100, torch.float32, device), wrong, wrong)
