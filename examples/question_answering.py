@@ -137,7 +137,7 @@ def best_span(window: Window, start: np.ndarray, end: np.ndarray) -> tuple[float
     for i in np.argsort(-start)[:CANDIDATES]:
         for j in np.argsort(-end)[:CANDIDATES]:
             if i <= j < i + LONGEST and start[i] + end[j] > best[0]:
-                best = (float(start[i] + end[j]), (window.spans[i][0], window.spans[j][1]))  # type: ignore[index]
+                best = (float(start[i] + end[j]), (window.spans[i][0], window.spans[j][1]))
     return best
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -92,14 +93,16 @@ def test_runs_and_goes_on_after_a_kill(
     assert curve.shape == (480, 840, 4)
     assert (curve[100:400, 100:800, :3].std(-1) > 0.1).sum() > 100  # a coloured line, inside the axes
 
-    with monkeypatch.context() as patch:
-        at_step(patch, 6, killed)
-        with pytest.raises(Killed):
+    # Within an epoch and, of the scripts with six batches, at its end.
+    for step, checkpoint in ((5, None), (7, 3), (None, 6)):
+        with monkeypatch.context() as patch, pytest.raises(Killed) if step else contextlib.nullcontext():
+            at_step(patch, step or 0, killed)
             main(command(name))
-    assert not (tmp_path / "run" / "metrics.json").exists()
-    capsys.readouterr()
-    main(command(name))
-    assert f"Going on from {tmp_path / 'run' / 'checkpoint-3'}" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert (f"Going on from {tmp_path / 'run' / f'checkpoint-{checkpoint}'}\n" in printed) == (
+            checkpoint is not None
+        )
+        assert (tmp_path / "run" / "metrics.json").exists() == (step is None)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
     # Once more: nothing is left to do, and the metrics are those of the same weights.
