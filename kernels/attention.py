@@ -27,7 +27,7 @@ from .dropout import checked_seed, draw_threshold, keep_scale, keep_tile
 from .launch import architecture, attention_backward_config, attention_config, input_precision
 
 # Rows of a program that sums products of two rows.
-DELTA_ROWS = 64
+DELTA_ROWS = 32
 
 
 @triton.jit
