@@ -76,7 +76,7 @@ _ATTENTION: dict[str, dict[tuple[int, int], Config]] = {
         (4, 16): Config(32, 32, 0, 8, 1),
         (4, 32): Config(32, 32, 0, 8, 1),
         (4, 64): Config(32, 32, 0, 8, 1),
-        (4, 128): Config(16, 32, 0, 8, 1),
+        (4, 128): Config(16, 16, 0, 8, 1),
     },
     "portable": {
         (2, 16): Config(64, 32, 0, 4, 2),  # all within 48 KiB
@@ -111,8 +111,8 @@ def attention_config(arch: str, dtype: torch.dtype, head_dim: int) -> Config:
 
 
 # The backward of attention: `block_m` rows held, keys in one kernel and queries in the other, `block_n` walked at once.
-# Unmeasured, as above: dK and dV of the held rows and two tiles of scores at once are what fills the registers. Those of
-# float32 are what of many tiles didn't spill, in any layout and head dimension.
+# Unmeasured, as above: dK and dV of the held rows and two tiles of scores at once are what fills the registers. Those
+# of float32 are what of many tiles didn't spill, in any layout and head dimension.
 _HALF_BACKWARD = {
     (2, 16): Config(64, 64, 0, 4, 2),
     (2, 32): Config(64, 64, 0, 4, 2),
