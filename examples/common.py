@@ -129,22 +129,20 @@ def begin(args: argparse.Namespace) -> Path | None:
     longest = AutoConfig.from_pretrained(args.model).max_position_embeddings
     if args.max_length > longest:
         raise SystemExit(f"--max-length is {args.max_length}; {args.model} has positions for {longest} tokens")
-    given = {name: str(value) for name, value in sorted(vars(args).items()) if name != "output" and value is not None}
-    record = args.output / "arguments.json"
     args.output.mkdir(parents=True, exist_ok=True)
-    if record.exists():
+    given = {name: str(value) for name, value in sorted(vars(args).items()) if name != "output" and value is not None}
+    record, checkpoint = args.output / "arguments.json", last_checkpoint(args.output)
+    if checkpoint is None:
+        write_json(record, given)
+    else:
         earlier = json.loads(record.read_text(encoding="utf-8"))
         differ = [name for name in sorted({*given, *earlier}) if given.get(name) != earlier.get(name)]
         if differ:
             was = ", ".join(f"--{name.replace('_', '-')} {earlier.get(name)}" for name in differ)
             raise SystemExit(f"{args.output} holds a run started with {was}; name another --output, or remove it")
-    else:
-        write_json(record, given)
+        print(f"Going on from {checkpoint}")
     transformers.set_seed(args.seed)
     transformers.logging.disable_progress_bar()  # those of loading and saving; training keeps its own
-    checkpoint = last_checkpoint(args.output)
-    if checkpoint is not None:
-        print(f"Going on from {checkpoint}")
     return checkpoint
 
 

@@ -4,7 +4,7 @@
         --train train.txt --eval held_out.txt --output runs/pretraining --epochs 40
 
 Files: a sentence a line, and a blank line between documents (at least two). Of --model only config.json is used.
-1. A WordPiece vocabulary of --vocabulary pieces is trained on --train and kept in DIR/tokenizer.
+1. A WordPiece vocabulary of --vocabulary pieces is trained on --train; it is saved with the model.
 2. Neighbouring sentences fill examples of up to --max-length tokens, split in two; the second half of one in two is
    replaced by a text from another document (next sentence prediction). Pairs are drawn once.
 3. In every step 15 % of the tokens are chosen anew; 80 % of these become [MASK], 10 % any token, 10 % stay.
@@ -13,9 +13,7 @@ Metrics, on --eval, masked once: mlm_loss (cross-entropy, nats a masked token), 
 
 from __future__ import annotations
 
-import os
 import random
-import shutil
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -50,24 +48,19 @@ def read(path: Path) -> list[list[str]]:
     return documents
 
 
-def vocabulary(folder: Path, documents: list[list[str]], size: int) -> Any:
-    """The tokenizer in `folder`; trained on `documents` and left there where there is none yet."""
-    if not folder.exists():
-        wordpiece = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        wordpiece.normalizer = normalizers.BertNormalizer(lowercase=True)
-        wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        sentences = [wordpiece.normalizer.normalize_str(sentence) for document in documents for sentence in document]
-        words = {word for sentence in sentences for word, _ in wordpiece.pre_tokenizer.pre_tokenize_str(sentence)}
-        # The trainer numbers single characters in no fixed order, and pieces that are as frequent as each other by
-        # those numbers: named beforehand, they make the same text give the same vocabulary.
-        single = sorted({word[0] for word in words}) + sorted({f"##{letter}" for word in words for letter in word[1:]})
-        trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=SPECIAL + single)
-        wordpiece.train_from_iterator(sentences, trainer)
-        partial = folder.with_name(folder.name + ".partial")  # whole or not at all
-        shutil.rmtree(partial, ignore_errors=True)
-        BertTokenizer(vocab=wordpiece.get_vocab()).save_pretrained(partial)
-        os.replace(partial, folder)
-    return BertTokenizer.from_pretrained(folder)
+def vocabulary(documents: list[list[str]], size: int) -> Any:
+    """A WordPiece tokenizer of `size` pieces (more where the text has more letters), trained on `documents`."""
+    wordpiece = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    wordpiece.normalizer = normalizers.BertNormalizer(lowercase=True)
+    wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    sentences = [wordpiece.normalizer.normalize_str(sentence) for document in documents for sentence in document]
+    words = {word for sentence in sentences for word, _ in wordpiece.pre_tokenizer.pre_tokenize_str(sentence)}
+    # The trainer numbers single characters in no fixed order, and pieces that are as frequent as each other by
+    # those numbers: named beforehand, they make the same text give the same vocabulary.
+    single = sorted({word[0] for word in words}) + sorted({f"##{letter}" for word in words for letter in word[1:]})
+    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=SPECIAL + single)
+    wordpiece.train_from_iterator(sentences, trainer)
+    return BertTokenizer(vocab=wordpiece.get_vocab())
 
 
 def pairs(documents: list[list[str]], tokenizer: Any, max_length: int, seed: int) -> list[dict[str, Any]]:
@@ -147,12 +140,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     train, held_out = read(args.train), read(args.eval)
 
     checkpoint = common.begin(args)
-    tokenizer = vocabulary(args.output / "tokenizer", train, args.vocabulary)
     if checkpoint is None:
+        tokenizer = vocabulary(train, args.vocabulary)
         config = BertConfig.from_pretrained(args.model)
         config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
         model = BertForPreTraining(config)
     else:
+        tokenizer = BertTokenizer.from_pretrained(checkpoint)
         model = BertForPreTraining.from_pretrained(checkpoint, dtype="float32")
     if not args.stock:
         fastbert.fuse(model, loss_only=True)

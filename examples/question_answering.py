@@ -149,11 +149,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     checkpoint = common.begin(args)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    longest = max(len(tokenizer(question.text).input_ids) for question in [*train, *held_out])
-    if args.max_length - longest <= args.stride:
+    longest = max(len(tokenizer(question.text).input_ids) for question in [*train, *held_out]) + 1  # the last [SEP]
+    if args.max_length <= longest + args.stride:
         raise SystemExit(
             f"--max-length is {args.max_length}; expected more than {longest + args.stride}: "
-            f"the longest question ({longest} tokens) and --stride"
+            f"the longest question ({longest} tokens, with [CLS] and [SEP]) and --stride"
         )
     model = BertForQuestionAnswering.from_pretrained(checkpoint or args.model, dtype="float32")
     if not args.stock:

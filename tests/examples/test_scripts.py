@@ -235,14 +235,17 @@ def test_lengths_that_do_not_fit(command: Any) -> None:
     with pytest.raises(SystemExit, match=r"--max-length is 65; .* has positions for 64 tokens"):
         script("text_classification").main(command("text_classification", "--max-length=65"))
     with pytest.raises(SystemExit, match="--max-length is 16; expected more than 16"):
-        script("question_answering").main(command("question_answering", "--stride=11"))
+        script("question_answering").main(command("question_answering", "--stride=10"))
+    script("question_answering").main(command("question_answering", "--stride=9", "--steps=1"))
 
 
 def test_other_arguments_in_the_same_output_are_refused(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     main = script("text_classification").main
-    at_step(monkeypatch, 1, killed)
-    with pytest.raises(Killed):
-        main(command("text_classification"))
+    for step, lr in ((3, 0.002), (4, 0.001)):  # the first leaves no checkpoint, so nothing to mix up
+        with monkeypatch.context() as patch:
+            at_step(patch, step, killed)
+            with pytest.raises(Killed):
+                main(command("text_classification", f"--lr={lr}"))
     with pytest.raises(SystemExit, match=r"holds a run started with --lr 0.001; name another --output"):
         main(command("text_classification", "--lr=0.002"))
 
