@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,21 +37,46 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether anything but transformers' own output capturing watches or replaces the forward of `module`."""
-    attributes = module.__dict__
-    if attributes["_forward_pre_hooks"] or "forward" in attributes:
+# Hooks that neither read nor change what a module computes: transformers' output capturing, FSDP's gathering of
+# parameters, and what makes the output of frozen embeddings need gradients (`FusedEmbeddings` does it in its place).
+_HARMLESS_HOOKS = ("transformers.utils.output_capturing", "torch.distributed.fsdp.")
+_GRADIENT_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")
+
+
+def _is_harmless(hook: Any) -> bool:
+    if getattr(hook, "__module__", "").startswith(_HARMLESS_HOOKS):
         return True
-    hooks = attributes["_forward_hooks"]
-    return bool(hooks) and any(h.__module__ != "transformers.utils.output_capturing" for h in hooks.values())
+    return getattr(hook, "__name__", "") in _GRADIENT_HOOKS and hook.__module__.startswith(("transformers.", "peft."))
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether `module` is exactly a `kind`, so that its parameters say all that it does."""
+def is_hooked(module: nn.Module) -> bool:
+    """Whether anything watches or replaces the forward of `module`, but for hooks known to be harmless."""
+    attributes = module.__dict__
+    hooks = attributes["_forward_pre_hooks"], attributes["_forward_hooks"]
+    return "forward" in attributes or any(not _is_harmless(h) for kind in hooks if kind for h in kind.values())
+
+
+def _is_a(x: Any, module: str, name: str) -> bool:
+    """isinstance, without importing a module that nobody has: then x can't be one."""
+    return module in sys.modules and isinstance(x, getattr(sys.modules[module], name))
+
+
+def _is_sharded(parameter: Any) -> bool:
+    """Whether FSDP2 holds this parameter in shards, over one dimension of devices: it is plain within its forward."""
+    sharded: bool = _is_a(parameter, "torch.distributed.tensor", "DTensor") and parameter.device_mesh.ndim == 1
+    return sharded
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module], sharded: bool = False) -> bool:
+    """Whether `module` is exactly a `kind`, so that its parameters say all that it does.
+
+    `sharded` allows for parameters that will be plain by the time its forward is entered.
+    """
     if type(module) is not kind or is_hooked(module):
         return False
     for parameter in module.__dict__["_parameters"].values():
-        if parameter is not None and type(parameter) is not nn.Parameter and type(parameter) is not Tensor:
+        plain = parameter is None or type(parameter) is nn.Parameter or type(parameter) is Tensor
+        if not plain and not (sharded and _is_sharded(parameter)):
             return False
     return True
 
@@ -85,6 +111,7 @@ def layer_is_unsupported(layer: Any) -> str | None:
     """Why a layer runs its stock code: a submodule that is replaced or watched, or parameters of mixed kinds."""
     if not hasattr(type(layer), "parts"):
         return f"it is a {type(layer).__name__} of one's own"
+    sharded = _is_a(layer, "torch.distributed.fsdp", "FSDPModule")
     if "feed_forward_chunk" in layer.__dict__:
         return "its feed_forward_chunk has been replaced"
     if "forward" in layer.__dict__:
@@ -102,12 +129,12 @@ def layer_is_unsupported(layer: Any) -> str | None:
         return f"the activation is a {type(activation).__name__} of one's own, or has hooks"
     weights: list[Tensor] = []
     for name, linear in layer.linears():
-        if is_plain(linear, nn.Linear):
+        if is_plain(linear, nn.Linear, sharded):
             weights += [p for p in linear._parameters.values() if p is not None]
         elif not _is_rowwise(linear):
             return f"{name} is a {type(linear).__name__}" + (" with hooks" if is_hooked(linear) else "")
     for name, norm in layer.norms():
-        if not is_plain(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
+        if not is_plain(norm, nn.LayerNorm, sharded) or norm.weight is None or norm.bias is None:
             return f"{name} is not a plain nn.LayerNorm with weight and bias"
         weights += norm._parameters.values()
     dtype, device = weights[0].dtype, weights[0].device
@@ -189,7 +216,10 @@ def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
     parameter = next(model.encoder.parameters(), None)
     if parameter is None:
         return "a replica of torch.nn.DataParallel"
-    dtypes = {parameter.dtype, model.embeddings.LayerNorm.weight.dtype} | (set() if embeds is None else {embeds.dtype})
+    weight = model.embeddings.LayerNorm.weight
+    if _is_sharded(parameter):  # FSDP may gather it in another dtype: that of what is gathered already
+        parameter = weight
+    dtypes = {parameter.dtype, weight.dtype} | (set() if embeds is None else {embeds.dtype})
     if len(dtypes) > 1:
         return f"mixed dtypes: {', '.join(sorted(map(str, dtypes)))}"
     if reason := needs_stock(parameter):
