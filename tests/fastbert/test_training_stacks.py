@@ -83,7 +83,7 @@ def test_a_loop_with_accumulation_clipping_and_a_scaler(optimizer: str, dtype: t
         losses.append([])
         stepper = torch.optim.AdamW(model.parameters(), lr=1e-3, **{optimizer: True})
         scaler = torch.amp.GradScaler("cpu")
-        for step in range(4):
+        for _ in range(4):
             for part in range(2):
                 with torch.autocast("cpu", dtype):
                     loss = model(**batch(part)).loss / 2
