@@ -213,7 +213,7 @@ def finish(args: argparse.Namespace, trainer: Trainer, metrics: dict[str, float]
 
     Args:
         metrics: by name.
-        loss: what the loss is and of what, for the label of the curve.
+        loss: what the loss is, in nats, for the title of the curve.
     """
     trainer.save_model(str(args.output / "model"))
     losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
@@ -234,9 +234,10 @@ def plot(path: Path, losses: dict[int, float], label: str) -> None:
     axes.plot(steps, values, color="C0", marker="." if len(steps) == 1 else "", alpha=0.35 if window > 1 else 1)
     if window > 1:
         means = values.unfold(0, window, 1).mean(1)
-        axes.plot(steps[window - 1 :], means, color="C0", label=f"mean of {window} steps")
+        axes.plot(steps[window - 1 :], means, color="C0", label=f"mean of the last {window} steps")
         axes.legend()
-    axes.set(xlabel="optimizer step", ylabel=f"training loss: {label}")
+    axes.set(title=f"Training loss: {label}", xlabel="optimizer step", ylabel="loss, nats")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 

@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     lengths = [len(shown[i]["input_ids"]) - 2 for i in torch.randint(len(shown), (args.samples,), generator=generator)]
     for text in write(trainer.model, tokenizer, args.prompt, lengths, generator):
         print(f"sample: {text}")
-    common.finish(args, trainer, metrics, "cross-entropy, nats a masked token")
+    common.finish(args, trainer, metrics, "cross-entropy of a masked token")
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     common.train(trainer, checkpoint)
     metrics = evaluate(trainer, pairs(held_out, tokenizer, args.max_length, args.seed), args)
-    common.finish(args, trainer, metrics, "masked tokens + sentence pairs, nats")
+    common.finish(args, trainer, metrics, "cross-entropy of a masked token + that of a sentence pair")
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     metrics = scores(answers, [[text for text, _ in question.answers] for question in held_out])
     for question, answer in list(zip(held_out, answers, strict=True))[:3]:
         print(f"{question.text.strip()} -> {answer}")
-    common.finish(args, trainer, metrics, "cross-entropy, nats an end of the answer")
+    common.finish(args, trainer, metrics, "cross-entropy of where an answer begins and ends, mean of both")
 
 
 if __name__ == "__main__":

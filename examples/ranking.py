@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     scores = torch.from_numpy(trainer.predict(common.Examples(single)).predictions).view(-1, args.candidates)
     ranks = (scores >= scores[:, :1]).sum(1)
     metrics = {"recall@1": (ranks == 1).double().mean().item(), "mrr": (1 / ranks.double()).mean().item()}
-    common.finish(args, trainer, metrics, f"cross-entropy of 1 in {args.candidates}, nats")
+    common.finish(args, trainer, metrics, f"cross-entropy of the right one of {args.candidates} responses")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     common.train(trainer, checkpoint)
     found = trainer.predict(dataset(*held_out))
     accuracy = float((found.predictions.argmax(1) == found.label_ids).mean())
-    common.finish(args, trainer, {"accuracy": accuracy}, "cross-entropy, nats a sentence")
+    common.finish(args, trainer, {"accuracy": accuracy}, "cross-entropy of a sentence's label")
 
 
 if __name__ == "__main__":

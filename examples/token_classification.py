@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if word is not None:
                 tags[word] = names[best[position]]
         predicted.append(tags)
-    common.finish(args, trainer, scores([tags for _, tags in held_out], predicted), "cross-entropy, nats a word")
+    common.finish(args, trainer, scores([tags for _, tags in held_out], predicted), "cross-entropy of a word's tag")
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     common.train(trainer, checkpoint)
     metrics = evaluate(trainer, held_out, examples(held_out), args)
-    common.finish(args, trainer, metrics, "cross-entropy, nats a target token")
+    common.finish(args, trainer, metrics, "cross-entropy of a target token")
 
 
 if __name__ == "__main__":
