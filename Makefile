@@ -13,7 +13,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 help:
 	@echo "make demo      verify fused models against stock and time both, on this machine"
 	@echo "make test      the tests"
-	@echo "make test-all  the tests, the slow ones too"
+	@echo "make test-all  the tests, the slow ones too; DATA=FOLDER: and those that train on SST-2 and WNUT-17, found there"
 	@echo "make lint      ruff and mypy"
 	@echo "make gpu       GPU tests, then the benchmarks, with \$$(PYTHON) as it is: nothing is installed"
 	@echo "make bench     the benchmarks on this machine, in .venv"
@@ -26,7 +26,7 @@ test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -q
 
 test-all: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -q --slow
+	$(VENV)/bin/python -m pytest -q --slow $(if $(DATA),--data $(DATA))
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

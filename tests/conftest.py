@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ kernel_dtypes = [torch.float32, torch.float16, pytest.param(torch.bfloat16, mark
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
+    parser.addoption("--data", type=Path, metavar="FOLDER", help="run the tests on data sets, too, which lie there")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,10 +35,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.gpu)
         elif not has_gpu and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no GPU"))
-    if not config.getoption("--slow"):
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
+    unwanted = [item for item in items if item.get_closest_marker("slow")] if not config.getoption("--slow") else []
+    if config.getoption("--data") is None:
+        unwanted += [item for item in items if "data_folder" in getattr(item, "fixturenames", ())]
+    config.hook.pytest_deselected(items=unwanted)
+    items[:] = [item for item in items if item not in unwanted]
+
+
+@pytest.fixture
+def data_folder(request: pytest.FixtureRequest) -> Path:
+    """Where the data sets lie; tests that ask for it run with --data alone."""
+    folder: Path = request.config.getoption("--data")
+    return folder.resolve()
 
 
 @pytest.fixture
