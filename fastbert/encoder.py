@@ -96,6 +96,8 @@ class FusedEncoder(_Module):
 
         `plan` as a string is the reason the call runs stock.
         """
+        if not hasattr(self, "fastbert"):  # unfused, in a class that FSDP has derived from this one
+            return super().forward(hidden_states, *args, **kwargs)
         counts = self.fastbert.counts
         if not isinstance(plan, Plan):
             counts.add(counts.stock, plan or "called past the forward of its model")

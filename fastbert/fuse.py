@@ -206,7 +206,7 @@ def _explain_base(name: str, base: Any, family: Any) -> EncoderExplanation:
         settings.padding,
         reason,
         layers,
-        embeddings_are_unsupported(base.embeddings),
+        embeddings_are_unsupported(base.embeddings, sharded=True),
         dict(counts.fused),
         dict(counts.stock),
     )

@@ -44,9 +44,10 @@ _GRADIENT_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")
 
 
 def _is_harmless(hook: Any) -> bool:
-    if getattr(hook, "__module__", "").startswith(_HARMLESS_HOOKS):
+    module = getattr(hook, "__module__", None) or ""  # a built-in has none
+    if module.startswith(_HARMLESS_HOOKS):
         return True
-    return getattr(hook, "__name__", "") in _GRADIENT_HOOKS and hook.__module__.startswith(("transformers.", "peft."))
+    return getattr(hook, "__name__", "") in _GRADIENT_HOOKS and module.startswith(("transformers.", "peft."))
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -62,9 +63,14 @@ def _is_a(x: Any, module: str, name: str) -> bool:
 
 
 def _is_sharded(parameter: Any) -> bool:
-    """Whether FSDP2 holds this parameter in shards, over one dimension of devices: it is plain within its forward."""
-    sharded: bool = _is_a(parameter, "torch.distributed.tensor", "DTensor") and parameter.device_mesh.ndim == 1
-    return sharded
+    """Whether FSDP2 holds this parameter in shards, replicated or not: it is plain within its forward.
+
+    One that tensor parallelism divides, too, is not: it has a second placement, and FSDP's comes first.
+    """
+    if not _is_a(parameter, "torch.distributed.tensor", "DTensor"):
+        return False
+    placements = parameter.placements
+    return len(placements) == 1 or (len(placements) == 2 and placements[0].is_replicate())
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module], sharded: bool = False) -> bool:
@@ -74,20 +80,26 @@ def is_plain(module: nn.Module, kind: type[nn.Module], sharded: bool = False) ->
     """
     if type(module) is not kind or is_hooked(module):
         return False
-    for parameter in module.__dict__["_parameters"].values():
+    parameters = module.__dict__["_parameters"]
+    if parameters.get("weight") is None:  # FSDP1 may hold them elsewhere, and DataParallel's replicas have none
+        return False
+    for parameter in parameters.values():
         plain = parameter is None or type(parameter) is nn.Parameter or type(parameter) is Tensor
         if not plain and not (sharded and _is_sharded(parameter)):
             return False
     return True
 
 
-def _is_rowwise(linear: Any) -> bool:
-    """Whether `linear` is an adapter around a plain linear layer, unwatched, that treats every row by itself."""
+def _is_rowwise(linear: Any, sharded: bool) -> bool:
+    """Whether `linear` is an adapter around a plain linear layer, unwatched, that treats every row by itself.
+
+    `sharded` as `is_plain` has it.
+    """
     if type(linear).__module__ not in _ROWWISE_LINEARS or not isinstance(
         getattr(linear, "base_layer", None), nn.Linear
     ):
         return False
-    return is_plain(linear.base_layer, nn.Linear) and not any(is_hooked(module) for module in linear.modules())
+    return is_plain(linear.base_layer, nn.Linear, sharded) and not any(is_hooked(module) for module in linear.modules())
 
 
 def model_is_unsupported(model: Any, family: Any) -> str | None:
@@ -97,7 +109,8 @@ def model_is_unsupported(model: Any, family: Any) -> str | None:
         return f"{type(model).__name__} is a class of one's own; supported: {family.BASE.__name__} itself"
     if config.is_decoder or config.add_cross_attention:
         return "it is a decoder (config.is_decoder or config.add_cross_attention)"
-    if type(model.encoder) not in (family.ENCODER, family.CLASSES[family.ENCODER]):
+    encoder = type(model.encoder)
+    if encoder is not family.ENCODER and encoder.forward is not family.CLASSES[family.ENCODER].forward:
         return f"its encoder is a {type(model.encoder).__name__}, not {family.ENCODER.__name__}"
     head_dim = config.hidden_size // config.num_attention_heads
     if not 16 <= head_dim <= 128:
@@ -109,9 +122,9 @@ def model_is_unsupported(model: Any, family: Any) -> str | None:
 
 def layer_is_unsupported(layer: Any) -> str | None:
     """Why a layer runs its stock code: a submodule that is replaced or watched, or parameters of mixed kinds."""
-    if not hasattr(type(layer), "parts"):
-        return f"it is a {type(layer).__name__} of one's own"
     sharded = _is_a(layer, "torch.distributed.fsdp", "FSDPModule")
+    if not hasattr(type(layer), "parts"):
+        return "fully_shard came before fuse" if sharded else f"it is a {type(layer).__name__} of one's own"
     if "feed_forward_chunk" in layer.__dict__:
         return "its feed_forward_chunk has been replaced"
     if "forward" in layer.__dict__:
@@ -131,7 +144,7 @@ def layer_is_unsupported(layer: Any) -> str | None:
     for name, linear in layer.linears():
         if is_plain(linear, nn.Linear, sharded):
             weights += [p for p in linear._parameters.values() if p is not None]
-        elif not _is_rowwise(linear):
+        elif not _is_rowwise(linear, sharded):
             return f"{name} is a {type(linear).__name__}" + (" with hooks" if is_hooked(linear) else "")
     for name, norm in layer.norms():
         if not is_plain(norm, nn.LayerNorm, sharded) or norm.weight is None or norm.bias is None:
@@ -144,16 +157,16 @@ def layer_is_unsupported(layer: Any) -> str | None:
     return None
 
 
-def embeddings_are_unsupported(embeddings: Any) -> str | None:
-    """Why an embeddings module runs its stock code."""
+def embeddings_are_unsupported(embeddings: Any, sharded: bool = False) -> str | None:
+    """Why an embeddings module runs its stock code; `sharded` as `is_plain` has it."""
     tables = (embeddings.word_embeddings, embeddings.token_type_embeddings, embeddings.position_embeddings)
-    if any(not is_plain(table, nn.Embedding) or table.max_norm is not None for table in tables):
+    if any(not is_plain(table, nn.Embedding, sharded) or table.max_norm is not None for table in tables):
         return "an embedding table is replaced, hooked or renormalised"
     if any(table.sparse or table.scale_grad_by_freq for table in tables) or any(
         table.padding_idx is not None for table in tables[1:]
     ):
         return "an embedding table with sparse or scaled gradients, or one of types or positions with a padding_idx"
-    if not is_plain(embeddings.LayerNorm, nn.LayerNorm) or embeddings.LayerNorm.bias is None:
+    if not is_plain(embeddings.LayerNorm, nn.LayerNorm, sharded) or embeddings.LayerNorm.bias is None:
         return "its LayerNorm is replaced or hooked"
     weights = [table.weight for table in tables] + [embeddings.LayerNorm.weight]
     if any(w.dtype != weights[0].dtype or w.device != weights[0].device for w in weights):
@@ -215,7 +228,7 @@ def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
     embeds = call.get("inputs_embeds")
     parameter = next(model.encoder.parameters(), None)
     if parameter is None:
-        return "a replica of torch.nn.DataParallel"
+        return "its parameters are elsewhere (a replica of torch.nn.DataParallel, FSDP1)"
     weight = model.embeddings.LayerNorm.weight
     if _is_sharded(parameter):  # FSDP may gather it in another dtype: that of what is gathered already
         parameter = weight
@@ -226,6 +239,4 @@ def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
         return reason
     if is_hooked(model.encoder):
         return "the encoder has hooks"
-    if "forward" in model.__dict__:
-        return "the model's forward has been replaced"
     return None
