@@ -148,7 +148,7 @@ _ATTENTION_BACKWARD: dict[str, dict[tuple[int, int], Config]] = {
         (2, 128): Config(32, 32, 0, 4, 1),  # on gfx942 larger tiles spill
         (4, 16): Config(32, 32, 0, 8, 1),
         (4, 32): Config(32, 32, 0, 8, 1),
-        (4, 64): Config(32, 32, 0, 8, 1),
+        (4, 64): Config(32, 16, 0, 8, 1),
         (4, 128): Config(16, 16, 0, 8, 1),
     },
 }
