@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from . import ops
 from .packing import Packing, flattened, host_integers, isolating_mask, pack_mask
-from .support import call_is_unsupported, is_hooked, layer_is_unsupported
+from .support import call_is_unsupported, is_hooked, is_transformed, layer_is_unsupported
 
 PADDINGS = ("auto", "packed", "dense")
 
@@ -323,7 +323,8 @@ def _check_ids(name: str, ids: Tensor, shape: tuple[int, int], table: Tensor) ->
     if ids.device != table.device and table.device.type != "meta":  # accelerate moves the inputs of an offloaded model
         raise ValueError(f"{name} is on {ids.device}; expected the model's device, {table.device}")
     # On a GPU looking would cost a synchronisation; there the embedding kernel asserts it.
-    if ids.device.type == "cpu" and type(ids) is Tensor and not torch.compiler.is_compiling():
+    readable = type(ids) is Tensor and not torch.compiler.is_compiling() and not is_transformed()
+    if ids.device.type == "cpu" and readable:
         low, high = host_integers([ids.min(), ids.max()])
         if low < 0 or high >= table.shape[0]:
             raise ValueError(f"{name} holds values from {low} to {high}; expected 0 to {table.shape[0] - 1}")

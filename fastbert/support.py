@@ -51,10 +51,12 @@ def _is_harmless(hook: Any) -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether anything watches or replaces the forward of `module`, but for hooks known to be harmless."""
+    """Whether anything watches or changes what `module` computes, but for hooks known to be harmless."""
     attributes = module.__dict__
-    hooks = attributes["_forward_pre_hooks"], attributes["_forward_hooks"]
-    return "forward" in attributes or any(not _is_harmless(h) for kind in hooks if kind for h in kind.values())
+    if "forward" in attributes or attributes["_backward_hooks"] or attributes["_backward_pre_hooks"]:
+        return True
+    before, after = attributes["_forward_pre_hooks"], attributes["_forward_hooks"]
+    return bool(before or after) and any(not _is_harmless(hook) for hook in (*before.values(), *after.values()))
 
 
 def _is_a(x: Any, module: str, name: str) -> bool:
@@ -174,26 +176,31 @@ def embeddings_are_unsupported(embeddings: Any, sharded: bool = False) -> str | 
     return needs_stock(weights[0])
 
 
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is under way, whose tensors may have no values to read."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
 def needs_stock(sample: Tensor) -> str | None:
     """Why the state of torch at this moment rules the kernels out for modules whose parameters are like `sample`."""
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
-    if torch._C._functorch.maybe_current_level() is not None:
+    if is_transformed():
         return "a transform of torch.func"
     device = sample.device.type
+    if device not in ("cpu", "cuda"):
+        return f"device {device}"
     if torch.is_autocast_enabled(device) and (
         sample.dtype != torch.float32 or torch.get_autocast_dtype(device) not in DTYPES
     ):
         return "torch.autocast of parameters that are not float32, or to float64"
     if sample.dtype not in DTYPES:
         return f"dtype {sample.dtype}"
-    if device not in ("cpu", "cuda"):
-        return f"device {device}"
     if device == "cuda" and not has_triton():
         return "triton is not installed"
     if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
         return "tracing for export"
-    if module_globals._global_forward_hooks or module_globals._global_forward_pre_hooks:
+    if module_globals._has_any_global_hook():
         return "global module hooks"
     return None
 
