@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert import autograd, ops
 
@@ -77,9 +78,9 @@ def test_every_operator_is_covered() -> None:
 @pytest.mark.parametrize("name", ops._OPERATORS)
 def test_opcheck(name: str, dtype: torch.dtype) -> None:
     args = arguments(dtype)[name]
-    torch.library.opcheck(getattr(ops, name), args)
+    torch.library.opcheck(getattr(torch.ops.fastbert, name).default, args)
     if name in autograd._FORMULAS:
-        torch.library.opcheck(getattr(ops, name), differentiable(args))
+        torch.library.opcheck(getattr(torch.ops.fastbert, name).default, differentiable(args))
 
 
 @pytest.mark.gpu
@@ -87,9 +88,9 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ops._OPERATORS)
 def test_opcheck_on_a_gpu(name: str, dtype: torch.dtype) -> None:
     args = arguments(dtype, "cuda")[name]
-    torch.library.opcheck(getattr(ops, name), args)
+    torch.library.opcheck(getattr(torch.ops.fastbert, name).default, args)
     if name in autograd._FORMULAS:
-        torch.library.opcheck(getattr(ops, name), differentiable(args))
+        torch.library.opcheck(getattr(torch.ops.fastbert, name).default, differentiable(args))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -205,3 +206,25 @@ def test_operators_run_on_the_device_of_their_tensors() -> None:
     device = torch.device("cuda", torch.cuda.device_count() - 1)
     x, weight, bias = arguments(device=str(device))["linear"]
     torch.testing.assert_close(ops.linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+
+
+def test_plain_inference_goes_past_the_dispatcher_and_nothing_else_does() -> None:
+    """The operator is what training, compilers and modes see; in plain inference its backend is called as it is."""
+    dispatched = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            dispatched.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    x, weight, bias = arguments()["linear"]
+    with torch.no_grad(), Record():
+        ops.linear(x, weight, bias)
+    assert dispatched == ["fastbert.linear.default"]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        ops.linear(x, weight, bias)
+        with torch.inference_mode():
+            ops.linear(x, weight, bias)
+    names = [event.name for event in profile.events()]
+    assert names.count("fastbert::linear") == 1
+    assert names.count("aten::linear") == 2
