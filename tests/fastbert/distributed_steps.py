@@ -1,17 +1,20 @@
-"""Two processes on CPU train a fused model with DDP and FSDP2, and save what came of it.
-
-python -m tests.fastbert.distributed_steps FILE
-"""
+"""Two processes on CPU train a model, fused and stock, in each distributed way: `python -m ... FILE` saves the ends."""
 
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 from transformers.models.bert import modeling_bert as hf
 
@@ -19,13 +22,11 @@ import fastbert
 from tests import models
 
 STEPS = 3
-MODES = ("ddp", "ddp, accumulating", "fsdp2", "fsdp2 in bfloat16")
 
 
 def model() -> Any:
-    return models.seeded(
-        hf.BertForSequenceClassification, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-    ).train()
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return models.seeded(hf.BertForSequenceClassification, **rates).train()
 
 
 def batch(step: int, rows: slice = slice(None)) -> dict[str, Any]:
@@ -37,19 +38,103 @@ def batch(step: int, rows: slice = slice(None)) -> dict[str, Any]:
     return {name: value[rows] for name, value in call.items()}
 
 
-def train(rank: int, mode: str) -> dict[str, Any]:
-    fused = fastbert.fuse(model())
-    if mode.startswith("ddp"):
-        wrapped: Any = DistributedDataParallel(fused, find_unused_parameters=True)
-    else:
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if "bfloat16" in mode else MixedPrecisionPolicy()
-        for layer in fused.bert.encoder.layer:
-            fully_shard(layer, mp_policy=policy)
-        wrapped = fully_shard(fused, mp_policy=policy)
-    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+# What is done to a model before it is wrapped, here and by the test, whose one process takes the whole batch.
+
+
+def freeze(model: Any) -> Any:
+    model.bert.embeddings.requires_grad_(False)
+    model.bert.encoder.layer[0].requires_grad_(False)
+    return model
+
+
+def leave_one_out(model: Any) -> Any:
+    torch.manual_seed(0)
+    model.unused = nn.Linear(3, 3)
+    return model
+
+
+def adapt(model: Any) -> Any:
+    import peft
+
+    torch.manual_seed(0)
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["query", "value"], init_lora_weights=False))
+
+
+def checkpoint(model: Any) -> Any:
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def by_layer(model: Any, *parts: str, **how: Any) -> Any:
+    """FSDP2 of every layer, then of the submodules named, then of the rest."""
+    bert = next(m for m in model.modules() if isinstance(m, hf.BertModel))
+    for layer in bert.encoder.layer:
+        fully_shard(layer, **how)
+    for part in parts:
+        fully_shard(bert.get_submodule(part), **how)
+    return fully_shard(model, **how)
+
+
+def whole(model: Any, **how: Any) -> Any:
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **how)
+
+
+def same(model: Any) -> Any:
+    return model
+
+
+# name: (what is done before wrapping, wrapping, why it runs stock or None)
+MODES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], str | None]] = {
+    "ddp": (same, DistributedDataParallel, None),
+    "ddp, no_sync": (same, DistributedDataParallel, None),
+    "ddp, unused": (leave_one_out, lambda m: DistributedDataParallel(m, find_unused_parameters=True), None),
+    "ddp, checkpointed": (checkpoint, DistributedDataParallel, None),
+    "fsdp2": (same, by_layer, None),
+    "fsdp2, bfloat16": (
+        same,
+        lambda m: by_layer(m, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32)),
+        None,
+    ),
+    "fsdp2, every part": (same, lambda m: by_layer(m, "embeddings", "encoder"), None),
+    "fsdp2, replicated": (
+        same,
+        lambda m: by_layer(m, mesh=init_device_mesh("cpu", (1, 2), mesh_dim_names=("r", "s"))),
+        None,
+    ),
+    "fsdp2, checkpointed": (checkpoint, by_layer, None),
+    "fsdp2, frozen": (freeze, by_layer, None),
+    "fsdp2, lora": (adapt, by_layer, None),
+    "fsdp2 before fuse": (same, by_layer, "no layer can run fused: fully_shard came before fuse"),
+    "fsdp1": (same, lambda m: whole(m, use_orig_params=True), None),
+    "fsdp1, flat": (same, whole, "its parameters are elsewhere (a replica of torch.nn.DataParallel, FSDP1)"),
+    "fsdp1, by layer": (
+        same,
+        lambda m: whole(m, auto_wrap_policy=ModuleWrapPolicy({hf.BertLayer}), use_orig_params=True),
+        "no layer can run fused: it is a FullyShardedDataParallel of one's own",
+    ),
+}
+
+
+def named(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Parameters that are trained, gathered, under the names they have in one process."""
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            whole = p.full_tensor() if hasattr(p, "full_tensor") else p
+            yield name.replace("_fsdp_wrapped_module.", "").removeprefix("module."), whole.detach().clone()
+
+
+def train(rank: int, mode: str, fused: bool) -> dict[str, Any]:
+    prepare, wrap, _ = MODES[mode]
+    inner = prepare(model())
+    if fused and mode != "fsdp2 before fuse":
+        fastbert.fuse(inner)
+    wrapped = wrap(inner)
+    if fused:
+        fastbert.fuse(inner)
+    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.1)
     first = 4 * rank
     for step in range(STEPS):
-        if "accumulating" in mode:  # two halves of the rank's share, the first without communication
+        if "no_sync" in mode:  # two halves of the rank's share, the first without communication
             with wrapped.no_sync():
                 (wrapped(**batch(step, slice(first, first + 2))).loss / 2).backward()
             (wrapped(**batch(step, slice(first + 2, first + 4))).loss / 2).backward()
@@ -57,18 +142,25 @@ def train(rank: int, mode: str) -> dict[str, Any]:
             wrapped(**batch(step, slice(first, first + 4))).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    said = fastbert.explain(fused).encoders[0]
-    parameters = {
-        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
-        for name, p in fused.named_parameters()
-    }
-    return {"parameters": parameters, "fused": said.fused_calls, "stock": said.stock_calls, "layers": said.layers}
+    said = fastbert.explain(inner).encoders[0]
+    gathered: AbstractContextManager[Any] = nullcontext()
+    if mode.startswith("fsdp1"):
+        gathered = FullyShardedDataParallel.summon_full_params(wrapped)
+    with gathered:
+        parameters = dict(named(wrapped))
+    logits = []
+    with torch.no_grad():
+        logits.append(wrapped(**batch(0)).logits)
+        fastbert.unfuse(inner)
+        logits.append(wrapped(**batch(0)).logits)
+    return {"parameters": parameters, "said": said, "logits": logits}
 
 
 def work(rank: int, rendezvous: str, file: str) -> None:
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    found = {mode: train(rank, mode) for mode in MODES}
+    found = {mode: [train(rank, mode, fused) for fused in (True, False)] for mode in MODES}
     if rank == 0:
         torch.save(found, file)
     dist.destroy_process_group()
