@@ -241,7 +241,7 @@ def _is_watched(model: Any, call: Mapping[str, Any]) -> bool:
     """Whether something sees the hidden states between embeddings and output, and expects stock's shape."""
     if call.get("output_hidden_states", getattr(model.config, "output_hidden_states", False)):
         return True
-    return any(is_hooked(module) for module in (*model.embeddings.modules(), *model.encoder.layer))
+    return any(is_hooked(module, called=True) for module in (*model.embeddings.modules(), *model.encoder.layer))
 
 
 def _lay_out(model: Any, call: dict[str, Any], labels: Tensor | None, dense: bool) -> Packing:

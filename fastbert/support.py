@@ -39,24 +39,27 @@ def has_triton() -> bool:
 
 # Hooks that neither read nor change what a module computes: transformers' output capturing, FSDP's gathering of
 # parameters, and what makes the output of frozen embeddings need gradients (`FusedEmbeddings` does it in its place).
-_HARMLESS_HOOKS = ("transformers.utils.output_capturing", "torch.distributed.fsdp.")
+_CAPTURING, _GATHERING = "transformers.utils.output_capturing", "torch.distributed.fsdp."
 _GRADIENT_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")
 
 
-def _is_harmless(hook: Any) -> bool:
+def _is_harmless(hook: Any, called: bool) -> bool:
     module = getattr(hook, "__module__", None) or ""  # a built-in has none
-    if module.startswith(_HARMLESS_HOOKS):
+    if module == _CAPTURING or (called and module.startswith(_GATHERING)):
         return True
     return getattr(hook, "__name__", "") in _GRADIENT_HOOKS and module.startswith(("transformers.", "peft."))
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether anything watches or changes what `module` computes, but for hooks known to be harmless."""
+def is_hooked(module: nn.Module, called: bool = False) -> bool:
+    """Whether anything watches or changes what `module` computes, but for hooks known to be harmless.
+
+    FSDP's are where the module is `called`; where only its children are used, they would not run.
+    """
     attributes = module.__dict__
     if "forward" in attributes or attributes["_backward_hooks"] or attributes["_backward_pre_hooks"]:
         return True
     before, after = attributes["_forward_pre_hooks"], attributes["_forward_hooks"]
-    return bool(before or after) and any(not _is_harmless(hook) for hook in (*before.values(), *after.values()))
+    return bool(before or after) and any(not _is_harmless(hook, called) for hook in (*before.values(), *after.values()))
 
 
 def _is_a(x: Any, module: str, name: str) -> bool:
@@ -244,6 +247,6 @@ def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
         return f"mixed dtypes: {', '.join(sorted(map(str, dtypes)))}"
     if reason := needs_stock(parameter):
         return reason
-    if is_hooked(model.encoder):
+    if is_hooked(model.encoder, called=True):
         return "the encoder has hooks"
     return None

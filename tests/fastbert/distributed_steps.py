@@ -22,19 +22,27 @@ import fastbert
 from tests import models
 
 STEPS = 3
+BFLOAT16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
 
 
-def model() -> Any:
+def model(mode: str) -> Any:
     rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    if "loss only" in mode:
+        return models.seeded(hf.BertForMaskedLM, tie_word_embeddings="tied" in mode, **rates).train()
     return models.seeded(hf.BertForSequenceClassification, **rates).train()
 
 
-def batch(step: int, rows: slice = slice(None)) -> dict[str, Any]:
+def batch(mode: str, step: int, rows: slice = slice(None)) -> dict[str, Any]:
+    mask = models.masks(8, 23)["right"]
+    assert mask is not None
     call = {
         "input_ids": models.ids(8, 23, seed=step),
-        "attention_mask": models.masks(8, 23)["right"],
+        "attention_mask": mask,
         "labels": models.ids(8, high=4, seed=step),
     }
+    if "loss only" in mode:  # the first token of each sequence: as many in either rank's share
+        call["labels"] = torch.full((8, 23), -100)
+        call["labels"][:, 0] = models.ids(8, seed=step)
     return {name: value[rows] for name, value in call.items()}
 
 
@@ -75,6 +83,12 @@ def by_layer(model: Any, *parts: str, **how: Any) -> Any:
     return fully_shard(model, **how)
 
 
+def gather_head(model: Any) -> Any:
+    """FSDP2, the head by itself and in bfloat16: its parameters stay gathered after an evaluation."""
+    fully_shard(model.cls, mp_policy=BFLOAT16, reshard_after_forward=False)
+    return by_layer(model)
+
+
 def whole(model: Any, **how: Any) -> Any:
     return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **how)
 
@@ -90,11 +104,7 @@ MODES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], str | None]] 
     "ddp, unused": (leave_one_out, lambda m: DistributedDataParallel(m, find_unused_parameters=True), None),
     "ddp, checkpointed": (checkpoint, DistributedDataParallel, None),
     "fsdp2": (same, by_layer, None),
-    "fsdp2, bfloat16": (
-        same,
-        lambda m: by_layer(m, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32)),
-        None,
-    ),
+    "fsdp2, bfloat16": (same, lambda m: by_layer(m, mp_policy=BFLOAT16), None),
     "fsdp2, every part": (same, lambda m: by_layer(m, "embeddings", "encoder"), None),
     "fsdp2, replicated": (
         same,
@@ -104,6 +114,8 @@ MODES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], str | None]] 
     "fsdp2, checkpointed": (checkpoint, by_layer, None),
     "fsdp2, frozen": (freeze, by_layer, None),
     "fsdp2, lora": (adapt, by_layer, None),
+    "fsdp2, loss only, tied": (same, by_layer, None),
+    "fsdp2, loss only, head in bfloat16": (same, gather_head, None),
     "fsdp2 before fuse": (same, by_layer, "no layer can run fused: fully_shard came before fuse"),
     "fsdp1": (same, lambda m: whole(m, use_orig_params=True), None),
     "fsdp1, flat": (same, whole, "its parameters are elsewhere (a replica of torch.nn.DataParallel, FSDP1)"),
@@ -125,21 +137,24 @@ def named(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 def train(rank: int, mode: str, fused: bool) -> dict[str, Any]:
     prepare, wrap, _ = MODES[mode]
-    inner = prepare(model())
+    inner, loss_only = prepare(model(mode)), "loss only" in mode
     if fused and mode != "fsdp2 before fuse":
-        fastbert.fuse(inner)
+        fastbert.fuse(inner, loss_only=loss_only)
     wrapped = wrap(inner)
     if fused:
-        fastbert.fuse(inner)
+        fastbert.fuse(inner, loss_only=loss_only)
     optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.1)
     first = 4 * rank
     for step in range(STEPS):
+        if "head" in mode:
+            with torch.no_grad():
+                wrapped(**batch(mode, step))
         if "no_sync" in mode:  # two halves of the rank's share, the first without communication
             with wrapped.no_sync():
-                (wrapped(**batch(step, slice(first, first + 2))).loss / 2).backward()
-            (wrapped(**batch(step, slice(first + 2, first + 4))).loss / 2).backward()
+                (wrapped(**batch(mode, step, slice(first, first + 2))).loss / 2).backward()
+            (wrapped(**batch(mode, step, slice(first + 2, first + 4))).loss / 2).backward()
         else:
-            wrapped(**batch(step, slice(first, first + 4))).loss.backward()
+            wrapped(**batch(mode, step, slice(first, first + 4))).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     said = fastbert.explain(inner).encoders[0]
@@ -148,12 +163,12 @@ def train(rank: int, mode: str, fused: bool) -> dict[str, Any]:
         gathered = FullyShardedDataParallel.summon_full_params(wrapped)
     with gathered:
         parameters = dict(named(wrapped))
-    logits = []
+    losses = []
     with torch.no_grad():
-        logits.append(wrapped(**batch(0)).logits)
+        losses.append(wrapped(**batch(mode, 0)).loss)
         fastbert.unfuse(inner)
-        logits.append(wrapped(**batch(0)).logits)
-    return {"parameters": parameters, "said": said, "logits": logits}
+        losses.append(wrapped(**batch(mode, 0)).loss)
+    return {"parameters": parameters, "said": said, "losses": losses}
 
 
 def work(rank: int, rendezvous: str, file: str) -> None:
