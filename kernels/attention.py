@@ -52,10 +52,7 @@ def attention_kernel(
     cu_seqlens_ptr,  # None: every sequence has max_seqlen rows
     key_mask_ptr,  # None: every key takes part
     seed_ptr,  # of dropout, or None
-    rows,
     max_seqlen,
-    threshold,  # of dropout, as are
-    kept_scale,
     scale_log2e,  # scale * log2(e)
     stride_qt,
     stride_qh,
@@ -63,6 +60,9 @@ def attention_kernel(
     stride_kh,
     stride_vt,
     stride_vh,
+    rows,  # of training alone, as are the next two: last, so that inference compiles to what it does without them
+    threshold,  # of dropout
+    kept_scale,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -408,10 +408,7 @@ def _launch_forward(
         cu_seqlens,
         key_mask,
         seed,
-        rows,
         max_seqlen,
-        draw_threshold(dropout),
-        keep_scale(dropout),
         scale * math.log2(math.e),
         q.stride(0),
         q.stride(1),
@@ -419,6 +416,9 @@ def _launch_forward(
         k.stride(1),
         v.stride(0),
         v.stride(1),
+        rows,
+        draw_threshold(dropout),
+        keep_scale(dropout),
         HEAD_DIM=head_dim,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

@@ -76,7 +76,7 @@ _ATTENTION: dict[str, dict[tuple[int, int], Config]] = {
         (4, 16): Config(32, 32, 0, 8, 1),
         (4, 32): Config(32, 32, 0, 8, 1),
         (4, 64): Config(32, 32, 0, 8, 1),
-        (4, 128): Config(16, 16, 0, 8, 1),
+        (4, 128): Config(16, 32, 0, 8, 1),
     },
     "portable": {
         (2, 16): Config(64, 32, 0, 4, 2),  # all within 48 KiB

@@ -198,13 +198,9 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
                 yield delta(dtype, head_dim)
     else:
         yield spec(torch.bfloat16, 64, "packed", "ieee", True, True)
-        yield spec(torch.bfloat16, 128, "masked", "ieee", True, True)
         yield from backward(torch.bfloat16, 64, "packed")
-        yield from backward(torch.bfloat16, 64, "masked", drops=False)
-        yield from backward(torch.float16, 128, "masked")
-        yield from backward(torch.float16, 32, "packed")
+        yield from backward(torch.float16, 128, "masked", drops=False)
         yield from backward(torch.float32, 64, "masked")
-        yield from backward(torch.float32, 128, "packed")
         yield delta(torch.bfloat16, 64)
         for head_dim, layout in ((16, "packed"), (32, "masked"), (40, "packed"), (64, "masked"), (128, "masked")):
             yield spec(torch.float16, head_dim, layout)

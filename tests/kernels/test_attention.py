@@ -267,7 +267,7 @@ def check_training(
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("head_dim", [16, 40, 64, 128])
 def test_training_packed(head_dim: int, dropout: float, dtype: torch.dtype, device: str) -> None:
-    lengths = [1, 37, 0, 129] if head_dim == 64 else [37, 65]
+    lengths = [1, 37, 0, 128, 129] if head_dim == 64 else [37, 65]
     check_training(lengths, 2, head_dim, dtype, device, None, dropout)
 
 
@@ -284,6 +284,21 @@ def test_training_with_all_dropped(device: str) -> None:
     out, stats = kernel.attention_forward(qkv, *layout)
     assert out.eq(0).all()
     assert kernel.attention_backward(torch.ones_like(out), qkv, out, stats, *layout).eq(0).all()
+
+
+def test_training_by_seed(device: str) -> None:
+    """The same seed gives the same bits, forward and backward; another seed, other ones."""
+    qkv = torch.randn(20, 3, 2, 16, generator=torch.Generator().manual_seed(0)).to(device)
+    ones = torch.ones(20, 2, 16, device=device)
+    results = []
+    for number in (SEED, SEED, SEED + 1, SEED + 2**32):  # in either half of Philox's key
+        layout = (None, None, 20, 0.25, 0.5, torch.tensor([number], device=device))
+        out, stats = kernel.attention_forward(qkv, *layout)
+        results.append((out, kernel.attention_backward(ones, qkv, out, stats, *layout)))
+    first, same, *others = results
+    for i in range(2):
+        assert torch.equal(first[i], same[i])
+        assert all(not torch.equal(first[i], other[i]) for other in others)
 
 
 def test_training_with_strides_apart(device: str) -> None:
