@@ -705,14 +705,13 @@ def test_compiled_without_a_graph_break(padding: str, masked: bool) -> None:
     of_each(run, found)
 
 
-@pytest.mark.parametrize("what", ["model", "encoder", "layers"])
+@pytest.mark.parametrize("what", ["model", "layers"])
 def test_compiled_once_for_all_shapes(what: str) -> None:
     """Compiled for the first shape, then for changing lengths and batches, then no more; dropout draws anew."""
     torch.compiler.reset()
     model = fastbert.fuse(models.seeded(KIND)).train()
     counter = CompileCounterWithBackend("aot_eager")
-    parts = {"model": [model], "encoder": [model.bert.encoder], "layers": model.bert.encoder.layer}[what]
-    for part in parts:
+    for part in [model] if what == "model" else model.bert.encoder.layer:
         part.compile(backend=counter)
     graphs, breaks = [], torch._dynamo.utils.counters["graph_break"]
     breaks.clear()
@@ -739,7 +738,7 @@ def test_a_compiled_backward_drops_what_its_forward_dropped(checkpointed: bool) 
     The gradient is that of the loss under one seed: so says a difference quotient along it.
     """
     torch.compiler.reset()
-    model = fastbert.fuse(models.seeded(KIND)).train()
+    model = fastbert.fuse(models.seeded(KIND, num_hidden_layers=1)).train()
     model.config.use_cache = False  # or transformers warns under checkpointing, which breaks the graph
     if checkpointed:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -761,7 +760,7 @@ def test_a_compiled_backward_drops_what_its_forward_dropped(checkpointed: bool) 
             found.append(loss().item())
             for p, g in steps:
                 p.sub_(g, alpha=sign * length)
-    # The quotient itself is good to a few parts in 100,000; another seed for attention alone makes it 0.98.
+    # The quotient itself is good to a few parts in 100,000; another seed for attention alone makes it 0.998.
     assert (found[0] - found[1]) / (2 * length * square) == pytest.approx(1, abs=1e-3)
 
 
