@@ -18,8 +18,8 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SEEDS = (0, 1, 2)
 TASKS = {
-    "text_classification": ("sst2_train.tsv", "sst2_dev.tsv", "accuracy", ("--epochs", "1", "--lr", "1e-4")),
-    "token_classification": ("wnut17_train.conll", "wnut17_dev.conll", "f1", ("--epochs", "3", "--lr", "3e-4")),
+    "text_classification": ("sst2_train.tsv", "sst2_dev.tsv", "accuracy", ("--steps", "80", "--lr", "1e-4")),
+    "token_classification": ("wnut17_train.conll", "wnut17_dev.conll", "f1", ("--steps", "100", "--lr", "3e-4")),
 }
 
 
