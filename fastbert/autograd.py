@@ -53,6 +53,7 @@ def _save_qkv_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _qkv_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, *weights = ctx.saved_tensors
     needs = ctx.needs_input_grad
+    grad = grad.flatten(1)  # [T, 3 N]
     dx = None
     if needs[0]:
         dx = matmul(grad, torch.cat([weight.to(grad.dtype) for weight in weights]), x.dtype)

@@ -153,8 +153,9 @@ class FusedLayer(_Module):
         if all(is_plain(p, nn.Linear) for p in projections):
             query, key, value = projections
             qkv = ops.qkv_linear(x, query.weight, query.bias, key.weight, key.bias, value.weight, value.bias)
-            return qkv.view(-1, 3, heads, head_dim)
-        return torch.stack([p(x) for p in projections], 1).view(-1, 3, heads, head_dim)
+        else:
+            qkv = torch.stack([p(x) for p in projections], 1)
+        return qkv.view(x.shape[0], 3, heads, head_dim)
 
 
 def _linear(linear: Any, x: Tensor) -> Tensor:

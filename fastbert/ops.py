@@ -139,7 +139,11 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     "linear": lambda x, weight, bias: _like(x, x.shape[0], weight.shape[0]),
     "linear_gelu": lambda x, weight, bias, approximate: _like(x, x.shape[0], weight.shape[0]),
     "linear_add": lambda x, weight, bias, residual: _like(x, x.shape[0], weight.shape[0]),
-    "qkv_linear": lambda x, q_weight, *rest: _like(x, x.shape[0], 3 * q_weight.shape[0]),
+    "qkv_linear": lambda x, q_weight, *rest: (
+        _like(x, 3, x.shape[0], q_weight.shape[0]).transpose(0, 1)
+        if x.device.type == "cpu"
+        else _like(x, x.shape[0], 3, q_weight.shape[0])
+    ),
     "feed_forward": lambda x, weight1, bias1, weight2, *rest: (
         _like(x, x.shape[0], weight2.shape[0]),
         _like(x, x.shape[0], weight1.shape[0]),

@@ -270,14 +270,15 @@ def qkv_linear(
     v_weight: Tensor,
     v_bias: Tensor | None,
 ) -> Tensor:
-    """Query, key and value projections side by side: x (T, K), weights (N, K), biases (N,) or None -> (T, 3 N).
+    """Query, key and value projections: x (T, K), weights (N, K), biases (N,) or None -> (T, 3, N), contiguous.
 
-    The three weights are read where they are: nothing is concatenated.
+    One product, in which the three weights are read where they are: nothing is concatenated.
 
     Raises:
         ValueError: shapes that don't fit together.
     """
-    return _launch(x, (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias))
+    out = _launch(x, (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias))
+    return out.view(x.shape[0], 3, q_weight.shape[0])
 
 
 def feed_forward(

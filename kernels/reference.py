@@ -113,16 +113,17 @@ def qkv_linear(
     v_weight: Tensor,
     v_bias: Tensor | None,
 ) -> Tensor:
-    """Query, key and value projections side by side: x (T, K), weights (N, K), biases (N,) or None -> (T, 3 N)."""
-    n = q_weight.shape[0]
-    out = x.new_empty(x.shape[0], 3 * n)
-    for i, (weight, bias) in enumerate(((q_weight, q_bias), (k_weight, k_bias), (v_weight, v_bias))):
-        columns = out[:, i * n : (i + 1) * n]
+    """Query, key and value projections: x (T, K), weights (N, K), biases (N,) or None -> (T, 3, N).
+
+    In memory the three are one after the other; the kernel lays them side by side.
+    """
+    out = x.new_empty(3, x.shape[0], q_weight.shape[0])
+    for each, weight, bias in zip(out, (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias), strict=True):
         if bias is not None and _matmul_dtype(x) == x.dtype:
-            torch.addmm(bias.to(x.dtype), x, weight.to(x.dtype).t(), out=columns)
+            torch.addmm(bias.to(x.dtype), x, weight.to(x.dtype).t(), out=each)
         else:
-            columns.copy_(_affine(x, weight, bias))
-    return out
+            each.copy_(_affine(x, weight, bias))
+    return out.transpose(0, 1)
 
 
 def feed_forward(
