@@ -106,7 +106,9 @@ class FusedLayer(_Module):
         q, k, v = self._project(x).unbind(1)  # [T, heads, head_dim]
         scale = child(self, "attention", "self").scaling
         context = ops.attention(q, k, v, packing.cu_seqlens, packing.key_mask, packing.max_seqlen, scale)
+        del q, k, v
         x = _close(child(self, "attention", "output"), context.flatten(1), x)
+        del context
         dense, activation = child(self, "intermediate", "dense"), self.activation()
         approximate = _GELU.get(type(activation))
         if approximate is None or not is_plain(dense, nn.Linear):
@@ -134,6 +136,7 @@ class FusedLayer(_Module):
         output = child(self, "attention", "output")
         norm = child(output, "LayerNorm")
         added = _linear(child(output, "dense"), context.flatten(1))
+        del context
         x = ops.add_layer_norm(added, x, norm.weight, norm.bias, norm.eps, rates[1], seed[1])
 
         up, activation, output = child(self, "intermediate", "dense"), self.activation(), child(self, "output")

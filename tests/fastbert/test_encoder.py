@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.bert import modeling_bert as hf
 
@@ -283,6 +284,26 @@ def test_seven_operators_a_layer_and_nothing_else(monkeypatch: pytest.MonkeyPatc
         model.encoder.layer[0](hidden, packing=layout)
     assert names == ["qkv_linear", "attention", "linear_add", "layer_norm", "linear_gelu", "linear_add", "layer_norm"]
     assert seen == [f"fastbert.{name}.default" for name in names]
+
+
+def test_inference_frees_what_it_no_longer_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the feed-forward, where memory peaks, Q, K, V and what attention returned are gone."""
+    model = fastbert.fuse(models.seeded(num_hidden_layers=1))
+    results: dict[str, StorageWeakRef] = {}
+    gone: dict[str, bool] = {}
+    for name in ("qkv_linear", "attention", "linear_gelu"):
+
+        def backend(*args: Any, _name: str = name, _run: Any = ops.CPU_BACKEND[name]) -> Any:
+            if _name == "linear_gelu":
+                gone.update({name: result.expired() for name, result in results.items()})
+            result = _run(*args)
+            results[_name] = StorageWeakRef(result.untyped_storage())
+            return result
+
+        monkeypatch.setitem(ops.CPU_BACKEND, name, backend)
+    with torch.no_grad():
+        model(**models.ragged([5, 3]))
+    assert gone == {"qkv_linear": True, "attention": True}
 
 
 @pytest.mark.usefixtures("interpreted")
