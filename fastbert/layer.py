@@ -211,6 +211,8 @@ class FusedEmbeddings(_Module):
             norm.eps,
             -1 if self.word_embeddings.padding_idx is None else self.word_embeddings.padding_idx,
         )
+        if rows.is_cuda and torch.is_autocast_enabled("cuda"):
+            rows = rows.float()  # as autocast has it of a LayerNorm there, though not on a CPU
         if self.word_embeddings._forward_hooks and torch.is_grad_enabled() and not rows.requires_grad:
             rows.requires_grad_()  # what the one kind of hook allowed here does, for layers that are checkpointed
         embeddings: Tensor = self.dropout(rows.view(*shape, -1))

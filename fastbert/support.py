@@ -193,10 +193,8 @@ def needs_stock(sample: Tensor) -> str | None:
     device = sample.device.type
     if device not in ("cpu", "cuda"):
         return f"device {device}"
-    if torch.is_autocast_enabled(device) and (
-        sample.dtype != torch.float32 or torch.get_autocast_dtype(device) not in DTYPES
-    ):
-        return "torch.autocast of parameters that are not float32, or to float64"
+    if torch.is_autocast_enabled(device) and (dtype := torch.get_autocast_dtype(device)) not in DTYPES:
+        return f"torch.autocast to {dtype}"
     if sample.dtype not in DTYPES:
         return f"dtype {sample.dtype}"
     if device == "cuda" and not has_triton():

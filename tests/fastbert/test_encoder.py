@@ -260,6 +260,22 @@ def test_on_a_gpu(dtype: torch.dtype, padding: str) -> None:
     compare(model, dtype, calls, padding)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_autocast_on_a_gpu(dtype: torch.dtype) -> None:
+    """There a LayerNorm returns float32, whatever the parameters are, and so does the encoder."""
+    fused, stock, truth = models.three(models.seeded().cuda(), dtype)
+    fastbert.fuse(fused)
+    mask = models.masks(5, 19)["right"].cuda()
+    call, real = {"input_ids": models.ids(5, 19).cuda(), "attention_mask": mask}, mask.bool()
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        results = [m(**call).last_hidden_state[real] for m in (fused, stock)]
+    with torch.no_grad():
+        assert results[0].dtype == results[1].dtype == torch.float32
+        assert_within_policy(*results, truth(**call).last_hidden_state[real])
+    assert sum(fused_counts(fused).values()) == 1
+
+
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Fills with the name of every operator called from here on; each operator is one launch."""
     names: list[str] = []
