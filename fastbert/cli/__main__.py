@@ -11,6 +11,16 @@ from . import UsageError
 
 DTYPES = ("float32", "bfloat16", "float16")
 SIZES = ("large", "base", "minilm")
+PEERS = (
+    "eager",
+    "compile",
+    "reduce-overhead",
+    "max-autotune",
+    "torch-varlen",
+    "flash-attn",
+    "onnxruntime",
+    "openvino",
+)
 WORKLOADS = ("squad", "mixed", "dense", "single")
 
 
@@ -46,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", nargs="+", choices=DTYPES, help="default: float32 on a CPU, bfloat16 and float16 on a GPU"
     )
     bench.add_argument("--train", action="store_true", help="time training steps, forward and backward, not forwards")
-    bench.add_argument("--compile", action="store_true", help="time stock under torch.compile, too")
+    bench.add_argument("--peers", nargs="+", choices=("all", *PEERS), default=[], help="time these, too; default: none")
     bench.add_argument("--device", help="default: cuda where there is one, else cpu")
     bench.add_argument(
         "--repeats", type=int, default=20, help="timed forwards of each candidate; default: 20, least: 3"

@@ -15,7 +15,6 @@ bytes of weights over the rate of copying, three times either for a step; both r
 from __future__ import annotations
 
 import argparse
-import copy
 import ctypes
 import datetime
 import gc
@@ -29,7 +28,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +41,7 @@ from .. import explain, fuse, numerics
 from ..verify import twin
 from . import UsageError
 from .info import backend, default_device, device_name, driver, versions
+from .peers import INFERENCE_ONLY, PEERS, Unavailable, share
 
 SHAPES: dict[str, dict[str, int]] = {
     "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
@@ -228,10 +227,10 @@ def environment(device: torch.device) -> dict[str, Any]:
 class _Candidate:
     """One way to run the model, what it gave and what went wrong."""
 
-    def __init__(self, name: str, model: Any) -> None:
+    def __init__(self, name: str, model: Any = None, status: str = "ok") -> None:
         self.name = name
         self.model = model
-        self.status = "ok"
+        self.status = status
         self.error: float | None = None
         self.samples: list[float] = []
         self.peak_memory: int | None = None
@@ -240,6 +239,8 @@ class _Candidate:
         """What `step` returns; None, and a status that says why, where it fails. The others go on."""
         try:
             return step(*arguments)
+        except Unavailable as error:
+            self.status = f"UNAVAILABLE: {error}"
         except AssertionError as error:
             self.status = f"FAILED: {error}"
         except Exception as error:  # out of memory, a kernel that doesn't compile: reported as this candidate's result
@@ -258,7 +259,7 @@ def run(
     device: torch.device,
     repeats: int = 20,
     minutes: float = 8.0,
-    compiled: bool = False,
+    peers: Sequence[str] = (),
     train: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Measures every workload x size x dtype; yields a record for each candidate as soon as its case is done.
@@ -270,12 +271,12 @@ def run(
         device: a CPU or CUDA device.
         repeats: timed forwards of each candidate.
         minutes: repeats are cut, to LEAST_REPEATS if need be, to end about then; cases not begun by then are left out.
-        compiled: whether stock under torch.compile is a third candidate.
+        peers: further candidates, names in peers.PEERS.
         train: whether training steps are measured, not forwards.
 
     Yields:
-        Records: plain data, times in seconds. A candidate beyond the numerical policy has status "FAILED: ..." and one
-        that broke "ERROR: ..."; neither has a time.
+        Records: plain data, times in seconds. A candidate beyond the numerical policy has status "FAILED: ...", one
+        that broke "ERROR: ..." and one that can't run here "UNAVAILABLE: ..."; none of these has a time.
     """
     deadline = time.monotonic() + 60 * minutes
     about, machine = environment(device), Machine(device)
@@ -287,12 +288,13 @@ def run(
                 return
             model = build(size, dtype, device)
             truths = _truths(model, workloads, train)
+            ways = _ways(model, peers, train)
             for item, truth in zip(workloads, truths, strict=True):
                 if begun and time.monotonic() > deadline:
                     return
                 share = (deadline - time.monotonic()) / (cases - begun)
                 begun += 1
-                candidates = _candidates(model, compiled)
+                candidates = [_Candidate(*way) for way in ways]
                 measure = _measure if train else torch.inference_mode()(_measure)
                 measure(candidates, item, truth, repeats, time.monotonic() + share, train)
                 model.zero_grad()
@@ -304,11 +306,17 @@ def run(
                 yield from _records(candidates, item, size, dtype, model.config, floor, {"what": what, **about})
 
 
-def _candidates(model: BertModel, compiled: bool) -> list[_Candidate]:
-    weights = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    found = [_Candidate("stock", model), _Candidate("fused", fuse(copy.deepcopy(model, dict(weights))))]
-    if compiled:
-        found.append(_Candidate("stock + torch.compile", torch.compile(copy.deepcopy(model, dict(weights)))))
+def _ways(model: BertModel, peers: Sequence[str], train: bool) -> list[tuple[str, Any, str]]:
+    """Ways to run `model`: (name, what runs it, status); stock and fused first."""
+    found: list[tuple[str, Any, str]] = [("stock", model, "ok"), ("fused", fuse(share(model)), "ok")]
+    for peer in peers:
+        name, build = PEERS[peer]
+        candidate = _Candidate(name)
+        if train and peer in INFERENCE_ONLY:
+            candidate.status = "UNAVAILABLE: it is for inference"
+        else:
+            candidate.model = candidate.attempt(build, model)
+        found.append((name, candidate.model, candidate.status))
     return found
 
 
@@ -385,8 +393,9 @@ def _measure(
         return lambda: _backward(candidate.model, inputs) if train else candidate.model(**inputs)
 
     for candidate in candidates:
-        candidate.attempt(check, candidate)
-        candidate.model.train(train)
+        if candidate.status == "ok":
+            candidate.attempt(check, candidate)
+            candidate.model.train(train)
     for candidate in candidates:
         if candidate.status == "ok":
             if train:  # gradients are there before the step whose memory is measured
@@ -530,7 +539,7 @@ def _report(files: Sequence[str], readme: str) -> int:
     return 0
 
 
-HEADER = f"{'model':<8}{'dtype':<10}{'workload':<12}{'run':<24}" + "".join(
+HEADER = f"{'model':<8}{'dtype':<10}{'workload':<12}{'run':<38}" + "".join(
     name.rjust(width)
     for name, width in (("ms", 10), ("tokens/s", 11), ("x stock", 9), ("ideal", 7), ("floor", 7), ("MiB", 8))
 )
@@ -538,7 +547,7 @@ HEADER = f"{'model':<8}{'dtype':<10}{'workload':<12}{'run':<24}" + "".join(
 
 def line(record: dict[str, Any]) -> str:
     """One record as a line under HEADER."""
-    case = f"{record['size']:<8}{record['dtype']:<10}{record['workload']:<12}{record['candidate']:<24}"
+    case = f"{record['size']:<8}{record['dtype']:<10}{record['workload']:<12}{record['candidate']:<38}"
     if record["median_s"] is None:
         return case + record["status"]
     ratio, memory = record["ratio_to_stock"], record["peak_memory_bytes"]
@@ -572,7 +581,7 @@ def main(arguments: argparse.Namespace) -> int:
         device=device,
         repeats=arguments.repeats,
         minutes=arguments.minutes,
-        compiled=arguments.compile,
+        peers=list(PEERS) if "all" in arguments.peers else arguments.peers,
         train=arguments.train,
     ):
         records.append(record)
@@ -582,4 +591,4 @@ def main(arguments: argparse.Namespace) -> int:
     expected = len(arguments.workload) * len(arguments.size) * len(names)
     if (done := len({(r["workload"], r["size"], r["dtype"]) for r in records})) < expected:
         print(f"out of time: {expected - done} of {expected} cases were not begun; see --minutes", file=sys.stderr)
-    return 1 if any(record["status"] != "ok" for record in records) else 0
+    return 1 if any(record["status"].startswith(("FAILED", "ERROR")) for record in records) else 0

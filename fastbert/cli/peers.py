@@ -1,0 +1,229 @@
+"""What `fastbert bench --peers` times beside stock and fused: other ways to run the same model, in the same process.
+
+A peer is made from a stock BertModel and shares its weights where it can. It is called as the model is, with padded ids
+and their mask, (B, S) int64, and returns what has `last_hidden_state`, (B, S, hidden); rows of padding hold anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, BertModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from ..packing import pack_mask
+
+
+class Unavailable(Exception):
+    """A peer that can't run here, and why."""
+
+
+def share(model: BertModel) -> BertModel:
+    """A copy of `model` over the same weights."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
+
+
+def _eager(model: BertModel) -> nn.Module:
+    model = share(model)
+    model.set_attn_implementation("eager")
+    return model
+
+
+def _compiled(mode: str) -> Callable[[BertModel], Any]:
+    def build(model: BertModel) -> Any:
+        if mode != "default" and model.device.type != "cuda":
+            raise Unavailable(f'mode "{mode}" is for CUDA')
+        return torch.compile(share(model), mode=mode)
+
+    return build
+
+
+class _Flattened(nn.Module):
+    """Stock without padding: transformers' flattened call, over an attention function that takes it."""
+
+    def __init__(self, model: BertModel, implementation: str) -> None:
+        super().__init__()
+        self.model = share(model)
+        self.model.set_attn_implementation(implementation)
+
+    @property
+    def encoder(self) -> nn.Module:
+        """Whose gradients are looked at."""
+        encoder: nn.Module = self.model.encoder
+        return encoder
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> BaseModelOutput:
+        packing = pack_mask(attention_mask.bool()).packing
+        lengths = {"max_length_q": packing.max_seqlen, "max_length_k": packing.max_seqlen}
+        starts = {"cu_seq_lens_q": packing.cu_seqlens, "cu_seq_lens_k": packing.cu_seqlens}
+        positions = (attention_mask.cumsum(1) - 1).flatten()[packing.indices]
+        ids = input_ids.flatten()[packing.indices]
+        rows = self.model(ids[None], position_ids=positions[None], **starts, **lengths).last_hidden_state[0]
+        padded = rows.new_zeros(input_ids.numel(), rows.shape[1])
+        padded[packing.indices] = rows
+        return BaseModelOutput(last_hidden_state=padded.view(*input_ids.shape, -1))
+
+
+def _varlen_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **call: Any
+) -> tuple[Tensor, None]:
+    """torch's own attention over sequences laid end to end; query, key and value (1, heads, T, head_dim)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, head_dim]
+    starts, longest = call["cu_seq_lens_q"], call["max_length_q"]
+    # Its scale is that of BERT.
+    out: Any = varlen_attn(query, key, value, starts, starts, longest, longest)
+    return out[None], None
+
+
+# By this name transformers finds it; it needs no mask made.
+VARLEN = "fastbert_bench_varlen"
+AttentionInterface.register(VARLEN, _varlen_attention)
+AttentionMaskInterface.register(VARLEN, lambda *_, **__: None)
+
+
+def _torch_varlen(model: BertModel) -> nn.Module:
+    if model.device.type != "cuda" or model.dtype.itemsize != 2:
+        raise Unavailable("torch's varlen attention is for 16-bit dtypes on CUDA")
+    return _Flattened(model, VARLEN)
+
+
+def _flash_attention(model: BertModel) -> nn.Module:
+    if importlib.util.find_spec("flash_attn") is None:
+        raise Unavailable("flash-attn is not installed")
+    if model.device.type != "cuda" or model.dtype.itemsize != 2:
+        raise Unavailable("flash-attn is for 16-bit dtypes on CUDA")
+    return _Flattened(model, "flash_attention_2")
+
+
+class _HiddenStates(nn.Module):
+    """What is exported: tensors in, one tensor out."""
+
+    def __init__(self, model: BertModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return hidden
+
+
+class _Runtime(nn.Module):
+    """A compiled graph: `call` takes ids and mask as numpy arrays and returns the last hidden states as one."""
+
+    def __init__(self, call: Callable[[Any, Any], Any]) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> BaseModelOutput:
+        return BaseModelOutput(last_hidden_state=torch.from_numpy(self.call(input_ids.numpy(), attention_mask.numpy())))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what exporters print of other people's models."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _example() -> dict[str, Tensor]:
+    mask = torch.ones(2, 16, dtype=torch.long)
+    mask[1, 11:] = 0
+    return {"input_ids": mask * 7, "attention_mask": mask}
+
+
+def _need_cpu(model: BertModel, *packages: str) -> None:
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise Unavailable(f"{' and '.join(missing)} not installed; pip install 'fastbert[bench]'")
+    if model.device.type != "cpu":
+        raise Unavailable("compared on a CPU only")
+
+
+def _onnx_runtime(model: BertModel) -> nn.Module:
+    """Exported, then through ONNX Runtime's own optimiser for BERT: fused attention, GELU and skip LayerNorm."""
+    _need_cpu(model, "onnx", "onnxruntime")
+    if model.dtype != torch.float32:
+        raise Unavailable(f"ONNX Runtime has no {str(model.dtype).removeprefix('torch.')} on a CPU")
+    import onnxruntime
+    from onnxruntime.transformers import optimizer
+
+    config, example = model.config, _example()
+    axes = {name: {0: "batch", 1: "length"} for name in (*example, "hidden")}
+    with _quiet(), tempfile.TemporaryDirectory() as folder:
+        file = os.path.join(folder, "model.onnx")
+        # By tracing: what the newer exporter makes of BERT, the optimiser does not recognise.
+        torch.onnx.export(
+            _HiddenStates(_eager(model)),
+            tuple(example.values()),
+            file,
+            input_names=list(example),
+            output_names=["hidden"],
+            dynamic_axes=axes,
+            dynamo=False,
+            opset_version=17,
+        )
+        fused = optimizer.optimize_model(
+            file, model_type="bert", num_heads=config.num_attention_heads, hidden_size=config.hidden_size
+        )
+        if (found := fused.get_fused_operator_statistics()["Attention"]) != config.num_hidden_layers:
+            raise RuntimeError(f"ONNX Runtime's optimiser found {found} attentions of {config.num_hidden_layers}")
+        fused.save_model_to_file(file, use_external_data_format=True)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # whoever is timed next has the cores
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    return _Runtime(lambda ids, mask: session.run(None, {"input_ids": ids, "attention_mask": mask})[0])
+
+
+def _openvino(model: BertModel) -> nn.Module:
+    _need_cpu(model, "openvino")
+    if model.dtype == torch.float16:
+        raise Unavailable("OpenVINO has no float16 on a CPU")
+    import openvino
+
+    example = _example()
+    with _quiet(), torch.no_grad():
+        # From float32 weights, as its users do; what it computes in is the hint's.
+        wide = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
+        graph = openvino.convert_model(_HiddenStates(wide), example_input=tuple(example.values()))
+    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[model.dtype]
+    settings = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    compiled = openvino.compile_model(graph, "CPU", settings)
+    return _Runtime(lambda ids, mask: compiled([ids, mask])[0])
+
+
+PEERS: dict[str, tuple[str, Callable[[BertModel], Any]]] = {
+    "eager": ("stock eager", _eager),
+    "compile": ("stock + torch.compile", _compiled("default")),
+    "reduce-overhead": ("stock + torch.compile reduce-overhead", _compiled("reduce-overhead")),
+    "max-autotune": ("stock + torch.compile max-autotune", _compiled("max-autotune")),
+    "torch-varlen": ("stock packed, torch varlen", _torch_varlen),
+    "flash-attn": ("stock packed, flash-attn", _flash_attention),
+    "onnxruntime": ("ONNX Runtime", _onnx_runtime),
+    "openvino": ("OpenVINO", _openvino),
+}
+"""By the name on the command line: the name in records, and what makes one from a stock model or raises Unavailable."""
+
+INFERENCE_ONLY = ("onnxruntime", "openvino")

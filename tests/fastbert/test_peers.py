@@ -1,0 +1,114 @@
+"""The candidates of `fastbert bench --peers`: what they compute is what stock does, and what can't run says why."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbert.cli import bench, peers
+from fastbert.cli.__main__ import PEERS
+from tests import models
+
+ON_A_GPU = ("reduce-overhead", "max-autotune", "torch-varlen", "flash-attn")
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    monkeypatch.setitem(bench.SHAPES, "minilm", shape)
+    monkeypatch.setattr(bench.Machine, "__init__", lambda self, device: setattr(self, "bytes_per_s", 1e10))
+    monkeypatch.setattr(bench.Machine, "flops_per_s", lambda self, dtype: 1e11)
+
+
+def run(names: Any, dtype: torch.dtype, train: bool = False) -> dict[str, dict[str, Any]]:
+    work = [bench.Workload("three", (3, 19, 7)), bench.Workload("one", (11,))]
+    records = bench.run(
+        work, ["minilm"], [dtype], device=torch.device("cpu"), repeats=3, peers=tuple(names), train=train
+    )
+    return {f"{record['workload']} {record['candidate']}": record for record in records}
+
+
+def test_the_command_line_knows_them_all() -> None:
+    assert tuple(peers.PEERS) == PEERS
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("name", ["eager", "compile", "onnxruntime", "openvino"])
+def test_peers_on_a_cpu(name: str) -> None:
+    """Checked against float64 by the benchmark itself, on a batch and on another shape; then timed."""
+    records = run([name], torch.float32)
+    for case in ("three", "one"):
+        record = records[f"{case} {peers.PEERS[name][0]}"]
+        assert (record["status"], record["repeats"]) == ("ok", 3)
+        assert 0 < record["error"] < 1e-6
+        assert record["ratio_to_stock"] > 0
+
+
+@pytest.mark.usefixtures("tiny")
+def test_peers_that_cannot_run_say_why() -> None:
+    records = run(ON_A_GPU, torch.float32)
+    reasons = [records[f"three {peers.PEERS[name][0]}"]["status"] for name in ON_A_GPU]
+    assert reasons == [
+        'UNAVAILABLE: mode "reduce-overhead" is for CUDA',
+        'UNAVAILABLE: mode "max-autotune" is for CUDA',
+        "UNAVAILABLE: torch's varlen attention is for 16-bit dtypes on CUDA",
+        "UNAVAILABLE: flash-attn is not installed",
+    ]
+    assert "| UNAVAILABLE |" in bench.render(records.values())
+    assert records["three fused"]["status"] == "ok"
+    (record,) = (
+        r for r in run(["onnxruntime"], torch.bfloat16).values() if r["workload"] == "one" and "ONNX" in r["candidate"]
+    )
+    assert record["status"] == "UNAVAILABLE: ONNX Runtime has no bfloat16 on a CPU"
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_peer_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    record = run(["openvino"], torch.float32)["one OpenVINO"]
+    assert record["status"] == "UNAVAILABLE: openvino not installed; pip install 'fastbert[bench]'"
+
+
+@pytest.mark.usefixtures("tiny")
+def test_peers_in_training() -> None:
+    records = run(["eager", "openvino"], torch.float32, train=True)
+    assert (records["three stock eager"]["status"], records["three stock eager"]["repeats"]) == ("ok", 3)
+    assert records["three OpenVINO"]["status"] == "UNAVAILABLE: it is for inference"
+
+
+def test_openvino_in_bfloat16() -> None:
+    """It is given float32 copies of the weights, and computes in bfloat16 where the processor has it."""
+    _, model, truth = models.three(models.seeded(), torch.bfloat16)
+    mask = models.masks(5, 19)["right"]
+    call = {"input_ids": models.ids(5, 19), "attention_mask": mask}
+    with torch.no_grad():
+        found, exact = (m(**call).last_hidden_state[mask.bool()].double() for m in (peers._openvino(model), truth))
+    assert 0 < (found - exact).norm() / exact.norm() < 0.02
+    assert model.dtype == torch.bfloat16
+
+
+def varlen(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, *_: Any) -> Tensor:
+    """What torch's own does, on a CPU: (T, heads, head_dim), each sequence by itself."""
+    parts = []
+    for start, end in itertools.pairwise(cu_seq_q.tolist()):
+        rows = (x[None, start:end].transpose(1, 2) for x in (query, key, value))
+        parts.append(F.scaled_dot_product_attention(*rows).transpose(1, 2)[0])
+    return torch.cat(parts)
+
+
+def test_stock_without_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
+    model = models.seeded().eval()
+    mask = models.masks(5, 19)["right"]
+    call = {"input_ids": models.ids(5, 19), "attention_mask": mask}
+    packed = peers._Flattened(model, peers.VARLEN)
+    with torch.no_grad():
+        found, stock = packed(**call).last_hidden_state, model(**call).last_hidden_state
+    torch.testing.assert_close(found[mask.bool()], stock[mask.bool()])
+    assert model.config._attn_implementation == "sdpa"  # the model it was made from is left alone
+    assert {p.data_ptr() for p in packed.parameters()} == {p.data_ptr() for p in model.parameters()}
