@@ -1,0 +1,221 @@
+"""What calls cost at least: FLOPs of their matrix products, and bytes they move.
+
+A product of (M, K) and (K, N) is 2 M K N FLOPs; arithmetic element by element (GELU, softmax, LayerNorm, dropout) is
+none. Attention is its two products within each sequence, masked keys included, and its backward five: the scores and the
+gradients of probabilities, queries, keys and values, each once. Of bytes, every argument is read once and every result
+written once, in its own dtype; of tables, only the rows that are asked for. What stays within a launch costs nothing,
+and what a cache still holds is counted all the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry
+
+from .. import ops
+
+
+class Cost(NamedTuple):
+    """FLOPs and bytes."""
+
+    flops: int
+    bytes: int
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+    """The sum of costs."""
+    each = list(costs)
+    return Cost(sum(cost.flops for cost in each), sum(cost.bytes for cost in each))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in an argument or a result: itself, or those of a list or tuple."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _tensors(each)
+
+
+def _bytes(value: Any) -> int:
+    """Bytes of the tensors in `value`; of an expanded one, what it holds in memory."""
+    return sum(min(x.numel() * x.itemsize, x.untyped_storage().nbytes()) for x in _tensors(value))
+
+
+def _products(*shapes: tuple[int, int, int]) -> int:
+    return sum(2 * m * n * k for m, n, k in shapes)
+
+
+def _linear(x: Tensor, weight: Tensor, *rest: Any) -> int:
+    return _products((x.shape[0], *weight.shape))
+
+
+def _pairs(rows: int, cu_seqlens: Tensor | None, max_seqlen: int) -> int:
+    """Pairs of a query and a key of the same sequence. Reads `cu_seqlens`: on a GPU a synchronisation."""
+    if cu_seqlens is None:
+        return rows * max_seqlen
+    return int(cu_seqlens.long().diff().square().sum())
+
+
+def _attention(q: Tensor, sequences: Sequence[Any], products: int) -> int:
+    """Of `products` products over q (T, heads, head_dim) or qkv (T, 3, heads, head_dim)."""
+    cu_seqlens, _, max_seqlen, *_ = sequences
+    return products * 2 * q.shape[-2] * q.shape[-1] * _pairs(q.shape[0], cu_seqlens, max_seqlen)
+
+
+# FLOPs by operator, from its arguments; operators without matrix products are not in it.
+_FLOPS: dict[str, Callable[..., int]] = {
+    "linear": _linear,
+    "linear_gelu": _linear,
+    "linear_add": _linear,
+    "qkv_linear": lambda x, q_weight, *rest: 3 * _linear(x, q_weight),
+    "feed_forward": lambda x, weight1, bias1, weight2, *rest: _linear(x, weight1) + _linear(x, weight2),
+    "linear_gelu_backward": _linear,
+    "attention": lambda q, k, v, *sequences: _attention(q, sequences, 2),
+    "attention_forward": lambda qkv, *sequences: _attention(qkv, sequences, 2),
+    "attention_backward": lambda grad, qkv, out, stats, *sequences: _attention(qkv, sequences, 5),
+    "linear_cross_entropy": _linear,
+    "linear_cross_entropy_backward": lambda grad, x, weight, *rest: 3 * _linear(x, weight),
+}
+
+
+def _rows(ids: Tensor, table: Tensor) -> int:
+    """Bytes of the rows of a table that `ids` ask for, each once. Reads the ids: on a GPU a synchronisation."""
+    return ids.unique().numel() * table.shape[1] * table.itemsize
+
+
+def _embedding(args: Sequence[Any], first: int) -> int:
+    """Bytes read by an embedding whose ids are args[first : first + 3] and whose tables are the three after."""
+    ids, tables = args[first : first + 3], args[first + 3 : first + 6]
+    return _bytes((*args[: first + 3], *args[first + 6 :])) + sum(map(_rows, ids, tables))
+
+
+# Bytes read by operator, from its arguments, where it does not read all of them, or reads more.
+_READ: dict[str, Callable[..., int]] = {
+    "embedding_layer_norm": lambda *args: _embedding(args, 0),
+    "embedding_layer_norm_backward": lambda *args: _embedding(args, 1),
+    "pack": lambda x, indices, inverse: _bytes(indices) + indices.numel() * x.shape[1] * x.itemsize,
+    "unpack": lambda x, indices, inverse: _bytes((x, inverse)),
+    # Two launches: GELU's result is written by the first and read by the second.
+    "feed_forward": lambda x, weight1, *rest: (
+        _bytes((x, weight1, *rest)) + 2 * x.shape[0] * weight1.shape[0] * x.itemsize
+    ),
+}
+
+
+def cost(name: str, args: Sequence[Any], result: Any) -> Cost:
+    """The least that one call of an operator costs.
+
+    Args:
+        name: the operator, without its namespace: one of fastbert's, as "qkv_linear".
+        args: what it was called with. Only shapes, strides and dtypes are looked at, but for `cu_seqlens` and the ids
+            of embeddings, whose values count.
+        result: what it returned: a tensor or a tuple of tensors.
+
+    Raises:
+        ValueError: there is no such operator.
+    """
+    if name not in ops._OPERATORS:
+        raise ValueError(f"name is {name!r}; expected one of {', '.join(ops._OPERATORS)}")
+    read = _READ[name](*args) if name in _READ else _bytes(args)
+    return Cost(_FLOPS[name](*args) if name in _FLOPS else 0, read + _bytes(result))
+
+
+_aten = torch.ops.aten
+# As torch.utils.flop_counter has them; attention on a CPU is not in its registry.
+_TORCH_FLOPS = {
+    **flop_registry,
+    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+# Of their first argument they read as much as they return.
+_GATHERS = {_aten.embedding, _aten.index, _aten.index_select, _aten.gather}
+
+
+def torch_cost(operator: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Cost:
+    """The same of an operator of torch's own, a torch._ops.OpOverload; 0 for one that returns a view."""
+    packet = operator._overloadpacket
+    aliases = [each.alias_info for each in operator._schema.returns]
+    if aliases and all(alias is not None and not alias.is_write for alias in aliases):
+        return Cost(0, 0)
+    flops = int(_TORCH_FLOPS[packet](*args, **kwargs, out_val=result)) if packet in _TORCH_FLOPS else 0
+    written = _bytes(result)
+    if packet in _GATHERS:
+        return Cost(flops, _bytes(args[1:]) + 2 * written)
+    return Cost(flops, _bytes(args) + _bytes(list(kwargs.values())) + written)
+
+
+def encoder(config: Any, lengths: Sequence[int], dtype: torch.dtype, train: bool = False) -> Cost:
+    """The least that the layers of a packed encoder cost, without its embeddings and without packing and unpacking.
+
+    A forward is the seven launches of each layer. A training step is the same with what the backward needs written, the
+    operators of the backward, and the products that make up the gradients of weights and inputs; sums of gradients are
+    counted as part of the products that make them, and dropout's rates are the config's.
+
+    Args:
+        config: a BertConfig.
+        lengths: of the sequences, in tokens.
+        dtype: of weights, activations and gradients.
+        train: forward and backward, not a forward.
+    """
+    tokens, h, i = sum(lengths), config.hidden_size, config.intermediate_size
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def call(name: str, *args: Any) -> Cost:
+        return cost(name, args, ops._SHAPES[name](*args))
+
+    def product(m: int, k: int, n: int) -> Cost:
+        return Cost(_products((m, n, k)), (m * k + k * n + m * n) * dtype.itemsize)
+
+    heads = config.num_attention_heads
+    x, wide, square, up, down = empty(tokens, h), empty(tokens, i), empty(h, h), empty(i, h), empty(h, i)
+    vector, long = empty(h), empty(i)
+    context, qkv = empty(tokens, heads, h // heads), empty(tokens, 3, heads, h // heads)
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    sequences = starts, None, max(lengths), math.sqrt(heads / h)
+    if not train:
+        each = [
+            call("qkv_linear", x, *(square, vector) * 3),
+            call("attention", context, context, context, *sequences),
+            call("linear_add", x, square, vector, x),
+            call("layer_norm", x, vector, vector, config.layer_norm_eps),
+            call("linear_gelu", x, up, long, "none"),
+            call("linear_add", wide, down, vector, x),
+            call("layer_norm", x, vector, vector, config.layer_norm_eps),
+        ]
+        return total(each * config.num_hidden_layers)
+    seed = torch.empty((), dtype=torch.int64, device="meta")
+    drops = [
+        (rate, seed if rate else None) for rate in (config.attention_probs_dropout_prob, config.hidden_dropout_prob)
+    ]
+    stats = torch.empty(2, heads, tokens, dtype=torch.promote_types(dtype, torch.float32), device="meta")
+    biases = Cost(0, _bytes([*(vector,) * 5, long]))
+    each = [
+        call("qkv_linear", x, *(square, vector) * 3),
+        call("attention_forward", qkv, *sequences, *drops[0]),
+        call("linear", x, square, vector),
+        *[call("add_layer_norm", x, x, vector, vector, config.layer_norm_eps, *drops[1])] * 2,
+        call("feed_forward", x, up, long, down, vector, "none"),
+        *[call("add_layer_norm_backward", x, x, x, vector, config.layer_norm_eps, *drops[1])] * 2,
+        call("linear_gelu_backward", x, down, wide, "none"),
+        product(h, tokens, i),
+        product(tokens, i, h),
+        product(i, tokens, h),
+        product(tokens, h, h),
+        product(h, tokens, h),
+        call("attention_backward", context, qkv, context, stats, *sequences, *drops[0]),
+        product(tokens, 3 * h, h),
+        product(3 * h, tokens, h),
+        biases,
+    ]
+    return total(each * config.num_hidden_layers)

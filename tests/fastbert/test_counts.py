@@ -1,0 +1,192 @@
+"""FLOPs against torch's own counter, bytes against sums by hand, and an encoder against what a fused model calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers.models.bert import modeling_bert as hf
+
+import fastbert
+from fastbert import ops
+from fastbert.cli import bench, counts
+from fastbert.kernels import reference
+from tests import models
+from tests.fastbert.test_ops import arguments
+
+LENGTHS = [5, 1, 17, 12]
+
+
+def flops_by_torch(call: Any, *args: Any, **kwargs: Any) -> int:
+    """FLOPs of a call by torch's counter, which does not know the fused attention of a CPU: products one by one."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        call(*args, **kwargs)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", ops._OPERATORS)
+def test_flops_are_those_of_the_twin(name: str) -> None:
+    args = arguments()[name]
+    result = ops.CPU_BACKEND[name](*args)
+    assert counts.cost(name, args, result).flops == flops_by_torch(ops.CPU_BACKEND[name], *args)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_flops_of_dense_attention(masked: bool) -> None:
+    q = torch.randn(12, 2, 16)
+    mask = torch.tensor([[True, True, False, False], [True] * 4, [False] * 4]) if masked else None
+    shape = (3, 2, 4, 16)  # sequences, heads, rows, head_dim
+    assert counts.cost("attention", (q, q, q, None, mask, 4, 0.25), q).flops == sdpa_flop_count(shape, shape, shape)
+
+
+def test_flops_of_packed_attention_are_those_of_each_sequence() -> None:
+    qkv = torch.randn(sum(LENGTHS), 3, 2, 16)
+    starts = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    args = (qkv, starts, None, max(LENGTHS), 0.25, 0.0, None)
+    result = ops.attention_forward(*args)
+    shapes = [(1, 2, n, 16) for n in LENGTHS]
+    assert counts.cost("attention_forward", args, result).flops == sum(sdpa_flop_count(s, s, s) for s in shapes)
+    args = (result[0], qkv, *result, *args[1:])
+    backward = counts.cost("attention_backward", args, qkv)
+    assert backward.flops == sum(sdpa_backward_flop_count(s, s, s, s) for s in shapes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bytes(dtype: torch.dtype) -> None:
+    """By hand, for the arguments of tests/fastbert/test_ops.py: 9 rows of 32 and 48, 2 heads of 16, in sequences of 4
+    and 5; what is float32 or int64 whatever the dtype is added in bytes."""
+    rows, wide, weight = 9 * 32, 9 * 48, 48 * 32
+    starts, seed = 3 * 4, 8
+    expected = {
+        "linear": (rows + weight + 48 + wide, 0),
+        "linear_gelu": (rows + weight + 48 + wide, 0),
+        "linear_add": (rows + weight + wide + wide, 0),  # no bias
+        "qkv_linear": (rows + 3 * weight + 2 * 48 + 3 * wide, 0),
+        "feed_forward": (rows + weight + 48 + wide + 2 * wide + weight + 32 + rows, 0),
+        "linear_gelu_backward": (rows + weight + wide + 2 * wide, 0),
+        "attention": (4 * rows, starts),
+        "attention_forward": (4 * rows, starts + seed + 4 * 2 * 2 * 9),
+        "attention_backward": (rows + 3 * rows + rows + 3 * rows, starts + seed + 4 * 2 * 2 * 9),
+        "layer_norm": (2 * rows + 2 * 32, 0),
+        "add_layer_norm": (3 * rows + 2 * 32, seed),
+        "add_layer_norm_backward": (3 * rows + 32 + 2 * rows + 2 * 32, seed),
+        "linear_cross_entropy": (rows + weight + 48, 8 * 9 + 2 * 4 * 9),
+        "linear_cross_entropy_backward": (2 * (rows + weight + 48), 4 * 9 + 8 * 9 + 4 * 9),
+        "pack": (2 * 3 * 32, 8 * 3),  # three rows are real
+        "unpack": (3 * 32 + rows, 8 * 9),
+    }
+    calls = arguments(dtype)
+    words, types = (calls["embedding_layer_norm"][i].unique().numel() for i in (0, 1))
+    assert words < 9  # of which some come twice
+    tables = (words + types + 9) * 32
+    expected["embedding_layer_norm"] = (tables + 2 * 32 + rows, 3 * 8 * 9)
+    expected["embedding_layer_norm_backward"] = (rows + tables + 32 + rows + 2 * 32, 3 * 8 * 9)
+    assert set(expected) == set(ops._OPERATORS)
+    for name, (elements, others) in expected.items():
+        result = ops.CPU_BACKEND[name](*calls[name])
+        assert counts.cost(name, calls[name], result).bytes == elements * dtype.itemsize + others, name
+
+
+def test_bytes_of_what_is_expanded_and_of_what_is_shared() -> None:
+    x, weight = torch.randn(1, 32).expand(9, 32), torch.randn(48, 32)
+    assert counts.cost("linear", (x, weight, None), torch.empty(9, 48)).bytes == 4 * (32 + 48 * 32 + 9 * 48)
+    # Without dropout and in one dtype, dx is dresidual and comes back empty.
+    args = list(arguments(dropout=0.0)["add_layer_norm_backward"])
+    once = counts.cost("add_layer_norm_backward", args, ops.add_layer_norm_backward(*args)).bytes
+    assert once == 4 * (3 * 9 * 32 + 32 + 9 * 32 + 2 * 32)
+
+
+def test_an_unknown_operator() -> None:
+    with pytest.raises(ValueError, match=r"^name is 'softmax'; expected one of linear_gelu, "):
+        counts.cost("softmax", (), ())
+
+
+def alone(model: nn.Module, n: int, backward: bool = False) -> None:
+    """One sequence through stock, without padding."""
+    hidden = model(models.ids(1, n)).last_hidden_state
+    if backward:
+        hidden.backward(torch.ones_like(hidden))
+
+
+@pytest.fixture(scope="module")
+def stock() -> Any:
+    """A stock model without a pooler, whose attention is matrix products one by one."""
+    torch.manual_seed(0)
+    return hf.BertModel(models.config(attn_implementation="eager"), add_pooling_layer=False)
+
+
+def test_flops_of_an_encoder(stock: Any) -> None:
+    found = counts.encoder(stock.config, LENGTHS, torch.float32)
+    assert found.flops == sum(flops_by_torch(alone, stock, n) for n in LENGTHS)
+    assert found.flops == bench.flops(stock.config, LENGTHS)
+
+
+def test_flops_of_a_training_step(stock: Any) -> None:
+    found = counts.encoder(stock.config, LENGTHS, torch.float32, train=True)
+    # Stock keeps the scores; the fused backward computes them again, one product more a layer.
+    again = stock.config.num_hidden_layers * sum(2 * n * n * stock.config.hidden_size for n in LENGTHS)
+    assert found.flops == again + sum(flops_by_torch(alone, stock, n, backward=True) for n in LENGTHS)
+
+
+class Calls(TorchDispatchMode):
+    """Costs of fastbert's operators and of matrix products, as they are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.costs: list[tuple[str, counts.Cost]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        space, name = func._schema.name.split("::")
+        if space == "fastbert":
+            self.costs.append((name, counts.cost(name, args, result)))
+        elif name == "mm":
+            self.costs.append((name, counts.torch_cost(func, args, kwargs or {}, result)))
+        return result
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("train", [False, True])
+def test_an_encoder_costs_what_it_calls(
+    train: bool, dtype: torch.dtype, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "_has_native_matmul", lambda dtype: True)  # products in `dtype` wherever this runs
+    rates = {"attention_probs_dropout_prob": dropout, "hidden_dropout_prob": dropout}
+    model = fastbert.fuse(models.seeded(**rates).to(dtype)).train(train)
+    mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()
+    with torch.set_grad_enabled(train), Calls() as calls:
+        hidden = model(models.ids(*mask.shape), attention_mask=mask).last_hidden_state
+        if train:
+            hidden.backward(torch.ones_like(hidden))
+    around = {"embedding_layer_norm", "embedding_layer_norm_backward", "unpack", "pack"}
+    assert {name for name, _ in calls.costs} >= (around if train else {"embedding_layer_norm", "unpack"})
+    layers = counts.total(each for name, each in calls.costs if name not in around)
+    expected = counts.encoder(model.config, LENGTHS, dtype, train)
+    assert layers.flops == expected.flops
+    # Those of linear layers' biases are sums; LayerNorms' come of its backward.
+    vectors = {name: p for name, p in model.encoder.named_parameters() if p.dim() == 1 and "LayerNorm" not in name}
+    biases = sum(p.nbytes for p in vectors.values()) if train else 0
+    assert layers.bytes + biases == expected.bytes
+
+
+def test_costs_of_torch_s_own_operators() -> None:
+    aten = torch.ops.aten
+    x, weight, bias = torch.randn(9, 32), torch.randn(48, 32), torch.randn(48)
+
+    def cost(operator: Any, *args: Any, **kwargs: Any) -> counts.Cost:
+        return counts.torch_cost(operator, args, kwargs, operator(*args, **kwargs))
+
+    assert cost(aten.addmm.default, bias, x, weight.t()) == (2 * 9 * 32 * 48, 4 * (48 + 9 * 32 + 48 * 32 + 9 * 48))
+    assert cost(aten.t.default, x) == (0, 0)
+    assert cost(aten.add_.Tensor, x, x.clone()) == (0, 3 * 4 * 9 * 32)
+    ids: Tensor = torch.tensor([3, 1, 3])
+    assert cost(aten.embedding.default, torch.randn(1000, 32), ids) == (0, 8 * 3 + 2 * 4 * 3 * 32)
+    q = torch.randn(3, 2, 4, 16)
+    attended = cost(aten._scaled_dot_product_flash_attention_for_cpu.default, q, q, q)
+    assert attended == (sdpa_flop_count(*[q.shape] * 3), 4 * (4 * q.numel() + 3 * 2 * 4))
