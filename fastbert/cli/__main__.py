@@ -68,6 +68,30 @@ def parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--readme", metavar="FILE", default="README.md", help="the file --report changes")
 
+    profile = commands.add_parser(
+        "profile",
+        help="where the time of a forward or a training step goes, by operator",
+        description="Traces the fused model and tells for every operator its calls, time, share, FLOPs and bytes a "
+        "second and how much of the floor that is, by ceilings measured in the same run; and host gaps, host "
+        "synchronisations, tokens a second and peak memory. Exit status: 0 done, 2 bad usage, 130 interrupted.",
+    )
+    which = profile.add_mutually_exclusive_group()
+    which.add_argument("--model", metavar="PATH_OR_ID", help="a checkpoint: a folder, or a name on the hub")
+    which.add_argument("--size", choices=SIZES, help="a model with seeded weights; default: large")
+    batch = profile.add_mutually_exclusive_group()
+    batch.add_argument("--lengths", metavar="N[,N...]", help="a batch of sequences of so many tokens, as 12,40,128")
+    batch.add_argument("--workload", choices=WORKLOADS, help="a batch as `fastbert bench` has it; default: squad")
+    profile.add_argument("--batch", type=int, metavar="N", help="so many sequences of the one length of --lengths")
+    profile.add_argument(
+        "--dtype", choices=DTYPES, help="default: the checkpoint's; of --size, float32 on a CPU, bfloat16 on a GPU"
+    )
+    profile.add_argument("--device", help="default: cuda where there is one, else cpu")
+    profile.add_argument("--train", action="store_true", help="a training step, forward and backward, not a forward")
+    profile.add_argument("--compare", choices=("stock",), help="profile stock, too, over the same weights, padded")
+    profile.add_argument("--json", metavar="FILE", help="write the record there, too")
+    profile.add_argument("--trace", metavar="FILE", help="write a Chrome trace of the fused model there")
+    profile.add_argument("--plot", metavar="FOLDER", help="write roofline.png and layers.png there; takes matplotlib")
+
     info = commands.add_parser("info", help="device, versions, backend, launch table")
     info.add_argument("--json", action="store_true", help="the same as JSON")
     return top

@@ -1,7 +1,7 @@
 """What calls cost at least: FLOPs of their matrix products, and bytes they move.
 
 A product of (M, K) and (K, N) is 2 M K N FLOPs; arithmetic element by element (GELU, softmax, LayerNorm, dropout) is
-none. Attention is its two products within each sequence, masked keys included, and its backward five: the scores and the
+none. Attention is its two products within each sequence, masked keys included, and its backward five: scores, and the
 gradients of probabilities, queries, keys and values, each once. Of bytes, every argument is read once and every result
 written once, in its own dtype; of tables, only the rows that are asked for. What stays within a launch costs nothing,
 and what a cache still holds is counted all the same.

@@ -1,0 +1,244 @@
+"""What a Chrome trace by torch.profiler says: the time of every operator, by layer and by kernel, and the gaps.
+
+`annotated` puts names into the trace that `read` goes by; the runs to look at are in ranges named RUN.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from .. import ops
+from .counts import Cost
+
+RUN = "fastbert profile: run"
+_BACKWARD_OF_REST = "backward of the rest"
+_WAITS = re.compile(r"(cuda|hip)((Stream|Device|Event)Synchronize|Memcpy|MemcpyWithStream)")
+
+
+@dataclass
+class Row:
+    """What one operator took in a run; on a GPU also what was launched outside of all operators, by its own name."""
+
+    operator: str
+    cost: Cost
+    """0, where nothing is known of it."""
+    calls: float = 0
+    seconds: float = 0.0
+    layers: dict[int | None, float] = field(default_factory=dict)
+    """Seconds by layer; None: outside of the layers."""
+    kernels: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Launches and seconds by kernel; on a GPU."""
+
+    def took(self, microseconds: float, layer: int | None, kernel: str | None = None) -> None:
+        """Adds the time of one call, or of one kernel."""
+        seconds = microseconds / 1e6
+        self.seconds += seconds
+        self.layers[layer] = self.layers.get(layer, 0.0) + seconds
+        if kernel is not None:
+            launches, before = self.kernels.get(kernel, (0, 0.0))
+            self.kernels[kernel] = launches + 1, before + seconds
+
+    def divided(self, runs: int) -> Row:
+        """Of one run, what was added up over some."""
+        layers = {layer: seconds / runs for layer, seconds in self.layers.items()}
+        kernels = {kernel: (n / runs, seconds / runs) for kernel, (n, seconds) in self.kernels.items()}
+        return Row(self.operator, self.cost, self.calls / runs, self.seconds / runs, layers, kernels)
+
+
+class Trace(NamedTuple):
+    """What a trace says of one run."""
+
+    rows: list[Row]
+    """The longest first."""
+    run_s: float
+    """Under the profiler."""
+    gap_s: float
+    synchronisations: float | None
+    """None on a CPU, for which nothing waits."""
+    copies_to_host: float | None
+
+
+def _named(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def named(*args: Any) -> Any:
+        with record_function(name):
+            return call(*args)
+
+    return named
+
+
+def _mark(layer: int | None) -> Callable[[Tensor], None]:
+    def mark(grad: Tensor) -> None:
+        with record_function(_BACKWARD_OF_REST if layer is None else f"backward of layer {layer}"):
+            pass
+
+    return mark
+
+
+@contextlib.contextmanager
+def annotated(model: Any) -> Iterator[None]:
+    """While it lasts, traces of `model` name fastbert's operators and the layer each is in.
+
+    Operators are wrapped, not sent through the dispatcher, as in inference they do not go through it: that would add
+    dozens of microseconds to the time of each, where a range adds a few before and after it, to the gaps.
+    """
+    layers = {id(layer): i for i, layer in enumerate(model.encoder.layer)}
+    kind = type(model.encoder.layer[0])  # on the class: a layer that is itself hooked or changed runs stock
+    call = kind.__call__
+
+    def layer(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        i = layers[id(self)]
+        with record_function(f"layer {i}"):
+            out = call(self, hidden_states, *args, **kwargs)
+        if out.requires_grad:
+            out.register_hook(_mark(i))
+            if i == 0 and hidden_states.requires_grad:
+                hidden_states.register_hook(_mark(None))
+        return out
+
+    before = {name: getattr(ops, name) for name in ops._OPERATORS}
+    try:
+        kind.__call__ = layer
+        for name, operator in before.items():
+            setattr(ops, name, _named(f"fastbert::{name}", operator))
+        yield
+    finally:
+        del kind.__call__
+        for name, operator in before.items():
+            setattr(ops, name, operator)
+
+
+class _Span(NamedTuple):
+    """Of one thread, in microseconds."""
+
+    start: float
+    end: float
+    name: str
+
+
+def _outermost(spans: Iterable[_Span]) -> list[_Span]:
+    """Those that lie in no other, in order."""
+    found: list[_Span] = []
+    for span in sorted(spans, key=lambda span: (span.start, -span.end)):
+        if not found or span.start >= found[-1].end:
+            found.append(span)
+    return found
+
+
+def _within(spans: Sequence[_Span], moment: float) -> _Span | None:
+    """The span, of some in order that don't overlap, in which a moment lies."""
+    i = bisect.bisect_right(spans, moment, key=lambda span: span.start) - 1
+    return spans[i] if i >= 0 and moment < spans[i].end else None
+
+
+def _covered(spans: Iterable[tuple[float, float]]) -> float:
+    """The time in which at least one of them lasts."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+class _Timeline:
+    """The runs of a trace, what each thread called in them, and the layers they went through."""
+
+    def __init__(self, events: Iterable[Mapping[str, Any]], names: Iterable[str]) -> None:
+        known = set(names)
+        threads: dict[Any, list[_Span]] = defaultdict(list)
+        runs: list[_Span] = []
+        self.entered: list[tuple[float, int | None]] = []
+        """Moments, and the layer that what comes after them belongs to."""
+        for event in events:
+            if event["cat"] not in ("user_annotation", "cpu_op"):
+                continue
+            span = _Span(event["ts"], event["ts"] + event["dur"], event["name"])
+            if span.name == RUN:
+                runs.append(span)
+                self.entered.append((span.start, None))
+            elif span.name == _BACKWARD_OF_REST:
+                self.entered.append((span.start, None))
+            elif layer := re.fullmatch(r"(backward of )?layer (\d+)", span.name):
+                self.entered.append((span.start, int(layer[2])))
+                self.entered += [] if layer[1] else [(span.end, None)]
+            elif span.name in known:
+                threads[event["tid"]].append(span)
+        self.runs = sorted(runs)
+        self.entered.sort(key=lambda each: each[0])
+        self.operators = {
+            thread: [span for span in _outermost(spans) if _within(self.runs, span.start)]
+            for thread, spans in threads.items()
+        }
+
+    def layer(self, moment: float) -> int | None:
+        return self.entered[bisect.bisect_right(self.entered, moment, key=lambda each: each[0]) - 1][1]
+
+
+def read(events: Iterable[Mapping[str, Any]], costs: Mapping[str, Cost], device: torch.device) -> Trace:
+    """What a trace says of its runs, on average.
+
+    Args:
+        events: "traceEvents" of a Chrome trace by torch.profiler, of `annotated` runs in ranges named RUN.
+        costs: of one run, by operator with its namespace; what other operators take counts as gaps.
+        device: where it ran.
+    """
+    events = [event for event in events if event["ph"] == "X"]
+    timeline = _Timeline(events, costs)
+    rows: dict[str, Row] = {}
+
+    def row(name: str) -> Row:
+        return rows.setdefault(name, Row(name, costs.get(name, Cost(0, 0))))
+
+    for span in chain.from_iterable(timeline.operators.values()):
+        row(span.name).calls += 1
+    run_us = sum(run.end - run.start for run in timeline.runs)
+    if device.type == "cpu":
+        waits = copies = None
+        spans = list(chain.from_iterable(timeline.operators.values()))
+        for span in spans:
+            row(span.name).took(span.end - span.start, timeline.layer(span.start))
+        gap_us = run_us - _covered((span.start, span.end) for span in spans)
+    else:
+        waits = copies = 0
+        launches: dict[int | None, tuple[_Span, Mapping[str, Any]]] = {}
+        for event in events:
+            if event["cat"] in ("cuda_runtime", "cuda_driver") and (run := _within(timeline.runs, event["ts"])):
+                launches[event["args"].get("correlation")] = run, event
+                waits += _WAITS.fullmatch(event["name"]) is not None
+        busy: dict[_Span, list[tuple[float, float]]] = defaultdict(list)
+        for event in events:
+            if event["cat"] not in ("kernel", "gpu_memcpy", "gpu_memset"):
+                continue
+            if event["args"]["correlation"] not in launches:
+                continue  # launched in no run
+            run, launch = launches[event["args"]["correlation"]]
+            busy[run].append((event["ts"], event["ts"] + event["dur"]))
+            copies += "DtoH" in event["name"]
+            caller = _within(timeline.operators.get(launch["tid"], []), launch["ts"])
+            found = row(event["name"] if caller is None else caller.name)
+            found.calls += caller is None
+            found.took(event["dur"], timeline.layer(launch["ts"]), event["name"])
+        gap_us = 0.0
+        for run, spans_on_device in busy.items():
+            last = max(end for _, end in spans_on_device)
+            gap_us += last - min(spans_on_device)[0] - _covered(spans_on_device)
+            run_us += max(0.0, last - run.end)  # the host is done before the device is
+    n = len(timeline.runs)
+    ranked = sorted((each.divided(n) for each in rows.values() if each.seconds), key=lambda each: -each.seconds)
+    return Trace(
+        ranked,
+        run_us / 1e6 / n,
+        gap_us / 1e6 / n,
+        None if waits is None else waits / n,
+        None if copies is None else copies / n,
+    )

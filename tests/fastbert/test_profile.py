@@ -1,0 +1,363 @@
+"""`fastbert profile`: every call in its row and its layer, costs as counted, times that are somebody's, plots to look
+at; and a trace of a GPU, made up here and read by the same code."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DistilBertConfig, DistilBertModel
+from transformers.models.bert import modeling_bert as hf
+
+import fastbert
+from fastbert import encoder, ops
+from fastbert.cli import bench, counts, profile, trace
+from fastbert.cli.__main__ import main
+from fastbert.cli.counts import Cost
+from tests import models
+
+LAYERS = 2
+LENGTHS = (5, 9, 3)
+AROUND = {
+    "fastbert::embedding_layer_norm",
+    "fastbert::embedding_layer_norm_backward",
+    "fastbert::pack",
+    "fastbert::unpack",
+}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the model and the machine small, and the runs few."""
+    shape = {"hidden_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": 128}
+    monkeypatch.setitem(bench.SHAPES, "minilm", shape)
+    monkeypatch.setattr(bench.Machine, "__init__", lambda self, device: setattr(self, "bytes_per_s", 1e10))
+    monkeypatch.setattr(bench.Machine, "flops_per_s", lambda self, dtype: 1e11)
+    monkeypatch.setattr(profile, "MOST_RUNS", 3)
+
+
+def profiled(folder: Path, *arguments: str, batch: tuple[str, ...] = ("--lengths", "5,9,3")) -> dict[str, Any]:
+    """The record of a profile of the small model."""
+    file = folder / "record.json"
+    model = () if "--model" in arguments else ("--size", "minilm")
+    assert main(["profile", "--device", "cpu", *model, *batch, "--json", str(file), *arguments]) == 0
+    record: dict[str, Any] = json.loads(file.read_text())
+    return record
+
+
+def rows(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["operator"]: row for row in run["operators"]}
+
+
+def check(record: dict[str, Any]) -> None:
+    """What is so of every record."""
+    assert record["device"] == "cpu"
+    assert record["commit"] == bench.commit()
+    assert (record["lengths"], record["real_tokens"], record["padded_tokens"]) == (list(LENGTHS), 17, 27)
+    for run in record["runs"]:
+        assert sum(row["share"] for row in run["operators"]) == pytest.approx(1)
+        assert run["tokens_per_s"] * run["wall_s"] == pytest.approx(17)
+        assert (run["host_synchronisations"], run["copies_to_host"]) == (None, None)
+        inside = sum(row["seconds"] for row in run["operators"])
+        assert inside + run["gap_s"] == pytest.approx(run["profiled_s"])
+        assert run["gap_s"] > 0
+        for row in run["operators"]:
+            assert row["flops_per_s"] * row["seconds"] == pytest.approx(row["flops"])
+            assert row["bytes_per_s"] * row["seconds"] == pytest.approx(row["bytes"])
+            floor = max(row["flops"] / 1e11, row["bytes"] / 1e10)
+            assert row["fraction_of_floor"] * row["seconds"] == pytest.approx(floor)
+            assert sum(row["layers"].values()) == pytest.approx(row["seconds"])
+
+
+def test_a_forward(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = profiled(tmp_path, "--trace", str(tmp_path / "trace.json"), "--plot", str(tmp_path / "plots"))
+    check(record)
+    assert record["what"] == "BertModel forward"
+    (run,) = record["runs"]
+    found = rows(run)
+    calls = {
+        "fastbert::embedding_layer_norm": 1,
+        "fastbert::qkv_linear": LAYERS,
+        "fastbert::attention": LAYERS,
+        "fastbert::linear_add": 2 * LAYERS,
+        "fastbert::layer_norm": 2 * LAYERS,
+        "fastbert::linear_gelu": LAYERS,
+        "fastbert::unpack": 1,
+    }
+    assert {name: row["calls"] for name, row in found.items() if name.startswith("fastbert::")} == calls
+    assert found["aten::addmm"]["calls"] == 1  # of the pooler
+    ours = [row for name, row in found.items() if name in calls.keys() - AROUND]
+    least = counts.encoder(hf.BertConfig(**bench.SHAPES["minilm"]), LENGTHS, torch.float32)
+    assert record["encoder"] == least._asdict()
+    assert (sum(row["flops"] for row in ours), sum(row["bytes"] for row in ours)) == least
+    assert all(set(row["layers"]) == {"0", "1"} for row in ours)
+    assert all(set(found[name]["layers"]) == {"outside"} for name in calls.keys() & AROUND)
+    assert run["fraction_of_floor"] * run["wall_s"] == pytest.approx(max(least.flops / 1e11, least.bytes / 1e10))
+
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    traced = Counter(event["name"] for event in events if event.get("cat") == "user_annotation")
+    runs = 3 + 1  # one to warm up
+    assert {name: traced[name] for name in calls} == {name: runs * n for name, n in calls.items()}
+    assert traced["layer 1"] == runs
+
+    said = capsys.readouterr().out
+    assert "forward of minilm, float32, b3, 17 tokens" in said
+    assert all(name in said for name in calls)
+    assert "100.0%" in said and "host synchronisations" in said and "MiB" in said
+
+    for name in ("roofline", "layers"):
+        picture = matplotlib.image.imread(tmp_path / "plots" / f"{name}.png")[..., :3]
+        assert picture.shape[1] == 900
+        colors, pixels = numpy.unique((picture.reshape(-1, 3) * 255).round(), axis=0, return_counts=True)
+        vivid = (colors.max(1) - colors.min(1) > 60) & (pixels > 30)
+        assert vivid.sum() >= len(calls), f"{name}.png"
+
+
+def test_a_training_step_against_stock(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = profiled(tmp_path, "--train", "--compare", "stock", "--dtype", "float32", "--plot", str(tmp_path))
+    check(record)
+    fused, stock = record["runs"]
+    assert (fused["run"], stock["run"]) == ("fused", "stock")
+    assert record["ratio_to_stock"] == stock["wall_s"] / fused["wall_s"]
+    found = rows(fused)
+    calls = {
+        "fastbert::embedding_layer_norm": 1,
+        "fastbert::qkv_linear": LAYERS,
+        "fastbert::attention_forward": LAYERS,
+        "fastbert::linear": LAYERS,
+        "fastbert::add_layer_norm": 2 * LAYERS,
+        "fastbert::feed_forward": LAYERS,
+        "fastbert::unpack": 1,
+        "fastbert::pack": 1,
+        "fastbert::add_layer_norm_backward": 2 * LAYERS,
+        "fastbert::linear_gelu_backward": LAYERS,
+        "fastbert::attention_backward": LAYERS,
+        "fastbert::embedding_layer_norm_backward": 1,
+    }
+    assert {name: row["calls"] for name, row in found.items() if name.startswith("fastbert::")} == calls
+    inside = {*calls.keys() - AROUND, "aten::mm"}
+    assert found["aten::mm"]["calls"] == 7 * LAYERS
+    assert all(set(found[name]["layers"]) == {"0", "1"} for name in inside)
+    assert all(set(found[name]["layers"]) == {"outside"} for name in calls.keys() & AROUND)
+    assert sum(found[name]["flops"] for name in inside) == record["encoder"]["flops"]
+
+    model = bench.build("minilm", torch.float32, torch.device("cpu")).train()
+    with FlopCounterMode(display=False) as counter:
+        model(**bench.Workload("", LENGTHS).inputs(torch.device("cpu"))).last_hidden_state.sum().backward()
+    assert sum(row["flops"] for row in stock["operators"]) == counter.get_total_flops()
+    assert rows(stock)["aten::addmm"]["calls"] == 6 * LAYERS + 1
+    assert {file.name for file in tmp_path.glob("*.png")} == {
+        *("roofline.png", "layers.png", "stock-roofline.png", "stock-layers.png")
+    }
+    assert f"x stock                {record['ratio_to_stock']:.2f}" in capsys.readouterr().out
+
+
+def test_time_is_found_where_it_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some in the feed-forward of one layer, some in its backward, some where no operator is."""
+    right, pack, backward, calls = ops.feed_forward, encoder.pack_mask, ops.linear_gelu_backward, Counter[str]()
+
+    def slow(name: str, seconds: float, layer: int, call: Any) -> Any:
+        def slowed(*args: Any) -> Any:
+            calls[name] += 1
+            if calls[name] % LAYERS == layer:
+                time.sleep(seconds)
+            return call(*args)
+
+        return slowed
+
+    monkeypatch.setattr(ops, "feed_forward", slow("forward", 0.02, 0, right))  # the second of two
+    monkeypatch.setattr(ops, "linear_gelu_backward", slow("backward", 0.03, 0, backward))  # which is of the first layer
+    monkeypatch.setattr(encoder, "pack_mask", lambda *args: time.sleep(0.04) or pack(*args))
+    model = fastbert.fuse(bench.build("minilm", torch.float32, torch.device("cpu")))
+    (found,) = profile.measure({"fused": model}, bench.Workload("", LENGTHS), True)
+    by_name = {row.operator: row.layers for row in found.trace.rows}
+    forward, back = by_name["fastbert::feed_forward"], by_name["fastbert::linear_gelu_backward"]
+    assert forward[1] > forward[0] + 0.015
+    assert back[0] > back[1] + 0.025
+    assert 0.04 < found.trace.gap_s < found.trace.run_s - 0.05
+    assert found.wall_s > 0.09
+
+
+def test_nothing_stays_annotated() -> None:
+    model = fastbert.fuse(models.seeded())
+    before = {name: getattr(ops, name) for name in ops._OPERATORS}
+    kind = type(model.encoder.layer[0])
+    with trace.annotated(model):
+        assert ops.linear is not before["linear"]
+        assert "__call__" in vars(kind)
+    assert before == {name: getattr(ops, name) for name in ops._OPERATORS}
+    assert "__call__" not in vars(kind)
+
+
+def test_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a tokenizer, in its own dtype, with a vocabulary below the ids that benchmarks draw."""
+    models.seeded(hf.BertForSequenceClassification).to(torch.bfloat16).save_pretrained(tmp_path / "checkpoint")
+    record = profiled(tmp_path, "--model", str(tmp_path / "checkpoint"), batch=("--batch", "4", "--lengths", "6"))
+    assert (record["dtype"], record["lengths"]) == ("bfloat16", [6] * 4)
+    assert rows(record["runs"][0])["fastbert::qkv_linear"]["calls"] == 2
+    monkeypatch.setattr(profile, "workload", lambda name: bench.Workload(name, (4,) if name == "squad" else (5,)))
+    assert profiled(tmp_path, batch=())["lengths"] == [4]
+    assert profiled(tmp_path, batch=("--workload", "single"))["lengths"] == [5]
+
+
+def test_a_trace_of_a_gpu() -> None:
+    """Two runs of an operator of two kernels, one of torch's in the thread of the backward, a kernel of nobody's and a
+    wait; before them a launch that counts nowhere. Kernels run later than what launches them."""
+    events: list[dict[str, Any]] = [{"ph": "M", "name": "process_name", "args": {}}]
+    launched = 0
+
+    def add(cat: str, name: str, ts: float, dur: float, tid: int = 1, **args: Any) -> None:
+        events.append({"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "tid": tid, "args": args})
+
+    def launch(name: str, at: float, start: float, dur: float, tid: int = 1, cat: str = "kernel") -> None:
+        nonlocal launched
+        launched += 1
+        runtime = ("cuda_driver", "cuLaunchKernelEx") if name.endswith("_kernel") else ("cuda_runtime", "cudaLaunch")
+        add(*runtime, at, 2, tid, correlation=launched)
+        add(cat, name, start, dur, 7, correlation=launched)
+
+    launch("warm_kernel", 10, 20, 1000)
+    for t in (10_000, 20_000):
+        add("user_annotation", trace.RUN, t, 400)
+        add("gpu_user_annotation", trace.RUN, t, 900, 7)
+        add("user_annotation", "layer 0", t + 10, 90)
+        add("user_annotation", "fastbert::attention_backward", t + 20, 60)
+        add("cpu_op", "fastbert::attention_backward", t + 21, 58)
+        add("cpu_op", "aten::empty", t + 22, 1)  # in an operator: none of its own
+        launch("delta_kernel", t + 30, t + 100, 50)
+        launch("attention_backward_kv_kernel", t + 50, t + 150, 100)
+        add("user_annotation", "backward of layer 1", t + 110, 0, 2)
+        add("cpu_op", "aten::mm", t + 120, 30, 2)
+        launch("sm90_xmma_gemm", t + 125, t + 300, 200, 2)  # 50 after the last one
+        launch("vectorized_elementwise", t + 210, t + 400, 200)  # 100 of it beside the product
+        launch("Memcpy DtoH (Device -> Pageable)", t + 215, t + 700, 10, cat="gpu_memcpy")  # 100 after
+        add("cuda_runtime", "cudaStreamSynchronize", t + 220, 100, correlation=0)
+        add("cuda_runtime", "cudaDeviceSynchronize", t + 500, 10, correlation=0)  # the profiler's own
+    costs = {"fastbert::attention_backward": Cost(10, 20), "aten::mm": Cost(30, 40), "aten::empty": Cost(0, 0)}
+    found = trace.read(events, costs, torch.device("cuda"))
+    by_name = {row.operator: row for row in found.rows}
+    assert list(by_name) == [
+        *("aten::mm", "vectorized_elementwise", "fastbert::attention_backward", "Memcpy DtoH (Device -> Pageable)")
+    ]
+    attention, product = by_name["fastbert::attention_backward"], by_name["aten::mm"]
+    assert (attention.calls, attention.seconds, attention.cost) == (1, pytest.approx(150e-6), (10, 20))
+    assert attention.kernels == {
+        "delta_kernel": (1, pytest.approx(50e-6)),
+        "attention_backward_kv_kernel": (1, pytest.approx(100e-6)),
+    }
+    assert attention.layers == {0: pytest.approx(150e-6)}
+    assert (product.calls, product.seconds, product.layers) == (1, pytest.approx(200e-6), {1: pytest.approx(200e-6)})
+    assert (by_name["vectorized_elementwise"].calls, by_name["vectorized_elementwise"].cost) == (1, (0, 0))
+    assert found.gap_s == pytest.approx(150e-6)
+    assert found.run_s == pytest.approx(710e-6)
+    assert (found.synchronisations, found.copies_to_host) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lengths", "0"], "--lengths 0: holds 0; expected more than 0"),
+        (["--lengths", "12,-3"], "--lengths 12,-3: holds -3; expected more than 0"),
+        (["--lengths", "12,x"], "--lengths 12,x: expected integers between commas"),
+        (["--lengths", "12,513"], "--lengths 12,513: holds 513; expected at most max_position_embeddings, 512"),
+        (["--batch", "2"], "--batch is given without --lengths"),
+        (["--batch", "2", "--lengths", "3,4"], "--batch is given with 2 --lengths"),
+        (["--batch", "0", "--lengths", "3"], "--batch is 0; expected more than 0"),
+        (["--device", "nonsense"], "--device nonsense: "),
+        (["--json", "{file}/no/where.json"], "--json {file}/no/where.json: Not a directory"),
+        (["--trace", "{folder}/nowhere/trace.json"], "--trace {folder}/nowhere/trace.json: No such file"),
+        (["--json", "{folder}"], "--json {folder}: Is a directory"),
+        (["--plot", "{file}/plots"], "--plot {file}/plots: Not a directory"),
+        (["--model", "{folder}/nowhere"], "--model {folder}/nowhere: no such folder"),
+        (["--model", "{folder}"], "--model {folder}: "),
+        (["--model", "no/such-model-anywhere"], "--model no/such-model-anywhere: "),
+    ],
+)
+def test_refuses_before_it_measures(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(profile, "measure", None)
+    (tmp_path / "file").touch()
+    places = {"file": tmp_path / "file", "folder": tmp_path}
+    assert main(["profile", *(argument.format(**places) for argument in arguments)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"fastbert profile: {message.format(**places)}")
+    assert said.count("\n") == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "huge"], "argument --size: invalid choice: 'huge'"),
+        (["--size", "base", "--model", "x"], "argument --model: not allowed with argument --size"),
+        (["--lengths", "3", "--workload", "squad"], "argument --workload: not allowed with argument --lengths"),
+    ],
+)
+def test_refuses_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["profile", *arguments])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_refuses_a_model_that_is_none_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    DistilBertModel(DistilBertConfig(vocab_size=8, dim=8, n_heads=1, n_layers=1, hidden_dim=8)).save_pretrained(
+        tmp_path
+    )
+    assert main(["profile", "--model", str(tmp_path), "--lengths", "3", "--device", "cpu"]) == 2
+    assert f"fastbert profile: --model {tmp_path}: " in capsys.readouterr().err
+
+
+def test_says_which_extra_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    assert main(["profile", "--plot", "anywhere"]) == 2
+    assert "pip install 'fastbert[bench]'" in capsys.readouterr().err
+    assert not Path("anywhere").exists()
+
+
+def test_refuses_to_profile_stock_as_fused() -> None:
+    model = fastbert.fuse(bench.build("minilm", torch.float32, torch.device("cpu")))
+    model.encoder.layer[0].intermediate.register_forward_hook(lambda *args: None)
+    model.encoder.layer[1].intermediate.register_forward_hook(lambda *args: None)
+    with pytest.raises(profile.UsageError, match="the model runs stock: "):
+        profile.measure({"fused": model}, bench.Workload("", LENGTHS), False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("train", [False, True])
+def test_on_a_gpu(train: bool, tmp_path: Path) -> None:
+    arguments = ["--train"] if train else []
+    record = profiled(tmp_path, "--device", "cuda", "--dtype", "float16", "--compare", "stock", *arguments)
+    fused, stock = record["runs"]
+    found = rows(fused)
+    attention = found["fastbert::attention_forward" if train else "fastbert::attention"]
+    assert attention["calls"] == LAYERS
+    assert attention["kernels"]["attention_kernel"]["launches"] == LAYERS
+    linear = found["fastbert::feed_forward" if train else "fastbert::linear_gelu"]
+    assert linear["kernels"]["linear_kernel"]["launches"] == (2 if train else 1) * LAYERS
+    if train:
+        assert set(found["fastbert::attention_backward"]["kernels"]) == {
+            *("delta_kernel", "attention_backward_kv_kernel", "attention_backward_q_kernel")
+        }
+        assert set(found["fastbert::attention_backward"]["layers"]) == {"0", "1"}
+    assert fused["host_synchronisations"] == 1
+    assert fused["copies_to_host"] >= 1
+    for run in (fused, stock):
+        assert sum(row["share"] for row in run["operators"]) == pytest.approx(1)
+        assert 0 < run["gap_s"] < run["profiled_s"]
+        assert all(row["kernels"] for row in run["operators"])
