@@ -136,9 +136,12 @@ class Profile:
     def to_dict(self, tokens: int, floor: float, rates: Rates) -> dict[str, Any]:
         """Plain data; `tokens` are real ones, `floor` is the least time the layers take, in seconds."""
         whole = sum(row.seconds for row in self.trace.rows)
+        quantiles = statistics.quantiles(self.samples, n=5, method="inclusive")
         return {
             "run": self.name,
             "wall_s": self.wall_s,
+            "p20_s": quantiles[0],
+            "p80_s": quantiles[-1],
             "repeats": len(self.samples),
             "tokens_per_s": tokens / self.wall_s,
             "fraction_of_floor": floor / self.wall_s,
@@ -251,8 +254,8 @@ def table(run: Mapping[str, Any], what: str) -> str:
     waits, memory = run["host_synchronisations"], run["peak_memory_bytes"]
     lines += [
         "",
-        f"wall time              {1000 * run['wall_s']:.3f} ms a {what}, median of {run['repeats']}; "
-        f"{1000 * run['profiled_s']:.3f} ms under the profiler",
+        f"wall time              {1000 * run['wall_s']:.3f} ms a {what}, median of {run['repeats']}, "
+        f"{1000 * run['p20_s']:.3f} to {1000 * run['p80_s']:.3f}; {1000 * run['profiled_s']:.3f} under the profiler",
         f"tokens/s               {run['tokens_per_s']:,.0f}, {run['fraction_of_floor']:.0%} of the floor of the layers",
         f"host gaps              {1000 * run['gap_s']:.3f} ms, {run['gap_s'] / run['profiled_s']:.1%} of the profiled",
         "host synchronisations  "
@@ -287,22 +290,26 @@ def plot(run: Mapping[str, Any], title: str, rates: Rates, folder: Path, prefix:
     right.axhline(copying, color="black")
     for row, intensity in zip(products, intensities, strict=True):
         color, marker = looks[row["operator"]]
-        left.plot(intensity, row["flops_per_s"] / 1e12, marker, color=color, markersize=8, label=row["operator"])
+        left.plot(
+            intensity, row["flops_per_s"] / 1e12, marker, color=color, markersize=8, alpha=0.8, label=row["operator"]
+        )
     for i, row in enumerate(row for row in rows if row["bytes"] and not row["flops"]):
         color, marker = looks[row["operator"]]
-        right.plot(i, row["bytes_per_s"] / 1e12, marker, color=color, markersize=8, label=row["operator"])
-    for axes, label, heading in (
-        (left, "TFLOP/s", "matrix products and attention"),
-        (right, "TB/s", "no products"),
+        right.plot(i, row["bytes_per_s"] / 1e12, marker, color=color, markersize=8, alpha=0.8, label=row["operator"])
+    for axes, ceiling, label, heading in (
+        (left, peak, "TFLOP/s", "matrix products and attention"),
+        (right, copying, "TB/s", "no products"),
     ):
         axes.set_yscale("log")
         axes.set_ylabel(label)
         axes.set_title(heading, fontsize=10)
-        axes.margins(x=0.15, y=0.12)
+        axes.margins(x=0.15)
+        shown = [y for line in axes.lines for y in line.get_ydata()]
+        axes.set_ylim(min([*shown, ceiling / 8]) / 1.6, max(shown) * 1.6)  # a decade at least
         axes.grid(True, alpha=0.3)
     left.set_xscale("log")
     left.margins(x=0.02)
-    left.set_xlabel("FLOP a byte")
+    left.set_xlabel("FLOP per byte")
     right.set_xticks([])
     figure.suptitle(title, fontsize=11)
     figure.legend(loc="outside lower center", ncols=2, fontsize=9)
