@@ -478,7 +478,7 @@ def record_path(folder: Path, about: dict[str, Any]) -> Path:
 
 
 def render(records: Iterable[dict[str, Any]]) -> str:
-    """A Markdown table of the latest record of every candidate and case, and where they were measured."""
+    """A Markdown table of the latest record of every candidate and case; what did not run, and where it was."""
     latest: dict[tuple[str, ...], dict[str, Any]] = {}
     for record in sorted(records, key=lambda record: record["date"]):
         latest[tuple(record[key] for key in ("device_name", "what", "size", "dtype", "workload", "candidate"))] = record
@@ -487,7 +487,11 @@ def render(records: Iterable[dict[str, Any]]) -> str:
         "memory, MiB | repeats |",
         "|---|---|---|---|---|---:|---|---:|---:|---:|---:|---:|",
     ]
+    absent = set()
     for record in latest.values():
+        if record["status"].startswith("UNAVAILABLE"):
+            absent.add(f"{record['device_name']}, {record['candidate']}: {record['status'].partition(': ')[2]}.")
+            continue
         what = record["what"].removeprefix("BertModel ")
         case = [record["device_name"], what, record["size"], record["dtype"], record["workload"]]
         figures = [f"{record['ideal_ratio']:.2f}", record["candidate"]]
@@ -508,7 +512,8 @@ def render(records: Iterable[dict[str, Any]]) -> str:
         f"transformers {r['transformers']}, {r['num_threads']} threads, commit {r['commit']}, {r['date'][:10]}."
         for r in latest.values()
     }
-    return "\n".join([*lines, "", *sorted(places)])
+    missing = ["Not run:", "", *(f"- {each}" for each in sorted(absent)), ""] if absent else []
+    return "\n".join([*lines, "", *missing, *sorted(places)])
 
 
 def splice(text: str, table: str) -> str:

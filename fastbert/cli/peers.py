@@ -121,14 +121,16 @@ class _HiddenStates(nn.Module):
 
 
 class _Runtime(nn.Module):
-    """A compiled graph: `call` takes ids and mask as numpy arrays and returns the last hidden states as one."""
+    """A compiled graph: `call` takes ids and mask as numpy arrays and returns the last hidden states, in float32."""
 
-    def __init__(self, call: Callable[[Any, Any], Any]) -> None:
+    def __init__(self, call: Callable[[Any, Any], Any], dtype: torch.dtype) -> None:
         super().__init__()
         self.call = call
+        self.dtype = dtype
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> BaseModelOutput:
-        return BaseModelOutput(last_hidden_state=torch.from_numpy(self.call(input_ids.numpy(), attention_mask.numpy())))
+        hidden = torch.from_numpy(self.call(input_ids.numpy(), attention_mask.numpy()))
+        return BaseModelOutput(last_hidden_state=hidden.to(self.dtype))
 
 
 @contextlib.contextmanager
@@ -190,7 +192,7 @@ def _onnx_runtime(model: BertModel) -> nn.Module:
         options.intra_op_num_threads = torch.get_num_threads()
         options.add_session_config_entry("session.force_spinning_stop", "1")  # whoever is timed next has the cores
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    return _Runtime(lambda ids, mask: session.run(None, {"input_ids": ids, "attention_mask": mask})[0])
+    return _Runtime(lambda ids, mask: session.run(None, {"input_ids": ids, "attention_mask": mask})[0], model.dtype)
 
 
 def _openvino(model: BertModel) -> nn.Module:
@@ -211,7 +213,7 @@ def _openvino(model: BertModel) -> nn.Module:
         "PERFORMANCE_HINT": "LATENCY",
     }
     compiled = openvino.compile_model(graph, "CPU", settings)
-    return _Runtime(lambda ids, mask: compiled([ids, mask])[0])
+    return _Runtime(lambda ids, mask: compiled([ids, mask])[0], model.dtype)
 
 
 PEERS: dict[str, tuple[str, Callable[[BertModel], Any]]] = {
