@@ -478,42 +478,58 @@ def record_path(folder: Path, about: dict[str, Any]) -> Path:
 
 
 def render(records: Iterable[dict[str, Any]]) -> str:
-    """A Markdown table of the latest record of every candidate and case; what did not run, and where it was."""
-    latest: dict[tuple[str, ...], dict[str, Any]] = {}
+    """A Markdown table, a row for each case from the latest run that measured it; then what did not run, and where."""
+    cases: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for record in sorted(records, key=lambda record: record["date"]):
-        latest[tuple(record[key] for key in ("device_name", "what", "size", "dtype", "workload", "candidate"))] = record
+        key = tuple(record[name] for name in ("device_name", "what", "size", "dtype", "workload"))
+        if key in cases and cases[key][0]["date"] != record["date"]:
+            cases[key] = []
+        cases.setdefault(key, []).append(record)
     lines = [
-        "| device | what | model | dtype | workload | padded / real | run | tokens/s | x stock | of the floor | "
-        "memory, MiB | repeats |",
-        "|---|---|---|---|---|---:|---|---:|---:|---:|---:|---:|",
+        "| device | what | model | dtype | workload | padded / real | stock, tokens/s | fused, tokens/s | x stock | "
+        "of the floor | memory, MiB: stock, fused | repeats | others, x stock |",
+        "|---|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
-    absent = set()
-    for record in latest.values():
-        if record["status"].startswith("UNAVAILABLE"):
-            absent.add(f"{record['device_name']}, {record['candidate']}: {record['status'].partition(': ')[2]}.")
-            continue
-        what = record["what"].removeprefix("BertModel ")
-        case = [record["device_name"], what, record["size"], record["dtype"], record["workload"]]
-        figures = [f"{record['ideal_ratio']:.2f}", record["candidate"]]
-        if record["median_s"] is None:
-            figures += [record["status"].split(":")[0], "", "", "", ""]
-        else:
-            ratio, memory = record["ratio_to_stock"], record["peak_memory_bytes"]
-            figures += [
-                f"{record['tokens_per_s']:,.0f}",
-                "" if ratio is None else f"{ratio:.2f}",
-                f"{record['fraction_of_floor']:.0%}",
-                "" if memory is None else f"{memory / 2**20:,.0f}",
-                str(record["repeats"]),
-            ]
-        lines.append("| " + " | ".join(case + figures) + " |")
-    places = {
-        f"{r['device_name']}: {r['backend']}, torch {r['torch']}, triton {r['triton']}, "
-        f"transformers {r['transformers']}, {r['num_threads']} threads, commit {r['commit']}, {r['date'][:10]}."
-        for r in latest.values()
-    }
+    absent: set[str] = set()
+    places: set[str] = set()
+    for (device, what, *case), run in cases.items():
+        places.update(
+            f"{device}: {r['backend']}, torch {r['torch']}, triton {r['triton']}, transformers {r['transformers']}, "
+            f"{r['num_threads']} threads, commit {r['commit']}, {r['date'][:10]}."
+            for r in run
+        )
+        found = {record["candidate"]: record for record in run}
+        stock, fused = (found.pop(name, None) for name in ("stock", "fused"))
+        others = []
+        for name, record in found.items():
+            if record["status"].startswith("UNAVAILABLE"):
+                absent.add(f"{device}, {name}: {record['status'].partition(': ')[2]}.")
+            else:
+                others.append(f"{name} {_figure(record, 'ratio_to_stock', '.2f')}")
+        ideal = max(record["ideal_ratio"] for record in run)
+        figures = [
+            f"{ideal:.2f}",
+            _figure(stock, "tokens_per_s", ",.0f"),
+            _figure(fused, "tokens_per_s", ",.0f"),
+            _figure(fused, "ratio_to_stock", ".2f"),
+            _figure(fused, "fraction_of_floor", ".0%"),
+            ", ".join(_figure(record, "peak_memory_bytes", ",.0f", 2**20) for record in (stock, fused)),
+            _figure(fused, "repeats", "d"),
+            "; ".join(others),
+        ]
+        lines.append("| " + " | ".join([device, what.removeprefix("BertModel "), *case, *figures]) + " |")
     missing = ["Not run:", "", *(f"- {each}" for each in sorted(absent)), ""] if absent else []
     return "\n".join([*lines, "", *missing, *sorted(places)])
+
+
+def _figure(record: dict[str, Any] | None, name: str, form: str, unit: int = 1) -> str:
+    """A field for the table, in units of `unit`; in its place what became of the candidate, where it has no time."""
+    if record is None:
+        return "-"
+    if record["status"] != "ok":
+        return str(record["status"]).partition(":")[0]
+    value = record[name]
+    return "-" if value is None else format(value if unit == 1 else value / unit, form)
 
 
 def splice(text: str, table: str) -> str:

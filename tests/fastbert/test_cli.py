@@ -196,7 +196,7 @@ def test_bench_does_not_time_what_is_wrong(tmp_path: Path) -> None:
     assert stock["status"] == "ok"
     assert fused["status"].startswith("FAILED: output: error ")
     assert (fused["median_s"], fused["peak_memory_bytes"], fused["repeats"]) == (None, None, 0)
-    assert "| FAILED |" in bench.render([stock, fused])
+    assert " | FAILED | FAILED | FAILED | " in bench.render([stock, fused])
 
 
 @pytest.mark.usefixtures("tiny")
@@ -259,14 +259,24 @@ def test_report_goes_between_the_markers(tmp_path: Path, capsys: pytest.CaptureF
     for _ in range(2):
         assert main(["bench", "--report", str(records), "--readme", str(readme)]) == 0
     text = readme.read_text()
-    assert f"| {about['device_name']} | forward | large | float32 | squad b16 | 1.97 | fused |" in text
-    assert "| fused | 1,316 | 1.95 | 87% | 3 | 7 |\n" in text
+    assert f"| {about['device_name']} | forward | large | float32 | squad b16 | 1.97 | - | 1,316 | 1.95 |" in text
+    assert "| 1.95 | 87% | -, 3 | 7 |  |\n" in text
     assert text.startswith("before\n<!-- table:begin -->\n| device |")
     assert text.endswith("<!-- table:end -->\nafter\n")
     assert "old" not in text
-    assert text.count("| fused |") == 1
+    assert text.count("squad b16") == 1
     readme.write_text("no markers\n")
     assert "--readme" in bad_usage(capsys, "bench", "--report", str(records), "--readme", str(readme))
+
+
+def test_the_readme_is_rendered_from_the_records() -> None:
+    root = Path(__file__).resolve().parent.parent.parent
+    files = sorted((root / "benchmarks" / "results").glob("*/*.json"))
+    records = [record for file in files for record in json.loads(file.read_text(encoding="utf-8"))]
+    assert records
+    assert all(set(record) == FIELDS for record in records)
+    text = (root / "README.md").read_text(encoding="utf-8")
+    assert bench.splice(text, bench.render(records)) == text
 
 
 def test_lengths_are_those_of_the_data() -> None:
