@@ -52,15 +52,6 @@ def wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "linear_gelu", lambda *args: right(*args) * 1.1)
 
 
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the benchmark's model and machine small."""
-    shape = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
-    monkeypatch.setitem(bench.SHAPES, "minilm", shape)
-    monkeypatch.setattr(bench.Machine, "__init__", lambda self, device: setattr(self, "bytes_per_s", 1e10))
-    monkeypatch.setattr(bench.Machine, "flops_per_s", lambda self, dtype: 1e11)
-
-
 def bad_usage(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """What a command refused says, after checking that it is one line and that the status is 2."""
     assert main(arguments) == 2

@@ -17,14 +17,6 @@ from tests import models
 ON_A_GPU = ("reduce-overhead", "max-autotune", "torch-varlen", "flash-attn")
 
 
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
-    monkeypatch.setitem(bench.SHAPES, "minilm", shape)
-    monkeypatch.setattr(bench.Machine, "__init__", lambda self, device: setattr(self, "bytes_per_s", 1e10))
-    monkeypatch.setattr(bench.Machine, "flops_per_s", lambda self, dtype: 1e11)
-
-
 def run(names: Any, dtype: torch.dtype, train: bool = False) -> dict[str, dict[str, Any]]:
     work = [bench.Workload("three", (3, 19, 7)), bench.Workload("one", (11,))]
     records = bench.run(
