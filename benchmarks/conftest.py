@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,8 +11,11 @@ import torch
 from torch import Tensor
 
 from fastbert import numerics
-from fastbert.cli import bench, counts
+from fastbert.cli import counts, records
+from fastbert.cli.__main__ import WORKLOADS
+from fastbert.cli.cases import SHAPES, workload
 from fastbert.cli.info import default_device
+from fastbert.cli.machine import Machine, environment
 from fastbert.packing import pack_mask
 
 # On a GPU a round is this many calls and one wait for the device, or waiting would be most of what is timed.
@@ -19,13 +23,38 @@ CALLS = 20
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--size", choices=list(bench.SHAPES), default="large", help="of the model; default: large")
+    parser.addoption("--size", choices=list(SHAPES), default="large", help="of the model; default: large")
     parser.addoption(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         help="default: float32 on a CPU, bfloat16 on a GPU",
     )
-    parser.addoption("--workload", choices=("squad", "mixed", "dense", "single"), default="squad")
+    parser.addoption("--workload", choices=WORKLOADS, default="squad")
+    parser.addoption("--batch", type=int, help="sequences; default: 16 on a CPU, 128 on a GPU")
+    parser.addoption("--records", type=Path, metavar="DIR", help="write records to DIR/<device>/<date>-<commit>.json")
+
+
+TIMED = pytest.StashKey[list[Any]]()
+"""Of each benchmark that ran: (what it was, candidate, Case, cost, seconds of each call)."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[TIMED] = []
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Writes the records, where they are asked for: of what was timed before an interruption, too."""
+    timed, folder = session.config.stash[TIMED], session.config.getoption("--records")
+    if not timed or folder is None:
+        return
+    device, dtype = timed[0][2].device, timed[0][2].dtype
+    about, rates = environment(device), Machine(device).rates(dtype)
+    stock = {case["what"]: samples for case, candidate, *_, samples in timed if candidate == "stock"}
+    found = [
+        records.make(about, case, candidate, dtype, samples, stock.get(case["what"], []), cost, rates)
+        for case, candidate, _, cost, samples in timed
+    ]
+    records.write(records.path_in(folder, about), found)
 
 
 class Case(NamedTuple):
@@ -65,10 +94,11 @@ def case(request: pytest.FixtureRequest) -> Case:
     option = request.config.getoption
     device = default_device(None)
     name = option("--dtype") or ("float32" if device.type == "cpu" else "bfloat16")
-    shape = bench.SHAPES[option("--size")]
+    shape = SHAPES[option("--size")]
     sizes = shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"]
+    batch = option("--batch") or (16 if device.type == "cpu" else 128)
     torch.manual_seed(0)
-    return Case(*sizes, bench.workload(option("--workload")).lengths, getattr(torch, name), device)
+    return Case(*sizes, workload(option("--workload"), batch).lengths, getattr(torch, name), device)
 
 
 @pytest.fixture(params=["torch", "fused"])
@@ -107,9 +137,24 @@ def compare(request: pytest.FixtureRequest, benchmark: Any, case: Case) -> Calla
                 torch.cuda.synchronize()
 
         dtype = str(case.dtype).removeprefix("torch.")
-        benchmark.group = f"{name}, {dtype}, {request.config.getoption('--size')}, {case.tokens} tokens"
-        benchmark.extra_info |= {"calls": repeats, **counts.cost(name, arguments, result)._asdict()}
+        size, batch = request.config.getoption("--size"), len(case.lengths)
+        benchmark.group = f"{name}, {dtype}, {size}, {case.tokens} tokens"
+        cost = counts.cost(name, arguments, result)
+        benchmark.extra_info |= {"calls": repeats, **cost._asdict()}
         benchmark(calls)
+        if benchmark.stats is not None:  # None where timing is disabled
+            about = {
+                "what": f"operator {name}",
+                "workload": f"{request.config.getoption('--workload')} b{batch}",
+                "size": size,
+                "shape": {"batch": batch, "longest": max(case.lengths), "hidden": case.hidden, "heads": case.heads}
+                | {"intermediate": case.intermediate},
+                "real_tokens": case.tokens,
+                "padded_tokens": batch * max(case.lengths),
+            }
+            samples = [seconds / repeats for seconds in benchmark.stats.stats.data]
+            candidate = "fused" if request.param == "fused" else "stock"
+            request.config.stash[TIMED].append((about, candidate, case, cost, samples))
 
     return run
 

@@ -54,6 +54,11 @@ def main() -> None:
             "source": SQUAD,
             "counts": histogram(encode(questions, contexts, truncation="only_second", **limit)),
         },
+        "squad_questions": {
+            "what": "questions",
+            "source": SQUAD,
+            "counts": histogram(encode(questions, truncation=True, **limit)),
+        },
         "squad_passages": {
             "what": "passages",
             "source": SQUAD,

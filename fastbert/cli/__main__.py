@@ -21,7 +21,7 @@ PEERS = (
     "onnxruntime",
     "openvino",
 )
-WORKLOADS = ("squad", "mixed", "dense", "single")
+WORKLOADS = ("squad", "sentences", "search", "dense128", "dense384", "dense512")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,12 +50,25 @@ def parser() -> argparse.ArgumentParser:
         "Weights are seeded; lengths are drawn from those of real text. "
         "Exit status: 0 all measured, 1 a candidate failed, 2 bad usage, 130 interrupted.",
     )
-    bench.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="default: all")
+    bench.add_argument(
+        "--workload",
+        nargs="+",
+        choices=WORKLOADS,
+        default=["squad", "search", "dense128"],
+        help="question and passage in one; sentences; questions and passages; all of 128, 384, 512 tokens; "
+        "default: squad search dense128",
+    )
+    bench.add_argument(
+        "--batch", nargs="+", type=int, metavar="N", help="sequences; default: 16 on a CPU, 128 on a GPU"
+    )
     bench.add_argument("--size", nargs="+", choices=SIZES, default=["large"], help="shape of the model; default: large")
     bench.add_argument(
         "--dtype", nargs="+", choices=DTYPES, help="default: float32 on a CPU, bfloat16 and float16 on a GPU"
     )
     bench.add_argument("--train", action="store_true", help="time training steps, forward and backward, not forwards")
+    bench.add_argument(
+        "--cold", action="store_true", help="time new processes to their first result; of --peers, compile alone"
+    )
     bench.add_argument("--peers", nargs="+", choices=("all", *PEERS), default=[], help="time these, too; default: none")
     bench.add_argument("--device", help="default: cuda where there is one, else cpu")
     bench.add_argument(
@@ -63,10 +76,19 @@ def parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--minutes", type=float, default=8.0, help="fewer repeats to end about then; default: 8")
     bench.add_argument("--output", metavar="DIR", help="write the records to DIR/<device>/<date>-<commit>.json")
-    bench.add_argument(
-        "--report", nargs="+", metavar="FILE", help="measure nothing; render record files into README.md"
+    instead = bench.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--report", nargs="+", metavar="FILE", help="measure nothing; render records into README.md and docs/"
     )
-    bench.add_argument("--readme", metavar="FILE", default="README.md", help="the file --report changes")
+    instead.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("OLD", "NEW"),
+        help="measure nothing; where did fused lose against stock, beyond the spread? Exit status 1: somewhere",
+    )
+    bench.add_argument(
+        "--readme", metavar="FILE", default="README.md", help="the file --report changes; docs/ is beside it"
+    )
 
     profile = commands.add_parser(
         "profile",
@@ -81,7 +103,9 @@ def parser() -> argparse.ArgumentParser:
     batch = profile.add_mutually_exclusive_group()
     batch.add_argument("--lengths", metavar="N[,N...]", help="a batch of sequences of so many tokens, as 12,40,128")
     batch.add_argument("--workload", choices=WORKLOADS, help="a batch as `fastbert bench` has it; default: squad")
-    profile.add_argument("--batch", type=int, metavar="N", help="so many sequences of the one length of --lengths")
+    profile.add_argument(
+        "--batch", type=int, metavar="N", help="so many sequences, of the workload or of the one length of --lengths"
+    )
     profile.add_argument(
         "--dtype", choices=DTYPES, help="default: the checkpoint's; of --size, float32 on a CPU, bfloat16 on a GPU"
     )

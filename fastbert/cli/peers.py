@@ -229,3 +229,5 @@ PEERS: dict[str, tuple[str, Callable[[BertModel], Any]]] = {
 """By the name on the command line: the name in records, and what makes one from a stock model or raises Unavailable."""
 
 INFERENCE_ONLY = ("onnxruntime", "openvino")
+KEEP_MEMORY = tuple(PEERS[name][0] for name in INFERENCE_ONLY)
+"""Those that keep what memory a call took, so that the growth of another one says nothing."""

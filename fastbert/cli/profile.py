@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, record_function
@@ -34,9 +34,10 @@ from transformers.utils import logging
 
 from .. import explain, fuse
 from . import UsageError, counts
-from .bench import SHAPES, Machine, Workload, build, environment, peak_growth, timed, workload
+from .cases import SHAPES, Workload, build, workload
 from .counts import Cost
 from .info import backend, default_device, device_name
+from .machine import Machine, Rates, environment, peak_growth, timed
 from .peers import share
 from .trace import RUN, Row, Trace, annotated, read
 
@@ -47,17 +48,6 @@ LEAST_RUNS, MOST_RUNS, SECONDS = 3, 20, 4.0
 MOST_TRACED = 5
 LEAST_SHARE = 0.005
 """Of the time of all operators; those with less stand together in the table and in the plots."""
-
-
-class Rates(NamedTuple):
-    """What the machine does at best in the dtype of the run."""
-
-    flops_per_s: float
-    bytes_per_s: float
-
-    def floor(self, cost: Cost) -> float:
-        """The least time a cost takes, in seconds."""
-        return max(cost.flops / self.flops_per_s, cost.bytes / self.bytes_per_s)
 
 
 class _Costs(TorchDispatchMode):
@@ -343,23 +333,22 @@ def _item(arguments: argparse.Namespace) -> tuple[str, Workload]:
     Raises:
         UsageError: lengths that are none, or arguments that don't go together.
     """
+    batch = arguments.batch
+    if batch is not None and batch <= 0:
+        raise UsageError(f"--batch is {batch}; expected more than 0")
     if arguments.lengths is None:
-        if arguments.batch is not None:
-            raise UsageError("--batch is given without --lengths; expected one length")
         name = arguments.workload or "squad"
-        return f"--workload {name}", workload(name)
+        return f"--workload {name}", workload(name) if batch is None else workload(name, batch)
     try:
         lengths = [int(part) for part in arguments.lengths.split(",")]
     except ValueError as error:
         raise UsageError(f"--lengths {arguments.lengths}: expected integers between commas, as 12,40,128") from error
     if min(lengths) <= 0:
         raise UsageError(f"--lengths {arguments.lengths}: holds {min(lengths)}; expected more than 0")
-    if arguments.batch is not None:
-        if arguments.batch <= 0:
-            raise UsageError(f"--batch is {arguments.batch}; expected more than 0")
+    if batch is not None:
         if len(lengths) > 1:
             raise UsageError(f"--batch is given with {len(lengths)} --lengths; expected one length, for every sequence")
-        lengths *= arguments.batch
+        lengths *= batch
     return f"--lengths {arguments.lengths}", Workload(f"b{len(lengths)}", tuple(lengths))
 
 
@@ -435,8 +424,7 @@ def main(arguments: argparse.Namespace) -> int:
         raise UsageError(f"{given}: holds {max(item.lengths)}; expected at most max_position_embeddings, {limit}")
     models = _models(arguments, device)
     dtype, config = models["fused"].dtype, models["fused"].config
-    machine = Machine(device)
-    rates = Rates(machine.flops_per_s(dtype), machine.bytes_per_s)
+    rates = Machine(device).rates(dtype)
     what = "training step" if arguments.train else "forward"
     model = arguments.model or arguments.size or "large"
     short = f"{Path(model).name}, {str(dtype).removeprefix('torch.')}, {item.name}, {item.real_tokens} tokens"

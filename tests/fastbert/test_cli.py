@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import subprocess
@@ -15,16 +16,9 @@ from transformers import AutoTokenizer
 from transformers.models.bert import modeling_bert as hf
 
 from fastbert import ops
-from fastbert.cli import bench, info
+from fastbert.cli import bench, cases, cold, counts, info, machine, records, report
 from fastbert.cli.__main__ import main
 from tests.models import seeded
-
-FIELDS = {
-    *("what", "candidate", "status", "workload", "size", "shape", "dtype", "repeats", "median_s", "p20_s", "p80_s"),
-    *("peak_memory_bytes", "real_tokens", "padded_tokens", "tokens_per_s", "ratio_to_stock", "ideal_ratio"),
-    *("fraction_of_floor", "error", "device", "device_name", "driver", "torch", "triton", "transformers", "commit"),
-    *("date", "backend", "num_threads"),
-}
 
 
 @pytest.fixture(scope="module")
@@ -131,13 +125,13 @@ def test_backend_is_told_apart() -> None:
 @pytest.mark.usefixtures("tiny")
 def test_bench_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", "--size", "minilm", "--repeats", "3", "--device", "cpu", "--dtype", "float32", "bfloat16"]
-    assert main([*arguments, "--workload", "mixed", "single", "--output", str(tmp_path)]) == 0
+    assert main([*arguments, "--workload", "search", "dense128", "--batch", "32", "--output", str(tmp_path)]) == 0
     (file,) = tmp_path.rglob("*.json")
-    records = json.loads(file.read_text())
-    assert len(records) == 2 * 2 * 2
-    assert all(set(record) == FIELDS for record in records)
-    assert all(record["status"] == "ok" and record["repeats"] == 3 for record in records)
-    stock, fused = records[:2]
+    found = json.loads(file.read_text())
+    assert len(found) == 2 * 2 * 2
+    assert all(set(record) == records.FIELDS for record in found)
+    assert all(record["status"] == "ok" and record["repeats"] == 3 for record in found)
+    stock, fused = found[:2]
     assert (stock["candidate"], fused["candidate"]) == ("stock", "fused")
     assert stock["ratio_to_stock"] == 1
     assert fused["ratio_to_stock"] == pytest.approx(stock["median_s"] / fused["median_s"])
@@ -145,7 +139,7 @@ def test_bench_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert fused["padded_tokens"] == 32 * fused["shape"]["longest"]
     assert fused["tokens_per_s"] == pytest.approx(fused["real_tokens"] / fused["median_s"])
     assert file.parent.parent == tmp_path
-    assert len(capsys.readouterr().out.splitlines()) == 2 + len(records)
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(found)
 
 
 @pytest.mark.usefixtures("tiny")
@@ -153,17 +147,20 @@ def test_bench_of_training_steps(tmp_path: Path) -> None:
     arguments = ["bench", "--train", "--size", "minilm", "--repeats", "3", "--device", "cpu", "--workload", "squad"]
     assert main([*arguments, "--output", str(tmp_path)]) == 0
     stock, fused = json.loads(next(tmp_path.rglob("*.json")).read_text())
-    assert set(fused) == FIELDS
+    assert set(fused) == records.FIELDS
     for record in (stock, fused):
         assert (record["what"], record["status"], record["repeats"]) == ("BertModel training step", "ok", 3)
         assert 0 < record["error"] < 1e-5  # of gradients
-    forward = bench.flops(hf.BertConfig(**bench.SHAPES["minilm"]), bench.workload("squad").lengths) / 1e11
-    assert fused["fraction_of_floor"] * fused["median_s"] == pytest.approx(3 * forward)
+    least = counts.encoder(
+        hf.BertConfig(**cases.SHAPES["minilm"]), cases.workload("squad").lengths, torch.float32, True
+    )
+    assert (fused["flops"], fused["bytes"]) == least
+    assert fused["fraction_of_floor"] * fused["median_s"] == pytest.approx(max(least.flops / 1e11, least.bytes / 1e10))
 
 
 def test_gradients_are_checked_of_the_first_and_the_last_layer() -> None:
-    model = bench.build("minilm", torch.float32, torch.device("cpu"))
-    item = bench.Workload("two", (3, 9, 5))
+    model = cases.build("minilm", torch.float32, torch.device("cpu"))
+    item = cases.Workload("two", (3, 9, 5))
     found = bench._gradients(model, item, torch.device("cpu"))
     assert found.numel() == 2 * sum(p.numel() for p in model.encoder.layer[0].parameters())
     assert all(part.abs().max() > 0 for part in found.chunk(2))
@@ -174,20 +171,32 @@ def test_gradients_are_checked_of_the_first_and_the_last_layer() -> None:
 def test_bench_does_not_time_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     right = ops.attention_backward
     monkeypatch.setattr(ops, "attention_backward", lambda *args: right(*args) * 1.001)
-    work = [bench.workload("single")]
+    work = [cases.workload("dense128", 1)]
     stock, fused = bench.run(work, ["minilm"], [torch.float32], device=torch.device("cpu"), repeats=3, train=True)
     assert (stock["status"], fused["status"].split(":")[0], fused["repeats"]) == ("ok", "FAILED", 0)
 
 
 @pytest.mark.usefixtures("tiny", "wrong")
 def test_bench_does_not_time_what_is_wrong(tmp_path: Path) -> None:
-    arguments = ["bench", "--size", "minilm", "--repeats", "3", "--device", "cpu", "--workload", "single"]
+    arguments = [
+        "bench",
+        "--size",
+        "minilm",
+        "--repeats",
+        "3",
+        "--device",
+        "cpu",
+        "--workload",
+        "dense128",
+        "--batch",
+        "1",
+    ]
     assert main([*arguments, "--output", str(tmp_path)]) == 1
     stock, fused = json.loads(next(tmp_path.rglob("*.json")).read_text())
     assert stock["status"] == "ok"
     assert fused["status"].startswith("FAILED: output: error ")
     assert (fused["median_s"], fused["peak_memory_bytes"], fused["repeats"]) == (None, None, 0)
-    assert " | FAILED | FAILED | FAILED | " in bench.render([stock, fused])
+    assert " | FAILED | FAILED | - | FAILED | " in report.readme([stock, fused])
 
 
 @pytest.mark.usefixtures("tiny")
@@ -196,7 +205,7 @@ def test_bench_goes_on_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         raise MemoryError("no room")
 
     monkeypatch.setattr(ops, "linear_gelu", broken)
-    work = [bench.workload("single")]
+    work = [cases.workload("dense128", 1)]
     stock, fused = bench.run(work, ["minilm"], [torch.float32], device=torch.device("cpu"), repeats=3)
     assert (stock["status"], stock["repeats"]) == ("ok", 3)
     assert (fused["status"], fused["repeats"]) == ("ERROR: MemoryError: no room", 0)
@@ -208,14 +217,14 @@ def test_bench_keeps_what_it_has_when_interrupted(
 ) -> None:
     measure = bench._measure
 
-    def interrupted(candidates: Any, item: bench.Workload, *rest: Any) -> None:
+    def interrupted(candidates: Any, item: cases.Workload, *rest: Any) -> None:
         if len(item.lengths) > 1:
             raise KeyboardInterrupt
         measure(candidates, item, *rest)
 
     monkeypatch.setattr(bench, "_measure", interrupted)
     arguments = ["--size", "minilm", "--repeats", "3", "--device", "cpu", "--output", str(tmp_path)]
-    assert main(["bench", "--workload", "single", "dense", *arguments]) == 130
+    assert main(["bench", "--workload", "dense128", "--batch", "1", "2", *arguments]) == 130
     assert len(json.loads(next(tmp_path.rglob("*.json")).read_text())) == 2
     assert [file.suffix for file in tmp_path.rglob("*") if file.is_file()] == [".json"]
     assert capsys.readouterr().err == "fastbert bench: interrupted\n"
@@ -223,69 +232,186 @@ def test_bench_keeps_what_it_has_when_interrupted(
 
 @pytest.mark.usefixtures("tiny")
 def test_bench_leaves_out_what_there_is_no_time_for() -> None:
-    work = [bench.workload("single"), bench.workload("dense")]
-    records = list(bench.run(work, ["minilm"], [torch.float32], device=torch.device("cpu"), repeats=50, minutes=0))
-    assert [record["workload"] for record in records] == ["single b1", "single b1"]
-    assert records[0]["repeats"] == bench.LEAST_REPEATS
+    work = [cases.workload("dense128", 1), cases.workload("dense128", 2)]
+    found = list(bench.run(work, ["minilm"], [torch.float32], device=torch.device("cpu"), repeats=50, minutes=0))
+    assert [record["workload"] for record in found] == ["dense128 b1", "dense128 b1"]
+    assert found[0]["repeats"] == bench.LEAST_REPEATS
 
 
 def test_bench_refuses_too_few_repeats(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--repeats is 2" in bad_usage(capsys, "bench", "--repeats", "2")
 
 
-def test_report_goes_between_the_markers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    about = bench.environment(torch.device("cpu"))
-    measured = {
-        **dict.fromkeys(FIELDS),
-        **about,
-        **{"what": "BertModel forward"},
-        **{"candidate": "fused", "size": "large", "dtype": "float32", "workload": "squad b16", "status": "ok"},
-        **{"median_s": 2.0, "tokens_per_s": 1316.4, "ratio_to_stock": 1.951, "ideal_ratio": 1.97},
-        **{"fraction_of_floor": 0.874, "peak_memory_bytes": 3 << 20, "repeats": 7},
-    }
-    older = {**measured, "date": "2020-01-01T00:00:00+00:00", "tokens_per_s": 1.0}
-    records, readme = tmp_path / "records.json", tmp_path / "README.md"
-    bench.write(records, [measured, older])
+def measured(candidate: str = "fused", **fields: Any) -> dict[str, Any]:
+    """A record."""
+    about = machine.environment(torch.device("cpu"))
+    case = {"what": "BertModel forward", "workload": "squad b16", "size": "large", "shape": {}}
+    case |= {"real_tokens": 2632, "padded_tokens": 5188}
+    samples = [2.0, 1.0, 3.0] if candidate == "fused" else [4.0, 4.0, 4.0]
+    record = records.make(
+        about,
+        case,
+        candidate,
+        torch.float32,
+        samples,
+        [4.0],
+        counts.Cost(10, 8),
+        machine.Rates(10.0, 4.0),
+        "ok",
+        3 << 20,
+    )
+    return {**record, **fields}
+
+
+def test_a_record() -> None:
+    record = measured()
+    assert set(record) == records.FIELDS
+    assert (record["repeats"], record["median_s"], record["p20_s"], record["p80_s"]) == (3, 2.0, 1.4, 2.6)
+    assert (record["tokens_per_s"], record["ratio_to_stock"]) == (1316, 2)
+    assert record["ideal_ratio"] == pytest.approx(1.971, abs=1e-3)
+    assert record["fraction_of_floor"] == 1  # two seconds of copying
+    assert record["mfu"] is None
+    case = {name: record[name] for name in ("what", "workload", "size", "shape", "real_tokens", "padded_tokens")}
+    about = {**machine.environment(torch.device("cpu")), "device_name": "NVIDIA H200"}
+    cost = counts.Cost(10**12, 1)
+    assert records.make(about, case, "fused", torch.bfloat16, [0.01], [], cost)["mfu"] == pytest.approx(0.101, rel=1e-2)
+    empty = records.make(about, case, "fused", torch.bfloat16, [], [1.0], cost, status="ERROR: no")
+    assert all(empty[name] is None for name in ("median_s", "tokens_per_s", "ratio_to_stock", "mfu", "p20_s"))
+
+
+def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    device = measured()["device_name"]
+    older = measured(date="2020-01-01T00:00:00+00:00", tokens_per_s=1.0)
+    other = [
+        measured("stock + torch.compile", ratio_to_stock=1.5),
+        measured("stock eager", ratio_to_stock=0.5),
+        measured("OpenVINO", status="FAILED: far off", ratio_to_stock=None, median_s=None),
+        measured("flash-attn", status="UNAVAILABLE: not here", ratio_to_stock=None, median_s=None),
+    ]
+    cold = [measured(name, what="cold start: first result") for name in ("stock", "fused")]
+    run = [measured("stock"), measured(), *other]
+    date = run[0]["date"]
+    file, readme = tmp_path / "records.json", tmp_path / "README.md"
+    records.write(file, [{**record, "date": date} for record in (*run, *cold)] + [older])
     readme.write_text("before\n<!-- table:begin -->\nold\n<!-- table:end -->\nafter\n")
     for _ in range(2):
-        assert main(["bench", "--report", str(records), "--readme", str(readme)]) == 0
+        assert main(["bench", "--report", str(file), "--readme", str(readme)]) == 0
     text = readme.read_text()
-    assert f"| {about['device_name']} | forward | large | float32 | squad b16 | 1.97 | - | 1,316 | 1.95 |" in text
-    assert "| 1.95 | 87% | -, 3 | 7 |  |\n" in text
+    assert f"| {device} | forward | large | float32 | squad b16 | 1.97 | 658 | 1,316 | 2.00 |" in text
+    assert "| 2.00 | 1.50 stock + torch.compile | 100% | 3, 3 |\n" in text
     assert text.startswith("before\n<!-- table:begin -->\n| device |")
     assert text.endswith("<!-- table:end -->\nafter\n")
     assert "old" not in text
     assert text.count("squad b16") == 1
+    whole = (tmp_path / "docs" / "measured.md").read_text()
+    assert (
+        "| forward | large | float32 | squad b16 | fused | 2,000.0 (1,400 to 2,600) | 1,316 | 2.00 | 100% | - |"
+        in whole
+    )
+    assert "| OpenVINO | FAILED |" in whole
+    assert "- flash-attn, float32: UNAVAILABLE: not here\n" in whole
+    assert "### Cold starts\n" in whole
+    assert "### Operators" not in whole
+    drawn = (tmp_path / "docs" / f"{records.device_folder(device)}.svg").read_text()
+    assert all(f">{text}</text>" in drawn for text in ("squad b16", "fused", "stock eager", "forward, float32"))
+    assert "real tokens/s, log scale" in drawn
     readme.write_text("no markers\n")
-    assert "--readme" in bad_usage(capsys, "bench", "--report", str(records), "--readme", str(readme))
+    assert "--readme" in bad_usage(capsys, "bench", "--report", str(file), "--readme", str(readme))
 
 
-def test_the_readme_is_rendered_from_the_records() -> None:
+def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only what lies beyond the spread of both runs counts; medians alone don't."""
+
+    def run(name: str, stock: list[float], fused: list[float], **fields: Any) -> str:
+        file = tmp_path / name
+        samples = {"stock": stock, "fused": fused}
+        keys = ("p20_s", "median_s", "p80_s")
+        records.write(
+            file, [measured(c, **dict(zip(keys, given, strict=True)), **fields) for c, given in samples.items()]
+        )
+        return str(file)
+
+    old = run("old", [3.9, 4.0, 4.1], [1.9, 2.0, 2.1])
+    noisy = run("noisy", [3.7, 4.0, 4.3], [2.1, 2.2, 2.4])
+    slow = run("slow", [3.9, 4.0, 4.1], [2.3, 2.4, 2.5])
+    broken = tmp_path / "broken"
+    records.write(broken, [measured("stock"), measured(status="ERROR: no room", median_s=None)])
+    another = run("another", [3.9, 4.0, 4.1], [1.9, 2.0, 2.1], workload="dense128 b1")
+    for new, status, said in (
+        (old, 0, "same   BertModel forward, large, float32, squad b16"),
+        (noisy, 0, ": 2.00 (1.86 to 2.16) -> 1.82 (1.54 to 2.05) x stock"),
+        (slow, 1, "slower BertModel forward"),
+        (str(broken), 1, "ERROR: no room"),
+    ):
+        assert main(["bench", "--compare", old, new]) == status
+        assert said in capsys.readouterr().out
+    assert main(["bench", "--compare", slow, old]) == 0
+    assert capsys.readouterr().out.startswith("faster ")
+    assert "no case in common" in bad_usage(capsys, "bench", "--compare", old, another)
+
+
+def test_the_documents_are_rendered_from_the_records(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parent.parent.parent
-    files = sorted((root / "benchmarks" / "results").glob("*/*.json"))
-    records = [record for file in files for record in json.loads(file.read_text(encoding="utf-8"))]
-    assert records
-    assert all(set(record) == FIELDS for record in records)
+    found = [
+        record for file in sorted((root / "benchmarks" / "results").glob("*/*.json")) for record in records.load(file)
+    ]
+    assert found
+    assert all(set(record) == records.FIELDS for record in found)
     text = (root / "README.md").read_text(encoding="utf-8")
-    assert bench.splice(text, bench.render(records)) == text
+    assert report.splice(text, report.readme(found)) == text
+    assert report.measured(found) == (root / "docs" / "measured.md").read_text(encoding="utf-8")
+    devices = {record["device_name"] for record in found}
+    assert {file.stem for file in (root / "docs").glob("*.svg")} == set(map(records.device_folder, devices))
+    for device in devices:
+        name = f"{records.device_folder(device)}.svg"
+        drawn = (root / "docs" / name).read_text(encoding="utf-8")
+        if f"Matplotlib v{importlib.metadata.version('matplotlib')}," in drawn:  # another version draws otherwise
+            report.plot(found, device, tmp_path / name)
+            assert (tmp_path / name).read_text(encoding="utf-8") == drawn
+
+
+@pytest.mark.usefixtures("tiny")
+def test_cold_starts(tmp_path: Path) -> None:
+    arguments = [
+        "--size",
+        "minilm",
+        "--device",
+        "cpu",
+        "--workload",
+        "dense128",
+        "--batch",
+        "1",
+        "--output",
+        str(tmp_path),
+    ]
+    assert main(["bench", "--cold", *arguments]) == 0
+    found = json.loads(next(tmp_path.rglob("*.json")).read_text())
+    assert [(r["what"], r["candidate"]) for r in found] == [(w, c) for w in cold.TIMES for c in ("stock", "fused")]
+    assert all((r["status"], r["repeats"]) == ("ok", cold.REPEATS) for r in found)
+    first, again, another = found[1::2]
+    assert first["median_s"] > 1 > another["median_s"]  # a process imports torch; a forward of a tiny model is short
+    assert again["error"] < 1e-6
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_cold_start_that_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cold, "CHILD", cold.CHILD.replace("run = fastbert.fuse(model)", "raise MemoryError('no room')"))
+    monkeypatch.setattr(cold, "REPEATS", 1)
+    found = list(cold.run(cases.workload("dense128", 1), "minilm", torch.float32, device=torch.device("cpu")))
+    assert [(r["status"], r["repeats"]) for r in found] == [("ok", 1), ("ERROR: MemoryError: no room", 0)] * 3
 
 
 def test_lengths_are_those_of_the_data() -> None:
-    squad, mixed = bench.workload("squad"), bench.workload("mixed")
-    assert bench.workload("squad") == squad  # the same at every call
-    assert (len(squad.lengths), len(mixed.lengths)) == (16, 32)
+    squad, search = cases.workload("squad"), cases.workload("search", 32)
+    assert cases.workload("squad") == squad  # the same at every call
+    assert (len(squad.lengths), len(search.lengths)) == (16, 32)
     assert squad.real_tokens / 16 == pytest.approx(166, rel=0.02)
     assert squad.padded_tokens / squad.real_tokens == pytest.approx(1.97, rel=0.02)
-    assert mixed.padded_tokens / mixed.real_tokens == pytest.approx(3.48, rel=0.02)
+    assert sum(n < 41 for n in search.lengths) >= 16  # the longest question has 39
+    assert search.padded_tokens / search.real_tokens > 3
+    assert cases.workload("dense384", 3).lengths == (384,) * 3
     batch = squad.inputs(torch.device("cpu"))
     assert batch["attention_mask"].sum(1).tolist() == list(squad.lengths)
-
-
-def test_flops_are_counted_on_real_tokens() -> None:
-    # BERT-large at 128 tokens: 24 S (24 h^2 + 4 S h) = 78.9 GFLOP.
-    config = hf.BertConfig(**bench.SHAPES["large"])
-    assert bench.flops(config, [128]) == 24 * 128 * (24 * 1024**2 + 4 * 128 * 1024)
-    assert bench.flops(config, [128, 37]) == bench.flops(config, [128]) + bench.flops(config, [37])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of the resident set is read as Linux tells it")
@@ -293,23 +419,26 @@ def test_peak_growth_sees_what_a_call_takes() -> None:
     def take() -> None:
         torch.ones(64 << 20, dtype=torch.uint8)
 
-    growth = bench.peak_growth(take, torch.device("cpu"))
+    growth = machine.peak_growth(take, torch.device("cpu"))
     assert growth is not None
     assert growth == pytest.approx(64 << 20, rel=0.1)
 
 
 def test_rates_are_those_of_the_machine() -> None:
-    machine = bench.Machine(torch.device("cpu"))
-    assert 1e8 < machine.bytes_per_s < 1e13
-    assert 1e8 < machine.flops_per_s(torch.float32) < 1e15
+    rates = machine.Machine(torch.device("cpu")).rates(torch.float32)
+    assert 1e8 < rates.bytes_per_s < 1e13
+    assert 1e8 < rates.flops_per_s < 1e15
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--minutes", "0"], "--minutes is 0.0; expected more than 0"),
+        (["--batch", "4", "0"], "--batch is 0; expected more than 0"),
+        (["--cold", "--train"], "--cold is given with --train"),
         (["--output", "{file}"], "--output: "),
-        (["--report", "{file}"], "holds no records of this command"),
+        (["--report", "{file}"], "holds a record without backend, "),
+        (["--compare", "{file}", "nowhere"], "holds a record without backend, "),
     ],
 )
 def test_bench_refuses_before_it_measures(

@@ -14,7 +14,7 @@ from transformers.models.bert import modeling_bert as hf
 
 import fastbert
 from fastbert import ops
-from fastbert.cli import bench, counts
+from fastbert.cli import cases, counts
 from fastbert.kernels import reference
 from tests import models
 from tests.fastbert.test_ops import arguments
@@ -123,7 +123,14 @@ def stock() -> Any:
 def test_flops_of_an_encoder(stock: Any) -> None:
     found = counts.encoder(stock.config, LENGTHS, torch.float32)
     assert found.flops == sum(flops_by_torch(alone, stock, n) for n in LENGTHS)
-    assert found.flops == bench.flops(stock.config, LENGTHS)
+
+
+def test_flops_are_counted_on_real_tokens() -> None:
+    # BERT-large at 128 tokens: 24 S (24 h^2 + 4 S h) = 78.9 GFLOP.
+    config = hf.BertConfig(**cases.SHAPES["large"])
+    one, two = (counts.encoder(config, lengths, torch.bfloat16).flops for lengths in ([128], [128, 37]))
+    assert one == 24 * 128 * (24 * 1024**2 + 4 * 128 * 1024)
+    assert two == one + 24 * 37 * (24 * 1024**2 + 4 * 37 * 1024)
 
 
 def test_flops_of_a_training_step(stock: Any) -> None:

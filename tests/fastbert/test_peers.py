@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbert.cli import bench, peers
+from fastbert.cli import bench, cases, peers, report
 from fastbert.cli.__main__ import PEERS
 from tests import models
 
@@ -18,7 +18,7 @@ ON_A_GPU = ("reduce-overhead", "max-autotune", "torch-varlen", "flash-attn")
 
 
 def run(names: Any, dtype: torch.dtype, train: bool = False) -> dict[str, dict[str, Any]]:
-    work = [bench.Workload("three", (3, 19, 7)), bench.Workload("one", (11,))]
+    work = [cases.Workload("three", (3, 19, 7)), cases.Workload("one", (11,))]
     records = bench.run(
         work, ["minilm"], [dtype], device=torch.device("cpu"), repeats=3, peers=tuple(names), train=train
     )
@@ -51,9 +51,8 @@ def test_peers_that_cannot_run_say_why() -> None:
         "UNAVAILABLE: torch's varlen attention is for 16-bit dtypes on CUDA",
         "UNAVAILABLE: flash-attn is not installed",
     ]
-    rendered = bench.render(records.values())
-    assert rendered.count("flash-attn: flash-attn is not installed.") == 1
-    assert rendered.count("\n| ") == 2  # a row for each case
+    assert report.measured(records.values()).count("flash-attn, float32: UNAVAILABLE: flash-attn is not installed") == 1
+    assert report.readme(records.values()).count("\n| ") == 2  # a row for each case
     assert records["three fused"]["status"] == "ok"
     (record,) = (
         r for r in run(["onnxruntime"], torch.bfloat16).values() if r["workload"] == "one" and "ONNX" in r["candidate"]

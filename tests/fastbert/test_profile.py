@@ -20,7 +20,7 @@ from transformers.models.bert import modeling_bert as hf
 
 import fastbert
 from fastbert import encoder, ops
-from fastbert.cli import bench, counts, profile, trace
+from fastbert.cli import cases, counts, machine, profile, trace
 from fastbert.cli.__main__ import main
 from fastbert.cli.counts import Cost
 from tests import models
@@ -39,9 +39,9 @@ AROUND = {
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the model and the machine small, and the runs few."""
     shape = {"hidden_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": 128}
-    monkeypatch.setitem(bench.SHAPES, "minilm", shape)
-    monkeypatch.setattr(bench.Machine, "__init__", lambda self, device: setattr(self, "bytes_per_s", 1e10))
-    monkeypatch.setattr(bench.Machine, "flops_per_s", lambda self, dtype: 1e11)
+    monkeypatch.setitem(cases.SHAPES, "minilm", shape)
+    monkeypatch.setattr(machine.Machine, "__init__", lambda self, device: setattr(self, "bytes_per_s", 1e10))
+    monkeypatch.setattr(machine.Machine, "flops_per_s", lambda self, dtype: 1e11)
     monkeypatch.setattr(profile, "MOST_RUNS", 3)
 
 
@@ -61,7 +61,7 @@ def rows(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def check(record: dict[str, Any]) -> None:
     """What is so of every record."""
     assert record["device"] == "cpu"
-    assert record["commit"] == bench.commit()
+    assert record["commit"] == machine.commit()
     assert (record["lengths"], record["real_tokens"], record["padded_tokens"]) == (list(LENGTHS), 17, 27)
     for run in record["runs"]:
         assert sum(row["share"] for row in run["operators"]) == pytest.approx(1)
@@ -97,7 +97,7 @@ def test_a_forward(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {name: row["calls"] for name, row in found.items() if name.startswith("fastbert::")} == calls
     assert found["aten::addmm"]["calls"] == 1  # of the pooler
     ours = [row for name, row in found.items() if name in calls.keys() - AROUND]
-    least = counts.encoder(hf.BertConfig(**bench.SHAPES["minilm"]), LENGTHS, torch.float32)
+    least = counts.encoder(hf.BertConfig(**cases.SHAPES["minilm"]), LENGTHS, torch.float32)
     assert record["encoder"] == least._asdict()
     assert (sum(row["flops"] for row in ours), sum(row["bytes"] for row in ours)) == least
     assert all(set(row["layers"]) == {"0", "1"} for row in ours)
@@ -151,9 +151,9 @@ def test_a_training_step_against_stock(tmp_path: Path, capsys: pytest.CaptureFix
     assert all(set(found[name]["layers"]) == {"outside"} for name in calls.keys() & AROUND)
     assert sum(found[name]["flops"] for name in inside) == record["encoder"]["flops"]
 
-    model = bench.build("minilm", torch.float32, torch.device("cpu")).train()
+    model = cases.build("minilm", torch.float32, torch.device("cpu")).train()
     with FlopCounterMode(display=False) as counter:
-        model(**bench.Workload("", LENGTHS).inputs(torch.device("cpu"))).last_hidden_state.sum().backward()
+        model(**cases.Workload("", LENGTHS).inputs(torch.device("cpu"))).last_hidden_state.sum().backward()
     assert sum(row["flops"] for row in stock["operators"]) == counter.get_total_flops()
     assert rows(stock)["aten::addmm"]["calls"] == 6 * LAYERS + 1
     assert {file.name for file in tmp_path.glob("*.png")} == {
@@ -178,8 +178,8 @@ def test_time_is_found_where_it_is_spent(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(ops, "feed_forward", slow("forward", 0.02, 0, right))  # the second of two
     monkeypatch.setattr(ops, "linear_gelu_backward", slow("backward", 0.03, 0, backward))  # which is of the first layer
     monkeypatch.setattr(encoder, "pack_mask", lambda *args: time.sleep(0.04) or pack(*args))
-    model = fastbert.fuse(bench.build("minilm", torch.float32, torch.device("cpu")))
-    (found,) = profile.measure({"fused": model}, bench.Workload("", LENGTHS), True)
+    model = fastbert.fuse(cases.build("minilm", torch.float32, torch.device("cpu")))
+    (found,) = profile.measure({"fused": model}, cases.Workload("", LENGTHS), True)
     by_name = {row.operator: row.layers for row in found.trace.rows}
     forward, back = by_name["fastbert::feed_forward"], by_name["fastbert::linear_gelu_backward"]
     assert forward[1] > forward[0] + 0.015
@@ -205,9 +205,9 @@ def test_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = profiled(tmp_path, "--model", str(tmp_path / "checkpoint"), batch=("--batch", "4", "--lengths", "6"))
     assert (record["dtype"], record["lengths"]) == ("bfloat16", [6] * 4)
     assert rows(record["runs"][0])["fastbert::qkv_linear"]["calls"] == 2
-    monkeypatch.setattr(profile, "workload", lambda name: bench.Workload(name, (4,) if name == "squad" else (5,)))
-    assert profiled(tmp_path, batch=())["lengths"] == [4]
-    assert profiled(tmp_path, batch=("--workload", "single"))["lengths"] == [5]
+    monkeypatch.setattr(profile, "workload", lambda name, batch=2: cases.Workload(name, (len(name),) * batch))
+    assert profiled(tmp_path, batch=())["lengths"] == [len("squad")] * 2
+    assert profiled(tmp_path, batch=("--workload", "dense128", "--batch", "3"))["lengths"] == [len("dense128")] * 3
 
 
 def test_a_trace_of_a_gpu() -> None:
@@ -270,7 +270,6 @@ def test_a_trace_of_a_gpu() -> None:
         (["--lengths", "12,-3"], "--lengths 12,-3: holds -3; expected more than 0"),
         (["--lengths", "12,x"], "--lengths 12,x: expected integers between commas"),
         (["--lengths", "12,513"], "--lengths 12,513: holds 513; expected at most max_position_embeddings, 512"),
-        (["--batch", "2"], "--batch is given without --lengths"),
         (["--batch", "2", "--lengths", "3,4"], "--batch is given with 2 --lengths"),
         (["--batch", "0", "--lengths", "3"], "--batch is 0; expected more than 0"),
         (["--device", "nonsense"], "--device nonsense: "),
@@ -332,11 +331,11 @@ def test_says_which_extra_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 def test_refuses_to_profile_stock_as_fused() -> None:
-    model = fastbert.fuse(bench.build("minilm", torch.float32, torch.device("cpu")))
+    model = fastbert.fuse(cases.build("minilm", torch.float32, torch.device("cpu")))
     model.encoder.layer[0].intermediate.register_forward_hook(lambda *args: None)
     model.encoder.layer[1].intermediate.register_forward_hook(lambda *args: None)
     with pytest.raises(profile.UsageError, match="the model runs stock: "):
-        profile.measure({"fused": model}, bench.Workload("", LENGTHS), False)
+        profile.measure({"fused": model}, cases.Workload("", LENGTHS), False)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,96 @@
+"""What is measured: models by their size, and batches by the lengths of their sequences, in tokens.
+
+Where lengths come from text, batches are drawn at random, with a fixed seed, from `lengths.json` (counts of token
+lengths, made by benchmarks/lengths.py); of `DRAWS` of them the one nearest to their mean in real tokens and in padding
+is run, so that no figure comes of a lucky draw.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertModel
+
+SHAPES: dict[str, dict[str, int]] = {
+    "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+    "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
+}
+DRAWS = 1000
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One batch of sequences: their lengths in tokens."""
+
+    name: str
+    lengths: tuple[int, ...]
+
+    @property
+    def real_tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def padded_tokens(self) -> int:
+        return len(self.lengths) * max(self.lengths)
+
+    def inputs(self, device: torch.device) -> dict[str, Tensor]:
+        """Random ids, padded on the right, with their mask: (batch, longest), int64."""
+        generator = torch.Generator().manual_seed(SEED)
+        shape = (len(self.lengths), max(self.lengths))
+        ids = torch.randint(1000, 30000, shape, generator=generator)
+        mask = (torch.arange(shape[1]) < torch.tensor(self.lengths)[:, None]).long()
+        return {"input_ids": (ids * mask).to(device), "attention_mask": mask.to(device)}
+
+
+def draw(*parts: tuple[str, int]) -> tuple[int, ...]:
+    """Lengths of a typical batch: of each (histogram of lengths.json, count), so many; shuffled."""
+    histograms = json.loads(Path(__file__).with_name("lengths.json").read_text(encoding="utf-8"))
+    chance = random.Random(SEED)
+    batches = []
+    for _ in range(DRAWS):
+        batch: list[int] = []
+        for name, count in parts:
+            counts = histograms[name]["counts"]
+            batch += map(int, chance.choices(list(counts), list(counts.values()), k=count))
+        chance.shuffle(batch)
+        batches.append(tuple(batch))
+    tokens = [sum(lengths) for lengths in batches]
+    padding = [max(lengths) * len(lengths) / sum(lengths) for lengths in batches]
+    aim = statistics.fmean(tokens), statistics.fmean(padding)
+
+    def distance(i: int) -> float:
+        return (tokens[i] / aim[0] - 1) ** 2 + (padding[i] / aim[1] - 1) ** 2
+
+    return batches[min(range(DRAWS), key=distance)]
+
+
+def workload(name: str, batch: int = 16) -> Workload:
+    """A workload by name, of `batch` sequences.
+
+    "squad": question and passage in one sequence; "sentences"; "search": questions and passages, one half each;
+    "dense128", "dense384", "dense512": all of so many tokens.
+    """
+    if name.startswith("dense"):
+        return Workload(f"{name} b{batch}", (int(name.removeprefix("dense")),) * batch)
+    parts = {
+        "squad": [("squad_pairs", batch)],
+        "sentences": [("sst2", batch)],
+        "search": [("squad_questions", batch // 2), ("squad_passages", batch - batch // 2)],
+    }[name]
+    return Workload(f"{name} b{batch}", draw(*parts))
+
+
+def build(size: str, dtype: torch.dtype, device: torch.device) -> BertModel:
+    """A stock model in evaluation mode with seeded weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model = BertModel(BertConfig(**SHAPES[size], attn_implementation="sdpa"))
+    return model.to(device, dtype).eval()

@@ -1,0 +1,154 @@
+"""What a machine is and what it can do: its name and versions, time, memory, and the rates it reaches at best."""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import gc
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import fastbert
+
+from .counts import Cost
+from .info import backend, device_name, driver, versions
+
+# Of matrix products in bfloat16 and float16, without sparsity, by the name torch gives the GPU; FLOPs a second.
+# From NVIDIA's datasheets of the H100 (SXM5), H200, A100, L40S and B200.
+DATASHEET = {
+    "NVIDIA H100 80GB HBM3": 989.4e12,
+    "NVIDIA H200": 989.4e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA L40S": 362.05e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+class Rates(NamedTuple):
+    """What a machine does at best in one dtype, measured."""
+
+    flops_per_s: float
+    bytes_per_s: float
+
+    def floor(self, cost: Cost) -> float:
+        """The least time a cost takes, in seconds."""
+        return max(cost.flops / self.flops_per_s, cost.bytes / self.bytes_per_s)
+
+
+def datasheet(name: str, dtype: torch.dtype) -> float | None:
+    """FLOPs a second by the GPU's datasheet, of which MFU is a fraction; None where the table has none."""
+    return DATASHEET.get(name) if dtype.itemsize == 2 else None
+
+
+class Machine:
+    """What `device` can do at best, measured: the rates of the floor."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._products: dict[torch.dtype, float] = {}
+        source = torch.ones((1 << 28) // 4, device=device)
+        target = torch.empty_like(source)
+        self.bytes_per_s = 2 * source.nbytes / min(timed(lambda: target.copy_(source), device) for _ in range(5))
+
+    def flops_per_s(self, dtype: torch.dtype) -> float:
+        """Of a square matrix product; on a CPU that is slower in 16-bit dtypes than in float32, float32's rate."""
+        if dtype not in self._products:
+            n = 8192 if self.device.type == "cuda" else 2048
+            a, b = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))
+            rate = 2 * n**3 / min(timed(lambda: a @ b, self.device) for _ in range(3))
+            if self.device.type == "cpu" and dtype != torch.float32:
+                rate = max(rate, self.flops_per_s(torch.float32))
+            self._products[dtype] = rate
+        return self._products[dtype]
+
+    def rates(self, dtype: torch.dtype) -> Rates:
+        """Of matrix products in `dtype`, and of copying."""
+        return Rates(self.flops_per_s(dtype), self.bytes_per_s)
+
+
+def timed(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+    return begin.elapsed_time(end) / 1000
+
+
+def peak_growth(call: Callable[[], Any], device: torch.device) -> int | None:
+    """Bytes by which one call raises the peak of memory in use, above what is in use before it; None where unknown."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    reset = Path("/proc/self/clear_refs")
+    if not os.access(reset, os.W_OK):
+        return None
+    # Memory freed earlier but still held by the allocator would hide what the call needs: give it back first.
+    ctypes.CDLL(None).malloc_trim(0)
+    reset.write_text("5")  # the peak starts over from the present resident set
+    before = _resident("VmRSS")
+    call()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    found = re.search(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"/proc/self/status has no {field}")
+    return int(found[1]) * 1024
+
+
+def commit() -> str:
+    """The commit this code runs from, "-dirty" where files differ from it.
+
+    Where it is no checkout: the environment's FASTBERT_COMMIT, for copies of one, or the version.
+    """
+    unknown = os.environ.get("FASTBERT_COMMIT") or f"v{fastbert.__version__}"
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=30, check=False)
+
+    try:
+        if git("ls-files", "--error-unmatch", Path(__file__).name).returncode:
+            return unknown
+        dirty = bool(git("status", "--porcelain", "--untracked-files=no").stdout)
+    except FileNotFoundError:  # no git
+        return unknown
+    return git("rev-parse", "--short", "HEAD").stdout.strip() + ("-dirty" if dirty else "")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What every record says about where it was measured."""
+    installed = versions()
+    return {
+        "device": device.type,
+        "device_name": device_name(device),
+        "driver": driver(device),
+        "torch": torch.__version__,
+        "triton": installed["triton"],
+        "transformers": installed["transformers"],
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "backend": backend(device),
+        "num_threads": torch.get_num_threads(),
+    }

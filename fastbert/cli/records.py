@@ -1,0 +1,181 @@
+"""Records: what was measured, as flat plain data; the files they are kept in; whether one run is slower than another.
+
+A record is one candidate in one case: `benchmarks/README.md` tells its fields. A file, <device>/<date>-<commit>.json,
+is a list of them from one run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import UsageError
+from .counts import Cost
+from .machine import Rates, datasheet
+
+FIELDS = frozenset(
+    {
+        *("what", "candidate", "status", "workload", "size", "shape", "dtype", "real_tokens", "padded_tokens"),
+        *("repeats", "median_s", "p20_s", "p80_s", "tokens_per_s", "ratio_to_stock", "ideal_ratio", "error"),
+        *("flops", "bytes", "peak_flops_per_s", "peak_bytes_per_s", "fraction_of_floor", "mfu", "peak_memory_bytes"),
+        *("device", "device_name", "driver", "torch", "triton", "transformers", "backend", "num_threads"),
+        *("commit", "date"),
+    }
+)
+CASE = ("device_name", "what", "size", "dtype", "workload")
+"""What two runs of one case have in common."""
+
+
+def make(
+    about: dict[str, Any],
+    case: dict[str, Any],
+    candidate: str,
+    dtype: torch.dtype,
+    samples: Sequence[float],
+    stock: Sequence[float],
+    cost: Cost | None = None,
+    rates: Rates | None = None,
+    status: str = "ok",
+    peak_memory: int | None = None,
+    error: float | None = None,
+) -> dict[str, Any]:
+    """A record.
+
+    Args:
+        about: machine.environment().
+        case: what, workload, size, shape, real_tokens, padded_tokens; the last two None where there are no sequences.
+        candidate: its name.
+        dtype: working dtype.
+        samples: seconds of each repeat; none where the candidate was not timed.
+        stock: those of the candidate it is compared with, "stock"; none where that one was not timed.
+        cost: the least it costs; None where nothing is counted.
+        rates: what the machine does at best; None where they were not measured.
+        status: "ok", or what became of the candidate.
+        peak_memory: in bytes; None where unknown.
+        error: relative to float64; None where unchecked.
+    """
+    low, median, high = _quantiles(samples)
+    tokens, padded = case["real_tokens"], case["padded_tokens"]
+    peak = datasheet(about["device_name"], dtype)
+    return {
+        "candidate": candidate,
+        "status": status,
+        **case,
+        "dtype": str(dtype).removeprefix("torch."),
+        "repeats": len(samples),
+        "median_s": median,
+        "p20_s": low,
+        "p80_s": high,
+        "peak_memory_bytes": peak_memory,
+        "tokens_per_s": tokens / median if tokens and median else None,
+        "ratio_to_stock": statistics.median(stock) / median if stock and median else None,
+        "ideal_ratio": padded / tokens if tokens else None,
+        "flops": cost.flops if cost else None,
+        "bytes": cost.bytes if cost else None,
+        "peak_flops_per_s": rates.flops_per_s if rates else None,
+        "peak_bytes_per_s": rates.bytes_per_s if rates else None,
+        "fraction_of_floor": rates.floor(cost) / median if rates and cost and median else None,
+        "mfu": cost.flops / median / peak if cost and median and peak else None,
+        "error": error,
+        **about,
+    }
+
+
+def _quantiles(samples: Sequence[float]) -> list[float | None]:
+    """20 %, 50 % and 80 % of the samples lie below."""
+    if not samples:
+        return [None, None, None]
+    given = torch.tensor(samples, dtype=torch.float64)
+    found: list[float | None] = given.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+    return found
+
+
+def write(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Replaces `path` at once, so that whoever reads it or interrupts sees whole records."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(list(records), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def path_in(folder: Path, about: dict[str, Any]) -> Path:
+    """`folder`/<device>/<date>-<commit>.json; `about` is a record or machine.environment()."""
+    date = about["date"][:19].replace(":", "")
+    return folder / device_folder(about["device_name"]) / f"{date}-{about['commit']}.json"
+
+
+def device_folder(device_name: str) -> str:
+    """The name of a device as the name of a folder."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", device_name).strip("-").lower()
+
+
+def load(file: str | Path) -> list[dict[str, Any]]:
+    """The records in a file.
+
+    Raises:
+        UsageError: it can't be read, or holds something else.
+    """
+    try:
+        found = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
+        raise UsageError(f"{file} holds no records of `fastbert bench`")
+    for record in found:
+        if missing := FIELDS - set(record):
+            raise UsageError(f"{file} holds a record without {', '.join(sorted(missing))}")
+    return found
+
+
+def latest(records: Iterable[dict[str, Any]]) -> dict[tuple[str, ...], dict[str, dict[str, Any]]]:
+    """For each case the records of the last run that has it, by candidate; in the order of their runs."""
+    cases: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
+    dates: dict[tuple[str, ...], str] = {}
+    for record in sorted(records, key=lambda record: record["date"]):
+        case = tuple(record[name] for name in CASE)
+        if dates.get(case) != record["date"]:
+            cases.pop(case, None)
+            dates[case] = record["date"]
+        cases.setdefault(case, {})[record["candidate"]] = record
+    return cases
+
+
+def _ratio(run: dict[str, dict[str, Any]]) -> tuple[float, float, float]:
+    """Of fused to stock: by p80 against p20, by medians, by p20 against p80."""
+    stock, fused = run["stock"], run["fused"]
+    return (
+        stock["p20_s"] / fused["p80_s"],
+        stock["median_s"] / fused["median_s"],
+        stock["p80_s"] / fused["p20_s"],
+    )
+
+
+def compare(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Whether fused lost against stock from one run to another, case by case; yields (verdict, line).
+
+    A ratio is that of medians, with what it becomes where one of the two takes its p20 and the other its p80. Only
+    where these ranges don't overlap, a case is "faster" or "slower"; else it is "same". Where fused had a time and now
+    has none, the case is "broken"; in one of the runs alone, "only".
+    """
+    before, after = latest(old), latest(new)
+    for case in [*before, *(case for case in after if case not in before)]:
+        name = f"{', '.join(case[1:])} ({case[0]})"
+        runs = [cases.get(case, {}) for cases in (before, after)]
+        timed = ["fused" in run and all(run[n]["median_s"] for n in ("stock", "fused") if n in run) for run in runs]
+        if not all(timed) or not all("stock" in run for run in runs):
+            broken = bool(runs[0]) and timed[0] and bool(runs[1])
+            verdict = "broken" if broken else "only"
+            status = runs[1]["fused"]["status"] if broken and "fused" in runs[1] else "in one of the runs alone"
+            yield verdict, f"{verdict:<7}{name}: {status}"
+            continue
+        then, now = map(_ratio, runs)
+        verdict = "slower" if now[2] < then[0] else "faster" if now[0] > then[2] else "same"
+        ranges = " -> ".join(f"{mid:.2f} ({low:.2f} to {high:.2f})" for low, mid, high in (then, now))
+        yield verdict, f"{verdict:<7}{name}: {ranges} x stock"

@@ -1,0 +1,231 @@
+"""`fastbert bench --report`: the README's table, docs/measured.md and docs/<device>.svg, from records.
+
+Of every case the latest run counts. The README has a row for each case of a forward or a training step;
+docs/measured.md has all candidates with their spread, operators and cold starts; the plots, forwards and steps.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import UsageError
+from .records import device_folder, latest, load
+
+MARKERS = ("<!-- table:begin -->", "<!-- table:end -->")
+MODEL = "BertModel "
+Runs = dict[tuple[str, ...], dict[str, dict[str, Any]]]
+
+
+def figure(record: dict[str, Any] | None, name: str, form: str, unit: float = 1) -> str:
+    """A field for a table, in units of `unit`; in its place what became of the candidate, where it has no time."""
+    if record is None:
+        return "-"
+    if record["status"] != "ok":
+        return str(record["status"]).partition(":")[0]
+    value = record[name]
+    return "-" if value is None else format(value if unit == 1 else value / unit, form)
+
+
+def _table(header: Sequence[str], left: int, rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table whose first `left` columns are text and the others figures."""
+    rule = "|" + "---|" * left + "---:|" * (len(header) - left)
+    return ["| " + " | ".join(header) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)]
+
+
+def readme(records: Iterable[dict[str, Any]]) -> str:
+    """The table of the README: stock, fused, and the fastest of the others, for each case."""
+    header = [
+        *("device", "what", "model", "dtype", "workload", "padded / real", "stock, tokens/s", "fused, tokens/s"),
+        *("x stock", "best other, x stock", "of the floor", "memory, MiB: stock, fused"),
+    ]
+    rows = []
+    for (device, what, *case), run in latest(records).items():
+        if not what.startswith(MODEL):
+            continue
+        stock, fused = run.get("stock"), run.get("fused")
+        others = [r for name, r in run.items() if name not in ("stock", "fused") and r["ratio_to_stock"] is not None]
+        best = max(others, key=lambda record: record["ratio_to_stock"], default=None)
+        rows.append(
+            [
+                *(device, what.removeprefix(MODEL), *case),
+                f"{max(record['ideal_ratio'] for record in run.values()):.2f}",
+                figure(stock, "tokens_per_s", ",.0f"),
+                figure(fused, "tokens_per_s", ",.0f"),
+                figure(fused, "ratio_to_stock", ".2f"),
+                "-" if best is None else f"{best['ratio_to_stock']:.2f} {best['candidate']}",
+                figure(fused, "fraction_of_floor", ".0%"),
+                ", ".join(figure(record, "peak_memory_bytes", ",.0f", 2**20) for record in (stock, fused)),
+            ]
+        )
+    return "\n".join(_table(header, 5, rows))
+
+
+def measured(records: Iterable[dict[str, Any]]) -> str:
+    """docs/measured.md."""
+    runs = latest(records)
+    lines = [
+        "# Measured",
+        "",
+        "Rendered from the records in `benchmarks/results/` by `fastbert bench --report`: of a case, its latest run.",
+        "Figures are medians, in brackets the time between which three fifths of the repeats lie. What the columns and",
+        "the workloads are: [benchmarks/README.md](../benchmarks/README.md).",
+    ]
+    for device in sorted({case[0] for case in runs}):
+        ours = {case[1:]: run for case, run in runs.items() if case[0] == device}
+        lines += ["", f"## {device}"]
+        if any(case[0].startswith(MODEL) for case in ours):
+            lines += ["", f"![tokens/s and memory]({device_folder(device)}.svg)"]
+        for title, chosen in (
+            ("Models", {c: run for c, run in ours.items() if c[0].startswith(MODEL)}),
+            ("Cold starts", {c: run for c, run in ours.items() if c[0].startswith("cold start: ")}),
+            ("Operators", {c: run for c, run in ours.items() if c[0].startswith("operator ")}),
+        ):
+            if chosen:
+                lines += ["", f"### {title}", "", *_candidates(chosen)]
+        lines += _absent(ours)
+        lines += ["", "Run on:", "", *sorted(_places(ours))]
+    return "\n".join(lines) + "\n"
+
+
+def _candidates(runs: Runs) -> list[str]:
+    """A row for each candidate that ran."""
+    header = [
+        *("what", "model", "dtype", "workload", "run", "ms", "tokens/s", "x stock", "of the floor", "MFU"),
+        *("memory, MiB", "error", "repeats"),
+    ]
+    rows = []
+    for (what, *case), run in runs.items():
+        for name, record in run.items():
+            if record["status"].startswith("UNAVAILABLE"):
+                continue
+            time = figure(record, "median_s", ",.3g" if what.startswith("operator") else ",.1f", 1e-3)
+            if record["median_s"] is not None:
+                time += f" ({1000 * record['p20_s']:,.4g} to {1000 * record['p80_s']:,.4g})"
+            rows.append(
+                [
+                    *(
+                        what.removeprefix(MODEL).removeprefix("cold start: ").removeprefix("operator "),
+                        *case,
+                        name,
+                        time,
+                    ),
+                    figure(record, "tokens_per_s", ",.0f"),
+                    figure(record, "ratio_to_stock", ".2f"),
+                    figure(record, "fraction_of_floor", ".0%"),
+                    figure(record, "mfu", ".0%"),
+                    figure(record, "peak_memory_bytes", ",.0f", 2**20),
+                    figure(record, "error", ".2g"),
+                    figure(record, "repeats", "d"),
+                ]
+            )
+    return _table(header, 5, rows)
+
+
+def _absent(runs: Runs) -> list[str]:
+    """What has no time, and why, once each."""
+    found = {
+        f"- {name}, {record['dtype']}: {record['status']}"
+        for run in runs.values()
+        for name, record in run.items()
+        if record["status"] != "ok"
+    }
+    return ["", "Without a time:", "", *sorted(found)] if found else []
+
+
+def _places(runs: Runs) -> set[str]:
+    return {
+        f"- {r['date'][:10]}, commit {r['commit']}: {r['backend']}, torch {r['torch']}, triton {r['triton']}, "
+        f"transformers {r['transformers']}, {r['num_threads']} threads"
+        f"{'' if r['driver'] is None else ', driver ' + r['driver']}"
+        for run in runs.values()
+        for r in run.values()
+    }
+
+
+def plot(records: Iterable[dict[str, Any]], device: str, file: Path) -> None:
+    """Writes an SVG of the model's runs on one device: tokens/s and memory, a row of plots for each dtype and step."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    runs = {case: run for case, run in latest(records).items() if case[0] == device and case[1].startswith(MODEL)}
+    panels = sorted({(what, dtype) for _, what, _, dtype, _ in runs})
+    names = sorted({name for run in runs.values() for name, r in run.items() if r["median_s"] is not None})
+    names = [*(n for n in ("stock", "fused") if n in names), *(n for n in names if n not in ("stock", "fused"))]
+    looks = {name: (f"C{i % 10}", "oDs^vP*X<>"[i % 10]) for i, name in enumerate(names)}
+    height = [sum((w, d) == (what, dtype) for _, w, _, d, _ in runs) for what, dtype in panels]
+    # Texts stay texts, and nothing in the file changes but with the records.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastbert"}):
+        drawn = Figure((9, 1.1 + 0.55 * len(panels) + 0.36 * sum(height)), layout="constrained")
+        grid = drawn.subplots(len(panels), 2, squeeze=False, height_ratios=[h + 1 for h in height])
+        for axes, (what, dtype) in zip(grid, panels, strict=True):
+            cases = [case for case in runs if (case[1], case[3]) == (what, dtype)]
+            sizes = {case[2] for case in cases}
+            for y, case in enumerate(reversed(cases)):
+                for name, record in runs[case].items():
+                    if record["median_s"] is None:
+                        continue
+                    color, marker = looks[name]
+                    speed = record["tokens_per_s"]
+                    spread = [
+                        [speed - record["real_tokens"] / record["p80_s"]],
+                        [record["real_tokens"] / record["p20_s"] - speed],
+                    ]
+                    style = {"fmt": marker, "color": color, "markersize": 7, "alpha": 0.8}
+                    axes[0].errorbar(speed, y, xerr=spread, label=name, **style)
+                    if record["peak_memory_bytes"]:
+                        axes[1].errorbar(record["peak_memory_bytes"] / 2**20, y, **style)
+            texts = [case[4] if len(sizes) == 1 else f"{case[2]} {case[4]}" for case in reversed(cases)]
+            axes[0].set_yticks(range(len(cases)), texts)
+            axes[1].set_yticks(range(len(cases)), [""] * len(cases))
+            axes[0].set_title(f"{what.removeprefix(MODEL)}, {dtype}", fontsize=10, loc="left")
+            for each in axes:
+                each.set_xscale("log")
+                each.set_ylim(-0.6, len(cases) - 0.4)
+                each.grid(True, which="both", alpha=0.25)
+                each.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+                least, most = each.get_xlim()
+                named = "25" if most < 100 * least else ""
+                each.xaxis.set_minor_formatter(lambda x, _, named=named: f"{x:,.0f}" if f"{x:e}"[0] in named else "")
+                each.tick_params(axis="x", which="both", labelsize=8)
+        grid[-1][0].set_xlabel("real tokens/s, log scale; bars: 20 % to 80 % of repeats")
+        grid[-1][1].set_xlabel("peak memory beyond the weights, MiB, log scale")
+        drawn.suptitle(f"BERT, {device}", fontsize=11)
+        handles: dict[str, Any] = {}
+        for row in grid:
+            for handle, label in zip(*row[0].get_legend_handles_labels(), strict=True):
+                handles.setdefault(label, handle)
+        drawn.legend([handles[n] for n in names], names, loc="outside lower center", ncols=3, fontsize=9)
+        drawn.savefig(file, metadata={"Date": None})
+
+
+def splice(text: str, table: str) -> str:
+    """`text` with `table` between the markers, in place of what was there.
+
+    Raises:
+        UsageError: the markers are not there.
+    """
+    begin, end = (text.find(marker) for marker in MARKERS)
+    if begin < 0 or end < begin:
+        raise UsageError(f"--readme: expected a line {MARKERS[0]} and after it one {MARKERS[1]}")
+    return f"{text[: begin + len(MARKERS[0])]}\n{table}\n{text[end:]}"
+
+
+def main(files: Sequence[str], document: str) -> int:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--report needs matplotlib, which is not installed: pip install 'fastbert[bench]'")
+    records = [record for file in files for record in load(file)]
+    path = Path(document)
+    try:
+        text = splice(path.read_text(encoding="utf-8"), readme(records))
+        docs = path.parent / "docs"
+        docs.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        (docs / "measured.md").write_text(measured(records), encoding="utf-8")
+        for device in sorted({record["device_name"] for record in records if record["what"].startswith(MODEL)}):
+            plot(records, device, docs / f"{device_folder(device)}.svg")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--readme {document}: {error}") from error
+    return 0
