@@ -16,42 +16,50 @@ from .fuse import Explanation, UnsupportedModelError, explain, fuse, unfuse
 from .verify import verify
 
 if TYPE_CHECKING:
-    from .models.bert import (
-        BertForMaskedLM,
-        BertForMultipleChoice,
-        BertForNextSentencePrediction,
-        BertForPreTraining,
-        BertForQuestionAnswering,
-        BertForSequenceClassification,
-        BertForTokenClassification,
-        BertLMHeadModel,
-        BertModel,
-    )
+    from .models.bert import *  # noqa: F403
+    from .models.camembert import *  # noqa: F403
+    from .models.distilbert import *  # noqa: F403
+    from .models.electra import *  # noqa: F403
+    from .models.ernie import *  # noqa: F403
+    from .models.roberta import *  # noqa: F403
+    from .models.xlm_roberta import *  # noqa: F403
+
+_COMMON = (
+    "ForMaskedLM",
+    "ForMultipleChoice",
+    "ForQuestionAnswering",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "Model",
+)
+# Module of `fastbert.models`: how its classes' names begin, and how they end.
+_MODELS = {
+    "bert": ("Bert", (*_COMMON, "ForNextSentencePrediction", "ForPreTraining", "LMHeadModel")),
+    "camembert": ("Camembert", (*_COMMON, "ForCausalLM")),
+    "distilbert": ("DistilBert", _COMMON),
+    "electra": ("Electra", (*_COMMON, "ForCausalLM", "ForPreTraining")),
+    "ernie": ("Ernie", (*_COMMON, "ForCausalLM", "ForNextSentencePrediction", "ForPreTraining")),
+    "roberta": ("Roberta", (*_COMMON, "ForCausalLM")),
+    "xlm_roberta": ("XLMRoberta", (*_COMMON, "ForCausalLM")),
+}
+_CLASSES = {begin + end: module for module, (begin, ends) in _MODELS.items() for end in ends}
 
 __all__ = [
-    "BertForMaskedLM",
-    "BertForMultipleChoice",
-    "BertForNextSentencePrediction",
-    "BertForPreTraining",
-    "BertForQuestionAnswering",
-    "BertForSequenceClassification",
-    "BertForTokenClassification",
-    "BertLMHeadModel",
-    "BertModel",
     "Explanation",
     "UnsupportedModelError",
     "explain",
     "fuse",
     "unfuse",
     "verify",
+    *sorted(_CLASSES),
 ]
 
 
 def __getattr__(name: str) -> Any:
     # The model classes load on first use: they bring in transformers' own model code.
-    if name not in __all__:
+    if name not in _CLASSES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(".models.bert", __name__), name)
+    value = getattr(importlib.import_module(f".models.{_CLASSES[name]}", __name__), name)
     globals()[name] = value
     return value
 

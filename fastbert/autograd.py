@@ -119,23 +119,27 @@ def _add_layer_norm(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _save_embedding(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, bias, eps, padding_idx = inputs
+    *tensors, bias, eps, padding_idx, position_padding_idx = inputs
     ctx.save_for_backward(*tensors)
-    ctx.numbers = eps, padding_idx
+    ctx.numbers = eps, padding_idx, position_padding_idx
     ctx.bias_dtype = bias.dtype
 
 
 def _embedding(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     *ids, word, token_type, position, weight = ctx.saved_tensors
-    eps, padding_idx = ctx.numbers
+    eps, padding_idx, position_padding_idx = ctx.numbers
     total, dweight, dbias = ops.embedding_layer_norm_backward(grad, *ids, word, token_type, position, weight, eps)
     tables = [
         torch.ops.aten.embedding_dense_backward(total, rows, table.shape[0], skipped, False) if needed else None
         for rows, table, skipped, needed in zip(
-            ids, (word, token_type, position), (padding_idx, -1, -1), ctx.needs_input_grad[3:6], strict=True
+            ids,
+            (word, token_type, position),
+            (padding_idx, -1, position_padding_idx),
+            ctx.needs_input_grad[3:6],
+            strict=True,
         )
     ]
-    return None, None, None, *tables, dweight, dbias.to(ctx.bias_dtype), None, None
+    return None, None, None, *tables, dweight, dbias.to(ctx.bias_dtype), None, None, None
 
 
 def _save_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

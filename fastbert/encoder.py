@@ -11,31 +11,22 @@ import inspect
 import threading
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, ModelOutput
 
 from . import ops
+from .layer import default_positions, first_position
 from .packing import Packing, flattened, host_integers, isolating_mask, pack_mask
-from .support import call_is_unsupported, is_hooked, is_transformed, layer_is_unsupported
+from .support import call_is_unsupported, encoder_of, is_hooked, is_transformed, layer_is_unsupported
 
 PADDINGS = ("auto", "packed", "dense")
 
-# The positional parameters of a base model's forward, in transformers 5.
-_PARAMETERS = (
-    "input_ids",
-    "attention_mask",
-    "token_type_ids",
-    "position_ids",
-    "inputs_embeds",
-    "encoder_hidden_states",
-    "encoder_attention_mask",
-    "past_key_values",
-    "use_cache",
-)
+# Arguments of a base model's forward that hold one integer a token.
+_IDS = ("input_ids", "token_type_ids", "position_ids", "task_type_ids")
 
 _Module: Any = nn.Module if TYPE_CHECKING else object
 
@@ -84,24 +75,37 @@ class Plan(NamedTuple):
     """(layers, 3) int64, of the dropouts of each layer, drawn from torch's generator; None where none drops."""
 
 
+class Reads(NamedTuple):
+    """What a head reads of its base model's output beyond real tokens: arguments that its hook adds to the call."""
+
+    padded_labels: Tensor | None = None
+    """(B, S), labels of a loss over labelled tokens."""
+    reads_padding: bool = False
+    """Whether it takes in every row."""
+    reads_first: bool = False
+    """Whether it reads the row of position 0 of every sequence."""
+
+
 class FusedEncoder(_Module):
     """A stack of fused layers; mixed into a family's own Hugging Face encoder class by `fastbert.models`."""
 
     fastbert: Settings
+    output: ClassVar[type[ModelOutput]] = BaseModelOutputWithPastAndCrossAttentions
+    """What the stock encoder returns."""
 
-    def forward(
-        self, hidden_states: Tensor, *args: Any, plan: Plan | str | None = None, **kwargs: Any
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
+    def forward(self, hidden_states: Tensor, *args: Any, plan: Plan | str | None = None, **kwargs: Any) -> ModelOutput:
         """hidden_states (1, T, H) or (B, S, H) as `plan` lays out -> (B, S, H); stock where it is no Plan.
 
         `plan` as a string is the reason the call runs stock.
         """
         if not hasattr(self, "fastbert"):  # unfused, in a class that FSDP has derived from this one
-            return super().forward(hidden_states, *args, **kwargs)
+            stock: ModelOutput = super().forward(hidden_states, *args, **kwargs)
+            return stock
         counts = self.fastbert.counts
         if not isinstance(plan, Plan):
             counts.add(counts.stock, plan or "called past the forward of its model")
-            return super().forward(hidden_states, *args, **kwargs)
+            stock = super().forward(hidden_states, *args, **kwargs)
+            return stock
         packing = plan.packing
         counts.add(counts.fused, "dense" if packing.cu_seqlens is None else "packed")
         stock_mask = None
@@ -117,11 +121,19 @@ class FusedEncoder(_Module):
                 hidden_states = layer(hidden_states, stock_mask, **kwargs)
             else:
                 hidden_states = layer(hidden_states, packing=packing, seeds=own_seeds)
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=packing.unpack(hidden_states))
+        return self.output(last_hidden_state=packing.unpack(hidden_states))
 
 
-def plan_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def plan_call(
+    model: Any, kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Checks the arguments of a call of a base model, chooses the layout, and adds what tells the encoder.
+
+    Args:
+        model: the base model.
+        kind: its stock class, whose forward the arguments are for.
+        args: the positional arguments.
+        kwargs: those by name; among them, from the hook of a head, what it reads.
 
     Returns:
         The arguments to call the stock forward with.
@@ -129,17 +141,18 @@ def plan_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     Raises:
         ValueError: an argument is out of range or of the wrong shape, dtype or device; the message names it.
     """
-    call = dict(zip(_PARAMETERS, args, strict=False))
-    if not hasattr(model.encoder, "fastbert") or len(args) > len(_PARAMETERS) or call.keys() & kwargs.keys():
+    names, encoder = _parameter_names(kind), encoder_of(model)
+    call = dict(zip(names, args, strict=False))
+    if not hasattr(encoder, "fastbert") or len(args) > len(names) or call.keys() & kwargs.keys():
         return args, kwargs  # unfused, or given too many or twice: the forward itself says so
     call.update(kwargs)
-    labels, reads_padding = call.pop("padded_labels", None), call.pop("reads_padding", False)
+    reads = Reads(*(call.pop(name, default) for name, default in Reads._field_defaults.items()))
     if (call.get("input_ids") is None) == (call.get("inputs_embeds") is None):
         return (), call  # both or neither: the forward itself says so
     _check(model, call)
     reason = call_is_unsupported(model, call)
     if reason is None:
-        reasons = [layer_is_unsupported(layer) for layer in model.encoder.layer]
+        reasons = [layer_is_unsupported(layer) for layer in encoder.layer]
         if all(reasons):
             reason = f"no layer can run fused: {reasons[0]}"
     cu_seqlens = call.get("cu_seq_lens_q")
@@ -158,8 +171,8 @@ def plan_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
         return (), call
     if cu_seqlens is None:
         keeps_shape = any(reasons) or _is_watched(model, call)
-        packing = _lay_out(model, call, labels, keeps_shape or reads_padding)
-    call["plan"] = Plan(packing, tuple(map(bool, reasons)), _draw_seeds(model.encoder.layer, reasons))
+        packing = _lay_out(model, call, reads._replace(reads_padding=keeps_shape or reads.reads_padding))
+    call["plan"] = Plan(packing, tuple(map(bool, reasons)), _draw_seeds(encoder.layer, reasons))
     return (), call
 
 
@@ -194,6 +207,21 @@ def plan_label_call(
     """
     call = named_arguments(type(model), args, kwargs)
     return None if call.get("labels") is None else (args, {**kwargs, "padded_labels": call["labels"]})
+
+
+def plan_first_call(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook of a head over the first row of every sequence, which may be padding: tells its base model."""
+    return args, {**kwargs, "reads_first": True}
+
+
+def plan_summary_call(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook of a head over a summary of the rows: tells its base model whether that takes in padding."""
+    first = getattr(model.config, "summary_type", "last") == "first"
+    return args, {**kwargs, "reads_first" if first else "reads_padding": True}
 
 
 def plan_span_call(
@@ -241,45 +269,47 @@ def _is_watched(model: Any, call: Mapping[str, Any]) -> bool:
     """Whether something sees the hidden states between embeddings and output, and expects stock's shape."""
     if call.get("output_hidden_states", getattr(model.config, "output_hidden_states", False)):
         return True
-    return any(is_hooked(module, called=True) for module in (*model.embeddings.modules(), *model.encoder.layer))
+    between = [module for name, module in model.named_children() if name == "embeddings_project"]  # ELECTRA's
+    modules = (*model.embeddings.modules(), *between, *encoder_of(model).layer)
+    return any(is_hooked(module, called=True) for module in modules)
 
 
-def _lay_out(model: Any, call: dict[str, Any], labels: Tensor | None, dense: bool) -> Packing:
+def _lay_out(model: Any, call: dict[str, Any], reads: Reads) -> Packing:
     """Chooses between packed and dense for a padded call, and rewrites its arguments to match."""
     batch, seqlen = _shape(call)
+    settings, labels = encoder_of(model).fastbert, reads.padded_labels
     mask = call.get("attention_mask")
     call["attention_mask"] = None
-    padding = model.encoder.fastbert.padding
+    padding = settings.padding
     if mask is None:
         return Packing(batch, seqlen, seqlen)
     mask = mask.to(torch.bool)
-    dense = dense or padding == "dense" or torch.compiler.is_compiling()
+    dense = reads.reads_padding or padding == "dense" or torch.compiler.is_compiling()
     dense = dense or (labels is not None and labels.shape != mask.shape)  # an error the loss will name
-    dense = dense or (padding == "auto" and model.encoder.fastbert.opaque_head) or type(mask) is not Tensor
+    dense = dense or (padding == "auto" and settings.opaque_head) or type(mask) is not Tensor
     if dense or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
         return Packing(batch, seqlen, seqlen, key_mask=mask)
     selection = pack_mask(mask, labels)
     if selection.tokens == batch * seqlen:
         return Packing(batch, seqlen, seqlen)
     # A pooler reads position 0 of every sequence, real or not.
-    exact = selection.starts_real or getattr(model, "pooler", None) is None
+    exact = selection.starts_real or not (reads.reads_first or getattr(model, "pooler", None) is not None)
     if selection.tokens == 0 or not exact or (selection.labels_padding and padding == "auto"):
         return Packing(batch, seqlen, seqlen, key_mask=mask)
     indices, inverse = selection.packing.indices, selection.packing.inverse
     assert indices is not None and inverse is not None
-    for name in ("input_ids", "token_type_ids", "position_ids"):
+    if call.get("position_ids") is None:
+        call["position_ids"] = default_positions(model.embeddings, call.get("input_ids"), seqlen)
+    for name in _IDS:
         if call.get(name) is not None:
             call[name] = call[name].expand(batch, seqlen).flatten()[indices][None]
     if call.get("inputs_embeds") is not None:
         call["inputs_embeds"] = ops.pack(call["inputs_embeds"].flatten(0, 1), indices, inverse)[None]
-    if call.get("position_ids") is None:
-        call["position_ids"] = model.embeddings.position_ids[0, indices % seqlen][None]
     return selection.packing
 
 
 def _check(model: Any, call: Mapping[str, Any]) -> None:
     """Raises ValueError naming the first argument that is of the wrong shape, dtype, device or range."""
-    config = model.config
     ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
     given = "input_ids" if ids is not None else "inputs_embeds"
     values = call[given]
@@ -291,25 +321,42 @@ def _check(model: Any, call: Mapping[str, Any]) -> None:
     batch, seqlen = _shape(call)
     if not batch or not seqlen:
         raise ValueError(f"{given} has shape {tuple(values.shape)}; expected at least one sequence of one token")
-    if embeds is not None and embeds.shape[2] != config.hidden_size:
-        raise ValueError(f"inputs_embeds has width {embeds.shape[2]}; expected hidden_size, {config.hidden_size}")
     tables = model.embeddings
-    for name, table in (
-        ("input_ids", tables.word_embeddings),
-        ("token_type_ids", tables.token_type_embeddings),
-        ("position_ids", tables.position_embeddings),
-    ):
-        weight = getattr(table, "weight", None)
+    words = getattr(tables.word_embeddings, "weight", None)
+    if embeds is not None and isinstance(words, Tensor) and embeds.shape[2] != words.shape[1]:
+        raise ValueError(
+            f"inputs_embeds has width {embeds.shape[2]}; expected that of the embeddings, {words.shape[1]}"
+        )
+    for name, table in zip(_IDS, ("word", "token_type", "position", "task_type"), strict=True):
+        weight = getattr(getattr(tables, f"{table}_embeddings", None), "weight", None)
         if call.get(name) is not None and isinstance(weight, Tensor):  # a quantized table has a method of that name
             _check_ids(name, call[name], (batch, seqlen), weight)
     if call.get("past_key_values") is not None:
         return  # a cache changes which lengths are right
-    longest = model.embeddings.position_ids.shape[1]
-    if call.get("position_ids") is None and seqlen > longest:
-        raise ValueError(f"{given} has {seqlen} tokens a sequence; expected at most max_position_embeddings, {longest}")
+    if call.get("position_ids") is None:
+        _check_length(tables, ids, given, seqlen)
     _check_mask(call.get("attention_mask"), (batch, seqlen))
     if call.get("cu_seq_lens_q") is not None:
         _check_flattened(call, batch)
+
+
+def _check_length(embeddings: Any, ids: Tensor | None, given: str, seqlen: int) -> None:
+    first = first_position(embeddings)
+    longest = embeddings.position_ids.shape[1] - first
+    if first and ids is not None and seqlen > longest:  # positions count tokens other than padding's
+        if not _is_readable(ids):
+            return
+        seqlen = host_integers([(ids != embeddings.padding_idx).sum(1).max()])[0]
+    if seqlen > longest:
+        expected = f"{longest}, max_position_embeddings - {first}" if first else f"max_position_embeddings, {longest}"
+        raise ValueError(f"{given} has {seqlen} tokens a sequence; expected at most {expected}")
+
+
+def _is_readable(ids: Tensor) -> bool:
+    """Whether looking at values costs nothing. On a GPU it would be a synchronisation; there the kernels assert."""
+    return (
+        ids.device.type == "cpu" and type(ids) is Tensor and not torch.compiler.is_compiling() and not is_transformed()
+    )
 
 
 def _check_ids(name: str, ids: Tensor, shape: tuple[int, int], table: Tensor) -> None:
@@ -322,9 +369,7 @@ def _check_ids(name: str, ids: Tensor, shape: tuple[int, int], table: Tensor) ->
         raise ValueError(f"{name} has shape {tuple(ids.shape)}; expected {shape}")
     if ids.device != table.device and table.device.type != "meta":  # accelerate moves the inputs of an offloaded model
         raise ValueError(f"{name} is on {ids.device}; expected the model's device, {table.device}")
-    # On a GPU looking would cost a synchronisation; there the embedding kernel asserts it.
-    readable = type(ids) is Tensor and not torch.compiler.is_compiling() and not is_transformed()
-    if ids.device.type == "cpu" and readable:
+    if _is_readable(ids):
         low, high = host_integers([ids.min(), ids.max()])
         if low < 0 or high >= table.shape[0]:
             raise ValueError(f"{name} holds values from {low} to {high}; expected 0 to {table.shape[0] - 1}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,11 +13,13 @@ from .encoder import PADDINGS, Settings
 from .support import (
     call_is_unsupported,
     embeddings_are_unsupported,
+    encoder_of,
     layer_is_unsupported,
     model_is_unsupported,
 )
 
-FAMILIES = ("bert",)
+FAMILIES = ("bert", "roberta", "xlm_roberta", "camembert", "electra", "ernie", "distilbert")
+"""Modules of `fastbert.models`, each named as transformers names the family's."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -26,18 +28,22 @@ class UnsupportedModelError(ValueError):
     """Nothing in a model could be fused; the message says why. The model has not been changed."""
 
 
-@functools.cache
-def _families() -> tuple[Any, ...]:
-    return tuple(importlib.import_module(f".models.{name}", __package__) for name in FAMILIES)
+def _families() -> list[Any]:
+    """The families of which there may be a model: those whose code in transformers has been imported."""
+    return [
+        importlib.import_module(f".models.{name}", __package__)
+        for name in FAMILIES
+        if f"transformers.models.{name}.modeling_{name}" in sys.modules
+    ]
 
 
 def _base_models(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
     """Every base model of a known family inside `model`: (name, module, family)."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module that holds a BERT encoder")
-    found = []
+    found, families = [], _families()
     for name, module in model.named_modules():
-        family = next((f for f in _families() if isinstance(module, f.BASE)), None)
+        family = next((f for f in families if isinstance(module, f.BASE)), None)
         if family is not None:
             found.append((name or type(module).__name__, module, family))
     return found
@@ -50,8 +56,8 @@ def fuse(model: Model, *, padding: str = "auto", loss_only: bool = False) -> Mod
     stock's within the numerical policy. A call the fast path does not cover runs the stock code: see `explain`.
 
     Args:
-        model: any torch.nn.Module that holds a Hugging Face BERT: a model with any head, a SentenceTransformer, a
-            CrossEncoder, a PEFT or DDP wrapper.
+        model: any torch.nn.Module that holds a Hugging Face model of BERT's family (FAMILIES): one with any head, a
+            SentenceTransformer, a CrossEncoder, a PEFT or DDP wrapper.
         padding: "packed" computes real tokens only, and returns zeros at padding, at the price of one host
             synchronisation a forward; "dense" computes every row, exactly as stock does, with none; "auto" packs,
             except where the model itself reads padding (a pooler over a masked first position, a loss taken over
@@ -75,20 +81,21 @@ def fuse(model: Model, *, padding: str = "auto", loss_only: bool = False) -> Mod
     if all(reasons):
         why = "; ".join(f"{name}: {reason}" for (name, _, _), reason in zip(found, reasons, strict=True))
         raise UnsupportedModelError(
-            f"nothing in this {type(model).__name__} can be fused: {why or 'it holds no BertModel of transformers'}"
+            f"nothing in this {type(model).__name__} can be fused: {why or 'it holds no encoder of a supported family'}"
         )
     for (_, base, family), reason in zip(found, reasons, strict=True):
         if reason is None:
             _fuse_base(base, family, padding, loss_only)
     fused = {id(base) for (_, base, _), reason in zip(found, reasons, strict=True) if reason is None}
+    families = _families()
     for module in model.modules():
-        for family in _families():
+        for family in families:
             for head, hook in family.HEADS.items():
                 if isinstance(module, head) and id(module.base_model) in fused:
                     known = head, family.LOSS_HEADS.get(head, head)
                     # Would it hand the argument on?
                     if hook is None or type(module).forward not in [kind.forward for kind in known]:
-                        module.base_model.encoder.fastbert.opaque_head = True
+                        encoder_of(module.base_model).fastbert.opaque_head = True
                     else:
                         _add_hook(module, hook)
             if loss_only and type(module) in family.LOSS_HEADS and id(module.base_model) in fused:
@@ -100,11 +107,12 @@ def _fuse_base(base: Any, family: Any, padding: str, loss_only: bool) -> None:
     for module in base.modules():
         if type(module) in family.CLASSES:
             module.__class__ = family.CLASSES[type(module)]
-    if hasattr(base.encoder, "fastbert"):
-        base.encoder.fastbert.padding = padding
-        base.encoder.fastbert.loss_only = loss_only
+    encoder = encoder_of(base)
+    if hasattr(encoder, "fastbert"):
+        encoder.fastbert.padding = padding
+        encoder.fastbert.loss_only = loss_only
     else:
-        base.encoder.fastbert = Settings(padding, loss_only)
+        encoder.fastbert = Settings(padding, loss_only)
 
 
 def _add_hook(module: nn.Module, hook: Any) -> None:
@@ -115,15 +123,16 @@ def _add_hook(module: nn.Module, hook: Any) -> None:
 def unfuse(model: Model) -> Model:
     """Restores the stock forward of everything `fuse` changed inside `model`, in place; returns the same object."""
     for _, base, family in _base_models(model):
-        if not hasattr(base.encoder, "fastbert"):
+        if not hasattr(encoder_of(base), "fastbert"):
             continue
         stock = {fused: plain for plain, fused in family.CLASSES.items()}
         for module in base.modules():
             if type(module) in stock:
                 module.__class__ = stock[type(module)]
-        del base.encoder.fastbert
+        del encoder_of(base).fastbert
+    families = _families()
     for module in model.modules():
-        for family in _families():
+        for family in families:
             for head, hook in family.HEADS.items():
                 if isinstance(module, head):
                     _remove_hook(module, hook)
@@ -192,12 +201,13 @@ def explain(model: nn.Module) -> Explanation:
 
 def _explain_base(name: str, base: Any, family: Any) -> EncoderExplanation:
     reason = model_is_unsupported(base, family)
-    if not hasattr(base.encoder, "fastbert"):
+    encoder = encoder_of(base)
+    if not hasattr(encoder, "fastbert"):
         return EncoderExplanation(name, False, None, reason or "not fused; call fastbert.fuse", {}, None, {}, {})
-    settings = base.encoder.fastbert
-    layers = {i: why for i, layer in enumerate(base.encoder.layer) if (why := layer_is_unsupported(layer))}
+    settings = encoder.fastbert
+    layers = {i: why for i, layer in enumerate(encoder.layer) if (why := layer_is_unsupported(layer))}
     reason = reason or call_is_unsupported(base, {})
-    if reason is None and len(layers) == len(base.encoder.layer):
+    if reason is None and len(layers) == len(encoder.layer):
         reason = f"no layer can run fused: {layers[0]}"
     counts = settings.counts
     return EncoderExplanation(

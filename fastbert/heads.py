@@ -2,37 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
-from .support import is_hooked, is_plain
+from .support import encoder_of, is_hooked, is_plain
 
 
-def takes_labelled_rows(model: Any, call: Mapping[str, Any]) -> bool:
+class Vocabulary(NamedTuple):
+    """What a masked language model computes from hidden states: a transform of each row, then a linear layer."""
+
+    transform: Callable[[Tensor], Tensor]
+    decoder: nn.Module
+    modules: tuple[nn.Module, ...] = ()
+    """Those in between, which are not called where the loss is taken alone."""
+
+
+def takes_labelled_rows(model: Any, vocabulary: Vocabulary, call: Mapping[str, Any]) -> bool:
     """Whether a call of a masked language model is to return its loss alone (`fuse(loss_only=True)`), and can.
 
     Args:
-        model: a head over a base model, with its vocabulary head at `model.cls.predictions`.
+        model: a head over a base model.
+        vocabulary: its vocabulary head.
         call: its arguments by name.
     """
-    settings = getattr(model.base_model.encoder, "fastbert", None)
+    settings = getattr(encoder_of(model.base_model), "fastbert", None)
     if settings is None or not settings.loss_only or call.get("labels") is None or torch.compiler.is_compiling():
         return False
-    predictions = model.cls.predictions
-    if is_hooked(model.cls) or is_hooked(predictions) or not is_plain(predictions.decoder, nn.Linear):
+    if any(map(is_hooked, vocabulary.modules)) or not is_plain(vocabulary.decoder, nn.Linear):
         return False
     return not call.get("output_attentions", getattr(model.config, "output_attentions", False))
 
 
-def labelled_loss(predictions: Any, hidden_states: Tensor, labels: Tensor) -> Tensor:
+def labelled_loss(vocabulary: Vocabulary, hidden_states: Tensor, labels: Tensor) -> Tensor:
     """The mean cross-entropy over tokens whose label is not -100, as the stock head has it, without the other logits.
 
     Args:
-        predictions: a vocabulary head: `transform`, then the linear layer `decoder`.
+        vocabulary: a vocabulary head.
         hidden_states: (B, S, H).
         labels: (B, S) int64, -100 where a token has none; what they are costs one host synchronisation.
 
@@ -45,10 +54,10 @@ def labelled_loss(predictions: Any, hidden_states: Tensor, labels: Tensor) -> Te
     if labels.shape != hidden_states.shape[:2]:
         raise ValueError(f"labels has shape {tuple(labels.shape)}; expected {tuple(hidden_states.shape[:2])}")
     rows = (labels.flatten() != -100).nonzero().squeeze(1)
-    x = predictions.transform(hidden_states.flatten(0, 1)[rows])
+    x = vocabulary.transform(hidden_states.flatten(0, 1)[rows])
     device = x.device.type
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
-    decoder = predictions.decoder
+    decoder: Any = vocabulary.decoder
     losses, _ = ops.linear_cross_entropy(x, decoder.weight, decoder.bias, labels.flatten()[rows])
     return losses.mean()

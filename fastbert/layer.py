@@ -6,7 +6,8 @@ them where they are not, and runs the stock code where it is not asked for a lay
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,44 +40,79 @@ def child(module: Any, *path: str) -> Any:
     return module
 
 
+Path = tuple[str, ...]
+
+
+class Shape(NamedTuple):
+    """Where the layers of a family keep what a fused layer reads: paths of submodules. The defaults are BERT's."""
+
+    attention: Path = ("attention", "self")
+    """Has attention_head_size, and the dropout of the probabilities as `dropout`."""
+    query: Path = ("attention", "self", "query")
+    key: Path = ("attention", "self", "key")
+    value: Path = ("attention", "self", "value")
+    context: Path = ("attention", "output", "dense")
+    """The linear layer after attention, then its dropout and the LayerNorm that closes the first half."""
+    context_dropout: Path | None = ("attention", "output", "dropout")
+    context_norm: Path = ("attention", "output", "LayerNorm")
+    up: Path = ("intermediate", "dense")
+    activation: Path = ("intermediate", "intermediate_act_fn")
+    down: Path = ("output", "dense")
+    down_dropout: Path = ("output", "dropout")
+    down_norm: Path = ("output", "LayerNorm")
+    chunk: Path = ("feed_forward_chunk",)
+    """The method that computes the feed-forward."""
+
+
 class FusedLayer(_Module):
-    """A BERT layer in seven launches, for a layer of Hugging Face's BERT shape."""
+    """A layer of BERT's kind in seven launches."""
 
-    def parts(self) -> tuple[tuple[str, nn.Module, type[nn.Module]], ...]:
-        """Submodules whose code the fused layer stands in for, each with the class that code is known for."""
-        raise NotImplementedError
+    shape: ClassVar[Shape] = Shape()
+    kinds: ClassVar[dict[Path, type[nn.Module]]] = {}
+    """Submodules whose code the fused layer stands in for, each with the class that code is known for."""
 
-    def linears(self) -> tuple[tuple[str, nn.Module], ...]:
-        """The six linear layers, by name."""
-        attention = child(self, "attention", "self")
-        return (
-            ("attention.self.query", child(attention, "query")),
-            ("attention.self.key", child(attention, "key")),
-            ("attention.self.value", child(attention, "value")),
-            ("attention.output.dense", child(self, "attention", "output", "dense")),
-            ("intermediate.dense", child(self, "intermediate", "dense")),
-            ("output.dense", child(self, "output", "dense")),
-        )
+    def parts(self) -> Iterator[tuple[Path, nn.Module, type[nn.Module]]]:
+        """(path, submodule, class) of `kinds`, and of the dropouts."""
+        shape = self.shape
+        for path, kind in self.kinds.items():
+            yield path, child(self, *path), kind
+        for dropout in ((*shape.attention, "dropout"), shape.context_dropout, shape.down_dropout):
+            if dropout is not None:
+                yield dropout, child(self, *dropout), nn.Dropout
 
-    def norms(self) -> tuple[tuple[str, nn.Module], ...]:
-        """The two LayerNorms, by name."""
-        return (
-            ("attention.output.LayerNorm", child(self, "attention", "output", "LayerNorm")),
-            ("output.LayerNorm", child(self, "output", "LayerNorm")),
-        )
+    def linears(self) -> Iterator[tuple[Path, nn.Module]]:
+        """The six linear layers, by path."""
+        shape = self.shape
+        for path in (shape.query, shape.key, shape.value, shape.context, shape.up, shape.down):
+            yield path, child(self, *path)
+
+    def norms(self) -> Iterator[tuple[Path, nn.Module]]:
+        """The two LayerNorms, by path."""
+        for path in (self.shape.context_norm, self.shape.down_norm):
+            yield path, child(self, *path)
 
     def activation(self) -> nn.Module:
         """What the feed-forward applies between its two linear layers."""
-        activation: nn.Module = self.intermediate.intermediate_act_fn
+        *holder, name = self.shape.activation
+        activation: nn.Module = getattr(child(self, *holder), name)
         return activation
+
+    def replaced_chunk(self) -> str | None:
+        """The name of the method of the feed-forward, where somebody has replaced it on this layer."""
+        *holder, name = self.shape.chunk
+        return name if name in child(self, *holder).__dict__ else None
 
     def dropouts(self) -> tuple[float, float, float]:
         """Rates at which dropout now drops: attention probabilities, and what the two halves of the layer add."""
-        attention = child(self, "attention", "self")
-        outputs = child(self, "attention", "output", "dropout"), child(self, "output", "dropout")
-        first, second = (float(dropout.p) if dropout.training else 0.0 for dropout in outputs)
+        shape = self.shape
+        attention = child(self, *shape.attention)
         # As stock: the flag of the attention, the rate of its dropout.
-        return float(child(attention, "dropout").p) if attention.training else 0.0, first, second
+        probabilities = float(child(attention, "dropout").p) if attention.training else 0.0
+        return probabilities, self._rate(shape.context_dropout), self._rate(shape.down_dropout)
+
+    def _rate(self, path: Path | None) -> float:
+        dropout = None if path is None else child(self, *path)
+        return float(dropout.p) if dropout is not None and dropout.training else 0.0
 
     def forward(
         self,
@@ -103,44 +139,46 @@ class FusedLayer(_Module):
 
     def _infer(self, x: Tensor, packing: Packing) -> Tensor:
         """Seven launches, nothing kept."""
+        shape = self.shape
         q, k, v = self._project(x).unbind(1)  # [T, heads, head_dim]
-        scale = child(self, "attention", "self").scaling
+        scale = child(self, *shape.attention).scaling
         context = ops.attention(q, k, v, packing.cu_seqlens, packing.key_mask, packing.max_seqlen, scale)
         del q, k, v
-        x = _close(child(self, "attention", "output"), context.flatten(1), x)
+        x = _close(child(self, *shape.context), child(self, *shape.context_norm), context.flatten(1), x)
         del context
-        dense, activation = child(self, "intermediate", "dense"), self.activation()
+        dense, activation = child(self, *shape.up), self.activation()
         approximate = _GELU.get(type(activation))
         if approximate is None or not is_plain(dense, nn.Linear):
             expanded = activation(_linear(dense, x))
         else:
             expanded = ops.linear_gelu(x, dense.weight, dense.bias, approximate)
-        return _close(child(self, "output"), expanded, x)
+        return _close(child(self, *shape.down), child(self, *shape.down_norm), expanded, x)
 
     def _train(self, x: Tensor, packing: Packing, seeds: Tensor | None) -> Tensor:
         """The same with dropout and gradients, and under autocast; residuals keep the dtype of x."""
-        device = x.device.type
+        shape, device = self.shape, x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         rates = (0.0, 0.0, 0.0) if seeds is None else self.dropouts()
         seed = (None, None, None) if seeds is None else seeds.unbind(0)
 
+        qkv = self._project(x.to(dtype))
         context, _ = ops.attention_forward(
-            self._project(x.to(dtype)),
+            qkv,
             packing.cu_seqlens,
             packing.key_mask,
             packing.max_seqlen,
-            child(self, "attention", "self").scaling,
+            child(self, *shape.attention).scaling,
             rates[0],
             seed[0],
         )
-        output = child(self, "attention", "output")
-        norm = child(output, "LayerNorm")
-        added = _linear(child(output, "dense"), context.flatten(1))
+        del qkv
+        norm = child(self, *shape.context_norm)
+        added = _linear(child(self, *shape.context), context.flatten(1))
         del context
         x = ops.add_layer_norm(added, x, norm.weight, norm.bias, norm.eps, rates[1], seed[1])
 
-        up, activation, output = child(self, "intermediate", "dense"), self.activation(), child(self, "output")
-        down, norm = child(output, "dense"), child(output, "LayerNorm")
+        up, activation, down = child(self, *shape.up), self.activation(), child(self, *shape.down)
+        norm = child(self, *shape.down_norm)
         approximate = _GELU.get(type(activation))
         if approximate is not None and is_plain(up, nn.Linear) and is_plain(down, nn.Linear):
             added, _ = ops.feed_forward(x.to(dtype), up.weight, up.bias, down.weight, down.bias, approximate)
@@ -150,15 +188,15 @@ class FusedLayer(_Module):
 
     def _project(self, x: Tensor) -> Tensor:
         """x (T, H) -> queries, keys and values, (T, 3, heads, head_dim)."""
-        attention = child(self, "attention", "self")
-        heads, head_dim = attention.num_attention_heads, attention.attention_head_size
-        projections = [child(attention, name) for name in ("query", "key", "value")]
+        shape = self.shape
+        projections = [child(self, *path) for path in (shape.query, shape.key, shape.value)]
         if all(is_plain(p, nn.Linear) for p in projections):
             query, key, value = projections
             qkv = ops.qkv_linear(x, query.weight, query.bias, key.weight, key.bias, value.weight, value.bias)
         else:
             qkv = torch.stack([p(x) for p in projections], 1)
-        return qkv.view(x.shape[0], 3, heads, head_dim)
+        head_dim = child(self, *shape.attention).attention_head_size
+        return qkv.view(x.shape[0], 3, qkv.shape[2] // head_dim, head_dim)
 
 
 def _linear(linear: Any, x: Tensor) -> Tensor:
@@ -167,17 +205,41 @@ def _linear(linear: Any, x: Tensor) -> Tensor:
     return result
 
 
-def _close(sublayer: Any, x: Tensor, residual: Tensor) -> Tensor:
+def _close(dense: Any, norm: Any, x: Tensor, residual: Tensor) -> Tensor:
     """What ends both halves of a layer in inference: projection, residual and LayerNorm."""
-    dense, norm = child(sublayer, "dense"), child(sublayer, "LayerNorm")
     if is_plain(dense, nn.Linear):
         total = ops.linear_add(x, dense.weight, dense.bias, residual)
         return ops.layer_norm(total, norm.weight, norm.bias, norm.eps)
     return ops.add_layer_norm(dense(x), residual, norm.weight, norm.bias, norm.eps, 0.0, None)
 
 
+def first_position(embeddings: Any) -> int:
+    """The position of the first token: after the padding's, where the family has one (RoBERTa and its kin), or 0."""
+    padding_idx = getattr(embeddings, "padding_idx", None)
+    return 0 if padding_idx is None else int(padding_idx) + 1
+
+
+def default_positions(embeddings: Any, input_ids: Tensor | None, seqlen: int) -> Tensor:
+    """Position ids of a call that gives none, as the family's stock embeddings have them.
+
+    Args:
+        embeddings: the embeddings of a base model.
+        input_ids: (B, S), or None where embeddings are given.
+        seqlen: S.
+
+    Returns:
+        (1, S), or (B, S) where positions count the tokens of input_ids that are not padding by their id.
+    """
+    first = first_position(embeddings)
+    if not first or input_ids is None:
+        positions: Tensor = embeddings.position_ids[:, first : first + seqlen]
+        return positions
+    real = input_ids != embeddings.padding_idx
+    return real.cumsum(1) * real + embeddings.padding_idx
+
+
 class FusedEmbeddings(_Module):
-    """BERT's three embedding tables and their LayerNorm in one launch."""
+    """Three embedding tables and their LayerNorm in one launch."""
 
     def forward(
         self,
@@ -186,16 +248,16 @@ class FusedEmbeddings(_Module):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         past_key_values_length: int = 0,
+        **kwargs: Any,
     ) -> Tensor:
         """Ids (B, S) -> embeddings (B, S, H); stock where the kernels don't apply."""
         if input_ids is None or past_key_values_length or embeddings_are_unsupported(self):
-            stock: Tensor = super().forward(
-                input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length
-            )
+            given = {"token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
+            stock: Tensor = super().forward(input_ids, **given, past_key_values_length=past_key_values_length, **kwargs)
             return stock
         shape = input_ids.shape
         if position_ids is None:
-            position_ids = self.position_ids[:, : shape[1]]
+            position_ids = default_positions(self, input_ids, shape[1])
         if token_type_ids is None:  # as stock: from a buffer, by position
             token_type_ids = self.token_type_ids.expand(position_ids.shape[0], -1).gather(1, position_ids.long())
         norm = self.LayerNorm
@@ -209,7 +271,7 @@ class FusedEmbeddings(_Module):
             norm.weight,
             norm.bias,
             norm.eps,
-            -1 if self.word_embeddings.padding_idx is None else self.word_embeddings.padding_idx,
+            *(-1 if t.padding_idx is None else t.padding_idx for t in (self.word_embeddings, self.position_embeddings)),
         )
         if rows.is_cuda and torch.is_autocast_enabled("cuda"):
             rows = rows.float()  # as autocast has it of a LayerNorm there, though not on a CPU

@@ -39,7 +39,8 @@ _OPERATORS = {
     ),
     "embedding_layer_norm": (
         "embedding",
-        f"({_IDS}, {_TABLES}, Tensor weight, Tensor bias, float eps, int padding_idx) -> Tensor",
+        f"({_IDS}, {_TABLES}, Tensor weight, Tensor bias, float eps, int padding_idx, int position_padding_idx) "
+        "-> Tensor",
     ),
     "pack": ("padding", "(Tensor x, Tensor indices, Tensor inverse) -> Tensor"),
     "unpack": ("padding", "(Tensor x, Tensor indices, Tensor inverse) -> Tensor"),

@@ -107,20 +107,30 @@ def _is_rowwise(linear: Any, sharded: bool) -> bool:
     return is_plain(linear.base_layer, nn.Linear, sharded) and not any(is_hooked(module) for module in linear.modules())
 
 
+def encoder_of(model: Any) -> Any:
+    """The stack of layers of a base model: its `encoder`, or DistilBERT's `transformer`."""
+    modules = model.__dict__["_modules"]
+    return modules["encoder"] if "encoder" in modules else modules["transformer"]
+
+
+def _is_decoder(config: Any) -> bool:
+    return bool(getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False))
+
+
 def model_is_unsupported(model: Any, family: Any) -> str | None:
     """Why no call of `model`, a base model of `family` (a module of `fastbert.models`), can run fused."""
     config = model.config
     if type(model) is not family.BASE and type(model).forward is not family.CLASSES[family.BASE].forward:
         return f"{type(model).__name__} is a class of one's own; supported: {family.BASE.__name__} itself"
-    if config.is_decoder or config.add_cross_attention:
+    if _is_decoder(config):
         return "it is a decoder (config.is_decoder or config.add_cross_attention)"
-    encoder = type(model.encoder)
+    encoder = type(encoder_of(model))
     if encoder is not family.ENCODER and encoder.forward is not family.CLASSES[family.ENCODER].forward:
-        return f"its encoder is a {type(model.encoder).__name__}, not {family.ENCODER.__name__}"
+        return f"its encoder is a {encoder.__name__}, not {family.ENCODER.__name__}"
     head_dim = config.hidden_size // config.num_attention_heads
     if not 16 <= head_dim <= 128:
         return f"its head dimension is {head_dim}; supported: 16 to 128"
-    if not len(model.encoder.layer):
+    if not len(encoder_of(model).layer):
         return "it has no layers"
     return None
 
@@ -130,30 +140,30 @@ def layer_is_unsupported(layer: Any) -> str | None:
     sharded = _is_a(layer, "torch.distributed.fsdp", "FSDPModule")
     if not hasattr(type(layer), "parts"):
         return "fully_shard came before fuse" if sharded else f"it is a {type(layer).__name__} of one's own"
-    if "feed_forward_chunk" in layer.__dict__:
-        return "its feed_forward_chunk has been replaced"
+    if (chunk := layer.replaced_chunk()) is not None:
+        return f"its {chunk} has been replaced"
     if "forward" in layer.__dict__:
         return "its forward has been replaced (accelerate does so to offload or to spread a model over devices)"
-    for name, module, kind in layer.parts():
+    for path, module, kind in layer.parts():
         if type(module) is not kind:
-            return f"{name} is a {type(module).__name__}"
+            return f"{'.'.join(path)} is a {type(module).__name__}"
         if is_hooked(module):
-            return f"{name} has hooks"
+            return f"{'.'.join(path)} has hooks"
         if module.__dict__.get("is_causal"):
-            return f"{name} is causal"
+            return f"{'.'.join(path)} is causal"
     activation = layer.activation()
     own = type(activation) not in _ELEMENTWISE and type(activation).__module__ != "transformers.activations"
     if own or is_hooked(activation):
         return f"the activation is a {type(activation).__name__} of one's own, or has hooks"
     weights: list[Tensor] = []
-    for name, linear in layer.linears():
+    for path, linear in layer.linears():
         if is_plain(linear, nn.Linear, sharded):
             weights += [p for p in linear._parameters.values() if p is not None]
         elif not _is_rowwise(linear, sharded):
-            return f"{name} is a {type(linear).__name__}" + (" with hooks" if is_hooked(linear) else "")
-    for name, norm in layer.norms():
+            return f"{'.'.join(path)} is a {type(linear).__name__}" + (" with hooks" if is_hooked(linear) else "")
+    for path, norm in layer.norms():
         if not is_plain(norm, nn.LayerNorm, sharded) or norm.weight is None or norm.bias is None:
-            return f"{name} is not a plain nn.LayerNorm with weight and bias"
+            return f"{'.'.join(path)} is not a plain nn.LayerNorm with weight and bias"
         weights += norm._parameters.values()
     dtype, device = weights[0].dtype, weights[0].device
     for weight in weights:
@@ -164,13 +174,15 @@ def layer_is_unsupported(layer: Any) -> str | None:
 
 def embeddings_are_unsupported(embeddings: Any, sharded: bool = False) -> str | None:
     """Why an embeddings module runs its stock code; `sharded` as `is_plain` has it."""
+    if getattr(embeddings, "use_task_id", False) or not hasattr(embeddings, "token_type_embeddings"):
+        return "there is a kernel for tables of words, types and positions, not for these"
     tables = (embeddings.word_embeddings, embeddings.token_type_embeddings, embeddings.position_embeddings)
     if any(not is_plain(table, nn.Embedding, sharded) or table.max_norm is not None for table in tables):
         return "an embedding table is replaced, hooked or renormalised"
     if any(table.sparse or table.scale_grad_by_freq for table in tables) or any(
-        table.padding_idx is not None for table in tables[1:]
+        table.padding_idx is not None for table in tables[1:2]
     ):
-        return "an embedding table with sparse or scaled gradients, or one of types or positions with a padding_idx"
+        return "an embedding table with sparse or scaled gradients, or one of types with a padding_idx"
     if not is_plain(embeddings.LayerNorm, nn.LayerNorm, sharded) or embeddings.LayerNorm.bias is None:
         return "its LayerNorm is replaced or hooked"
     weights = [table.weight for table in tables] + [embeddings.LayerNorm.weight]
@@ -209,7 +221,7 @@ def needs_stock(sample: Tensor) -> str | None:
 def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
     """Why this call of a base model, with these arguments by name, runs stock."""
     config = model.config
-    if config.is_decoder or config.add_cross_attention:
+    if _is_decoder(config):
         return "it is a decoder (config.is_decoder or config.add_cross_attention)"
     if call.get("output_attentions", getattr(config, "output_attentions", False)):
         return "output_attentions"
@@ -234,7 +246,7 @@ def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
     if infers_sequences and call.get("position_ids") is not None:
         return "flash attention that reads the sequences from position_ids"
     embeds = call.get("inputs_embeds")
-    parameter = next(model.encoder.parameters(), None)
+    parameter = next(encoder_of(model).parameters(), None)
     if parameter is None:
         return "its parameters are elsewhere (a replica of torch.nn.DataParallel, FSDP1)"
     weight = model.embeddings.LayerNorm.weight
@@ -245,6 +257,6 @@ def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
         return f"mixed dtypes: {', '.join(sorted(map(str, dtypes)))}"
     if reason := needs_stock(parameter):
         return reason
-    if is_hooked(model.encoder, called=True):
+    if is_hooked(encoder_of(model), called=True):
         return "the encoder has hooks"
     return None

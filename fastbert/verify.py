@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from . import numerics
 from .fuse import explain, fuse, unfuse
+from .support import encoder_of
 
 LAYOUTS = ("packed", "dense")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -394,7 +395,7 @@ def _outputs(model: PreTrainedModel, batch: Mapping[str, Tensor], real: Tensor) 
     base = model.base_model
     with contextlib.ExitStack() as stack:
         stack.enter_context(_recorded(base.embeddings, "embeddings", outputs, real))
-        for i, layer in enumerate(base.encoder.layer):
+        for i, layer in enumerate(encoder_of(base).layer):
             stack.enter_context(_recorded(layer, f"layer.{i}", outputs, real))
         stack.callback(base.register_forward_hook(lambda module, args, output: encoded.append(output)).remove)
         result = model(**call, return_dict=True)

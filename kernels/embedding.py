@@ -187,11 +187,13 @@ def embedding_layer_norm(
     bias: Tensor,
     eps: float,
     padding_idx: int = -1,
+    position_padding_idx: int = -1,
 ) -> Tensor:
     """`layer_norm(word[input_ids] + token_type[token_type_ids] + position[position_ids])`, sums in float32.
 
     Ids are (T,) int64; the tables (vocabulary, H), (types, H), (positions, H); weight and bias (H,) -> (T, H). An id
-    out of range fails an assertion on the device. `padding_idx` is the row of `word` without a gradient, -1 for none.
+    out of range fails an assertion on the device. `padding_idx` and `position_padding_idx` are the rows of `word`
+    and `position` without a gradient, -1 for none.
 
     Raises:
         ValueError: shapes that don't fit together.

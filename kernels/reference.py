@@ -395,11 +395,12 @@ def embedding_layer_norm(
     bias: Tensor,
     eps: float,
     padding_idx: int = -1,
+    position_padding_idx: int = -1,
 ) -> Tensor:
     """`layer_norm(word[input_ids] + token_type[token_type_ids] + position[position_ids])`, sums in float32.
 
     Ids are (T,) int64; the tables (vocabulary, H), (types, H), (positions, H); weight and bias (H,) -> (T, H).
-    `padding_idx` is the row of `word` that gets no gradient, -1 for none.
+    `padding_idx` and `position_padding_idx` are the rows of `word` and `position` that get no gradient, -1: none.
     """
     total = _embed((input_ids, token_type_ids, position_ids), (word, token_type, position))
     return F.layer_norm(total, weight.shape, weight.to(total.dtype), bias.to(total.dtype), eps).to(word.dtype)

@@ -554,7 +554,7 @@ def test_unsupported_models_are_refused_unchanged() -> None:
     assert type(decoder.bert.encoder) is hf.BertEncoder
     with pytest.raises(fastbert.UnsupportedModelError, match="head dimension is 8"):
         fastbert.fuse(models.seeded(hidden_size=32))
-    with pytest.raises(fastbert.UnsupportedModelError, match="no BertModel"):
+    with pytest.raises(fastbert.UnsupportedModelError, match="no encoder of a supported family"):
         fastbert.fuse(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="model is a str"):
         fastbert.fuse("bert-large-uncased")  # type: ignore[type-var]
@@ -603,7 +603,7 @@ BAD = {
         "input_ids": models.ids(2, 3),
         "attention_mask": torch.ones(2, 3, dtype=torch.complex64),
     },
-    "inputs_embeds has width 64; expected hidden_size, 128": {"inputs_embeds": torch.ones(1, 3, 64)},
+    "inputs_embeds has width 64; expected that of the embeddings, 128": {"inputs_embeds": torch.ones(1, 3, 64)},
     "cu_seq_lens_q runs from 0 to 4": {"input_ids": models.ids(1, 5), "cu_seq_lens_q": torch.tensor([0, 2, 4])},
     "smallest step of -1": {"input_ids": models.ids(1, 5), "cu_seq_lens_q": torch.tensor([0, 3, 2, 5])},
     "cu_seq_lens_q is given for a batch of 2": {"input_ids": models.ids(2, 5), "cu_seq_lens_q": torch.tensor([0, 5])},

@@ -1,0 +1,48 @@
+"""CamemBERT: BERT's layers after renaming; positions start after the padding's and count real tokens."""
+
+from __future__ import annotations
+
+from transformers.models.camembert import modeling_camembert as hf
+
+from ..encoder import plan_first_call, plan_label_call, plan_span_call
+from .family import base_model, bert_like, embeddings, encoder, head, introduce, layer, lm_head, masked_lm
+
+__all__ = [
+    "CamembertForCausalLM",
+    "CamembertForMaskedLM",
+    "CamembertForMultipleChoice",
+    "CamembertForQuestionAnswering",
+    "CamembertForSequenceClassification",
+    "CamembertForTokenClassification",
+    "CamembertModel",
+]
+
+CamembertEmbeddings = embeddings(hf.CamembertEmbeddings, __name__)
+CamembertLayer = layer(hf.CamembertLayer, __name__, bert_like(hf, "Camembert"))
+CamembertEncoder = encoder(hf.CamembertEncoder, __name__)
+CamembertModel = base_model(hf.CamembertModel, __name__)
+CamembertForCausalLM = head(hf.CamembertForCausalLM, __name__)
+CamembertForMaskedLM = masked_lm(hf.CamembertForMaskedLM, __name__, lm_head)
+CamembertForMultipleChoice = head(hf.CamembertForMultipleChoice, __name__)
+CamembertForQuestionAnswering = head(hf.CamembertForQuestionAnswering, __name__)
+CamembertForSequenceClassification = head(hf.CamembertForSequenceClassification, __name__)
+CamembertForTokenClassification = head(hf.CamembertForTokenClassification, __name__)
+
+BASE = hf.CamembertModel
+ENCODER = hf.CamembertEncoder
+HEADS = {
+    hf.CamembertForCausalLM: None,
+    hf.CamembertForMaskedLM: plan_label_call,
+    hf.CamembertForTokenClassification: plan_label_call,
+    hf.CamembertForQuestionAnswering: plan_span_call,
+    hf.CamembertForSequenceClassification: plan_first_call,
+}
+LOSS_HEADS = {hf.CamembertForMaskedLM: CamembertForMaskedLM}
+CLASSES = {
+    hf.CamembertModel: CamembertModel,
+    hf.CamembertEmbeddings: CamembertEmbeddings,
+    hf.CamembertLayer: CamembertLayer,
+    hf.CamembertEncoder: CamembertEncoder,
+}
+
+introduce(CamembertModel, hf.CamembertConfig)

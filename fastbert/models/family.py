@@ -1,0 +1,144 @@
+"""How an adapter makes the fused classes of its family: subclasses of transformers' own, under the same names.
+
+Same names because transformers and accelerate look classes up by `__name__` (which blocks not to split over devices,
+what to wrap), and because a saved config records them. An adapter is a module with what `fuse` reads:
+
+BASE, ENCODER: the stock classes of the base model, and of its stack of layers.
+CLASSES: which fused class takes the place of which stock one, in the base model.
+HEADS: for every head that reads more of the base model's output than real tokens, the hook (of `fastbert.encoder`)
+    that tells the base model so; None: what it reads can't be told on.
+LOSS_HEADS: heads that can return their loss alone, and the fused classes that do.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import MaskedLMOutput
+from transformers.utils.generic import can_return_tuple
+
+from ..encoder import FusedEncoder, named_arguments, plan_call
+from ..fuse import FusedModel
+from ..heads import Vocabulary, labelled_loss, takes_labelled_rows
+from ..layer import FusedEmbeddings, FusedLayer, Shape
+
+T = TypeVar("T", bound=nn.Module)
+
+
+def _derive(kind: type[T], module: str, mixin: type, **attributes: Any) -> type[T]:
+    about = {"__module__": module, "__doc__": f"transformers' {kind.__name__}, fused."}
+    return type(kind.__name__, (mixin, kind), {**about, **attributes})
+
+
+def layer(
+    kind: type[T], module: str, kinds: dict[tuple[str, ...], type[nn.Module]], shape: Shape | None = None
+) -> type[T]:
+    """The fused layer of a family; `kinds` and `shape` as `FusedLayer` has them."""
+    return _derive(kind, module, FusedLayer, kinds=kinds, shape=Shape() if shape is None else shape)
+
+
+def bert_like(hf: Any, name: str) -> dict[tuple[str, ...], type[nn.Module]]:
+    """`FusedLayer.kinds` of a family whose classes are BERT's after renaming: in module `hf`, beginning with `name`."""
+    paths = {
+        ("attention",): "Attention",
+        ("attention", "self"): "SelfAttention",
+        ("attention", "output"): "SelfOutput",
+        ("intermediate",): "Intermediate",
+        ("output",): "Output",
+    }
+    return {path: getattr(hf, name + end) for path, end in paths.items()}
+
+
+def encoder(kind: type[T], module: str, **attributes: Any) -> type[T]:
+    """The fused stack of layers of a family; `attributes` are those of `FusedEncoder` that differ."""
+    return _derive(kind, module, FusedEncoder, **attributes)
+
+
+def embeddings(kind: type[T], module: str) -> type[T]:
+    """The fused embeddings of a family."""
+    return _derive(kind, module, FusedEmbeddings)
+
+
+def base_model(kind: type[T], module: str) -> type[T]:
+    """The fused base model of a family."""
+
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = plan_call(self, kind, args, kwargs)
+        return super(fused, self).forward(*args, **kwargs)
+
+    fused = _derive(kind, module, FusedModel, forward=forward)
+    return fused
+
+
+def introduce(model: type[nn.Module], config: type[Any]) -> None:
+    """Makes a fused base model known to transformers; at the end of its adapter, from where `fuse` takes the rest.
+
+    It records hidden states only of classes it has seen constructed, and a model that `fuse` or unpickling made one of
+    this class was not constructed as one.
+    """
+    sizes = {"vocab_size": 16, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    with torch.device("meta"):
+        model(config(**sizes, pad_token_id=0))
+
+
+def head(kind: type[T], module: str) -> type[T]:
+    """A model with a head, fused from construction or `from_pretrained` on."""
+    return _derive(kind, module, FusedModel)
+
+
+def masked_lm(kind: type[T], module: str, vocabulary: Callable[[Any], Vocabulary]) -> type[T]:
+    """A masked language model which can return its loss alone; `vocabulary` gives the head of one."""
+
+    @functools.wraps(kind.forward)
+    @can_return_tuple
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call, found = named_arguments(kind, args, kwargs), vocabulary(self)
+        if not takes_labelled_rows(self, found, call):
+            return super(fused, self).forward(*args, **kwargs)
+        labels = call.pop("labels")
+        outputs = self.base_model(**call)
+        loss = labelled_loss(found, outputs.last_hidden_state, labels)
+        return MaskedLMOutput(loss=loss, hidden_states=outputs.hidden_states)
+
+    fused = _derive(kind, module, FusedModel, forward=forward)
+    return fused
+
+
+def pre_training(kind: type[T], module: str, output: type[Any]) -> type[T]:
+    """BERT's pre-training model, a masked language model that predicts the next sentence, too; the same."""
+
+    @functools.wraps(kind.forward)
+    @can_return_tuple
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call, found = named_arguments(kind, args, kwargs), predictions(self)
+        if call.get("next_sentence_label") is None or not takes_labelled_rows(self, found, call):
+            return super(fused, self).forward(*args, **kwargs)
+        labels, next_sentence_label = call.pop("labels"), call.pop("next_sentence_label")
+        outputs = self.base_model(**call)
+        order = self.cls.seq_relationship(outputs.pooler_output)
+        order_loss = nn.functional.cross_entropy(order.view(-1, 2), next_sentence_label.view(-1))
+        return output(
+            loss=labelled_loss(found, outputs.last_hidden_state, labels) + order_loss,
+            seq_relationship_logits=order,
+            hidden_states=outputs.hidden_states,
+        )
+
+    fused = _derive(kind, module, FusedModel, forward=forward)
+    return fused
+
+
+def predictions(model: Any) -> Vocabulary:
+    """The vocabulary head of BERT and of ERNIE."""
+    found = model.cls.predictions
+    return Vocabulary(found.transform, found.decoder, (model.cls, found))
+
+
+def lm_head(model: Any) -> Vocabulary:
+    """The vocabulary head of RoBERTa and its kin."""
+    found = model.lm_head
+    return Vocabulary(lambda x: found.layer_norm(nn.functional.gelu(found.dense(x))), found.decoder, (found,))

@@ -1,0 +1,387 @@
+"""The families beside BERT: every head against float64, by dtype, layout and mask; gradients; and what is theirs."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.distilbert import modeling_distilbert
+from transformers.models.electra import modeling_electra
+from transformers.models.ernie import modeling_ernie
+from transformers.models.roberta import modeling_roberta
+
+import fastbert
+from fastbert import ops
+from fastbert.fuse import FAMILIES
+from fastbert.numerics import assert_within_policy
+from tests import models
+
+PADDING_ID = {"roberta": 1, "xlm_roberta": 1, "camembert": 1}
+"""Id of the token that pads; of the others 0."""
+COUNTING = tuple(PADDING_ID)
+"""Families whose positions count real tokens, by their id."""
+
+
+def adapter(family: str) -> Any:
+    return importlib.import_module(f"fastbert.models.{family}")
+
+
+def stock_class(family: str, name: str) -> Any:
+    return getattr(adapter(family).hf, name)
+
+
+def heads(*families: str) -> list[tuple[str, str]]:
+    """(family, class) of every head, base models among them."""
+    return [(family, name) for family in families for name in adapter(family).__all__]
+
+
+OTHERS = tuple(family for family in FAMILIES if family != "bert")
+ALL_HEADS = [pytest.param(*pair, id=pair[1]) for pair in heads(*OTHERS)]
+BASES = [pytest.param(family, adapter(family).BASE.__name__, id=family) for family in OTHERS]
+
+
+def seeded(family: str, name: str, **changes: Any) -> Any:
+    """A small model of two layers; weights, biases and LayerNorms random."""
+    settings: dict[str, Any] = {
+        "vocab_size": models.VOCABULARY,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 60,
+        "pad_token_id": PADDING_ID.get(family, 0),
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "intermediate_size": 256,
+    }
+    if family == "distilbert":
+        settings = {k: v for k, v in settings.items() if k != "intermediate_size"} | {"hidden_dim": 256}
+    elif family == "electra":
+        settings["embedding_size"] = 64
+    if name.endswith(("SequenceClassification", "TokenClassification")):
+        settings["num_labels"] = 32
+    kind = stock_class(family, name)
+    model = kind(kind.config_class(**{**settings, **changes})).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 2:
+                parameter.copy_(noise / parameter.shape[1] ** 0.5)
+            else:
+                norm = "norm" in parameter_name.lower() and parameter_name.endswith("weight")
+                parameter.copy_(0.2 * noise + (1 if norm else 0))
+    return model
+
+
+def padded(family: str, mask: Tensor, seed: int = 0) -> Tensor:
+    """Random ids, with the padding's where `mask` (B, S) is 0."""
+    ids = models.ids(*mask.shape, seed=seed).clamp(min=2)
+    return torch.where(mask.bool(), ids, PADDING_ID.get(family, 0))
+
+
+def calls(family: str, name: str, batch: int = 9, seqlen: int = 37) -> list[tuple[dict[str, Any], Tensor]]:
+    """(arguments, which tokens are real) with a mask of every kind."""
+    found = []
+    for kind, mask in models.masks(batch, seqlen).items():
+        real = torch.ones(batch, seqlen, dtype=torch.long) if mask is None else mask
+        call = {"input_ids": padded(family, real, seed=len(kind)), "attention_mask": mask}
+        if name.endswith("MultipleChoice"):
+            call = {k: v if v is None else v.view(3, 3, seqlen) for k, v in call.items()}
+        found.append((call, real.bool()))
+    return found
+
+
+def outputs(model: Any, call: dict[str, Any], real: Tensor) -> dict[str, Tensor]:
+    """Every output at real tokens."""
+    with torch.no_grad():
+        found = {k: v for k, v in model(**call).items() if isinstance(v, Tensor)}
+    return {k: (v[real] if v.shape[:2] == real.shape else v).flatten() for k, v in found.items()}
+
+
+def compare(model: Any, given: list[tuple[dict[str, Any], Tensor]], dtype: torch.dtype, padding: str) -> Any:
+    """Asserts the policy for every output, over all calls together; returns the fused model."""
+    trio = models.three(model, dtype)
+    fused = fastbert.fuse(trio[0], padding=padding)
+    found = [[outputs(each, *one) for one in given] for each in trio]
+    for name in found[0][0]:
+        results = (torch.cat([one[name] for one in ours]) for ours in found)
+        assert_within_policy(*results, f"{type(model).__name__} {name} {dtype} {padding}")
+    assert not fastbert.explain(fused).encoders[0].stock_calls
+    return fused
+
+
+def fused_calls(model: Any) -> dict[str, int]:
+    return fastbert.explain(model).encoders[0].fused_calls
+
+
+@pytest.mark.parametrize("padding", ["auto", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("family", "name"), ALL_HEADS)
+def test_outputs(family: str, name: str, dtype: torch.dtype, padding: str) -> None:
+    fused = compare(seeded(family, name), calls(family, name), dtype, padding)
+    opaque = padding == "dense" or name.endswith("ForCausalLM")
+    assert ("packed" in fused_calls(fused)) is not opaque
+
+
+@pytest.mark.parametrize("padding", ["packed", "dense"])
+@pytest.mark.parametrize(("family", "name"), BASES)
+def test_kernels(family: str, name: str, padding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same on the Triton kernels, in the interpreter."""
+    if torch.cuda.is_available():
+        pytest.skip("the kernels run for real here; see test_on_a_gpu")
+    for operator in ops.CPU_BACKEND:
+        monkeypatch.setitem(ops.CPU_BACKEND, operator, ops._kernel(operator))
+    given = [each for each in calls(family, name, 3, 19) if each[0]["attention_mask"] is not None][1:4]
+    compare(seeded(family, name), given, torch.float32, padding)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("family", "name"), BASES)
+def test_on_a_gpu(family: str, name: str, dtype: torch.dtype) -> None:
+    given = [
+        ({k: v if v is None else v.cuda() for k, v in call.items()}, real.cuda()) for call, real in calls(family, name)
+    ]
+    compare(seeded(family, name).cuda(), given, dtype, "packed")
+
+
+def labelled(family: str, name: str, real: Tensor, seed: int) -> dict[str, Any]:
+    """Labels for one step of a head, none at padding."""
+    tokens = models.ids(*real.shape, seed=seed + 1)
+    tokens = torch.where(real & (models.ids(*real.shape, high=3, seed=seed) == 0), tokens, -100)
+    sequences = models.ids(len(real), seed=seed + 2)
+    if name.endswith(("MaskedLM", "CausalLM")):
+        return {"labels": tokens}
+    if name.endswith("ForPreTraining"):
+        if family == "electra":
+            return {"labels": models.ids(*real.shape, seed=seed, high=2)}
+        return {"labels": tokens, "next_sentence_label": sequences % 2}
+    if name.endswith("TokenClassification"):
+        return {"labels": torch.where(tokens == -100, -100, tokens % 32)}
+    if name.endswith("QuestionAnswering"):
+        return {"start_positions": sequences % 5, "end_positions": sequences % 7}
+    if name.endswith("MultipleChoice"):
+        return {"labels": sequences[:3] % 3}
+    return {"labels": sequences % (2 if name.endswith("NextSentencePrediction") else 32)}
+
+
+def judged_with(name: str) -> str:
+    """The tensor whose errors a parameter's gradient is judged with: some biases' with the weight's.
+
+    Softmax ignores the bias of the keys and that of a choice, and those of a few outputs are too few numbers.
+    """
+    few = ("key.bias", "k_lin.bias", "classifier.bias", "qa_outputs.bias", "seq_relationship.bias", "out_proj.bias")
+    few = (*few, "dense_prediction.bias", "summary.bias")
+    return name.removesuffix("bias") + "weight" if name.endswith(few) else name
+
+
+def gradients(model: Any, family: str, name: str) -> dict[str, Tensor]:
+    """Each parameter's gradients of several batches, one after the other."""
+    found: dict[str, list[Tensor]] = {}
+    mask = models.masks(9, 37)["right"]
+    assert mask is not None
+    for seed in range(6):
+        model.zero_grad()
+        call = {"input_ids": padded(family, mask, seed), "attention_mask": mask}
+        if "Model" in name:
+            hidden = model(**call).last_hidden_state
+            weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            loss = (hidden * weights.to(hidden.dtype))[mask.bool()].sum()
+        else:
+            if name.endswith("MultipleChoice"):
+                call = {k: v.view(3, 3, -1) for k, v in call.items()}
+            loss = model(**call, **labelled(family, name, mask.bool(), seed)).loss
+        loss.backward()
+        for parameter, p in model.named_parameters():
+            if p.grad is not None:
+                found.setdefault(judged_with(parameter), []).append(p.grad.flatten().clone())
+    return {parameter: torch.cat(parts) for parameter, parts in found.items()}
+
+
+NO_DROPOUT = {
+    **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0},
+    **{"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0, "qa_dropout": 0.0},
+    **{"summary_last_dropout": 0.0, "summary_first_dropout": 0.0},
+}
+
+
+@pytest.mark.parametrize("padding", ["auto", "dense"])
+@pytest.mark.parametrize(("family", "name"), ALL_HEADS)
+def test_gradients(family: str, name: str, padding: str) -> None:
+    """In the dense layout padding has gradients of its own, and the rows of the padding in the tables get none."""
+    trio = [model.train() for model in models.three(seeded(family, name, **NO_DROPOUT), torch.float32)]
+    fastbert.fuse(trio[0], padding=padding)
+    found = [gradients(model, family, name) for model in trio]
+    assert found[0].keys() == found[1].keys()
+    for parameter in found[0]:
+        assert_within_policy(*(each[parameter] for each in found), f"{name} {parameter} {padding}")
+    assert not fastbert.explain(trio[0]).encoders[0].stock_calls
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [pytest.param(*pair, id=pair[1]) for pair in heads(*OTHERS) if pair[1].endswith("MaskedLM")]
+)
+def test_loss_only(family: str, name: str) -> None:
+    model = seeded(family, name)
+    fused = fastbert.fuse(copy.deepcopy(model), loss_only=True)
+    mask = models.masks(9, 37)["right"]
+    assert mask is not None
+    call = {"input_ids": padded(family, mask), "attention_mask": mask, **labelled(family, name, mask.bool(), 0)}
+    ours, stock = fused(**call), model(**call)
+    assert ours.logits is None
+    torch.testing.assert_close(ours.loss, stock.loss)
+    assert fused(input_ids=call["input_ids"]).logits is not None
+    assert type(fastbert.unfuse(fused)) is type(model)
+
+
+@pytest.mark.parametrize(("family", "name"), ALL_HEADS)
+def test_the_names_of_transformers(family: str, name: str, tmp_path: Path) -> None:
+    stock = seeded(family, name)
+    stock.save_pretrained(tmp_path)
+    ours = getattr(fastbert, name)
+    assert name in fastbert.__all__
+    assert issubclass(ours, type(stock))
+    assert (ours.__name__, ours.__module__) == (name, f"fastbert.models.{family}")
+    model = pickle.loads(pickle.dumps(ours.from_pretrained(tmp_path)))
+    assert model.config.architectures == [name]
+    (call, real), *_ = calls(family, name, 9, 17)
+    call = {**call, "output_hidden_states": True}
+    with torch.no_grad():
+        torch.testing.assert_close(model(**call).hidden_states, stock(**call).hidden_states)
+    restored = fastbert.unfuse(model).base_model
+    assert {type(module).__module__ for module in restored.modules()}.isdisjoint({ours.__module__})
+    assert fastbert.explain(model).encoders[0].fused is False
+    assert outputs(model, call, real).keys() == outputs(stock, call, real).keys()
+
+
+def test_every_name_is_exported() -> None:
+    names = {name for _, name in heads(*FAMILIES)}
+    assert names < set(fastbert.__all__)
+    assert names < set(dir(fastbert))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", COUNTING)
+def test_positions_count_real_tokens(family: str, side: str) -> None:
+    """Padding on either side, and padding's id in the middle, which the mask lets in."""
+    name = adapter(family).BASE.__name__
+    model = seeded(family, name, max_position_embeddings=21)  # 19 positions beyond the padding's
+    mask = models.masks(5, 25)["right"]
+    assert mask is not None
+    mask = mask * (torch.arange(25) < 19)
+    mask[:, 0] = 1
+    ids = padded(family, mask, seed=3)
+    ids[:, 0] = 1
+    if side == "left":
+        mask, ids = mask.flip(1), ids.flip(1)
+    call = {"input_ids": ids, "attention_mask": mask}
+    fused = compare(model, [(call, mask.bool())], torch.float32, "packed")
+    assert outputs(fused, call, mask.bool()).keys() == {"last_hidden_state", "pooler_output"}
+    embeds = model.embeddings.word_embeddings(ids)[:, :19].detach()
+    compare(
+        model,
+        [({"inputs_embeds": embeds, "attention_mask": mask[:, :19]}, mask[:, :19].bool())],
+        torch.float32,
+        "packed",
+    )
+    with pytest.raises(ValueError, match=r"^input_ids has 20 tokens a sequence; expected at most 19, max_position"):
+        fused(input_ids=torch.full((1, 20), 5))
+
+
+@pytest.mark.parametrize("family", COUNTING)
+def test_padding_has_no_gradient(family: str) -> None:
+    model = fastbert.fuse(seeded(family, adapter(family).BASE.__name__), padding="dense").train()
+    mask = models.masks(5, 19)["right"]
+    assert mask is not None
+    model(input_ids=padded(family, mask), attention_mask=mask).last_hidden_state.square().sum().backward()
+    for table in (model.embeddings.word_embeddings, model.embeddings.position_embeddings):
+        assert table.weight.grad[1].eq(0).all()
+        assert table.weight.grad[2:10].ne(0).any()
+
+
+@pytest.mark.parametrize(("family", "name"), BASES)
+def test_flattened_calls(family: str, name: str) -> None:
+    """Sequences end to end in one row stay apart, and are what they are alone; positions are the caller's."""
+    lengths = [3, 11, 1, 7]
+    model = seeded(family, name)
+    fused = fastbert.fuse(copy.deepcopy(model))
+    call = models.ragged(lengths)
+    first = 2 if family in COUNTING else 0
+    call["position_ids"] = call["position_ids"] + first
+    call["input_ids"] = call["input_ids"].clamp(min=2)
+    with torch.no_grad():
+        found = fused(**call).last_hidden_state[0].split(lengths)
+        alone = [model(input_ids=ids).last_hidden_state[0] for ids in call["input_ids"].split(lengths, 1)]
+    for ours, theirs in zip(found, alone, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert fused_calls(fused) == {"packed": 1}
+
+
+@pytest.mark.parametrize("choice", ["first", "last", "mean"])
+def test_summaries_of_electra(choice: str) -> None:
+    """Its multiple choice may read the last row, or all of them, padding too."""
+    name = "ElectraForMultipleChoice"
+    fused = compare(seeded("electra", name, summary_type=choice), calls("electra", name), torch.float32, "auto")
+    assert ("packed" in fused_calls(fused)) is (choice == "first")
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_tasks_of_ernie(given: bool) -> None:
+    model = seeded("ernie", "ErnieModel", use_task_id=True, task_type_vocab_size=3)
+    found = []
+    for call, real in calls("ernie", "ErnieModel"):
+        tasks = {"task_type_ids": models.ids(*real.shape, high=3)} if given else {}
+        found.append(({**call, **tasks}, real))
+    fused = compare(model, found, torch.float32, "packed")
+    assert "not for these" in str(fastbert.explain(fused))
+    with pytest.raises(ValueError, match=r"^task_type_ids holds values from 3 to 3; expected 0 to 2"):
+        fused(input_ids=torch.ones(1, 4, dtype=torch.long), task_type_ids=torch.full((1, 4), 3))
+
+
+def test_distilbert_drops_one_thing_fewer() -> None:
+    """Attention probabilities and the feed-forward's output; and returns what stock returns."""
+    model = seeded("distilbert", "DistilBertModel", dropout=0.25, attention_dropout=0.5).train()
+    fused = fastbert.fuse(copy.deepcopy(model))
+    assert [layer.dropouts() for layer in fused.transformer.layer] == [(0.5, 0.0, 0.25)] * 2
+    call = {"input_ids": models.ids(3, 7)}
+    assert type(fused(**call)) is type(model(**call)) is modeling_distilbert.BaseModelOutput
+    torch.manual_seed(0)
+    first = fused(**call).last_hidden_state
+    torch.manual_seed(0)
+    assert torch.equal(fused(**call).last_hidden_state, first)
+    assert not torch.equal(fused(**call).last_hidden_state, first)
+    fused.transformer.layer[1].ffn.ff_chunk = model.transformer.layer[1].ffn.ff_chunk
+    assert "its ff_chunk has been replaced" in str(fastbert.explain(fused))
+
+
+def test_a_hook_between_embeddings_and_encoder_sees_stock_shapes() -> None:
+    fused = fastbert.fuse(seeded("electra", "ElectraModel"))
+    seen = []
+    fused.embeddings_project.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    mask = models.masks(5, 19)["right"]
+    with torch.no_grad():
+        fused(input_ids=models.ids(5, 19), attention_mask=mask)
+    assert seen == [(5, 19, 128)]
+
+
+def test_decoders_stay_stock() -> None:
+    for kind in (
+        modeling_roberta.RobertaForCausalLM,
+        modeling_electra.ElectraForCausalLM,
+        modeling_ernie.ErnieForCausalLM,
+    ):
+        family = kind.__module__.split(".")[2]
+        with pytest.raises(fastbert.UnsupportedModelError, match="it is a decoder"):
+            fastbert.fuse(seeded(family, kind.__name__, is_decoder=True))
+
+
+def test_verify_knows_them() -> None:
+    for family, name in (("distilbert", "DistilBertForSequenceClassification"), ("xlm_roberta", "XLMRobertaModel")):
+        call, real = calls(family, name)[2]
+        report = fastbert.verify(seeded(family, name), {"input_ids": call["input_ids"], "attention_mask": real.long()})
+        assert report.ok, str(report)
+        assert {"layer.0", "layer.1"} <= {row.name for row in report.rows}
