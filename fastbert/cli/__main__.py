@@ -116,6 +116,39 @@ def parser() -> argparse.ArgumentParser:
     profile.add_argument("--trace", metavar="FILE", help="write a Chrome trace of the fused model there")
     profile.add_argument("--plot", metavar="FOLDER", help="write roofline.png and layers.png there; takes matplotlib")
 
+    embed = commands.add_parser(
+        "embed",
+        help="embed a corpus, in shards; goes on where it was stopped",
+        description="Embeds the texts of files and writes shards of ids and embeddings into a folder. Rows that can't "
+        "be embedded, or were cut, are counted and written aside. The same command goes on where one was stopped; "
+        "under torchrun, ranks share the shards. Exit status: 0 done, 2 bad usage, 130 interrupted.",
+        epilog="fastbert embed --model BAAI/bge-large-en-v1.5 --pooling cls --normalize --output out docs-*.jsonl",
+    )
+    embed.add_argument("input", nargs="+", metavar="FILE", help=".txt .jsonl .csv .tsv (also .gz) .parquet; - is stdin")
+    embed.add_argument("--model", required=True, metavar="PATH_OR_ID", help="a folder, or a name on the hub")
+    embed.add_argument("--output", required=True, metavar="DIR", help="where the shards go")
+    embed.add_argument("--column", default="text", help="the field that holds the text; default: text")
+    embed.add_argument("--id-column", metavar="COLUMN", help="the field that holds the id; default: rows are numbered")
+    embed.add_argument("--format", choices=("parquet", "npy"), default="parquet", help="default: parquet")
+    embed.add_argument(
+        "--pooling",
+        choices=("mean", "cls", "max", "mean_sqrt_len", "lasttoken"),
+        help="default: what a sentence-transformers folder says, else mean",
+    )
+    embed.add_argument(
+        "--normalize", action=argparse.BooleanOptionalAction, help="to length 1; default: as the folder says, else not"
+    )
+    embed.add_argument("--prompt", help="put before every text; default: the folder's default prompt, else none")
+    embed.add_argument("--max-length", type=int, metavar="N", help="tokens of a text; default: the model's")
+    embed.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's")
+    embed.add_argument("--device", help="default: cuda where there is one, else cpu")
+    embed.add_argument(
+        "--batch-tokens", type=int, metavar="N", help="tokens in a forward; default: 2048 on a CPU, 65536 on a GPU"
+    )
+    embed.add_argument("--shard-rows", type=int, default=8192, metavar="N", help="rows of a shard; default: 8192")
+    embed.add_argument("--workers", type=int, default=1, metavar="N", help="processes that tokenise; default: 1")
+    embed.add_argument("--json", action="store_true", help="tell the totals as JSON")
+
     info = commands.add_parser("info", help="device, versions, backend, launch table")
     info.add_argument("--json", action="store_true", help="the same as JSON")
     return top

@@ -1,0 +1,174 @@
+"""Rows of text from files, one after the other, in bounded memory; what is wrong with a row is said, not dropped.
+
+By the name of the file: .txt (a text a line), .jsonl or .ndjson (an object a line), .csv and .tsv (with a header),
+these also with .gz after it; .parquet; "-" is standard input, a text a line. Encoding is UTF-8, with or without a mark.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import gzip
+import importlib.util
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import UsageError
+
+KINDS = {".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
+_PARQUET_ROWS = 4096
+
+
+class Row(NamedTuple):
+    """One row of the input."""
+
+    number: int
+    """Its place in all input, from 0."""
+    key: Any
+    """Its id: what the id column holds, or its number."""
+    text: str | None
+    """None where there is a problem."""
+    problem: str | None
+
+
+class Input:
+    """Files of rows.
+
+    Args:
+        paths: files, or "-".
+        column: the field that holds the text, of all formats but txt.
+        key_column: the field that holds the id; None: rows are numbered.
+
+    Raises:
+        UsageError: a file isn't there, is of an unknown kind, or has no such column.
+    """
+
+    def __init__(self, paths: Sequence[str], column: str, key_column: str | None = None) -> None:
+        self.column, self.key_column = column, key_column
+        self._files = [(path, _kind(path)) for path in paths]
+        for path, kind in self._files:
+            if kind == "txt" and key_column is not None:
+                raise UsageError(f"--id-column is given with {path}, which has no columns")
+        self._sizes = [0 if path == "-" else os.path.getsize(path) for path, _ in self._files]
+        self._done = 0
+        self._position: Callable[[], int] = int
+        """How many bytes of the file that is open have been read."""
+
+    def fraction(self) -> float | None:
+        """How much of the input has been read; None where that can't be told."""
+        if not sum(self._sizes):
+            return None
+        return min(1.0, (self._done + self._position()) / sum(self._sizes))
+
+    def __iter__(self) -> Iterator[Row]:
+        number = 0
+        for (path, kind), size in zip(self._files, self._sizes, strict=True):
+            try:
+                for key, value in self._values(path, kind):
+                    problem = value.args[0] if isinstance(value, ValueError) else _problem(value)
+                    own = number if key is None else key
+                    yield Row(number, own, None if problem else value, problem)
+                    number += 1
+            except (OSError, EOFError) as error:
+                raise UsageError(f"{path}: {error}") from error
+            self._done += size
+            self._position = int
+
+    def _values(self, path: str, kind: str) -> Iterator[tuple[Any, Any]]:
+        """(id or None, text, or a ValueError that says what is wrong) of every row of a file."""
+        if kind == "parquet":
+            yield from self._parquet(path)
+            return
+        with open(sys.stdin.fileno() if path == "-" else path, "rb", closefd=path != "-") as raw:
+            if path != "-":
+                self._position = raw.tell
+            # What is not UTF-8 becomes lone surrogates, which are looked for in every text.
+            unpacked: Any = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
+            newline = "" if kind in ("csv", "tsv") else "\n"
+            text = io.TextIOWrapper(unpacked, "utf-8-sig", errors="surrogateescape", newline=newline)
+            yield from self._csv(path, text, kind) if kind in ("csv", "tsv") else self._lines(text, kind)
+            self._position = int
+
+    def _lines(self, lines: io.TextIOWrapper, kind: str) -> Iterator[tuple[Any, Any]]:
+        for line in lines:
+            text = line.rstrip("\r\n")
+            if kind == "txt":
+                yield None, text
+                continue
+            try:
+                found = json.loads(text)
+            except ValueError as error:
+                yield None, ValueError(f"not JSON: {error}")
+                continue
+            yield self._fields(found) if isinstance(found, dict) else (None, ValueError("not a JSON object"))
+
+    def _csv(self, path: str, lines: io.TextIOWrapper, kind: str) -> Iterator[tuple[Any, Any]]:
+        csv.field_size_limit(2**31 - 1)
+        reader = csv.DictReader(lines, delimiter="\t" if kind == "tsv" else ",")
+        self._need(path, reader.fieldnames or [])
+        try:
+            for found in reader:
+                yield self._fields(found)
+        except csv.Error as error:
+            raise UsageError(f"{path}, line {reader.line_num}: {error}") from error
+
+    def _parquet(self, path: str) -> Iterator[tuple[Any, Any]]:
+        if importlib.util.find_spec("pyarrow") is None:
+            raise UsageError(f"{path}: parquet needs pyarrow, which is not installed: pip install 'fastbert[embed]'")
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                self._need(path, file.schema_arrow.names)
+                wanted = [self.column] + ([self.key_column] if self.key_column else [])
+                rows = 0
+                for batch in file.iter_batches(_PARQUET_ROWS, columns=wanted):
+                    for found in batch.to_pylist():
+                        yield self._fields(found)
+                    rows += len(batch)
+                    position = os.path.getsize(path) * rows // file.metadata.num_rows
+                    self._position = functools.partial(int, position)
+        except pyarrow.ArrowException as error:
+            raise UsageError(f"{path}: {error}") from error
+
+    def _need(self, path: str, names: Sequence[str]) -> None:
+        for option, column in (("--column", self.column), ("--id-column", self.key_column)):
+            if column is not None and column not in names:
+                raise UsageError(f"{option} {column}: {path} has no such column; it has {', '.join(names) or 'none'}")
+
+    def _fields(self, found: dict[str, Any]) -> tuple[Any, Any]:
+        key = found.get(self.key_column) if self.key_column else None
+        if self.column not in found:
+            return key, ValueError(f"no field {self.column!r}")
+        return key, found[self.column]
+
+
+def _kind(path: str) -> str:
+    if path == "-":
+        return "txt"
+    if not Path(path).is_file():
+        raise UsageError(f"{path}: no such file")
+    suffixes = Path(path.removesuffix(".gz")).suffix.lower()
+    kind = KINDS.get(suffixes)
+    if kind is None or (kind == "parquet" and path.endswith(".gz")):
+        raise UsageError(f"{path}: expected a name that ends in {', '.join(KINDS)}")
+    return kind
+
+
+def _problem(value: Any) -> str | None:
+    """What keeps `value` from being embedded, or None."""
+    if value is None:
+        return "null"
+    if not isinstance(value, str):
+        return f"not text but {type(value).__name__}"
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return "invalid UTF-8"
+    return None

@@ -1,0 +1,160 @@
+"""The folder `fastbert embed` writes: shards that are there whole or not at all, and a manifest.
+
+`part-00000.parquet` (columns id and embedding), or `part-00000.npy` with `part-00000.ids.json`, and, where rows of the
+shard have problems, `part-00000.problems.jsonl`. Each is written beside its place and moved there; last comes
+`part-00000.json`, with what is in the shard and hashes of its files and of the texts it was made of. A shard without
+that file counts as not there. `manifest.json` holds the settings all shards share, and at the end the totals.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import UsageError
+
+FORMATS = ("parquet", "npy")
+
+
+class Shards:
+    """The shards of one job.
+
+    Args:
+        folder: where they are; made where it isn't.
+        form: one of FORMATS.
+        numbered: whether ids are numbers, not texts.
+        settings: plain data that decides what the shards hold.
+        rank, world: of all shards those are written here whose index, modulo `world`, is `rank`.
+
+    Raises:
+        UsageError: the folder can't be written, or holds shards of other settings.
+    """
+
+    def __init__(
+        self, folder: Path, form: str, numbered: bool, settings: dict[str, Any], rank: int = 0, world: int = 1
+    ) -> None:
+        self.folder, self.form, self.rank, self.world = folder, form, rank, world
+        self._numbered = numbered
+        self._settings = json.loads(json.dumps(settings))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for left in folder.glob("part-*.partial"):
+                index = left.name.removeprefix("part-").split(".")[0]
+                if index.isdigit() and self.is_own(int(index)):
+                    left.unlink()
+            self._claim()
+        except OSError as error:
+            raise UsageError(f"--output: {error}") from error
+
+    def _claim(self) -> None:
+        manifest = self.folder / "manifest.json"
+        if not manifest.exists():
+            if any(self.folder.glob("part-*")):
+                raise UsageError(
+                    f"--output {self.folder}: holds shards without a manifest.json; expected an empty folder"
+                )
+            self._put("manifest.json", _json({"settings": self._settings, "complete": False}))
+            return
+        try:
+            there = json.loads(manifest.read_text(encoding="utf-8"))["settings"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{manifest}: is not a manifest of `fastbert embed`") from error
+        names = sorted(name for name in {*there, *self._settings} if there.get(name) != self._settings.get(name))
+        if names:
+            differ = "; ".join(f"{name} {there.get(name)!r}, not {self._settings.get(name)!r}" for name in names)
+            raise UsageError(f"--output {self.folder}: holds shards made with {differ}; expected another folder")
+
+    def is_own(self, index: int) -> bool:
+        """Whether a shard is written here."""
+        return index % self.world == self.rank
+
+    def committed(self, index: int) -> dict[str, Any] | None:
+        """What is in a shard, or None where it is not there whole."""
+        try:
+            found: dict[str, Any] = json.loads((self.folder / f"part-{index:05d}.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return found if all((self.folder / name).exists() for name in found.get("files", ())) else None
+
+    def commit(
+        self,
+        index: int,
+        keys: Sequence[Any],
+        embeddings: np.ndarray,
+        problems: Sequence[dict[str, Any]],
+        about: dict[str, Any],
+    ) -> None:
+        """Writes a shard: `embeddings` (n, width) of the rows `keys`; `about` goes into its record."""
+        name = f"part-{index:05d}"
+        keys = list(keys) if self._numbered else [str(key) for key in keys]
+        files = {}
+        try:
+            if self.form == "parquet":
+                files[f"{name}.parquet"] = _parquet(keys, self._numbered, embeddings)
+            else:
+                buffer = io.BytesIO()
+                np.save(buffer, embeddings)
+                files |= {f"{name}.npy": buffer.getvalue(), f"{name}.ids.json": _json(keys)}
+            if problems:
+                lines = [json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems]
+                files[f"{name}.problems.jsonl"] = "".join(lines).encode("utf-8", "backslashreplace")
+            for file, data in files.items():
+                self._put(file, data)
+            hashes = {file: hashlib.sha256(data).hexdigest() for file, data in files.items()}
+            self._put(f"{name}.json", _json({"files": hashes, **about}))
+        except OSError as error:
+            raise UsageError(f"--output: {error}") from error
+
+    def finish(self, count: int) -> dict[str, Any] | None:
+        """The totals of `count` shards, put into the manifest; None while another rank's are still missing."""
+        found = [self.committed(index) for index in range(count)]
+        if any(each is None for each in found):
+            return None
+        records = [each for each in found if each is not None]
+        totals = {name: sum(each[name] for each in records) for name in ("rows", "rejected", "truncated", "tokens")}
+        files = {file: digest for each in records for file, digest in each["files"].items()}
+        summary = {"complete": True, "shards": count, **totals}
+        self._put("manifest.json", _json({"settings": self._settings, **summary, "files": files}))
+        for left in self.folder.glob("*.partial"):  # nobody writes any more
+            left.unlink(missing_ok=True)
+        return summary
+
+    def _put(self, name: str, data: bytes) -> None:
+        """Writes a file so that it is there whole or not at all, and stays there."""
+        partial = self.folder / f"{name}.{os.getpid()}.partial"
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.folder / name)
+        with contextlib.suppress(OSError):  # where folders can't be opened
+            folder = os.open(self.folder, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+def _parquet(keys: list[Any], numbered: bool, embeddings: np.ndarray) -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    ids = pyarrow.array(keys, pyarrow.int64() if numbered else pyarrow.string())
+    values = pyarrow.array(embeddings.reshape(-1))
+    rows = pyarrow.FixedSizeListArray.from_arrays(values, embeddings.shape[1])
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table({"id": ids, "embedding": rows}), sink, compression="none")
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
