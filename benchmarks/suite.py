@@ -57,6 +57,7 @@ ON_A_GPU = (
     Step("lengths", 1.0, f"{BENCH} bfloat16 --workload dense128 dense384 sentences --peers torch-varlen"),
     Step("dtypes", 2.0, f"{BENCH} float16 float32 --workload squad dense512"),
     Step("operators", 2.0, "-m pytest -q benchmarks --records {output} --workload squad"),
+    Step("encode", 1.0, "benchmarks/encode.py --dtype bfloat16 --output {output}"),
     Step("small batches", 1.0, f"{BENCH} bfloat16 --workload squad search --batch 8 16 32 --peers torch-varlen"),
     Step("compiled training", 3.0, f"{BENCH} bfloat16 --train --workload squad --batch 64 --peers compile"),
     Step("max-autotune", 6.0, f"{BENCH} bfloat16 --workload squad dense512 --peers max-autotune"),
@@ -70,6 +71,7 @@ ON_A_CPU = (
     Step("latency", 10.0, f"{BENCH} bfloat16 float32 --workload squad dense128 --batch 1 --peers all"),
     Step("training", 20.0, f"{BENCH} bfloat16 float32 --train --workload squad --repeats 3"),
     Step("cold", 10.0, f"{BENCH} bfloat16 float32 --cold --workload dense128 --batch 1 --peers compile"),
+    Step("encode", 10.0, "benchmarks/encode.py --dtype bfloat16 float32 --output {output}"),
     Step("operators", 10.0, "-m pytest -q benchmarks --records {output} --workload squad --dtype float32"),
     Step("operators, bfloat16", 10.0, "-m pytest -q benchmarks --records {output} --workload squad --dtype bfloat16"),
 )
@@ -106,7 +108,8 @@ def command(step: Step, minutes: float, output: Path) -> list[str]:
 
 def run(step: Step, minutes: float, output: Path) -> str:
     """Runs a step for `minutes` at most; returns "done", "failed" or "cut"."""
-    process = subprocess.Popen(command(step, minutes, output), cwd=ROOT, start_new_session=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    process = subprocess.Popen(command(step, minutes, output), cwd=ROOT, env=environment, start_new_session=True)
     try:
         return "done" if process.wait(60 * minutes) == 0 else "failed"
     except subprocess.TimeoutExpired:

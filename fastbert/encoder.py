@@ -125,13 +125,13 @@ class FusedEncoder(_Module):
 
 
 def plan_call(
-    model: Any, kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: Any, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Checks the arguments of a call of a base model, chooses the layout, and adds what tells the encoder.
 
     Args:
         model: the base model.
-        kind: its stock class, whose forward the arguments are for.
+        names: those of the parameters of its stock forward.
         args: the positional arguments.
         kwargs: those by name; among them, from the hook of a head, what it reads.
 
@@ -141,7 +141,7 @@ def plan_call(
     Raises:
         ValueError: an argument is out of range or of the wrong shape, dtype or device; the message names it.
     """
-    names, encoder = _parameter_names(kind), encoder_of(model)
+    encoder = encoder_of(model)
     call = dict(zip(names, args, strict=False))
     if not hasattr(encoder, "fastbert") or len(args) > len(names) or call.keys() & kwargs.keys():
         return args, kwargs  # unfused, or given too many or twice: the forward itself says so
@@ -189,13 +189,14 @@ def _draw_seeds(layers: Any, reasons: list[str | None]) -> Tensor | None:
 
 
 @functools.cache
-def _parameter_names(kind: Any) -> tuple[str, ...]:
+def parameter_names(kind: Any) -> tuple[str, ...]:
+    """Of the forward of a class, without self."""
     return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
 def named_arguments(kind: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call of `kind.forward`, all by name."""
-    return {**dict(zip(_parameter_names(kind), args, strict=False)), **kwargs}
+    return {**dict(zip(parameter_names(kind), args, strict=False)), **kwargs}
 
 
 def plan_label_call(
@@ -236,7 +237,7 @@ def plan_span_call(
 def _shape(call: Mapping[str, Any]) -> tuple[int, int]:
     ids = call.get("input_ids")
     shape = ids.shape if ids is not None else call["inputs_embeds"].shape[:2]
-    return int(shape[0]), int(shape[1])
+    return shape[0], shape[1]  # not by int(), which would fix them in a graph
 
 
 def _has_empty_sequence(model: Any, mask: Tensor | None) -> bool:

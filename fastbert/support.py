@@ -90,6 +90,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module], sharded: bool = False) ->
         return False
     for parameter in parameters.values():
         plain = parameter is None or type(parameter) is nn.Parameter or type(parameter) is Tensor
+        plain = plain or _is_a(parameter, "torch._subclasses.fake_tensor", "FakeTensor")  # torch.export's
         if not plain and not (sharded and _is_sharded(parameter)):
             return False
     return True

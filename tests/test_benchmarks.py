@@ -61,6 +61,19 @@ def test_models(step: str, tmp_path: Path) -> None:
     assert timed >= {(workload, way) for workload in ("search b1", "search b16") for way in ways}
 
 
+@pytest.mark.slow
+def test_encode(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/encode.py", "--batch", "4", "--repeats", "3", "--output", str(tmp_path)]
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    found = records.load(next(tmp_path.rglob("*.json")))
+    ways = [("corpus", "stock"), ("corpus", "fused"), ("calls", "stock"), ("calls", "fused")]
+    assert [(r["what"].split(", ")[1], r["candidate"]) for r in found] == ways
+    assert all(r["ideal_ratio"] > 1 and r["repeats"] == 3 for r in found)
+    assert found[0]["ideal_ratio"] < found[2]["ideal_ratio"]  # sorted by length there is less padding
+
+
 @pytest.fixture
 def suite() -> Any:
     """The module benchmarks/suite.py."""
@@ -88,6 +101,8 @@ def test_every_step_is_a_command(suite: Any, tmp_path: Path) -> None:
 
     for step in (*suite.ON_A_GPU, *suite.ON_A_CPU):
         words = suite.command(step, 1.0, tmp_path)
+        if words[1] == "benchmarks/encode.py":
+            continue  # test_encode runs it
         assert words[1] == "-m"
         if words[2] == "fastbert.cli":
             parser().parse_args(words[3:])

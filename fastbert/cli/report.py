@@ -80,6 +80,7 @@ def measured(records: Iterable[dict[str, Any]]) -> str:
             lines += ["", f"![tokens/s and memory]({device_folder(device)}.svg)"]
         for title, chosen in (
             ("Models", {c: run for c, run in ours.items() if c[0].startswith(MODEL)}),
+            ("sentence-transformers", {c: run for c, run in ours.items() if c[0].startswith("encode, ")}),
             ("Cold starts", {c: run for c, run in ours.items() if c[0].startswith("cold start: ")}),
             ("Operators", {c: run for c, run in ours.items() if c[0].startswith("operator ")}),
         ):

@@ -21,7 +21,7 @@ from torch import nn
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.utils.generic import can_return_tuple
 
-from ..encoder import FusedEncoder, named_arguments, plan_call
+from ..encoder import FusedEncoder, named_arguments, parameter_names, plan_call
 from ..fuse import FusedModel
 from ..heads import Vocabulary, labelled_loss, takes_labelled_rows
 from ..layer import FusedEmbeddings, FusedLayer, Shape
@@ -63,12 +63,14 @@ def embeddings(kind: type[T], module: str) -> type[T]:
     return _derive(kind, module, FusedEmbeddings)
 
 
-def base_model(kind: type[T], module: str) -> type[T]:
+def base_model(kind: Any, module: str) -> Any:
     """The fused base model of a family."""
+
+    names = parameter_names(kind)
 
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = plan_call(self, kind, args, kwargs)
+        args, kwargs = plan_call(self, names, args, kwargs)
         return super(fused, self).forward(*args, **kwargs)
 
     fused = _derive(kind, module, FusedModel, forward=forward)
