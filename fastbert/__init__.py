@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .models.distilbert import *  # noqa: F403
     from .models.electra import *  # noqa: F403
     from .models.ernie import *  # noqa: F403
+    from .models.mpnet import *  # noqa: F403
     from .models.roberta import *  # noqa: F403
     from .models.xlm_roberta import *  # noqa: F403
 
@@ -39,6 +40,7 @@ _MODELS = {
     "distilbert": ("DistilBert", _COMMON),
     "electra": ("Electra", (*_COMMON, "ForCausalLM", "ForPreTraining")),
     "ernie": ("Ernie", (*_COMMON, "ForCausalLM", "ForNextSentencePrediction", "ForPreTraining")),
+    "mpnet": ("MPNet", _COMMON),
     "roberta": ("Roberta", (*_COMMON, "ForCausalLM")),
     "xlm_roberta": ("XLMRoberta", (*_COMMON, "ForCausalLM")),
 }

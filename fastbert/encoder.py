@@ -21,7 +21,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from . import ops
 from .layer import default_positions, first_position
 from .packing import Packing, flattened, host_integers, isolating_mask, pack_mask
-from .support import call_is_unsupported, encoder_of, is_hooked, is_transformed, layer_is_unsupported
+from .support import (
+    call_is_unsupported,
+    encoder_of,
+    is_hooked,
+    is_transformed,
+    layer_is_unsupported,
+    relative_is_unsupported,
+)
 
 PADDINGS = ("auto", "packed", "dense")
 
@@ -92,6 +99,8 @@ class FusedEncoder(_Module):
     fastbert: Settings
     output: ClassVar[type[ModelOutput]] = BaseModelOutputWithPastAndCrossAttentions
     """What the stock encoder returns."""
+    relative: ClassVar[bool] = False
+    """Whether attention adds a bias by distance: then `relative_bias` gives it, for inference alone."""
 
     def forward(self, hidden_states: Tensor, *args: Any, plan: Plan | str | None = None, **kwargs: Any) -> ModelOutput:
         """hidden_states (1, T, H) or (B, S, H) as `plan` lays out -> (B, S, H); stock where it is no Plan.
@@ -103,11 +112,14 @@ class FusedEncoder(_Module):
             return stock
         counts = self.fastbert.counts
         if not isinstance(plan, Plan):
-            counts.add(counts.stock, plan or "called past the forward of its model")
+            if plan or not self.relative:  # there its model has counted
+                counts.add(counts.stock, plan or "called past the forward of its model")
             stock = super().forward(hidden_states, *args, **kwargs)
             return stock
         packing = plan.packing
         counts.add(counts.fused, "dense" if packing.cu_seqlens is None else "packed")
+        if self.relative:
+            packing = packing._replace(bias=self.relative_bias(packing.max_seqlen))
         stock_mask = None
         if any(plan.stock_layers):
             for name in ("attention_mask", "use_cache"):  # the one replaced here, the other the encoder's alone
@@ -122,6 +134,10 @@ class FusedEncoder(_Module):
             else:
                 hidden_states = layer(hidden_states, packing=packing, seeds=own_seeds)
         return self.output(last_hidden_state=packing.unpack(hidden_states))
+
+    def relative_bias(self, length: int) -> Tensor:
+        """`Packing.bias` for sequences of `length` tokens at most."""
+        raise NotImplementedError
 
 
 def plan_call(
@@ -155,6 +171,8 @@ def plan_call(
         reasons = [layer_is_unsupported(layer) for layer in encoder.layer]
         if all(reasons):
             reason = f"no layer can run fused: {reasons[0]}"
+    if reason is None and encoder.relative:
+        reason = relative_is_unsupported(model, call, any(reasons))
     cu_seqlens = call.get("cu_seq_lens_q")
     if cu_seqlens is not None:
         packing = flattened(cu_seqlens, _shape(call)[1], call.get("cu_seq_lens_k"))
@@ -295,6 +313,8 @@ def _lay_out(model: Any, call: dict[str, Any], reads: Reads) -> Packing:
         return Packing(batch, seqlen, seqlen)
     # A pooler reads position 0 of every sequence, real or not.
     exact = selection.starts_real or not (reads.reads_first or getattr(model, "pooler", None) is not None)
+    if encoder_of(model).relative and selection.has_holes:  # distances are those of the padded layout
+        exact = False
     if selection.tokens == 0 or not exact or (selection.labels_padding and padding == "auto"):
         return Packing(batch, seqlen, seqlen, key_mask=mask)
     indices, inverse = selection.packing.indices, selection.packing.inverse

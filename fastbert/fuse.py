@@ -18,7 +18,7 @@ from .support import (
     model_is_unsupported,
 )
 
-FAMILIES = ("bert", "roberta", "xlm_roberta", "camembert", "electra", "ernie", "distilbert")
+FAMILIES = ("bert", "roberta", "xlm_roberta", "camembert", "electra", "ernie", "distilbert", "mpnet")
 """Modules of `fastbert.models`, each named as transformers names the family's."""
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -110,6 +110,11 @@ class FusedLayer(_Module):
         probabilities = float(child(attention, "dropout").p) if attention.training else 0.0
         return probabilities, self._rate(shape.context_dropout), self._rate(shape.down_dropout)
 
+    def scale(self) -> float:
+        """Of the attention's scores."""
+        attention = child(self, *self.shape.attention)
+        return float(getattr(attention, "scaling", attention.attention_head_size**-0.5))
+
     def _rate(self, path: Path | None) -> float:
         dropout = None if path is None else child(self, *path)
         return float(dropout.p) if dropout is not None and dropout.training else 0.0
@@ -141,8 +146,8 @@ class FusedLayer(_Module):
         """Seven launches, nothing kept."""
         shape = self.shape
         q, k, v = self._project(x).unbind(1)  # [T, heads, head_dim]
-        scale = child(self, *shape.attention).scaling
-        context = ops.attention(q, k, v, packing.cu_seqlens, packing.key_mask, packing.max_seqlen, scale)
+        sequences = packing.cu_seqlens, packing.key_mask, packing.max_seqlen
+        context = ops.attention(q, k, v, *sequences, self.scale(), packing.bias)
         del q, k, v
         x = _close(child(self, *shape.context), child(self, *shape.context_norm), context.flatten(1), x)
         del context
@@ -167,7 +172,7 @@ class FusedLayer(_Module):
             packing.cu_seqlens,
             packing.key_mask,
             packing.max_seqlen,
-            child(self, *shape.attention).scaling,
+            self.scale(),
             rates[0],
             seed[0],
         )

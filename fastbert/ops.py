@@ -28,7 +28,7 @@ _OPERATORS = {
     # Inference, where nothing needs a gradient.
     "linear_gelu": ("linear", "(Tensor x, Tensor weight, Tensor? bias, str approximate) -> Tensor"),
     "linear_add": ("linear", "(Tensor x, Tensor weight, Tensor? bias, Tensor residual) -> Tensor"),
-    "attention": ("attention", f"(Tensor q, Tensor k, Tensor v, {_SEQUENCES}) -> Tensor"),
+    "attention": ("attention", f"(Tensor q, Tensor k, Tensor v, {_SEQUENCES}, Tensor? bias=None) -> Tensor"),
     "layer_norm": ("layer_norm", "(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor"),
     # Inference and training.
     "linear": ("linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor"),

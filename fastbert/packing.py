@@ -35,6 +35,8 @@ class Packing(NamedTuple):
     """(T,) int64, rows of the flattened (B * S) padded layout that hold real tokens, in order. None: none dropped."""
     inverse: Tensor | None = None
     """(B * S,) int64, the packed row of each padded row, or -1 where it is padding. None: nothing to unpack."""
+    bias: Tensor | None = None
+    """(heads, 2 R - 1) float32, what attention adds to scores by the distance of key and query. None: nothing."""
 
     def unpack(self, hidden_states: Tensor) -> Tensor:
         """`hidden_states` as the caller knows them: (1, T, H) -> (B, S, H), zeros at padding; else unchanged."""
@@ -54,6 +56,8 @@ class Selection(NamedTuple):
     """Whether position 0 of every sequence is a real token."""
     labels_padding: bool
     """Whether a label other than -100 stands at padding."""
+    has_holes: bool
+    """Whether padding stands between real tokens of a sequence."""
 
 
 def host_integers(values: list[Tensor]) -> list[int]:
@@ -79,15 +83,16 @@ def pack_mask(mask: Tensor, labels: Tensor | None = None) -> Selection:
     torch.cumsum(lengths, 0, dtype=torch.int32, out=cu_seqlens[1:])
     row = real.cumsum(0) - 1
     labels_padding = mask.new_zeros(()) if labels is None else ((labels != -100) & ~mask).any()
-    tokens, longest, starts_real, at_padding = host_integers(
-        [cu_seqlens[-1], lengths.max(), mask[:, 0].all(), labels_padding]
+    begins = mask[:, 0].to(torch.int32) + (mask[:, 1:] & ~mask[:, :-1]).sum(1, dtype=torch.int32)
+    tokens, longest, starts_real, at_padding, has_holes = host_integers(
+        [cu_seqlens[-1], lengths.max(), mask[:, 0].all(), labels_padding, (begins > 1).any()]
     )
     # Padding rows all write their index to one spare slot past the end.
     slots = torch.where(real, row, real.numel())
     rows = torch.arange(real.numel(), device=mask.device)
     indices = torch.empty(real.numel() + 1, dtype=torch.int64, device=mask.device).scatter_(0, slots, rows)[:tokens]
     packing = Packing(batch, seqlen, longest, cu_seqlens, None, indices, torch.where(real, row, -1))
-    return Selection(packing, tokens, bool(starts_real), bool(at_padding))
+    return Selection(packing, tokens, bool(starts_real), bool(at_padding), bool(has_holes))
 
 
 def flattened(cu_seqlens: Tensor, tokens: int, keys: Tensor | None = None) -> Packing:

@@ -219,6 +219,18 @@ def needs_stock(sample: Tensor) -> str | None:
     return None
 
 
+def relative_is_unsupported(model: Any, call: Mapping[str, Any], mixed: bool) -> str | None:
+    """Why a call of a model whose attention adds a bias by distance runs stock; `mixed`: a layer of it does."""
+    device = next(encoder_of(model).parameters()).device.type
+    if torch.is_grad_enabled() or model.training or torch.is_autocast_enabled(device):
+        return "a bias by distance, under gradients, dropout or autocast"
+    if call.get("output_hidden_states", getattr(model.config, "output_hidden_states", False)):
+        return "output_hidden_states"
+    if mixed:
+        return "a bias by distance, and a layer that runs stock"
+    return None
+
+
 def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
     """Why this call of a base model, with these arguments by name, runs stock."""
     config = model.config

@@ -42,7 +42,7 @@ def sequence_rows(cu_seqlens_ptr, sequence, max_seqlen):
     return row, length
 
 
-@triton.jit(do_not_specialize=["max_seqlen", "rows", "threshold"])
+@triton.jit(do_not_specialize=["max_seqlen", "rows", "threshold", "bias_span"])
 def attention_kernel(
     q_ptr,
     k_ptr,
@@ -52,6 +52,7 @@ def attention_kernel(
     cu_seqlens_ptr,  # None: every sequence has max_seqlen rows
     key_mask_ptr,  # None: every key takes part
     seed_ptr,  # of dropout, or None
+    bias_ptr,  # (heads, 2 * bias_span - 1) float32, by how far the key is from the query; or None
     max_seqlen,
     scale_log2e,  # scale * log2(e)
     stride_qt,
@@ -63,6 +64,8 @@ def attention_kernel(
     rows,  # of training alone, as are the next two: last, so that inference compiles to what it does without them
     threshold,  # of dropout
     kept_scale,
+    bias_span,  # of a bias alone, as is the next
+    inverse_scale,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -99,6 +102,11 @@ def attention_kernel(
             keep = tl.load(key_mask_ptr + sequence * max_seqlen + start_n + offs_n, mask=keep, other=False)
         k = tl.load(k_tile_ptr + k_offs, mask=mask_kv, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
+        if bias_ptr is not None:
+            queries, keys = (start_m + offs_m)[:, None], (start_n + offs_n)[None, :]
+            offs_bias = head * (2 * bias_span - 1) + bias_span - 1 + keys - queries
+            bias = tl.load(bias_ptr + offs_bias, mask=(queries < length) & (keys < length), other=0.0)
+            scores = tl.fma(bias, inverse_scale, scores)  # which are scaled in the exponent
         if key_mask_ptr is not None:
             scores = tl.where(keep[None, :], scores, float("-inf"))
         elif start_n + BLOCK_N > length:
@@ -330,6 +338,7 @@ def attention(
     key_mask: Tensor | None,
     max_seqlen: int,
     scale: float,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Bidirectional softmax attention within each sequence; never waits for the device.
 
@@ -341,21 +350,32 @@ def attention(
         key_mask: (B, max_seqlen) bool, True where a key takes part; dense layout only. None: all take part.
         max_seqlen: length of the longest sequence, in tokens.
         scale: factor on the scores, before the softmax; positive.
+        bias: (heads, 2 R - 1) float32, contiguous, R at least max_seqlen: bias[h, R - 1 + j - i] is added to the scaled
+            score of query i and key j of a sequence. None: nothing is.
 
     Returns:
         (T, heads, head_dim), contiguous, the dtype of q. Rows whose keys are all masked are zero.
 
     Raises:
         ValueError: `q`, `k` or `v` is not contiguous in its last dimension; `key_mask` in the packed layout, or of
-            another shape; rows that don't divide by `max_seqlen` in the dense one; `scale` not positive.
+            another shape; rows that don't divide by `max_seqlen` in the dense one; `scale` not positive; `bias` of
+            another shape or dtype.
     """
+    if bias is not None:
+        heads, least = q.shape[1], 2 * max_seqlen - 1
+        fits = bias.dim() == 2 and bias.shape[0] == heads and bias.shape[1] % 2 and bias.shape[1] >= least
+        if not fits or bias.dtype != torch.float32 or not bias.is_contiguous():
+            raise ValueError(
+                f"bias has shape {tuple(bias.shape)} and dtype {bias.dtype}; expected a contiguous float32 tensor of "
+                f"({heads}, 2 R - 1), R at least {max_seqlen}"
+            )
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.shape != q.shape or x.stride(2) != 1:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)} and strides {x.stride()}; "
                 f"expected shape {tuple(q.shape)}, contiguous in the last dimension"
             )
-    return _launch_forward(q, k, v, None, cu_seqlens, key_mask, max_seqlen, scale, 0.0, None)
+    return _launch_forward(q, k, v, None, cu_seqlens, key_mask, max_seqlen, scale, 0.0, None, bias)
 
 
 def _checked(
@@ -392,6 +412,7 @@ def _launch_forward(
     scale: float,
     dropout: float,
     seed: Tensor | None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     rows, heads, head_dim = q.shape
     batch, key_mask = _checked(rows, cu_seqlens, key_mask, max_seqlen, scale)
@@ -408,6 +429,7 @@ def _launch_forward(
         cu_seqlens,
         key_mask,
         seed,
+        bias,
         max_seqlen,
         scale * math.log2(math.e),
         q.stride(0),
@@ -419,6 +441,8 @@ def _launch_forward(
         rows,
         draw_threshold(dropout),
         keep_scale(dropout),
+        0 if bias is None else (bias.shape[1] + 1) // 2,
+        1 / scale,
         HEAD_DIM=head_dim,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

@@ -162,6 +162,7 @@ def attention(
     key_mask: Tensor | None,
     max_seqlen: int,
     scale: float,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Bidirectional softmax attention within each sequence, over rows of all sequences laid end to end.
 
@@ -172,6 +173,8 @@ def attention(
         key_mask: (B, max_seqlen) bool, True where a key takes part; dense layout only. None: all take part.
         max_seqlen: length of the longest sequence, in tokens.
         scale: factor on the scores, before the softmax.
+        bias: (heads, 2 R - 1), R at least max_seqlen: bias[h, R - 1 + j - i] is added to the scaled score of query i
+            and key j of a sequence. None: nothing is.
 
     Returns:
         (T, heads, head_dim), contiguous. Rows whose keys are all masked are zero.
@@ -181,7 +184,10 @@ def attention(
     def attend(rows: slice, batch: int, mask: Tensor | None) -> Tensor:
         # [B, heads, S, D]
         query, key, value = (t[rows].unflatten(0, (batch, -1)).transpose(1, 2).to(dtype) for t in (q, k, v))
-        result = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+        added = mask if bias is None else _biased(bias.to(dtype), query.shape[2], mask)
+        result = F.scaled_dot_product_attention(query, key, value, attn_mask=added, scale=scale)
+        if bias is not None and mask is not None:  # without a key it is NaN
+            result = result.where(mask.any(-1, keepdim=True), 0.0)
         return result.transpose(1, 2).flatten(0, 1).to(q.dtype)  # [B * S, heads, D]
 
     if cu_seqlens is None and q.shape[0]:
@@ -193,6 +199,13 @@ def attention(
             if end > start:
                 out[start:end] = attend(slice(start, end), 1, None)
     return out
+
+
+def _biased(bias: Tensor, length: int, mask: Tensor | None) -> Tensor:
+    """What is added to the scores of sequences of one length, (1 or B, heads, S, S): -inf where a key is masked."""
+    places = torch.arange(length, device=bias.device)
+    added = bias[:, bias.shape[1] // 2 + places[None, :] - places[:, None]][None]
+    return added if mask is None else added.masked_fill(~mask, float("-inf"))
 
 
 def _sequences(

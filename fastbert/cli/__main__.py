@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         help="time stock against fused, on this machine",
         description="Times stock against fused in one process, in random order, after checking both against float64. "
         "Weights are seeded; lengths are drawn from those of real text. "
-        "Exit status: 0 all measured, 1 a candidate failed, 2 bad usage, 130 interrupted.",
+        "Exit status: 0 all measured, 1 stock or fused failed, 2 bad usage, 130 interrupted.",
     )
     bench.add_argument(
         "--workload",

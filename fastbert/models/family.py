@@ -63,9 +63,8 @@ def embeddings(kind: type[T], module: str) -> type[T]:
     return _derive(kind, module, FusedEmbeddings)
 
 
-def base_model(kind: Any, module: str) -> Any:
-    """The fused base model of a family."""
-
+def base_model(kind: Any, module: str, own: Callable[..., Any] | None = None) -> Any:
+    """The fused base model of a family; `own` is its forward, where the stock one hands no plan on to the encoder."""
     names = parameter_names(kind)
 
     @functools.wraps(kind.forward)
@@ -73,7 +72,7 @@ def base_model(kind: Any, module: str) -> Any:
         args, kwargs = plan_call(self, names, args, kwargs)
         return super(fused, self).forward(*args, **kwargs)
 
-    fused = _derive(kind, module, FusedModel, forward=forward)
+    fused = _derive(kind, module, FusedModel, forward=forward if own is None else own)
     return fused
 
 

@@ -14,7 +14,7 @@ from tests import models
 def test_pack_mask_agrees_with_boolean_indexing(kind: str, shape: tuple[int, int]) -> None:
     mask = models.masks(*shape)[kind].bool()
     hidden = torch.randn(*shape, 3)
-    layout, tokens, starts_real, labels_padding = packing.pack_mask(mask)
+    layout, tokens, starts_real, labels_padding, has_holes = packing.pack_mask(mask)
     assert torch.equal(hidden.flatten(0, 1)[layout.indices], hidden[mask])
     assert tokens == int(mask.sum())
     assert layout.cu_seqlens.dtype == torch.int32
@@ -22,6 +22,8 @@ def test_pack_mask_agrees_with_boolean_indexing(kind: str, shape: tuple[int, int
     assert layout.max_seqlen == int(mask.sum(1).max())
     assert starts_real == bool(mask[:, 0].all())
     assert labels_padding is False
+    runs = ["".join("01"[x] for x in row).split("0") for row in mask.tolist()]
+    assert has_holes is any(len([run for run in row if run]) > 1 for row in runs)
     restored = layout.unpack(hidden[mask][None])
     assert torch.equal(restored, hidden * mask[..., None])
 
@@ -34,7 +36,7 @@ def test_labels_at_padding_are_found() -> None:
 
 def test_flattened() -> None:
     layout = packing.flattened(torch.tensor([0, 3, 3, 8]), 8)
-    assert layout == (3, 8, 5, layout.cu_seqlens, None, None, None)
+    assert layout == (3, 8, 5, layout.cu_seqlens, None, None, None, None)
     assert layout.cu_seqlens.dtype == torch.int32
     hidden = torch.randn(1, 8, 2)
     assert layout.unpack(hidden) is hidden

@@ -126,16 +126,21 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
         precision: str = "ieee",
         stats: bool = False,
         drops: bool = False,
+        bias: bool = False,
     ) -> Spec:
         config = attention_config(table(arch), dtype, head_dim)
         strides = {f"stride_{x}{axis}": 3 * 1024 if axis == "t" else head_dim for x in "qkv" for axis in "th"}
         return Spec(
-            variant=f"{layout} {precision} d{head_dim}" + (" stats" if stats else "") + (" dropout" if drops else ""),
+            variant=f"{layout} {precision} d{head_dim}"
+            + "".join(f" {name}" for name, there in (("stats", stats), ("dropout", drops), ("bias", bias)) if there),
             kernel=attention.attention_kernel,
             arguments={
                 **common(dtype, head_dim, layout, precision, drops),
                 **{f"{name}_ptr": f"*{TYPE_NAMES[dtype]}" for name in ("q", "k", "v", "out")},
                 "stats_ptr": "*fp32" if stats else None,
+                "bias_ptr": "*fp32" if bias else None,
+                "bias_span": 512,
+                "inverse_scale": 8.0,
                 "scale_log2e": 0.18,
                 **strides,
                 "BLOCK_M": config.block_m,
@@ -190,6 +195,7 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
                     yield spec(dtype, head_dim, layout)
                 yield spec(torch.float32, head_dim, layout, "tf32")
                 for dtype in TYPE_NAMES:
+                    yield spec(dtype, head_dim, layout, bias=True)
                     for drops in (False, True):
                         yield spec(dtype, head_dim, layout, "ieee", True, drops)
                         yield from backward(dtype, head_dim, layout, "ieee", drops)
@@ -208,6 +214,8 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
         for layout in layouts:
             yield spec(torch.bfloat16, 64, layout)
         yield spec(torch.bfloat16, 80, "packed")
+        yield spec(torch.bfloat16, 64, "packed", bias=True)
+        yield spec(torch.float32, 64, "masked", bias=True)
         yield spec(torch.float32, 64, "packed", "tf32")
         yield spec(torch.float32, 128, "masked", "tf32")
 

@@ -85,6 +85,47 @@ def test_dense(kind: str | None, dtype: torch.dtype, device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", kernel_dtypes)
+@pytest.mark.parametrize("layout", ["packed", "dense", "right", "all-masked row"])
+def test_bias_by_distance(layout: str, dtype: torch.dtype, device: str) -> None:
+    """Beside PyTorch's attention with the same numbers added to the scores, laid out for every pair."""
+    lengths, heads, head_dim, scale = [37, 70, 1], 2, 32, 0.2
+    if layout != "packed":
+        lengths = [70, 70, 70]
+    mask = None if layout in ("packed", "dense") else make_mask(layout, 3, 70, device)
+    q, k, v = make_qkv(sum(lengths), heads, head_dim, dtype, device)
+    bias = torch.randn(heads, 2 * 80 - 1, generator=torch.Generator().manual_seed(0)).to(device)  # room for 80
+    starts = cumulative(lengths, device) if layout == "packed" else None
+    fused = kernel.attention(q, k, v, starts, mask, max(lengths), scale, bias)
+    truth = reference.attention(q.double(), k.double(), v.double(), starts, mask, max(lengths), scale, bias.double())
+
+    def alone(i: int, *views: Tensor) -> Tensor:
+        n = views[0].shape[0]
+        places = torch.arange(n, device=device)
+        added = bias[:, 79 + places[None, :] - places[:, None]].to(views[0].dtype)
+        if mask is not None:
+            added = added.masked_fill(~mask[i], float("-inf"))
+        found = F.scaled_dot_product_attention(*(t.transpose(0, 1)[None] for t in views), attn_mask=added, scale=scale)
+        return found[0].transpose(0, 1)
+
+    parts = list(zip(*(t.split(lengths) for t in (q, k, v)), strict=True))
+    exact = torch.cat([alone(i, *(t.double() for t in views)) for i, views in enumerate(parts)])
+    stock = torch.cat([alone(i, *views) for i, views in enumerate(parts)])
+    real = torch.ones(len(q), dtype=torch.bool, device=device)
+    if layout == "all-masked row":
+        real[70:140] = False
+        assert fused[70:140].eq(0).all() and truth[70:140].eq(0).all()
+    torch.testing.assert_close(truth[real], exact[real])  # the twin, by another way
+    assert_within_policy(fused[real], stock[real], truth[real])
+
+
+def test_bias_is_checked(device: str) -> None:
+    q, k, v = make_qkv(8, 2, 16, torch.float32, device)
+    for bias in (torch.zeros(2, 14), torch.zeros(2, 13), torch.zeros(1, 15), torch.zeros(2, 15).half()):
+        with pytest.raises(ValueError, match=r"bias has shape .* expected a contiguous float32 tensor"):
+            kernel.attention(q, k, v, None, None, 8, 1.0, bias.to(device))
+
+
+@pytest.mark.parametrize("dtype", kernel_dtypes)
 def test_a_sequence_is_bitwise_the_same_in_any_company(dtype: torch.dtype, device: str) -> None:
     lengths, head_dim, scale = [37, 100, 5, 70], 64, 0.125
     q, k, v = make_qkv(sum(lengths), 2, head_dim, dtype, device)
