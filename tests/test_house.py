@@ -34,7 +34,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"encoder", "fuse", "heads", "layer"},
     "verify": {"encoder", "fuse", "numerics", "support"},
     "__init__": {"fuse", "models", "verify"},
-    "cli": {"__init__", "encoder", "fuse", "kernels", "models", "numerics", "ops", "packing", "support", "verify"},
+    "cli": {
+        "__init__",
+        "encoder",
+        "fuse",
+        "kernels",
+        "layer",
+        "models",
+        "numerics",
+        "ops",
+        "packing",
+        "support",
+        "verify",
+    },
 }
 
 

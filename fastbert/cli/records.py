@@ -135,7 +135,7 @@ def load(file: str | Path) -> list[dict[str, Any]]:
 
 
 def latest(records: Iterable[dict[str, Any]]) -> dict[tuple[str, ...], dict[str, dict[str, Any]]]:
-    """For each case the records of the last run that has it, by candidate; in the order of their runs."""
+    """For each case the records of the last run that has it, by candidate; what, size and dtype together."""
     cases: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     dates: dict[tuple[str, ...], str] = {}
     for record in sorted(records, key=lambda record: record["date"]):
@@ -144,7 +144,7 @@ def latest(records: Iterable[dict[str, Any]]) -> dict[tuple[str, ...], dict[str,
             cases.pop(case, None)
             dates[case] = record["date"]
         cases.setdefault(case, {})[record["candidate"]] = record
-    return cases
+    return dict(sorted(cases.items(), key=lambda item: item[0][:4]))
 
 
 def _ratio(run: dict[str, dict[str, Any]]) -> tuple[float, float, float]:

@@ -398,7 +398,9 @@ def test_a_hundred_thousand_lines(data_folder: Path, tmp_path: Path) -> None:
     texts = [line.split("\t")[0] for line in lines]
     texts = [f"{i} {texts[i % len(texts)]}" for i in range(100_000)]
     (tmp_path / "in.txt").write_text("\n".join(texts), encoding="utf-8")
+    dtype = "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
     command = [sys.executable, "-m", "fastbert.cli", "embed", "--model", str(checkpoint()), str(tmp_path / "in.txt")]
+    command += ["--dtype", dtype]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
 
     def start(output: str, rank: int = 0, world: int = 1) -> subprocess.Popen[bytes]:
@@ -421,8 +423,8 @@ def test_a_hundred_thousand_lines(data_folder: Path, tmp_path: Path) -> None:
     half = len(resident) // 2
     growth = max(resident[half:]) - max(resident[half // 2 : half])
 
-    unset = dict.fromkeys(("dtype", "pooling", "normalize", "prompt", "max_length"))
-    arguments = argparse.Namespace(model=str(checkpoint()), **unset)
+    unset = dict.fromkeys(("pooling", "normalize", "prompt", "max_length"))
+    arguments = argparse.Namespace(model=str(checkpoint()), dtype=dtype, **unset)
     model, recipe, longest = embed._load(arguments, torch.device("cpu"))
     embed._begin_worker(str(checkpoint()))
     encoder = embed.Encoder(model, recipe, 2048)
