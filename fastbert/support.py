@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -199,6 +200,8 @@ def is_transformed() -> bool:
 
 def needs_stock(sample: Tensor) -> str | None:
     """Why the state of torch at this moment rules the kernels out for modules whose parameters are like `sample`."""
+    if os.environ.get("FASTBERT_DISABLE", "0") not in ("", "0"):
+        return "FASTBERT_DISABLE is set"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
     if is_transformed():

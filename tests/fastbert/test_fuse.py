@@ -564,6 +564,17 @@ def test_unsupported_models_are_refused_unchanged() -> None:
     assert type(model.encoder) is hf.BertEncoder
 
 
+def test_the_kill_switch(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    fused, stock = pair
+    monkeypatch.setenv("FASTBERT_DISABLE", "1")
+    assert torch.equal(last(fused, **call()), last(stock, **call()))
+    assert (fused_calls(fused), reasons(fused)) == (0, {"FASTBERT_DISABLE is set": 1})
+    assert "stock: FASTBERT_DISABLE is set" in str(fastbert.explain(fused))
+    monkeypatch.setenv("FASTBERT_DISABLE", "0")
+    last(fused, **call())
+    assert fused_calls(fused) == 1
+
+
 class Own(hf.BertModel):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return super().forward(*args, **kwargs)
