@@ -153,6 +153,9 @@ def torch_cost(operator: Any, args: Sequence[Any], kwargs: dict[str, Any], resul
     return Cost(flops, _bytes(args) + _bytes(list(kwargs.values())) + written)
 
 
+_DROPOUTS = ("attention_probs_dropout_prob", "hidden_dropout_prob")
+
+
 def encoder(config: Any, lengths: Sequence[int], dtype: torch.dtype, train: bool = False) -> Cost:
     """The least that the layers of a packed encoder cost, without its embeddings and without packing and unpacking.
 
@@ -161,12 +164,13 @@ def encoder(config: Any, lengths: Sequence[int], dtype: torch.dtype, train: bool
     counted as part of the products that make them, and dropout's rates are the config's.
 
     Args:
-        config: a BertConfig.
+        config: of a model of a supported family.
         lengths: of the sequences, in tokens.
         dtype: of weights, activations and gradients.
         train: forward and backward, not a forward.
     """
-    tokens, h, i = sum(lengths), config.hidden_size, config.intermediate_size
+    tokens, h = sum(lengths), config.hidden_size
+    i = config.hidden_dim if hasattr(config, "hidden_dim") else config.intermediate_size  # DistilBERT's name
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -177,7 +181,7 @@ def encoder(config: Any, lengths: Sequence[int], dtype: torch.dtype, train: bool
     def product(m: int, k: int, n: int) -> Cost:
         return Cost(_products((m, n, k)), (m * k + k * n + m * n) * dtype.itemsize)
 
-    heads = config.num_attention_heads
+    heads, eps = config.num_attention_heads, 0.0
     x, wide, square, up, down = empty(tokens, h), empty(tokens, i), empty(h, h), empty(i, h), empty(h, i)
     vector, long = empty(h), empty(i)
     context, qkv = empty(tokens, heads, h // heads), empty(tokens, 3, heads, h // heads)
@@ -188,25 +192,24 @@ def encoder(config: Any, lengths: Sequence[int], dtype: torch.dtype, train: bool
             call("qkv_linear", x, *(square, vector) * 3),
             call("attention", context, context, context, *sequences),
             call("linear_add", x, square, vector, x),
-            call("layer_norm", x, vector, vector, config.layer_norm_eps),
+            call("layer_norm", x, vector, vector, eps),
             call("linear_gelu", x, up, long, "none"),
             call("linear_add", wide, down, vector, x),
-            call("layer_norm", x, vector, vector, config.layer_norm_eps),
+            call("layer_norm", x, vector, vector, eps),
         ]
         return total(each * config.num_hidden_layers)
     seed = torch.empty((), dtype=torch.int64, device="meta")
-    drops = [
-        (rate, seed if rate else None) for rate in (config.attention_probs_dropout_prob, config.hidden_dropout_prob)
-    ]
+    names = ("attention_dropout", "dropout") if hasattr(config, "hidden_dim") else _DROPOUTS
+    drops = [(rate, seed if rate else None) for rate in (getattr(config, name) for name in names)]
     stats = torch.empty(2, heads, tokens, dtype=torch.promote_types(dtype, torch.float32), device="meta")
     biases = Cost(0, _bytes([*(vector,) * 5, long]))
     each = [
         call("qkv_linear", x, *(square, vector) * 3),
         call("attention_forward", qkv, *sequences, *drops[0]),
         call("linear", x, square, vector),
-        *[call("add_layer_norm", x, x, vector, vector, config.layer_norm_eps, *drops[1])] * 2,
+        *[call("add_layer_norm", x, x, vector, vector, eps, *drops[1])] * 2,
         call("feed_forward", x, up, long, down, vector, "none"),
-        *[call("add_layer_norm_backward", x, x, x, vector, config.layer_norm_eps, *drops[1])] * 2,
+        *[call("add_layer_norm_backward", x, x, x, vector, eps, *drops[1])] * 2,
         call("linear_gelu_backward", x, down, wide, "none"),
         product(h, tokens, i),
         product(tokens, i, h),

@@ -17,6 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DistilBertConfig, DistilBertModel
 from transformers.models.bert import modeling_bert as hf
+from transformers.models.distilbert import modeling_distilbert
 
 import fastbert
 from fastbert import encoder, ops
@@ -208,6 +209,15 @@ def test_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile, "workload", lambda name, batch=2: cases.Workload(name, (len(name),) * batch))
     assert profiled(tmp_path, batch=())["lengths"] == [len("squad")] * 2
     assert profiled(tmp_path, batch=("--workload", "dense128", "--batch", "3"))["lengths"] == [len("dense128")] * 3
+
+
+@pytest.mark.parametrize("step", [[], ["--train"]], ids=["forward", "step"])
+def test_a_checkpoint_of_another_family(step: list[str], tmp_path: Path) -> None:
+    config = modeling_distilbert.DistilBertConfig(vocab_size=99, dim=64, n_layers=2, n_heads=2, hidden_dim=128)
+    modeling_distilbert.DistilBertModel(config).save_pretrained(tmp_path / "checkpoint")
+    record = profiled(tmp_path, "--model", str(tmp_path / "checkpoint"), *step)
+    assert record["encoder"]["flops"] >= 2 * sum(2 * n * (4 * 64 * 64 + 2 * 64 * 128) + 4 * 64 * n * n for n in LENGTHS)
+    assert rows(record["runs"][0])["fastbert::qkv_linear"]["calls"] == 2
 
 
 def test_a_trace_of_a_gpu() -> None:
