@@ -23,7 +23,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/python examples/demo.py
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -q
+	$(VENV)/bin/python -m pytest -q -n auto --dist loadgroup
 
 test-all: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -q --slow $(if $(DATA),--data $(DATA))

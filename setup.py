@@ -18,6 +18,9 @@ TEST = [
     "sentence-transformers",
     # CUDA and ROCm builds of torch bring the triton made for them; the interpreter and the compiler tests need one too.
     "triton>=3.6; sys_platform == 'linux'",
+    "hypothesis",
+    "pytest-cov",
+    "pytest-xdist",
     "mypy",
     "ruff",
     # tests/test_house.py builds a wheel without a network.

@@ -128,6 +128,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--list", action="store_true", help="tell what is done and what is not, and stop")
     given = parser.parse_args(argv)
+    # What a shell puts in the background ignores interrupts, and what it starts inherits that: no step could be cut.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     minutes = given.minutes or (10.0 if torch.cuda.is_available() else 90.0)
     deadline = time.monotonic() + 60 * minutes
     output = given.output.resolve()

@@ -23,12 +23,18 @@ from torch import Tensor
 
 @functools.cache
 def _has_native_matmul(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of `dtype` by instructions of its own."""
+    """Whether oneDNN multiplies matrices of `dtype` by instructions this CPU has for it.
+
+    Both are asked: oneDNN takes 16 bits on CPUs that have to convert them, and may be told to leave instructions alone.
+    """
+    if dtype.itemsize != 2:
+        return True
+    if not torch.backends.mkldnn.is_available():
+        return False
     if dtype == torch.bfloat16:
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if dtype == torch.float16:
-        return torch.cpu._is_amx_fp16_supported()
-    return True
+        has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return has and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.cpu._is_amx_fp16_supported() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 def _matmul_dtype(x: Tensor) -> torch.dtype:
@@ -38,7 +44,7 @@ def _matmul_dtype(x: Tensor) -> torch.dtype:
 @functools.cache
 def _has_fused_epilogues(dtype: torch.dtype) -> bool:
     """Whether oneDNN's products with an epilogue are here and worth it: in 16 bits, where passes over memory count."""
-    return dtype.itemsize == 2 and _has_native_matmul(dtype) and torch.backends.mkldnn.is_available()
+    return dtype.itemsize == 2 and _has_native_matmul(dtype)
 
 
 def _fuses_epilogue(x: Tensor, weight: Tensor) -> bool:

@@ -5,6 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# Workers of pytest-xdist share the cores. Read as torch is imported, and by what tests start.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    threads = len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
+
 import pytest
 import torch
 
@@ -25,6 +30,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU, or runs on one where there is one; `-m gpu` selects these")
     config.addinivalue_line("markers", "slow: takes minutes; runs only with --slow")
+    config.addinivalue_line(
+        "markers", "xdist_group(name): shares a costly fixture; one pytest-xdist worker runs them all"
+    )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One for each core this process may use; past eight their memory costs more than they save."""
+    return min(8, len(os.sched_getaffinity(0)))
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects by marker

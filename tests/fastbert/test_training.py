@@ -132,16 +132,20 @@ def test_loss_only(kind: Any, dtype: torch.dtype, autocast: bool) -> None:
     fused, stock, truth = models.three(models.seeded(kind, **NO_DROPOUT), dtype)
     fastbert.fuse(fused, loss_only=True)
     calls = [batch(kind, seed)[0] for seed in range(8)]
+    # Eight losses are too few numbers to compare the errors of, unless the rounding of the result is most of them.
+    more = [batch(kind, seed)[0] for seed in range(8, 512)] if autocast else []
     losses, found = [], []
     for m in (fused, stock, truth):
         grads: dict[str, list[Tensor]] = {}
         of_calls = []
-        for call in calls:
+        for call in [*calls, *more]:
             m.zero_grad()
-            with torch.enable_grad() if m is truth else context:
+            with torch.enable_grad() if m is truth else context, torch.set_grad_enabled(len(of_calls) < 8):
                 out = m(**call)
-            out.loss.backward()
             of_calls.append(out.loss.detach())
+            if not out.loss.requires_grad:
+                continue
+            out.loss.backward()
             for name, parameter in m.named_parameters():
                 if parameter.grad is not None:
                     grads.setdefault(judged_with(name), []).append(parameter.grad.flatten().clone())

@@ -41,9 +41,9 @@ def batch(seed: int = 0, rows: int = 6) -> dict[str, Any]:
     }
 
 
-def trio(kind: Any = KIND, padding: str = "auto") -> tuple[Any, Any, Any]:
+def trio(kind: Any = KIND, padding: str = "auto", seed: int = 0) -> tuple[Any, Any, Any]:
     """The same model fused, stock, and stock in float64; training, without dropout."""
-    fused, stock, truth = (m.train() for m in models.three(models.seeded(kind, **NO_DROPOUT), torch.float32))
+    fused, stock, truth = (m.train() for m in models.three(models.seeded(kind, seed, **NO_DROPOUT), torch.float32))
     return fastbert.fuse(fused, padding=padding), stock, truth
 
 
@@ -98,6 +98,20 @@ def judge(
 def of_each(run: Callable[[Any], dict[str, Tensor]], trio: tuple[Any, Any, Any], what: str = "gradients") -> None:
     """Judges what `run` finds of the three models."""
     judge(*(run(model) for model in trio), what)
+
+
+def of_several_starts(run: Callable[[Any], dict[str, Tensor]], calls: dict[str, int], kind: Any = KIND) -> None:
+    """Judges the updates that `run` finds from eight seeded models, after fused `calls` of each.
+
+    Of one, where 16 bits round, they hang on the rounding of a few logits: too few numbers to compare the errors of.
+    """
+    found: list[dict[str, Tensor]] = [{}, {}, {}]
+    for seed in range(8):
+        start = trio(kind, seed=seed)
+        for of_one, model in zip(found, start, strict=True):
+            of_one.update({f"{seed} {name}": update for name, update in run(model).items()})
+        assert fused_calls(start[0]) == calls
+    judge(found[0], found[1], found[2], "updates")
 
 
 # Plain loops.
@@ -165,9 +179,7 @@ def test_autocast_with_a_scaler(dtype: torch.dtype) -> None:
         assert not rounds or scaler.get_scale() > 1
         return updates(model, before)
 
-    found = trio()
-    of_each(run, found, "updates")
-    assert fused_calls(found[0]) == {"packed": 8}
+    of_several_starts(run, {"packed": 8})
 
 
 def test_one_module_twice_in_a_graph_that_is_kept() -> None:
@@ -234,7 +246,9 @@ def test_fuse_and_unfuse_in_the_middle_of_training() -> None:
     of_each(run, found, "updates")
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=str)
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
 def test_a_copy_in_the_middle_of_training_trains_on(copied: Callable[[Any], Any]) -> None:
     found = trio()
     middle = []
@@ -563,9 +577,7 @@ def test_accelerate(kind: Any) -> None:
                 optimizer.zero_grad()
         return updates(model, before)
 
-    found = trio(kind)
-    of_each(run, found, "updates")
-    assert fused_calls(found[0]) == {"packed": 4}
+    of_several_starts(run, {"packed": 4}, kind)
 
 
 def test_a_whole_model_offloaded_runs_stock() -> None:
@@ -659,6 +671,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.xdist_group("two processes")  # the fixture takes half a minute
 @pytest.mark.parametrize("mode", distributed_steps.MODES)
 def test_two_processes(mode: str, two_processes: dict[str, Any]) -> None:
     """As near to what one process reaches in float64, on both shares of each batch, as stock is."""
