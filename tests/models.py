@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import BertConfig
 from transformers.models.bert import modeling_bert as hf
 
+from fastbert.numerics import assert_within_policy
+
 HEADS = (
     hf.BertModel,
     hf.BertForPreTraining,
@@ -98,3 +100,22 @@ def ragged(lengths: list[int], seed: int = 0) -> dict[str, Any]:
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
     }
+
+
+def assert_all_within_policy(
+    fused: dict[str, Tensor], stock: dict[str, Tensor], truth: dict[str, Tensor], what: str
+) -> None:
+    """The policy over many tensors at once, each scaled to about the norm of its truth so that none hides another.
+
+    Their errors share causes, and one tensor's alone is often that of a few numbers: its ratio to stock's then varies,
+    with the CPU and how its products split their sums, by more than the policy's slack.
+    """
+    assert fused.keys() == stock.keys() == truth.keys()
+    assert truth
+    joined: list[list[Tensor]] = [[], [], []]
+    for name, exact in truth.items():
+        assert exact.norm() > 0, name
+        scale = 2.0 ** -int(exact.norm().log2())  # of two, so that scaling doesn't round
+        for parts, tensor in zip(joined, (fused[name], stock[name], exact), strict=True):
+            parts.append((tensor * scale).flatten())
+    assert_within_policy(torch.cat(joined[0]), torch.cat(joined[1]), torch.cat(joined[2]), what)

@@ -220,9 +220,7 @@ def test_gradients(family: str, name: str, padding: str) -> None:
     trio = [model.train() for model in models.three(seeded(family, name, **NO_DROPOUT), torch.float32)]
     fastbert.fuse(trio[0], padding=padding)
     found = [gradients(model, family, name) for model in trio]
-    assert found[0].keys() == found[1].keys()
-    for parameter in found[0]:
-        assert_within_policy(*(each[parameter] for each in found), f"{name} {parameter} {padding}")
+    models.assert_all_within_policy(*found, f"{name} {padding}")
     assert not fastbert.explain(trio[0]).encoders[0].stock_calls
 
 

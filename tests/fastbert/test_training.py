@@ -71,6 +71,12 @@ def judged_with(name: str) -> str:
     return name.removesuffix("bias") + "weight" if name.endswith(ignored) else name
 
 
+def judged_gradients(model: Any) -> dict[str, Tensor]:
+    """The gradients there are, but for those that are judged with another."""
+    named = model.named_parameters()
+    return {name: p.grad for name, p in named if p.grad is not None and judged_with(name) == name}
+
+
 def gradients(model: Any, kind: Any, seeds: Iterator[int], context: Any = None) -> dict[str, Tensor]:
     """Each parameter's gradients of several batches, one after the other, so that errors are those of many numbers."""
     found: dict[str, list[Tensor]] = {}
@@ -90,9 +96,7 @@ def compare(model: Any, kind: Any, dtype: torch.dtype, padding: str, layout: str
     fastbert.fuse(fused, padding=padding)
     # Stock's own error varies from batch to batch by more than the policy's slack: eight of them.
     results = [gradients(m, kind, iter(range(8)), c) for m, c in ((fused, context), (stock, context), (truth, None))]
-    assert results[0].keys() == results[1].keys() == results[2].keys()
-    for name in results[0]:
-        assert_within_policy(*(r[name] for r in results), f"{kind.__name__} {name} {dtype} {padding}")
+    models.assert_all_within_policy(*results, f"{kind.__name__} {dtype} {padding}")
     assert fastbert.explain(fused).encoders[0].fused_calls == {layout: 8}
 
 
@@ -152,9 +156,7 @@ def test_loss_only(kind: Any, dtype: torch.dtype, autocast: bool) -> None:
         losses.append(torch.stack(of_calls))
         found.append({name: torch.cat(parts) for name, parts in grads.items()})
     assert_within_policy(losses[0].to(losses[1].dtype), losses[1], losses[2], "loss")
-    assert found[0].keys() == found[1].keys()
-    for name in found[0]:
-        assert_within_policy(*(f[name] for f in found), name)
+    models.assert_all_within_policy(*found, "gradients")
     out = fused(**calls[0])
     assert out["loss"] is not None
     assert (out.logits if kind is hf.BertForMaskedLM else out.prediction_logits) is None
@@ -194,9 +196,7 @@ def test_flattened_calls_train() -> None:
     mask = (torch.arange(19) < torch.tensor(lengths)[:, None]).long()
     for model in (stock, truth):
         model(padded, mask).last_hidden_state[mask.bool()].pow(2).mean().backward()
-    for (name, a), b, c in zip(fused.named_parameters(), stock.parameters(), truth.parameters(), strict=True):
-        if c.grad is not None and judged_with(name) == name:
-            assert_within_policy(a.grad, b.grad, c.grad, name)
+    models.assert_all_within_policy(*map(judged_gradients, (fused, stock, truth)), "gradients")
 
 
 def test_no_gradient_is_computed_for_what_is_frozen() -> None:
@@ -364,9 +364,7 @@ def test_triton_in_the_interpreter(padding: str) -> None:
     call, real = batch(kind, 0, 3, 19)
     for m in (fused, stock, truth):
         backward(m, call, real)
-    for (name, a), b, c in zip(fused.named_parameters(), stock.parameters(), truth.parameters(), strict=True):
-        if judged_with(name) == name:
-            assert_within_policy(a.grad, b.grad, c.grad, name)
+    models.assert_all_within_policy(*map(judged_gradients, (fused, stock, truth)), "gradients")
     for module in fused.bert.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.2

@@ -22,7 +22,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.models.bert import modeling_bert as hf
 
 import fastbert
-from fastbert.numerics import assert_within_policy
 from tests import models
 from tests.fastbert import distributed_steps
 
@@ -79,20 +78,14 @@ def updates(model: Any, before: Any) -> dict[str, Tensor]:
 def judge(
     fused: dict[str, Tensor], stock: dict[str, Tensor], truth: dict[str, Tensor], what: str = "gradients"
 ) -> None:
-    """The policy, over all tensors at once, each scaled to the norm of its truth so that none hides another.
+    """The policy over all tensors at once.
 
     Left out are biases of the keys, which softmax ignores: their gradients are zero but for rounding.
     """
-    assert fused.keys() == stock.keys() == truth.keys()
     names = [name for name in truth if not name.endswith("key.bias") and truth[name].norm()]
-    assert names
     for name in truth:
         assert name.endswith("key.bias") or bool(fused[name].norm()) == bool(truth[name].norm()), name
-    joined = [
-        torch.cat([(found[name].double() / truth[name].double().norm()).flatten() for name in names])
-        for found in (fused, stock, truth)
-    ]
-    assert_within_policy(joined[0].float(), joined[1].float(), joined[2], what)
+    models.assert_all_within_policy(*({name: each[name] for name in names} for each in (fused, stock, truth)), what)
 
 
 def of_each(run: Callable[[Any], dict[str, Tensor]], trio: tuple[Any, Any, Any], what: str = "gradients") -> None:
