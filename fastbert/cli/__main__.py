@@ -21,7 +21,7 @@ PEERS = (
     "onnxruntime",
     "openvino",
 )
-WORKLOADS = ("squad", "sentences", "search", "dense128", "dense384", "dense512")
+WORKLOADS = ("squad", "sentences", "search", "dense128", "dense384", "dense512", "uniform254")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         choices=WORKLOADS,
         default=["squad", "search", "dense128"],
         help="question and passage in one; sentences; questions and passages; all of 128, 384, 512 tokens; "
-        "default: squad search dense128",
+        "lengths spread around 254; default: squad search dense128",
     )
     bench.add_argument(
         "--batch", nargs="+", type=int, metavar="N", help="sequences; default: 16 on a CPU, 128 on a GPU"

@@ -76,10 +76,15 @@ def workload(name: str, batch: int = 16) -> Workload:
     """A workload by name, of `batch` sequences.
 
     "squad": question and passage in one sequence; "sentences"; "search": questions and passages, one half each;
-    "dense128", "dense384", "dense512": all of so many tokens.
+    "dense128", "dense384", "dense512": all of so many tokens; "uniform254": evenly spread from 2 to 506, of 254 at the
+    mean, which is the mean of pre-training's sequences in MLPerf.
     """
     if name.startswith("dense"):
         return Workload(f"{name} b{batch}", (int(name.removeprefix("dense")),) * batch)
+    if name == "uniform254":
+        lengths = [round(2 + 504 * (i + 0.5) / batch) for i in range(batch)]
+        random.Random(SEED).shuffle(lengths)
+        return Workload(f"{name} b{batch}", tuple(lengths))
     parts = {
         "squad": [("squad_pairs", batch)],
         "sentences": [("sst2", batch)],

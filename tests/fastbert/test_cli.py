@@ -411,6 +411,7 @@ def test_lengths_are_those_of_the_data() -> None:
     assert sum(n < 41 for n in search.lengths) >= 16  # the longest question has 39
     assert search.padded_tokens / search.real_tokens > 3
     assert cases.workload("dense384", 3).lengths == (384,) * 3
+    assert sum(cases.workload("uniform254", 64).lengths) == 64 * 254
     batch = squad.inputs(torch.device("cpu"))
     assert batch["attention_mask"].sum(1).tolist() == list(squad.lengths)
 
