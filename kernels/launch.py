@@ -1,7 +1,8 @@
 """Launch configurations: data, per architecture, each with its reason; and the pure functions that choose one.
 
-Nothing here touches a device except `architecture`. No autotuning: the same shape always gets the same configuration,
-and a configuration never depends on the number of rows, so a row's result doesn't depend on what it is batched with.
+Nothing here touches a device except `architecture`. No autotuning: the same shape always gets the same configuration.
+A row's result doesn't depend on what it is batched with: a configuration depends on the number of rows only among tiles
+that give each element of the result the same operations in the same order, and only where `FEW_ROWS` says so.
 """
 
 from __future__ import annotations
@@ -22,6 +23,12 @@ class Config:
     block_k: int
     num_warps: int
     num_stages: int
+    variant: str = ""
+    """Which of the operation's kernels; "" is the one that every GPU and every shape runs."""
+    group_m: int = 8
+    """Of products: rows of tiles walked through column by column together, their operand in the L2 cache meanwhile."""
+    programs: int = 0
+    """Programs an SM, each of which walks through tiles; 0: one program a tile."""
 
 
 @functools.cache
@@ -191,20 +198,60 @@ _LINEAR: dict[str, dict[int, tuple[tuple[float, Config], ...]]] = {
 # Rows that don't start at 16 bytes are loaded element by element, through registers: larger tiles spill.
 _LINEAR_UNALIGNED = Config(64, 128, 32, 8, 3)
 
+FEW_ROWS: dict[str, tuple[int, tuple[Config, ...]]] = {
+    "sm_80": (
+        81,
+        (Config(64, 128, 32, 4, 4), Config(64, 64, 64, 4, 5), Config(32, 64, 64, 4, 5), Config(32, 32, 64, 4, 6)),
+    ),
+    "sm_90": (
+        96,
+        (Config(64, 128, 64, 4, 4), Config(64, 64, 64, 4, 6), Config(64, 32, 128, 4, 4), Config(64, 16, 128, 4, 5)),
+    ),
+}
+"""Smaller tiles of 16-bit products for few rows, largest first, by architecture, and how many tiles are enough.
+
+Enough are three quarters of the SMs of an A100, and of an H100 or H200. Each tile keeps some 80 KiB in flight and
+leaves room for a second program on its SM. Not measured yet. An architecture that is not here has one tile a weight.
+
+This is as independent of the batch as one tile is if the matrix instruction is. All tiles of an architecture add up k
+in one chain of the same one, mma.m16n8k16 or wgmma.m64nNk16, 16 elements a step (the ahead-of-time tests hold that);
+so a row is bitwise the same in each, unless wgmma adds up differently by N. `test_a_row_is_the_same_in_every_tile`
+tells on a GPU; where it fails, take the architecture out. What that costs: one text of 128 tokens then has 8 tiles for
+the 132 SMs of an H200 at n 1024, and its products take several times as long.
+"""
+MANY_ROWS = 8192
+
+
+def row_class(m: int) -> int:
+    """What configurations know of m rows: m rounded up to a power of two, within 64 and MANY_ROWS."""
+    return min(max(64, 1 << (m - 1).bit_length()), MANY_ROWS)
+
 
 @functools.cache
-def linear_config(arch: str, dtype: torch.dtype, n: int, k: int) -> Config:
-    """The tiles of a product with a weight of shape (n, k). Never of the number of rows: that would break invariance.
+def linear_config(arch: str, dtype: torch.dtype, n: int, k: int, segments: int = 1, rows: int = MANY_ROWS) -> Config:
+    """The tiles of a product with `segments` weights of shape (n, k).
+
+    Where `FEW_ROWS` has the architecture, the largest tile of which there are enough for its SMs.
 
     Args:
         arch: as `architecture` names it; one without a table gets "portable".
         dtype: of the operands.
         n, k: output and input features.
+        segments: weights side by side.
+        rows: as `row_class` tells.
     """
     if n % 16 or k % 16:
         return _LINEAR_UNALIGNED
     table = _LINEAR.get(arch, _LINEAR["portable"])[dtype.itemsize]
-    return next(config for below, config in table if n < below)
+    first = next(i for i, (below, _) in enumerate(table) if n < below)
+    if dtype.itemsize != 2 or arch not in FEW_ROWS:
+        return table[first][1]
+    enough, smaller = FEW_ROWS[arch]
+    for config in (*(config for _, config in table[first::-1]), *smaller):
+        tiles = -(-rows // config.block_m) * -(-n // config.block_n) * segments
+        if tiles >= enough:
+            break
+    return config
 
 
 # The product whose epilogue is GELU's derivative, by bytes an element. Two results and what they are made from are held

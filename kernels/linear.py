@@ -7,8 +7,8 @@ a product whose epilogue is GELU's derivative; the other gradients are plain pro
 Products accumulate in float32, the epilogue runs in float32, and there is one rounding, at the store. float32 inputs
 are multiplied as `torch.get_float32_matmul_precision()` says: IEEE under "highest", TF32 otherwise.
 
-The tile shape follows from dtype, N and K alone and K is never split, so a row of the result is bitwise the same
-whatever other rows are in the batch.
+K is never split, and is added up in one order whatever the tile, so a row of the result is bitwise the same whatever
+other rows are in the batch; `launch.FEW_ROWS` says what that takes.
 """
 
 from __future__ import annotations
@@ -19,9 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-
-# Rows of tiles that are walked through column by column together: their part of x stays in the L2 cache meanwhile.
-GROUP_M = 8
 
 
 @triton.jit
@@ -187,7 +184,7 @@ def _launch(
     out = torch.empty(m, len(weights) * n, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    config = launch.linear_config(launch.architecture(x.device), x.dtype, n, k)
+    config = launch.linear_config(launch.architecture(x.device), x.dtype, n, k, len(weights), launch.row_class(m))
     # As they come from nn.Linear, in one dtype, and from the other operators, none of these copies anything.
     x = launch.contiguous_rows(x)
     w0, w1, w2 = (*(weight.to(x.dtype).contiguous() for weight in weights), None, None)[:3]
@@ -217,7 +214,7 @@ def _launch(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        GROUP_M=GROUP_M,
+        GROUP_M=config.group_m,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -407,7 +404,7 @@ def linear_gelu_backward(grad: Tensor, weight: Tensor, pre: Tensor, approximate:
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        GROUP_M=GROUP_M,
+        GROUP_M=config.group_m,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -89,7 +89,9 @@ def launch_table(device: torch.device) -> list[dict[str, Any]]:
             rows.append(("attention", f"head_dim {head_dim}", dtype, launch.attention_config(arch, dtype, head_dim)))
         for width, wide in ((384, 1536), (1024, 4096)):
             for n, k in ((width, width), (wide, width), (width, wide)):
-                rows.append(("linear", f"n {n}, k {k}", dtype, launch.linear_config(arch, dtype, n, k)))
+                for m in (128, launch.MANY_ROWS):
+                    config = launch.linear_config(arch, dtype, n, k, rows=m)
+                    rows.append(("linear", f"m {m}, n {n}, k {k}", dtype, config))
             rows.append(("layer_norm", f"width {width}", dtype, launch.row_config(dtype, width)))
     return [
         {"kernel": kernel, "shape": shape, "dtype": str(dtype).removeprefix("torch."), **dataclasses.asdict(config)}
@@ -124,5 +126,5 @@ def main(arguments: argparse.Namespace) -> int:
     print(f"\nlaunch table, {found['architecture']}:")
     for row in [dict(zip(table[0], table[0], strict=True)), *table]:
         cells = list(map(str, row.values()))
-        print(f"  {cells[0]:<12}{cells[1]:<16}{cells[2]:<10}" + "".join(cell.rjust(12) for cell in cells[3:]))
+        print(f"  {cells[0]:<12}{cells[1]:<24}{cells[2]:<10}" + "".join(cell.rjust(12) for cell in cells[3:]))
     return 0

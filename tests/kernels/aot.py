@@ -51,6 +51,7 @@ from fastbert.kernels import attention, linear
 from fastbert.kernels.cross_entropy import cross_entropy_backward_kernel, cross_entropy_kernel
 from fastbert.kernels.embedding import embedding_backward_kernel, embedding_kernel
 from fastbert.kernels.launch import (
+    FEW_ROWS,
     VOCABULARY_BLOCK,
     Config,
     attention_backward_config,
@@ -240,13 +241,21 @@ def _linear(arch: str, full: bool) -> Iterator[Spec]:
                 "BLOCK_M": config.block_m,
                 "BLOCK_N": config.block_n,
                 "BLOCK_K": config.block_k,
-                "GROUP_M": linear.GROUP_M,
+                "GROUP_M": config.group_m,
             },
             config=config,
         )
 
-    def spec(dtype: torch.dtype, n: int, k: int, op: str, precision: str = "ieee", bias: bool = True) -> Spec:
-        config = linear_config(table(arch), dtype, n, k)
+    def spec(
+        dtype: torch.dtype,
+        n: int,
+        k: int,
+        op: str,
+        precision: str = "ieee",
+        bias: bool = True,
+        config: Config | None = None,
+    ) -> Spec:
+        config = config or linear_config(table(arch), dtype, n, k)
         pointer = f"*{TYPE_NAMES[dtype]}"
         segments = 3 if op == "qkv" else 1
         present = [pointer] * segments + [None] * (3 - segments)
@@ -271,12 +280,13 @@ def _linear(arch: str, full: bool) -> Iterator[Spec]:
                 "BLOCK_M": config.block_m,
                 "BLOCK_N": config.block_n,
                 "BLOCK_K": config.block_k,
-                "GROUP_M": linear.GROUP_M,
+                "GROUP_M": config.group_m,
             },
             config=config,
         )
 
     ops = ("linear", "gelu", "gelu_pre", "gelu_tanh", "add", "qkv")
+    _, smaller = FEW_ROWS.get(table(arch), (0, ()))
     precisions = [(dtype, "ieee") for dtype in TYPE_NAMES]
     if arch.startswith("sm_"):
         precisions.append((torch.float32, "tf32"))
@@ -290,7 +300,11 @@ def _linear(arch: str, full: bool) -> Iterator[Spec]:
                 yield spec(dtype, n, k, op, precision, bias=False)
             for gelu in ("none", "tanh"):
                 yield backward(dtype, n, k, gelu, precision)
+        for config, dtype, op, k in itertools.product(smaller, (torch.float16, torch.bfloat16), ops, (1024, 1040)):
+            yield spec(dtype, 1024, k, op, config=config)
     else:
+        for config, op in zip(smaller, ("add", "gelu_pre", "qkv", "gelu"), strict=False):
+            yield spec(torch.bfloat16, 1024, 1024, op, config=config)
         for op in ops:  # an n on either side of where the tile changes
             yield spec(torch.bfloat16, 1024, 1024, op)
             yield spec(torch.float16, 4096, 1024, op)

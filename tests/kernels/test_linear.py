@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -158,6 +159,53 @@ def test_a_row_is_bitwise_the_same_in_any_company(op: str, dtype: torch.dtype, d
         assert torch.equal(getattr(kernel, op)(*part), together[start:stop])
     args[0][:70] = 1e3
     assert torch.equal(getattr(kernel, op)(*args)[70:], together[70:])
+
+
+def tiles(arch: str) -> list[launch.Config]:
+    """The tiles of 16-bit products on `arch`, one of which the number of rows decides for."""
+    shapes = itertools.product((1024, 4096), (64, 128, 256, 512, 1024, launch.MANY_ROWS))
+    return list(dict.fromkeys(launch.linear_config(arch, torch.float16, n, 1024, 1, rows) for n, rows in shapes))
+
+
+@pytest.mark.parametrize("config", [c for arch in launch.FEW_ROWS for c in tiles(arch)], ids=str)
+def test_every_tile(config: launch.Config, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "linear_config", lambda *_: config)
+    check(kernel, "linear_gelu", make_args("linear_gelu", 37, 144, 160, torch.float16, device), ("none",))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("op", "rest"), OPS, ids=OP_NAMES)
+def test_a_row_is_the_same_in_every_tile(
+    op: str, rest: tuple[str, ...], dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bitwise: only so may the number of rows decide on the tile."""
+    arch = launch.architecture(torch.device(device))
+    for n, k in ((1024, 1024), (1024, 4096), (384, 1040)):
+        args, results = make_args(op, 300, n, k, dtype, device), []
+        for config in tiles(arch):
+            monkeypatch.setattr(launch, "linear_config", lambda *_, config=config: config)
+            results.append(getattr(kernel, op)(*args, *rest))
+        for result in results[1:]:
+            assert torch.equal(result, results[0])
+
+
+@pytest.mark.parametrize("arch", launch.FEW_ROWS)
+def test_few_rows_take_smaller_tiles(arch: str) -> None:
+    """Never larger ones, and enough of them for the SMs where the smallest are."""
+    enough, smaller = launch.FEW_ROWS[arch]
+    for n, segments in ((384, 1), (1024, 1), (1024, 3), (4096, 1)):
+        areas = []
+        for rows in (64, 128, 256, 512, 1024, 2048, 4096, launch.MANY_ROWS):
+            config = launch.linear_config(arch, torch.float16, n, 1024, segments, rows)
+            areas.append(config.block_m * config.block_n)
+            assert config == smaller[-1] or areas[-1] * enough <= rows * n * segments
+        assert areas == sorted(areas)
+        assert launch.linear_config(arch, torch.float32, n, 1024, segments, 64) == launch.linear_config(
+            arch, torch.float32, n, 1024, segments
+        )
+    assert config == launch.linear_config(arch, torch.float16, n, 1024)
+    assert [launch.row_class(m) for m in (1, 64, 65, 300, 10**6)] == [64, 64, 128, 512, launch.MANY_ROWS]
 
 
 @pytest.mark.parametrize("op", STOCK)
