@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import tuned
 from .kernels import reference
 
 _QKV = "Tensor q_weight, Tensor? q_bias, Tensor k_weight, Tensor? k_bias, Tensor v_weight, Tensor? v_bias"
@@ -83,6 +84,7 @@ _LIBRARY = torch.library.Library("fastbert", "DEF")
 @functools.cache
 def _kernel(name: str) -> Callable[..., Any]:
     """The Triton launcher of an operator; imported at its first call, so that fastbert imports without triton."""
+    tuned.apply()
     kernel: Callable[..., Any] = getattr(importlib.import_module(f".kernels.{_OPERATORS[name][0]}", __package__), name)
     return kernel
 

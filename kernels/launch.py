@@ -1,6 +1,7 @@
 """Launch configurations: data, per architecture, each with its reason; and the pure functions that choose one.
 
-Nothing here touches a device except `architecture`. No autotuning: the same shape always gets the same configuration.
+Nothing here touches a device except `architecture`. No autotuning: the same shape always gets the same configuration,
+of the tables or of what `use` was given, which comes from `fastbert tune`.
 A row's result doesn't depend on what it is batched with: a configuration depends on the number of rows only among tiles
 that give each element of the result the same operations in the same order, and only where `FEW_ROWS` says so.
 """
@@ -8,7 +9,10 @@ that give each element of the result the same operations in the same order, and 
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +33,70 @@ class Config:
     """Of products: rows of tiles walked through column by column together, their operand in the L2 cache meanwhile."""
     programs: int = 0
     """Programs an SM, each of which walks through tiles; 0: one program a tile."""
+
+
+MEASURED: dict[str, str] = {}
+"""By architecture, what its configurations below were measured on. One that isn't here has them from the compiler's
+figures: registers, shared memory, programs an SM."""
+
+VARIANTS = ("",)
+"""What `Config.variant` may be."""
+
+
+class _Operation(NamedTuple):
+    choose: Callable[..., Config]
+    """Of the tables, uncached."""
+    choice: Any
+    """What `use` was given or the tables have, cached."""
+    free: tuple[str, ...]
+    """The fields of a configuration that others could be tried for; the others say what the kernel computes."""
+
+    def parameters(self) -> tuple[str, ...]:
+        """Names of what a configuration is chosen by."""
+        return tuple(inspect.signature(self.choose).parameters)
+
+
+OPERATIONS: dict[str, _Operation] = {}
+"""What the functions below choose for, by name: "linear" is `linear_config`."""
+_tuned: dict[tuple[Any, ...], Config] = {}
+_Choose = TypeVar("_Choose", bound=Callable[..., Config])
+
+
+def _tunable(*free: str) -> Callable[[_Choose], _Choose]:
+    """Caches a function that chooses, and lets what `use` was given come before it."""
+
+    def decorate(choose: _Choose) -> _Choose:
+        operation, signature = choose.__name__.removesuffix("_config"), inspect.signature(choose)
+
+        @functools.cache
+        @functools.wraps(choose)
+        def choice(*args: Any, **kwargs: Any) -> Config:
+            key = signature.bind(*args, **kwargs)
+            key.apply_defaults()
+            return _tuned.get((operation, *key.args)) or choose(*args, **kwargs)
+
+        OPERATIONS[operation] = _Operation(choose, choice, free)
+        return choice  # type: ignore[return-value]
+
+    return decorate
+
+
+def use(configurations: Mapping[tuple[Any, ...], Config]) -> None:
+    """From now on these come before the tables, in place of what an earlier call gave; {} is the tables alone.
+
+    Args:
+        configurations: by operation and every argument of the function that chooses for it, as
+            ("linear", "sm_90", torch.bfloat16, 4096, 1024, 1, 8192).
+    """
+    global _tuned
+    _tuned = dict(configurations)
+    for operation in OPERATIONS.values():
+        operation.choice.cache_clear()
+
+
+def in_use() -> dict[tuple[Any, ...], Config]:
+    """What `use` was given last."""
+    return dict(_tuned)
 
 
 @functools.cache
@@ -99,7 +167,7 @@ _ATTENTION: dict[str, dict[tuple[int, int], Config]] = {
 _ATTENTION["sm_100"] = _ATTENTION["sm_90"]  # the same shared memory, and it compiles to tcgen05
 
 
-@functools.cache
+@_tunable("block_m", "block_n", "num_warps", "num_stages")
 def attention_config(arch: str, dtype: torch.dtype, head_dim: int) -> Config:
     """The tiles of attention: `block_m` queries by `block_n` keys. Never by length: that would break invariance.
 
@@ -161,7 +229,7 @@ _ATTENTION_BACKWARD: dict[str, dict[tuple[int, int], Config]] = {
 }
 
 
-@functools.cache
+@_tunable("block_m", "block_n", "num_warps", "num_stages")
 def attention_backward_config(arch: str, dtype: torch.dtype, head_dim: int) -> Config:
     """The tiles of attention's backward: `block_m` rows held, `block_n` walked. Arguments as `attention_config`'s."""
     padded = max(16, 1 << (head_dim - 1).bit_length())
@@ -227,7 +295,7 @@ def row_class(m: int) -> int:
     return min(max(64, 1 << (m - 1).bit_length()), MANY_ROWS)
 
 
-@functools.cache
+@_tunable("block_m", "block_n", "block_k", "num_warps", "num_stages", "variant", "group_m", "programs")
 def linear_config(arch: str, dtype: torch.dtype, n: int, k: int, segments: int = 1, rows: int = MANY_ROWS) -> Config:
     """The tiles of a product with `segments` weights of shape (n, k).
 
@@ -259,13 +327,13 @@ def linear_config(arch: str, dtype: torch.dtype, n: int, k: int, segments: int =
 _LINEAR_BACKWARD = {2: Config(128, 128, 32, 8, 3), 4: Config(64, 128, 32, 8, 3)}
 
 
-@functools.cache
+@_tunable("block_m", "block_n", "block_k", "num_warps", "num_stages", "group_m")
 def linear_backward_config(arch: str, dtype: torch.dtype, n: int, k: int) -> Config:
     """The tiles of `linear_gelu_backward`, of a weight of shape (k, n). Arguments as `linear_config`'s."""
     return _LINEAR_UNALIGNED if n % 16 or k % 16 else _LINEAR_BACKWARD[dtype.itemsize]
 
 
-@functools.cache
+@_tunable("num_warps")
 def row_config(dtype: torch.dtype, width: int) -> Config:
     """One row a program, `block_n` columns (a power of two, `width` or more), for kernels that normalize or move rows.
 
@@ -279,7 +347,7 @@ def row_config(dtype: torch.dtype, width: int) -> Config:
     return Config(1, block, 0, num_warps, 1)
 
 
-@functools.cache
+@_tunable("block_m", "num_warps")
 def row_backward_config(dtype: torch.dtype, width: int) -> Config:
     """`block_m` rows a program, `block_n` columns as `row_config` has them, for the backward of a normalization.
 

@@ -24,7 +24,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
     "numerics": set(),
     "support": set(),
-    "ops": {"kernels"},
+    "tuned": {"__init__", "kernels"},
+    "ops": {"kernels", "tuned"},
     "autograd": {"kernels", "ops"},
     "packing": {"ops"},
     "layer": {"autograd", "ops", "packing", "support"},
@@ -45,6 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "ops",
         "packing",
         "support",
+        "tuned",
         "verify",
     },
 }

@@ -15,6 +15,7 @@ import torch
 
 import fastbert
 
+from .. import tuned
 from ..kernels import launch
 from ..support import DTYPES, has_triton
 from . import UsageError
@@ -42,7 +43,9 @@ def backend(device: torch.device) -> str:
     """What computes the operators for tensors on `device`."""
     if device.type == "cpu":
         return "reference (plain PyTorch)"
-    return "Triton" if has_triton() else "none: triton is not installed, so forwards run stock"
+    if has_triton():
+        return "Triton" if tuned.apply() is None else "Triton, tuned launch configurations"
+    return "none: triton is not installed, so forwards run stock"
 
 
 def device_name(device: torch.device) -> str:
@@ -99,6 +102,19 @@ def launch_table(device: torch.device) -> list[dict[str, Any]]:
     ]
 
 
+def configurations(device: torch.device) -> str:
+    """Which launch configurations are in use on `device`, and what they were measured on."""
+    arch = launch.architecture(device)
+    shipped = f"shipped for {arch}, " + (
+        f"measured on {launch.MEASURED[arch]}" if arch in launch.MEASURED else "not measured"
+    )
+    found = tuned.apply() if device.type == "cuda" and has_triton() else None
+    if found is None:
+        return shipped
+    file, entries = found
+    return f"{len(entries)} tuned on this GPU, of {file}; else {shipped}"
+
+
 def collect() -> dict[str, Any]:
     """Everything `fastbert info` prints."""
     device = default_device(None)
@@ -110,6 +126,7 @@ def collect() -> dict[str, Any]:
         "driver": driver(device),
         "versions": versions(),
         "architecture": launch.architecture(device),
+        "configurations": configurations(device),
         "launch_table": launch_table(device),
     }
 
@@ -122,7 +139,7 @@ def main(arguments: argparse.Namespace) -> int:
     table = found.pop("launch_table")
     found["versions"] = ", ".join(f"{name} {version or 'not installed'}" for name, version in found["versions"].items())
     for key, value in found.items():
-        print(f"{key + ':':<14}{'none' if value is None else value}")
+        print(f"{key + ':':<16}{'none' if value is None else value}")
     print(f"\nlaunch table, {found['architecture']}:")
     for row in [dict(zip(table[0], table[0], strict=True)), *table]:
         cells = list(map(str, row.values()))

@@ -15,9 +15,10 @@ import torch
 from transformers import AutoTokenizer
 from transformers.models.bert import modeling_bert as hf
 
-from fastbert import ops
+from fastbert import ops, tuned
 from fastbert.cli import bench, cases, cold, counts, info, machine, records, report
 from fastbert.cli.__main__ import main
+from fastbert.kernels import launch
 from tests.models import seeded
 
 
@@ -114,7 +115,20 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     said = capsys.readouterr().out
     assert found["backend"] in said
+    if not torch.cuda.is_available():
+        assert found["configurations"] == "shipped for portable, not measured"
     assert len(said.splitlines()) > len(found["launch_table"])
+
+
+def test_info_tells_tuned_from_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tuned, "apply", lambda: None)
+    cuda = torch.device("cuda")
+    assert info.configurations(cuda) == "shipped for sm_90, not measured"
+    monkeypatch.setitem(launch.MEASURED, "sm_90", "an H200")
+    monkeypatch.setattr(tuned, "apply", lambda: (Path("x.json"), ("one", "two")))
+    assert info.configurations(cuda) == "2 tuned on this GPU, of x.json; else shipped for sm_90, measured on an H200"
+    assert info.backend(cuda) == "Triton, tuned launch configurations"
 
 
 def test_backend_is_told_apart() -> None:
