@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -20,6 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -205,25 +207,29 @@ class _Shard(NamedTuple):
     number: int
     rows: list[Row]
     digest: str
-    tokens: concurrent.futures.Future[Tokens] | None
+    tokens: concurrent.futures.Future[Tokens]
+    span: tuple[float, float] | None
+    """Where in the input it is: fractions read before and after it; None where that can't be told."""
 
 
 class Progress:
     """A line on a terminal that is written over; elsewhere nothing."""
 
-    def __init__(self, source: Input) -> None:
-        self.source, self.begun, self.rows, self.tokens = source, time.monotonic(), 0, 0
+    def __init__(self) -> None:
+        self.begun, self.rows, self.tokens = time.monotonic(), 0, 0
+        self._first: float | None = None
         self._shown = sys.stderr.isatty()
 
-    def add(self, rows: int, tokens: int) -> None:
+    def add(self, rows: int, tokens: int, span: tuple[float, float] | None) -> None:
+        """Counts a shard that is done."""
         self.rows, self.tokens = self.rows + rows, self.tokens + tokens
         if not self._shown:
             return
-        passed, fraction = time.monotonic() - self.begun, self.source.fraction()
-        left = ""
-        if fraction:
-            seconds = int(passed * (1 / fraction - 1))
-            left = f", {fraction:.0%} read, {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
+        passed, left = time.monotonic() - self.begun, ""
+        if span is not None:
+            self._first = span[0] if self._first is None else self._first  # what was there before took no time
+            seconds = int(passed * (1 - span[1]) / max(span[1] - self._first, 1e-9))
+            left = f", {span[1]:.0%}, {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
         print(
             f"\r{self.rows:,} rows, {self.tokens / passed:,.0f} tokens/s{left}\033[K",
             end="",
@@ -248,14 +254,17 @@ def _read(source: Input, shards: Shards, shard_rows: int, submit: Any) -> Iterat
     """The shards to be made here, in order, each being tokenised; None for every other one."""
     rows = iter(source)
     index = 0
+    before = source.fraction()
     while window := list(islice(rows, shard_rows)):
-        there = shards.committed(index)
+        there, after = shards.committed(index), source.fraction()
+        span = None if before is None or after is None else (before, after)
+        before = after
         if not shards.is_own(index):
             yield None
         elif there is None:
             texts = [row.text for row in window if row.text is not None]
-            yield _Shard(index, window, _digest(window), submit(texts))
-        elif there["input"] != _digest(window):
+            yield _Shard(index, window, _digest(window), submit(texts), span)
+        elif there.get("input") != _digest(window):
             raise UsageError(
                 f"the input has changed: rows from {index * shard_rows} on are not those of part-{index:05d}"
             )
@@ -271,7 +280,7 @@ def embed(source: Input, shards: Shards, encoder: Encoder, workers: Any, max_len
     def submit(texts: list[str]) -> Any:
         return workers.submit(_tokenise, [prompt + text for text in texts], max_length)
 
-    progress = Progress(source)
+    progress = Progress()
     ahead: deque[_Shard] = deque()
     count = 0
     try:
@@ -286,13 +295,11 @@ def embed(source: Input, shards: Shards, encoder: Encoder, workers: Any, max_len
     finally:
         progress.close()
         for left in ahead:
-            if left.tokens is not None:
-                left.tokens.cancel()
+            left.tokens.cancel()
     return count
 
 
 def _make(shard: _Shard, shards: Shards, encoder: Encoder, max_length: int, progress: Progress) -> None:
-    assert shard.tokens is not None
     tokens = shard.tokens.result()
     good = [row for row in shard.rows if row.text is not None]
     problems = {
@@ -303,18 +310,22 @@ def _make(shard: _Shard, shards: Shards, encoder: Encoder, max_length: int, prog
     for i, length in tokens.cut.items():
         told = f"{length} tokens, cut to {max_length}"
         problems[good[i].number] = {"row": good[i].number, "id": good[i].key, "problem": told, "embedded": True}
+    embeddings = encoder(tokens)
+    finite = np.isfinite(embeddings).all(1)
+    for i in np.flatnonzero(~finite).tolist():
+        told = f"NaN or infinity in its embedding, in {encoder.model.dtype}"
+        problems[good[i].number] = {"row": good[i].number, "id": good[i].key, "problem": told, "embedded": False}
+    keys = [row.key for row, right in zip(good, finite, strict=True) if right]
     total = int(tokens.lengths.sum())
     about = {
-        "rows": len(good),
-        "rejected": len(shard.rows) - len(good),
-        "truncated": len(tokens.cut),
+        "rows": len(keys),
+        "rejected": len(shard.rows) - len(keys),
+        "truncated": sum(bool(finite[i]) for i in tokens.cut),
         "tokens": total,
         "input": shard.digest,
     }
-    shards.commit(
-        shard.number, [row.key for row in good], encoder(tokens), [problems[n] for n in sorted(problems)], about
-    )
-    progress.add(len(shard.rows), total)
+    shards.commit(shard.number, keys, embeddings[finite], [problems[n] for n in sorted(problems)], about)
+    progress.add(len(shard.rows), total, shard.span)
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -326,8 +337,15 @@ def weights_digest(model: nn.Module) -> str:
     return found.hexdigest()
 
 
-def _load(arguments: argparse.Namespace, device: torch.device) -> tuple[Any, Recipe, int]:
-    """The fused model, what is done with its output, and the most tokens of a text."""
+def tokenizer_digest(tokenizer: Any) -> str:
+    """A hash of how texts become tokens."""
+    rust = getattr(tokenizer, "backend_tokenizer", None)
+    told = json.dumps(sorted(tokenizer.get_vocab().items())) if rust is None else rust.to_str()
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def _load(arguments: argparse.Namespace, device: torch.device) -> tuple[Any, Any, Recipe, int]:
+    """The fused model, its tokenizer, what is done with its output, and the most tokens of a text."""
     path = arguments.model
     if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
         raise UsageError(f"--model {path}: no such folder")
@@ -360,15 +378,22 @@ def _load(arguments: argparse.Namespace, device: torch.device) -> tuple[Any, Rec
         raise UsageError(f"--max-length is {limit}; expected at least {least}, of which {least - 1} are special tokens")
     if arguments.max_length is not None and arguments.max_length > longest:
         raise UsageError(f"--max-length is {arguments.max_length}; the model has positions for {longest}")
-    return model, recipe, limit
+    return model, tokenizer, recipe, limit
 
 
 def _place() -> tuple[int, int, int]:
     """(rank, ranks, rank on this machine), as torchrun tells them."""
-    return tuple(int(os.environ.get(name, default)) for name, default in _PLACES)  # type: ignore[return-value]
+    told = {name: os.environ.get(name, default) for name, default in _PLACES.items()}
+    if not all(value.isdecimal() for value in told.values()) or int(told["RANK"]) >= int(told["WORLD_SIZE"]):
+        raise UsageError(f"the environment has {told}; expected numbers, RANK from 0 to WORLD_SIZE - 1")
+    return int(told["RANK"]), int(told["WORLD_SIZE"]), int(told["LOCAL_RANK"])
 
 
-_PLACES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+_PLACES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+
+
+def _batch_tokens(arguments: argparse.Namespace, device: torch.device) -> int:
+    return arguments.batch_tokens or (65536 if device.type == "cuda" else 2048)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -378,12 +403,15 @@ def main(arguments: argparse.Namespace) -> int:
             raise UsageError(f"--{option.replace('_', '-')} is {value}; expected at least {least}")
     source = Input(arguments.input, arguments.column, arguments.id_column)
     rank, world, local = _place()
+    if world > 1 and "-" in arguments.input:
+        raise UsageError(f"- is given to {world} ranks; each would read a part of standard input, expected files")
     name = arguments.device or (f"cuda:{local}" if torch.cuda.is_available() else None)
     device = default_device(name)
-    model, recipe, max_length = _load(arguments, device)
-    batch_tokens = arguments.batch_tokens or (65536 if device.type == "cuda" else 2048)
+    model, tokenizer, recipe, max_length = _load(arguments, device)
+    batch_tokens = _batch_tokens(arguments, device)
     settings = {
         "weights": weights_digest(model),
+        "tokenizer": tokenizer_digest(tokenizer),
         "pooling": recipe.pooling,
         "normalize": recipe.normalize,
         "prompt": recipe.prompt,
@@ -394,24 +422,32 @@ def main(arguments: argparse.Namespace) -> int:
         "column": arguments.column,
         "id_column": arguments.id_column,
     }
-    shards = Shards(Path(arguments.output), arguments.format, arguments.id_column is None, settings, rank, world)
     begun = time.monotonic()
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(
-        arguments.workers, mp_context=spawn, initializer=_begin_worker, initargs=(arguments.model,)
-    ) as workers:
+    with (
+        contextlib.closing(
+            Shards(Path(arguments.output), arguments.format, arguments.id_column is None, settings, rank, world)
+        ) as shards,
+        concurrent.futures.ProcessPoolExecutor(
+            arguments.workers, mp_context=spawn, initializer=_begin_worker, initargs=(arguments.model,)
+        ) as workers,
+    ):
         try:
             encoder = Encoder(model, recipe, batch_tokens)
             count = embed(source, shards, encoder, workers, max_length, arguments.shard_rows)
+        except BrokenProcessPool as error:
+            raise UsageError("a process that tokenises has died: killed, or out of memory?") from error
+        except torch.OutOfMemoryError as error:
+            raise UsageError(f"out of memory on {device} with --batch-tokens {batch_tokens}; expected fewer") from error
         except BaseException:
             workers.shutdown(wait=False, cancel_futures=True)
             raise
-    summary = shards.finish(count)
+        summary = shards.finish(count)
     passed = time.monotonic() - begun
-    if summary is None:
+    if arguments.json:
+        print(json.dumps({**(summary or {"complete": False}), "rank": rank, "world": world, "seconds": passed}))
+    elif summary is None:
         print(f"rank {rank} of {world}: done in {passed:.0f} s; others are not")
-    elif arguments.json:
-        print(json.dumps({**summary, "seconds": passed}))
     else:
         print(
             f"{summary['rows']:,} rows in {summary['shards']} shards, {summary['tokens']:,} tokens; "

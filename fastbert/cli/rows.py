@@ -14,12 +14,15 @@ import io
 import json
 import os
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import UsageError
 
+LONGEST = 2**24
+"""Characters of a line, or of a field of a .csv: more are not read into memory, whatever the file holds."""
 KINDS = {".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 _PARQUET_ROWS = 4096
 
@@ -51,6 +54,8 @@ class Input:
     def __init__(self, paths: Sequence[str], column: str, key_column: str | None = None) -> None:
         self.column, self.key_column = column, key_column
         self._files = [(path, _kind(path)) for path in paths]
+        if list(paths).count("-") > 1:
+            raise UsageError("- is given twice; standard input can be read once")
         for path, kind in self._files:
             if kind == "txt" and key_column is not None:
                 raise UsageError(f"--id-column is given with {path}, which has no columns")
@@ -71,10 +76,13 @@ class Input:
             try:
                 for key, value in self._values(path, kind):
                     problem = value.args[0] if isinstance(value, ValueError) else _problem(value)
+                    if problem is None and self.key_column is not None:
+                        problem = _problem(str(key)) if key is not None else "null"
+                        problem = problem and f"{self.key_column} is {problem}"
                     own = number if key is None else key
                     yield Row(number, own, None if problem else value, problem)
                     number += 1
-            except (OSError, EOFError) as error:
+            except (OSError, EOFError, zlib.error) as error:
                 raise UsageError(f"{path}: {error}") from error
             self._done += size
             self._position = int
@@ -95,25 +103,32 @@ class Input:
             self._position = int
 
     def _lines(self, lines: io.TextIOWrapper, kind: str) -> Iterator[tuple[Any, Any]]:
-        for line in lines:
+        for line in iter(functools.partial(lines.readline, LONGEST), ""):
+            if len(line) == LONGEST and not line.endswith("\n"):
+                while (rest := lines.readline(LONGEST)) and not rest.endswith("\n"):
+                    pass
+                yield None, ValueError(f"a line of more than {LONGEST} characters")
+                continue
             text = line.rstrip("\r\n")
             if kind == "txt":
                 yield None, text
                 continue
             try:
                 found = json.loads(text)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield None, ValueError(f"not JSON: {error}")
                 continue
             yield self._fields(found) if isinstance(found, dict) else (None, ValueError("not a JSON object"))
 
     def _csv(self, path: str, lines: io.TextIOWrapper, kind: str) -> Iterator[tuple[Any, Any]]:
-        csv.field_size_limit(2**31 - 1)
-        reader = csv.DictReader(lines, delimiter="\t" if kind == "tsv" else ",")
+        csv.field_size_limit(LONGEST)
+        reader = csv.DictReader(_bounded(lines), delimiter="\t" if kind == "tsv" else ",")
         self._need(path, reader.fieldnames or [])
         try:
             for found in reader:
-                yield self._fields(found)
+                key, value = self._fields(found)
+                extra = len(found.get(None, ()))  # a comma that isn't quoted, perhaps in the text
+                yield key, ValueError(f"{extra} fields more than the header has") if extra else value
         except csv.Error as error:
             raise UsageError(f"{path}, line {reader.line_num}: {error}") from error
 
@@ -159,6 +174,14 @@ def _kind(path: str) -> str:
     if kind is None or (kind == "parquet" and path.endswith(".gz")):
         raise UsageError(f"{path}: expected a name that ends in {', '.join(KINDS)}")
     return kind
+
+
+def _bounded(lines: io.TextIOWrapper) -> Iterator[str]:
+    """Lines to be parsed, none of them past LONGEST."""
+    for line in iter(functools.partial(lines.readline, LONGEST), ""):
+        if len(line) == LONGEST and not line.endswith(("\r", "\n")):
+            raise csv.Error(f"a line of more than {LONGEST} characters")
+        yield line
 
 
 def _problem(value: Any) -> str | None:

@@ -3,16 +3,19 @@
 `part-00000.parquet` (columns id and embedding), or `part-00000.npy` with `part-00000.ids.json`, and, where rows of the
 shard have problems, `part-00000.problems.jsonl`. Each is written beside its place and moved there; last comes
 `part-00000.json`, with what is in the shard and hashes of its files and of the texts it was made of. A shard without
-that file counts as not there. `manifest.json` holds the settings all shards share, and at the end the totals.
+that file counts as not there. `manifest.json` holds the settings all shards share, and at the end the totals. While a
+rank writes it holds `rank-0.lock`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ import numpy as np
 from . import UsageError
 
 FORMATS = ("parquet", "npy")
+_TOTALS = ("rows", "rejected", "truncated", "tokens")
 
 
 class Shards:
@@ -35,7 +39,7 @@ class Shards:
         rank, world: of all shards those are written here whose index, modulo `world`, is `rank`.
 
     Raises:
-        UsageError: the folder can't be written, or holds shards of other settings.
+        UsageError: the folder can't be written, holds shards of other settings, or is being written by this rank.
     """
 
     def __init__(
@@ -43,28 +47,60 @@ class Shards:
     ) -> None:
         self.folder, self.form, self.rank, self.world = folder, form, rank, world
         self._numbered = numbered
+        self._lock_path = folder / f"rank-{rank}.lock"
         self._settings = json.loads(json.dumps(settings))
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for left in folder.glob("part-*.partial"):
-                index = left.name.removeprefix("part-").split(".")[0]
-                if index.isdigit() and self.is_own(int(index)):
-                    left.unlink()
-            self._claim()
+            self._lock = self._hold()
         except OSError as error:
             raise UsageError(f"--output: {error}") from error
+        try:
+            for left in folder.glob("*.partial"):
+                owner = re.match(r"part-(\d+)\.|manifest\.json\.(\d+)-", left.name)
+                if owner and self.is_own(int(owner[1] or owner[2])):
+                    left.unlink()
+            self._claim()
+        except BaseException as error:
+            self.close()
+            if isinstance(error, OSError):
+                raise UsageError(f"--output: {error}") from error
+            raise
+
+    def close(self) -> None:
+        """Lets others of this rank write."""
+        self._lock_path.unlink(missing_ok=True)
+        self._lock.close()
+
+    def _hold(self) -> Any:
+        """A file locked for as long as this process lives: two of one rank would take each other's files away."""
+        path = self._lock_path
+        while True:
+            file = open(path, "w")  # noqa: SIM115
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.close()
+                raise UsageError(
+                    f"--output {self.folder}: another process, of rank {self.rank} too, is writing there"
+                ) from error
+            except OSError:  # a file system without locks
+                return file
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    return file
+            file.close()  # its holder has ended meanwhile, and removed it
 
     def _claim(self) -> None:
         manifest = self.folder / "manifest.json"
+        holds_shards = any(self.folder.glob("part-*"))  # asked first: other ranks may be starting, too
         if not manifest.exists():
-            if any(self.folder.glob("part-*")):
+            if holds_shards:
                 raise UsageError(
                     f"--output {self.folder}: holds shards without a manifest.json; expected an empty folder"
                 )
-            self._put("manifest.json", _json({"settings": self._settings, "complete": False}))
-            return
+            self._put("manifest.json", _json({"settings": self._settings, "complete": False}), new=True)
         try:
-            there = json.loads(manifest.read_text(encoding="utf-8"))["settings"]
+            there = dict(json.loads(manifest.read_text(encoding="utf-8"))["settings"])
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{manifest}: is not a manifest of `fastbert embed`") from error
         names = sorted(name for name in {*there, *self._settings} if there.get(name) != self._settings.get(name))
@@ -82,7 +118,8 @@ class Shards:
             found: dict[str, Any] = json.loads((self.folder / f"part-{index:05d}.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return None
-        return found if all((self.folder / name).exists() for name in found.get("files", ())) else None
+        whole = isinstance(found, dict) and all((self.folder / name).exists() for name in found.get("files", ()))
+        return found if whole else None
 
     def commit(
         self,
@@ -116,25 +153,39 @@ class Shards:
     def finish(self, count: int) -> dict[str, Any] | None:
         """The totals of `count` shards, put into the manifest; None while another rank's are still missing."""
         found = [self.committed(index) for index in range(count)]
-        if any(each is None for each in found):
-            return None
         records = [each for each in found if each is not None]
-        totals = {name: sum(each[name] for each in records) for name in ("rows", "rejected", "truncated", "tokens")}
-        files = {file: digest for each in records for file, digest in each["files"].items()}
-        summary = {"complete": True, "shards": count, **totals}
-        self._put("manifest.json", _json({"settings": self._settings, **summary, "files": files}))
-        for left in self.folder.glob("*.partial"):  # nobody writes any more
-            left.unlink(missing_ok=True)
+        summary: dict[str, Any] | None = None
+        try:
+            if len(records) == count:
+                totals = {name: sum(each[name] for each in records) for name in _TOTALS}
+                files = {file: digest for each in records for file, digest in each["files"].items()}
+                summary = {"complete": True, "shards": count, **totals}
+                self._put("manifest.json", _json({"settings": self._settings, **summary, "files": files}))
+                for lock in self.folder.glob("rank-*.lock"):  # of processes that were killed
+                    lock.unlink(missing_ok=True)
+        except OSError as error:
+            raise UsageError(f"--output: {error}") from error
         return summary
 
-    def _put(self, name: str, data: bytes) -> None:
-        """Writes a file so that it is there whole or not at all, and stays there."""
-        partial = self.folder / f"{name}.{os.getpid()}.partial"
+    def _put(self, name: str, data: bytes, new: bool = False) -> None:
+        """Writes a file so that it is there whole or not at all, and stays there; `new`: one that is there stays."""
+        partial = self.folder / f"{name}.{self.rank}-{os.getpid()}.partial"
         with open(partial, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, self.folder / name)
+        try:
+            if new:
+                os.link(partial, self.folder / name)
+        except FileExistsError:
+            partial.unlink()
+            return
+        except OSError:  # a file system without links
+            new = False
+        if new:
+            partial.unlink()
+        else:
+            os.replace(partial, self.folder / name)
         with contextlib.suppress(OSError):  # where folders can't be opened
             folder = os.open(self.folder, os.O_RDONLY)
             try:
