@@ -27,6 +27,33 @@ def gelu_erf(x):
 
 
 @triton.jit
+def normal_tail(z):
+    """The normal distribution's share above z >= 0, to 6e-6 of itself for z up to 6; 0 for large z.
+
+    Its logarithm is near a parabola: a polynomial, fitted for the least largest error, that decreases past 6, too.
+    """
+    # log2 of the share; Horner's way
+    p = -1.83477709e-06 * z + 6.15975805e-05
+    p = p * z - 9.3051896e-04
+    p = p * z + 8.50786641e-03
+    p = p * z - 5.39600141e-02
+    p = p * z - 4.58464444e-01
+    p = p * z - 1.15125096
+    p = p * z - 9.99995291e-01
+    return tl.exp2(p)
+
+
+@triton.jit
+def gelu_erf_16(x):
+    """GELU for results of 16 bits: a third of the instructions that erf takes, and as exact below 0 as above.
+
+    Where one program has an SM, nothing runs beside its epilogue: erf's took half as long as the products at k 1024.
+    """
+    z = tl.minimum(tl.abs(x), 16.0)  # past it the tail is 0, and infinity times 0 is not
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) - z * normal_tail(z)
+
+
+@triton.jit
 def gelu_tanh(x):
     # 0.5 * (1 + tanh(u)) = sigmoid(2 u); where exp(-2 u) overflows, sigmoid is 1 / inf = 0, the right limit.
     return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
@@ -46,6 +73,15 @@ def gelu_erf_backward(x):
     """GELU of x, and its derivative."""
     below = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
     return x * below, below + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+
+
+@triton.jit
+def gelu_erf_backward_16(x):
+    """The same for results of 16 bits, as `gelu_erf_16`."""
+    z = tl.minimum(tl.abs(x), 16.0)
+    tail = normal_tail(z)
+    act = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) - z * tail
+    return act, tl.where(x > 0.0, 1.0 - tail, tail) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
 
 
 @triton.jit
@@ -150,10 +186,10 @@ def linear_kernel(
         if pre_ptr is not None:
             pre_ptrs = pre_ptr + start_m.to(tl.int64) * n + start_h
             tl.store(pre_ptrs + (offs_m[:, None] * n + offs_h[None, :]), y.to(pre_ptr.dtype.element_ty), mask=mask)
-        if GELU == "none":
-            y = gelu_erf(y)
-        elif GELU == "tanh":
+        if GELU == "tanh":
             y = gelu_tanh(y)
+        elif GELU == "none":
+            y = gelu_erf(y) if x_ptr.dtype.element_ty == tl.float32 else gelu_erf_16(y)
 
         if residual_ptr is not None:
             residual_ptrs = residual_ptr + start_m.to(tl.int64) * stride_rm + start_h
@@ -358,10 +394,12 @@ def linear_gelu_backward_kernel(
         offs = offs_m[:, None] * n + offs_h[None, :]
         mask = (start_m + offs_m < m)[:, None] & (start_h + offs_h < n)[None, :]
         x = tl.load(pre_ptr + corner + offs, mask=mask, other=0.0).to(tl.float32)
-        if GELU == "none":
+        if GELU == "tanh":
+            act, slope = gelu_tanh_backward(x)
+        elif grad_ptr.dtype.element_ty == tl.float32:
             act, slope = gelu_erf_backward(x)
         else:
-            act, slope = gelu_tanh_backward(x)
+            act, slope = gelu_erf_backward_16(x)
         dpre = (acc0 if half == 0 else acc1) * slope
         tl.store(dpre_ptr + corner + offs, dpre.to(dpre_ptr.dtype.element_ty), mask=mask)
         tl.store(act_ptr + corner + offs, act.to(act_ptr.dtype.element_ty), mask=mask)

@@ -135,6 +135,21 @@ def test_gelu_far_from_zero(approximate: str, dtype: torch.dtype, device: str) -
         assert out.isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("dtype", kernel_dtypes)
+def test_gelu_near_every_number(dtype: torch.dtype, device: str) -> None:
+    """Within the policy on every stretch, the far end below zero too, where results are thousandths; NaN stays NaN."""
+    x = torch.linspace(-5.0, 5.0, 64 * 16).to(device, dtype).view(64, 16)
+    out = kernel.linear_gelu(x, torch.eye(16, dtype=dtype, device=device), None)
+    for rows in range(0, 64, 4):
+        part, truth = x[rows : rows + 4], F.gelu(x[rows : rows + 4].double())
+        assert_within_policy(out[rows : rows + 4], F.gelu(part), truth, f"GELU from {part.min()}")
+    bias = torch.tensor([math.nan, math.inf] * 8, dtype=dtype, device=device)
+    out = kernel.linear_gelu(torch.zeros_like(x), torch.zeros(16, 16, dtype=dtype, device=device), bias)
+    assert out[:, 0].isnan().all()
+    assert out[:, 1].eq(math.inf).all()
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 @pytest.mark.parametrize("dtype", kernel_dtypes)
 def test_overflow_is_where_stock_overflows(dtype: torch.dtype, device: str) -> None:
