@@ -149,6 +149,22 @@ def parser() -> argparse.ArgumentParser:
     embed.add_argument("--workers", type=int, default=1, metavar="N", help="processes that tokenise; default: 1")
     embed.add_argument("--json", action="store_true", help="tell the totals as JSON")
 
+    tune = commands.add_parser(
+        "tune",
+        help="find launch configurations for this GPU and a model",
+        description="Tries launch configurations for the kernels of a model on this machine's GPU: each is checked "
+        "against float64 first, then timed; one that is faster than the shipped one beyond the spread is kept in the "
+        "user's cache, where every process finds it. Exit status: 0 done, 2 bad usage, 130 interrupted, with what was "
+        "found so far kept.",
+    )
+    which = tune.add_mutually_exclusive_group()
+    which.add_argument("--model", metavar="PATH_OR_ID", help="for the sizes of a checkpoint: a folder, or a name")
+    which.add_argument("--size", choices=SIZES, help="for those of a model; default: large")
+    tune.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
+    tune.add_argument("--train", action="store_true", help="the kernels of the backward, too")
+    tune.add_argument("--minutes", type=float, default=10.0, help="stop about then; default: 10")
+    tune.add_argument("--json", metavar="FILE", help="write everything that was tried there, too")
+
     info = commands.add_parser("info", help="device, versions, backend, launch table")
     info.add_argument("--json", action="store_true", help="the same as JSON")
     return top

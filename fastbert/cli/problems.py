@@ -1,0 +1,285 @@
+"""What launch configurations are chosen for, as problems to try them on: arguments, the call, and stock's way to do it.
+
+A problem is one key of a table of kernels/launch.py at the sizes of a model. Adding one: a function below that yields
+it, in `problems`; its key is made of the facts it states, by the names of the parameters of the function that chooses.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, cycle
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels import launch
+from ..kernels.launch import Config
+from ..tuned import Key
+from .cases import workload
+
+ODD_LENGTHS = (1, 37, 128, 129)
+CHECKED_ROWS = sum(ODD_LENGTHS)
+EPS = 1e-12
+
+
+class Sizes(NamedTuple):
+    """Of a model: what its kernels' shapes come from."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+
+
+class Problem(NamedTuple):
+    """One key, and how to try configurations for it."""
+
+    name: str
+    key: Key
+    module: str
+    """Of fastbert.kernels; the function in it that is called, and stock's way, which takes the same arguments."""
+    function: str
+    peer: Callable[..., Any]
+    arguments: Callable[[int, torch.device], tuple[Any, ...]]
+    """Of so many rows, from torch's generator."""
+    rows: tuple[int, ...]
+    """Numbers of rows to time at."""
+    shared: Callable[[Config], int]
+    """Bytes of shared memory that a configuration's operands take."""
+    held: Callable[[Config], float]
+    """float32 numbers that a thread holds."""
+    same_bits: bool
+    """Whether results have to be those of the shipped configuration, bit by bit: it depends on the number of rows."""
+
+    def call(self, *arguments: Any) -> Any:
+        """The kernel, with the configuration in use."""
+        return getattr(importlib.import_module(f"fastbert.kernels.{self.module}"), self.function)(*arguments)
+
+    @property
+    def checked_rows(self) -> int:
+        """Rows that results are checked at: of a class of numbers of rows, the least, which is odd."""
+        return self.rows[0] // 2 + 1 if self.same_bits else CHECKED_ROWS
+
+    def shipped(self) -> Config:
+        """What the tables have."""
+        return launch.OPERATIONS[self.key[0]].choose(*self.key[1:])
+
+
+def key(operation: str, arch: str, dtype: torch.dtype, **facts: int) -> Key:
+    """The key of an operation, from facts by name; those its function does not ask for are left out."""
+    facts_known: dict[str, Any] = {"arch": arch, "dtype": dtype, **facts}
+    return (operation, *(facts_known[name] for name in launch.OPERATIONS[operation].parameters()))
+
+
+def row_classes() -> list[int]:
+    """What `launch.row_class` makes of any number of rows; the largest first."""
+    return sorted({launch.row_class(1 << power) for power in range(31)}, reverse=True)
+
+
+def lengths_of(rows: int) -> tuple[int, ...]:
+    """Lengths of sequences, `rows` tokens in all: odd ones, or where there are many rows those of SQuAD's pairs."""
+    found: list[int] = []
+    for length in cycle(ODD_LENGTHS if rows < 1024 else workload("squad", 128).lengths):
+        found.append(min(length, rows - sum(found)))
+        if sum(found) == rows:
+            return tuple(found)
+    raise AssertionError("unreachable")
+
+
+def _normal(device: torch.device, dtype: torch.dtype, *shape: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, device=device, dtype=torch.float32) * scale).to(dtype)
+
+
+def _products(sizes: Sizes, dtype: torch.dtype, arch: str) -> Iterator[Problem]:
+    h, i = sizes.hidden, sizes.intermediate
+
+    def stock_qkv(x: Tensor, *rest: Tensor) -> Tensor:
+        return torch.stack([F.linear(x, *rest[j : j + 2]) for j in (0, 2, 4)], 1)
+
+    for name, function, peer, n, k, segments in (
+        ("qkv", "qkv_linear", stock_qkv, h, h, 3),
+        ("up", "linear_gelu", lambda x, w, b, how: F.gelu(F.linear(x, w, b), approximate=how), i, h, 1),
+        ("down", "linear_add", lambda x, w, b, residual: F.linear(x, w, b) + residual, h, i, 1),
+        ("projection", "linear_add", lambda x, w, b, residual: F.linear(x, w, b) + residual, h, h, 1),
+    ):
+
+        def arguments(
+            rows: int,
+            device: torch.device,
+            n: int = n,
+            k: int = k,
+            segments: int = segments,
+            function: str = function,
+        ) -> tuple[Any, ...]:
+            def normal(*shape: int, scale: float = 1.0) -> Tensor:
+                return _normal(device, dtype, *shape, scale=scale)
+
+            weights = [each for _ in range(segments) for each in (normal(n, k, scale=k**-0.5), normal(n))]
+            more = {"linear_gelu": ("none",), "linear_add": (normal(rows, n),)}.get(function, ())
+            return (normal(rows, k), *weights, *more)
+
+        by_rows = "rows" in launch.OPERATIONS["linear"].parameters()
+        for rows in row_classes() if by_rows else [launch.MANY_ROWS]:
+            many = rows == launch.MANY_ROWS
+            yield Problem(
+                f"{name}, {rows}{'+' if many else ''} rows" if by_rows else name,
+                key("linear", arch, dtype, n=n, k=k, segments=segments, rows=rows),
+                "linear",
+                function,
+                peer,
+                arguments,
+                (rows, 4 * rows) if many else (rows,),
+                lambda c: c.num_stages * (c.block_m + c.block_n) * c.block_k * dtype.itemsize,
+                lambda c: c.block_m * c.block_n / (32 * c.num_warps),
+                by_rows,
+            )
+
+
+def _sequences(rows: int, heads: int, device: torch.device) -> tuple[Tensor, None, int]:
+    lengths = lengths_of(rows)
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    return starts, None, max(lengths)
+
+
+def _stock_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, mask: None, longest: int, scale: float) -> Tensor:
+    """Sequence by sequence; q, k and v (T, heads, head_dim)."""
+    lengths = starts.diff().tolist()
+    parts = zip(*(x.transpose(0, 1).split(lengths, 1) for x in (q, k, v)), strict=True)
+    each = [F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(0, 1) for q, k, v in parts]
+    return torch.cat(each)
+
+
+def _stock_attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, *rest: Any) -> Tensor:
+    with torch.enable_grad():
+        leaf = qkv.detach().clone().requires_grad_()
+        q, k, v = leaf.unbind(1)
+        result = _stock_attention(q, k, v, *rest[:4])
+        return torch.autograd.grad(result, leaf, grad)[0]
+
+
+def _attention(sizes: Sizes, dtype: torch.dtype, arch: str, train: bool) -> Iterator[Problem]:
+    heads, head_dim = sizes.heads, sizes.hidden // sizes.heads
+    scale = head_dim**-0.5
+    rows = (2048, 32768)
+
+    def forward(rows: int, device: torch.device) -> tuple[Any, ...]:
+        qkv = _normal(device, dtype, rows, 3, heads, head_dim)
+        return (*qkv.unbind(1), *_sequences(rows, heads, device), scale)
+
+    def backward(rows: int, device: torch.device) -> tuple[Any, ...]:
+        kernels = importlib.import_module("fastbert.kernels.attention")
+        qkv, grad = _normal(device, dtype, rows, 3, heads, head_dim), _normal(device, dtype, rows, heads, head_dim)
+        sequences = (*_sequences(rows, heads, device), scale, 0.0, None)
+        return (grad, qkv, *kernels.attention_forward(qkv, *sequences), *sequences)
+
+    def shared(c: Config) -> int:
+        return (c.block_m + 2 * c.num_stages * c.block_n) * head_dim * dtype.itemsize
+
+    def held(c: Config) -> float:
+        return c.block_m * (head_dim + c.block_n) / (32 * c.num_warps)
+
+    yield Problem(
+        "attention",
+        key("attention", arch, dtype, head_dim=head_dim),
+        "attention",
+        "attention",
+        _stock_attention,
+        forward,
+        rows,
+        shared,
+        held,
+        False,
+    )
+    if train:
+        yield Problem(
+            "attention, backward",
+            key("attention_backward", arch, dtype, head_dim=head_dim),
+            "attention",
+            "attention_backward",
+            _stock_attention_backward,
+            backward,
+            rows,
+            shared,
+            lambda c: 2 * held(c),
+            False,
+        )
+
+
+def _rows(sizes: Sizes, dtype: torch.dtype, arch: str, train: bool) -> Iterator[Problem]:
+    h, i = sizes.hidden, sizes.intermediate
+    rows = (2048, 32768)
+
+    def norm(rows: int, device: torch.device) -> tuple[Any, ...]:
+        return _normal(device, dtype, rows, h), _normal(device, dtype, h), _normal(device, dtype, h), EPS
+
+    def norm_backward(rows: int, device: torch.device) -> tuple[Any, ...]:
+        grad, x, residual = (_normal(device, dtype, rows, h) for _ in range(3))
+        return grad, x, residual, _normal(device, dtype, h), EPS, 0.0, None
+
+    def stock_norm_backward(
+        grad: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *dropout: Any
+    ) -> tuple[Tensor, ...]:
+        total = x + residual
+        _, mean, rstd = torch.ops.aten.native_layer_norm(total, weight.shape, None, None, eps)
+        back = torch.ops.aten.native_layer_norm_backward
+        found = back(grad, total, weight.shape, mean, rstd, weight, weight, [True] * 3)
+        return (x.new_empty(0), *found)  # the gradient of x is that of the residual
+
+    def gelu_backward(rows: int, device: torch.device) -> tuple[Any, ...]:
+        weight = _normal(device, dtype, h, i, scale=h**-0.5)
+        return _normal(device, dtype, rows, h), weight, _normal(device, dtype, rows, i), "none"
+
+    def stock_gelu_backward(grad: Tensor, weight: Tensor, pre: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
+        dpre = torch.ops.aten.gelu_backward(grad @ weight, pre, approximate=approximate)
+        return dpre, F.gelu(pre, approximate=approximate)
+
+    yield Problem(
+        "LayerNorm",
+        key("row", arch, dtype, width=h),
+        "layer_norm",
+        "layer_norm",
+        lambda x, w, b, eps: F.layer_norm(x, w.shape, w, b, eps),
+        norm,
+        rows,
+        lambda c: 0,
+        lambda c: c.block_n / (32 * c.num_warps),
+        False,
+    )
+    if train:
+        yield Problem(
+            "LayerNorm, backward",
+            key("row_backward", arch, dtype, width=h),
+            "layer_norm",
+            "add_layer_norm_backward",
+            stock_norm_backward,
+            norm_backward,
+            rows,
+            lambda c: 0,
+            lambda c: 6 * c.block_n / (32 * c.num_warps),
+            False,
+        )
+        yield Problem(
+            "GELU, backward",
+            key("linear_backward", arch, dtype, n=i, k=h),
+            "linear",
+            "linear_gelu_backward",
+            stock_gelu_backward,
+            gelu_backward,
+            rows,
+            lambda c: c.num_stages * (c.block_m + c.block_n) * c.block_k * dtype.itemsize,
+            lambda c: c.block_m * c.block_n / (32 * c.num_warps),
+            False,
+        )
+
+
+def problems(sizes: Sizes, dtype: torch.dtype, arch: str, train: bool = False) -> list[Problem]:
+    """All there is to tune in a model, what takes most of its time first."""
+    found = [*_products(sizes, dtype, arch), *_attention(sizes, dtype, arch, train), *_rows(sizes, dtype, arch, train)]
+    return sorted(found, key=lambda each: each.same_bits and each.rows[0] != launch.MANY_ROWS)
+
+
+def listed(result: Any) -> Sequence[Tensor]:
+    """The tensors of a result, one or several."""
+    return [result] if isinstance(result, Tensor) else list(result)

@@ -1,0 +1,398 @@
+"""fastbert tune: the search over a device made of arithmetic, checks in the interpreter, processes that break."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastbert import tuned
+from fastbert.cli import tune
+from fastbert.cli.__main__ import main
+from fastbert.cli.problems import Problem, Sizes, lengths_of, problems
+from fastbert.cli.tune import OK, Candidate, Checker, Gpu, Search, beats
+from fastbert.kernels import launch
+from fastbert.kernels.launch import Config
+
+SMALL = Sizes(16, 32, 1)
+LARGE = Sizes(1024, 4096, 16)
+MADE_FOR = {"gpu": "a GPU", "architecture": "sm_90", "triton": "3", "fastbert": "0", "kernels": "x"}
+
+
+@pytest.fixture(autouse=True)
+def tables() -> Iterator[None]:
+    """The shipped ones, before and after."""
+    launch.use({})
+    yield
+    launch.use({})
+
+
+def pick(name: str, dtype: torch.dtype = torch.bfloat16, arch: str = "sm_90") -> Problem:
+    return next(p for p in problems(LARGE, dtype, arch, train=True) if p.name.startswith(name))
+
+
+class Arithmetic:
+    """A device on which a launch takes what `cost` says, in seconds, give or take `spread`; some fail."""
+
+    shared_limit = 227 * 1024
+
+    def __init__(
+        self,
+        cost: Callable[[Config], float],
+        spread: float = 0.01,
+        fails: Callable[[Config], str | None] = lambda config: None,
+    ) -> None:
+        self.cost, self.spread, self.fails = cost, spread, fails
+        self.timed: list[tuple[str, int, Config]] = []
+        self.checked: list[Candidate] = []
+        self.interrupt_after = 10**9
+
+    def check(self, candidates: Sequence[Candidate], deadline: float) -> Iterator[tuple[Candidate, str]]:
+        for candidate in candidates:
+            if time.monotonic() < deadline:
+                self.checked.append(candidate)
+                yield candidate, self.fails(candidate.config) or OK
+
+    def time(self, problem: Problem, rows: int, config: Config) -> list[float]:
+        assert self.fails(config) is None, "one that fails is never timed"
+        self.timed.append((problem.name, rows, config))
+        if len(self.timed) > self.interrupt_after:
+            raise KeyboardInterrupt
+        middle = self.cost(config) * rows
+        return [middle * (1 + self.spread * step) for step in (-1, -0.5, 0, 0.5, 1)]
+
+
+def steps_away(config: Config) -> float:
+    """From 64 x 128 in 8 warps and 2 stages; 1 there."""
+    best = {"block_m": 64, "block_n": 128, "num_warps": 8, "num_stages": 2}
+    return 1 + sum(abs(math.log2(getattr(config, name) / value)) for name, value in best.items())
+
+
+def test_the_search_walks_to_the_best() -> None:
+    problem = pick("attention")
+    rig = Arithmetic(steps_away)
+    search = Search([problem], rig)
+    search.run(time.monotonic() + 60)
+    best = search.best(problem)
+    assert (best.block_m, best.block_n, best.num_warps, best.num_stages) == (64, 128, 8, 2)
+    (entry,) = search.entries()
+    assert (entry.key, entry.config) == (problem.key, best)
+    shipped = problem.shipped()
+    for rows in problem.rows:
+        assert entry.seconds[str(rows)][1] == pytest.approx(rows)
+        assert entry.shipped_seconds[str(rows)][1] == pytest.approx(rows * steps_away(shipped))
+    assert len(rig.checked) == len({candidate.config for candidate in rig.checked})  # none twice
+    assert tuned.problem(*entry[:2]) is None
+
+
+def test_nothing_is_kept_within_the_spread() -> None:
+    problem = pick("attention")
+    near = Search([problem], Arithmetic(lambda config: 1 + 0.001 * steps_away(config), spread=0.02))
+    near.run(time.monotonic() + 60)
+    assert near.best(problem) != problem.shipped()
+    assert near.entries() == []
+    assert problem.key in near.settled
+
+
+def test_beats() -> None:
+    def samples(middle: float) -> list[float]:
+        return [middle * x for x in (0.98, 0.99, 1.0, 1.01, 1.02)]
+
+    old = {1: samples(1.0), 2: samples(1.0)}
+    assert beats({1: samples(0.9), 2: samples(0.9)}, old)
+    assert beats({1: samples(0.9), 2: samples(1.0)}, old)
+    assert not beats({1: samples(0.8), 2: samples(1.1)}, old)  # faster in the mean, but slower somewhere
+    assert not beats({1: samples(0.99), 2: samples(0.99)}, old)
+    assert not beats(old, old)
+
+
+def test_what_fails_is_dropped_with_its_reason() -> None:
+    """Where it would have been the best, too."""
+    problem = pick("attention")
+    rig = Arithmetic(steps_away, fails=lambda config: "wrong numbers" if config.num_warps == 8 else None)
+    search = Search([problem], rig)
+    search.run(time.monotonic() + 60)
+    assert search.best(problem).num_warps != 8
+    assert search.dropped
+    assert all(c.config.num_warps == 8 and why == "wrong numbers" for c, why in search.dropped)
+    said = list(tune.lines(search))
+    assert sum("wrong numbers" in line for line in said) == len(search.dropped)
+    report = tune.report(search, MADE_FOR)
+    assert len(report["dropped"]) == len(search.dropped)
+    assert sum(each["kept"] for each in report["tried"]) == 1
+    assert sum(each["shipped"] for each in report["tried"]) == 1
+    json.dumps(report)
+
+
+def test_a_shipped_configuration_that_is_wrong_is_told_and_nothing_compared_with_it() -> None:
+    problem = pick("attention")
+    shipped = problem.shipped()
+    search = Search([problem], Arithmetic(steps_away, fails=lambda c: "wrong" if c == shipped else None))
+    search.run(time.monotonic() + 60)
+    assert search.entries() == []
+    assert any("not right" in line for line in tune.lines(search))
+
+
+def test_a_launch_that_breaks_when_timed_is_dropped() -> None:
+    problem, rig = pick("attention"), Arithmetic(steps_away)
+    whole = rig.time
+
+    def breaks(problem: Problem, rows: int, config: Config) -> list[float]:
+        if config.num_stages == 2:
+            raise RuntimeError("out of memory")
+        return whole(problem, rows, config)
+
+    rig.time = breaks  # type: ignore[method-assign]
+    search = Search([problem], rig)
+    search.run(time.monotonic() + 60)
+    assert {why for _, why in search.dropped} == {"RuntimeError: out of memory"}
+    assert search.best(problem).num_stages == 3
+
+
+def test_only_what_could_run_is_compiled() -> None:
+    """Within shared memory and registers, of the fields that may differ."""
+    work = problems(LARGE, torch.bfloat16, "sm_90", train=True)
+    rig = Arithmetic(lambda config: 1.0)
+    search = Search(work, rig)
+    batch = search.candidates(first=True)
+    assert len(batch) > 5 * len(work)
+    for problem, config in batch:
+        shipped = problem.shipped()
+        assert problem.shared(config) <= rig.shared_limit
+        assert problem.held(config) <= tune.MAX_HELD or config == shipped
+        for name, value in dataclasses.asdict(config).items():
+            free = launch.OPERATIONS[problem.key[0]].free
+            assert name in free or value == getattr(shipped, name)
+    rig.shared_limit = 48 * 1024
+    fewer = [c for c in Search(work, rig).candidates(True) if c.config != c.problem.shipped()]
+    assert 0 < len(fewer) < len(batch)
+    assert all(c.problem.shared(c.config) <= 48 * 1024 for c in fewer)
+
+
+def run_tune(rig: Any, tmp_path: Path, *work: Problem, minutes: float = 1.0) -> tuple[Search, bool, list[tuned.Entry]]:
+    file = tmp_path / "cache" / "tuned.json"
+    search, interrupted = tune.tune(list(work), rig, file, MADE_FOR, minutes)
+    return search, interrupted, tuned.read(file, MADE_FOR) if file.exists() else []
+
+
+def test_interrupted_it_keeps_what_is_done(tmp_path: Path) -> None:
+    work = [pick("attention"), pick("qkv"), pick("up")]
+    rig = Arithmetic(steps_away)
+    whole, _, all_of_it = run_tune(rig, tmp_path / "whole", *work)
+    assert {entry.key for entry in all_of_it} == {problem.key for problem in work} == set(whole.won)
+    rig.interrupt_after, rig.timed = next(i for i, (name, *_) in enumerate(rig.timed) if name.startswith("up")), []
+    _, interrupted, kept = run_tune(rig, tmp_path / "cut", *work)
+    assert interrupted
+    assert {entry.key for entry in kept} == {work[0].key, work[1].key}
+
+
+def test_out_of_time(tmp_path: Path) -> None:
+    search, interrupted, kept = run_tune(Arithmetic(steps_away), tmp_path, pick("attention"), minutes=1e-9)
+    assert not interrupted
+    assert not search.settled
+    assert kept == []
+
+
+def test_what_was_found_before_stays_where_nothing_new_is_known(tmp_path: Path) -> None:
+    one, other = pick("attention"), pick("attention", torch.float16)
+    _, _, first = run_tune(Arithmetic(steps_away), tmp_path, one)
+    _, _, both = run_tune(Arithmetic(steps_away), tmp_path, other)
+    assert {entry.key for entry in both} == {one.key, other.key}
+    assert first[0] in both
+    _, _, less = run_tune(Arithmetic(lambda config: 1.0), tmp_path, one)  # now nothing is faster there
+    assert {entry.key for entry in less} == {other.key}
+
+
+def test_a_bar_on_a_terminal_only(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tune._Bar(1).note("something")
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    bar = tune._Bar(1)
+    bar.note("something")
+    bar.close()
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "1 steps: something" in said.err
+    assert said.err.endswith("\r\x1b[K")
+
+
+class Recorder(dict[Any, Config]):
+    """Remembers what was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[Any] = []
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        self.asked.append(key)
+        return super().get(key, default)
+
+
+def on_this_device(device: str) -> list[Problem]:
+    arch = launch.architecture(torch.device(device))
+    return problems(SMALL, torch.float32, arch, train=True)
+
+
+def test_shipped_configurations_pass_the_check_and_are_asked_for(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the key of their problem; and every operation that has tables is asked for by one."""
+    everything = on_this_device(device)
+    assert {problem.key[0] for problem in everything} == set(launch.OPERATIONS)
+    assert len({problem.key for problem in everything}) == len({each.name for each in everything}) == len(everything)
+    work = [problem for problem in everything if not problem.same_bits or problem.rows[0] == 64]
+    checker, recorder = Checker(work, torch.device(device)), Recorder()
+    use = launch.use
+
+    def recorded(configurations: Any) -> None:
+        use(configurations)
+        recorder.clear()
+        recorder.update(configurations)
+        monkeypatch.setattr(launch, "_tuned", recorder)
+
+    monkeypatch.setattr(launch, "use", recorded)
+    for problem in work:
+        recorder.asked.clear()
+        assert checker.check(problem.name, problem.shipped()) == OK, problem.name
+        assert recorder.asked[-1] == problem.key
+    assert recorder == {}
+
+
+def test_wrong_results_do_not_pass_the_check(device: str) -> None:
+    """A peer that differs stands for a kernel that is wrong."""
+    by_rows = next(problem for problem in on_this_device(device) if problem.rows == (64,))
+    norm = next(problem for problem in on_this_device(device) if problem.name == "LayerNorm")
+    off = norm._replace(peer=lambda *args: 1.001 * norm.peer(*args))
+    assert "exceeds the bound" in Checker([off], torch.device(device)).check(off.name, off.shipped())
+    assert Checker([norm], torch.device(device)).check(norm.name, norm.shipped()) == OK
+
+    config, calls = by_rows.shipped(), []
+
+    class Drifting(Problem):
+        def call(self, *arguments: Any) -> Any:
+            calls.append(1)
+            result = super().call(*arguments)
+            if len(calls) == 2:  # one bit of one number
+                result.view(torch.int32)[-1, -1, -1] ^= 1
+            return result
+
+    drifting = Drifting(*by_rows)
+    assert Checker([by_rows], torch.device(device)).check(by_rows.name, config) == OK
+    assert "other bits" in Checker([drifting], torch.device(device)).check(drifting.name, config)
+
+
+def test_a_configuration_that_does_not_compile_does_not_pass(device: str) -> None:
+    norm = next(problem for problem in on_this_device(device) if problem.name == "LayerNorm")
+    config = dataclasses.replace(norm.shipped(), block_n=3)
+    assert Checker([norm], torch.device(device)).check(norm.name, config) not in (OK, "")
+
+
+def test_processes_that_check(device: str) -> None:
+    """Whole: what a process is given, what it runs, what comes back, of a good and of a bad candidate."""
+    work = {problem.name: problem for problem in on_this_device(device)}
+    rig = Gpu(torch.device(device), SMALL, torch.float32, True, jobs=1)
+    norm = work["LayerNorm"]
+    good = Candidate(norm, norm.shipped())
+    bad = Candidate(norm, dataclasses.replace(norm.shipped(), block_n=3))
+    found = dict(rig.check([good, bad], time.monotonic() + 120))
+    assert found[good] == OK
+    assert found[bad] != OK
+
+
+# Answers as its name says, candidate by candidate: the configuration's number of stages.
+STAND_IN = """
+import json, os, sys, time
+print("noise", file=sys.stderr)
+for name, config in json.load(sys.stdin)["candidates"]:
+    if config["num_stages"] == 7:
+        print("an illegal memory access", file=sys.stderr, flush=True)
+        os._exit(3)
+    if config["num_stages"] == 8:
+        time.sleep(60)
+    print(json.dumps("ok"), flush=True)
+"""
+
+
+def stages(*numbers: int) -> list[Candidate]:
+    problem = pick("attention")
+    return [
+        Candidate(problem, dataclasses.replace(problem.shipped(), num_stages=n, block_m=16 << i))
+        for i, n in enumerate(numbers)
+    ]
+
+
+def stand_in(jobs: int, code: str = STAND_IN) -> Gpu:
+    rig = Gpu(torch.device("cpu"), SMALL, torch.float32, False, jobs)
+    rig.command = [sys.executable, "-c", code]
+    return rig
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_one_that_crashes_or_hangs_takes_nothing_along(jobs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "TRIAL_LIMIT_S", 1.0)
+    candidates = stages(1, 7, 2, 8, 3)
+    found = dict(stand_in(jobs).check(candidates, time.monotonic() + 60))
+    assert [found[c] for c in candidates] == [
+        OK,
+        "ended its process: an illegal memory access",
+        OK,
+        "no end after 1 s",
+        OK,
+    ]
+
+
+def test_processes_that_never_get_anywhere_are_given_up() -> None:
+    rig = stand_in(1, "raise SystemExit('no module named fastbert')")
+    found = list(rig.check(stages(1, 2, 3, 4, 5), time.monotonic() + 60))
+    assert len(found) == 5
+    assert all("no module named fastbert" in status for _, status in found)
+
+
+def test_checks_end_at_the_deadline() -> None:
+    start = time.monotonic()
+    found = list(stand_in(1).check(stages(1, 8, 2), start + 2))
+    assert [status for _, status in found] == [OK]
+    assert time.monotonic() - start < 20
+
+
+def test_lengths() -> None:
+    assert lengths_of(295) == (1, 37, 128, 129)
+    assert sum(lengths_of(32768)) == 32768
+    assert 100 < 32768 / len(lengths_of(32768)) < 250
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_refuses_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "--minutes", "1"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == "fastbert tune: there is no GPU here, and on a CPU nothing is launched that could be tuned\n"
+
+
+def test_bad_usage(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["tune", "--minutes", "0"]) == 2
+    assert "--minutes is 0.0" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tune, "default_device", lambda name: torch.device("cuda"))
+    assert main(["tune", "--model", str(tmp_path)]) == 2
+    assert "--model" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short run over a small model: everything checks, something is timed, and the file is one that is used."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert main(["tune", "--size", "minilm", "--minutes", "0.7", "--json", str(tmp_path / "report.json")]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert any(each["shipped"] for each in report["tried"])
+    assert all(0 < low <= high for each in report["tried"] for low, _, high in each["seconds"].values())
+    device = torch.device("cuda", torch.cuda.current_device())
+    gpu, arch = torch.cuda.get_device_name(device), launch.architecture(device)
+    kept = sum(each["kept"] for each in report["tried"])
+    assert len(tuned.read(tuned.path(gpu, arch), tuned.made_for(gpu, arch))) == kept
