@@ -1,4 +1,4 @@
-"""The command line: `fastbert verify | bench | profile | embed | tune | info`. Arguments are in `__main__`, commands in modules."""
+"""The command line, `fastbert COMMAND`: arguments are in `__main__`, commands in modules of their names."""
 
 from __future__ import annotations
 
