@@ -19,6 +19,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, ModelOutput
 
 from . import ops
+from .graphs import Graphs
 from .layer import default_positions, first_position
 from .packing import Packing, flattened, host_integers, isolating_mask, pack_mask
 from .support import (
@@ -46,6 +47,8 @@ class Counts:
         """Forwards that ran fused, by layout: "packed" or "dense"."""
         self.stock: Counter[str] = Counter()
         """Forwards that ran stock, by reason."""
+        self.graphs: Counter[str] = Counter()
+        """What came of CUDA graphs, of those that ran fused where they are asked for."""
         self._lock = threading.Lock()
 
     def add(self, which: Counter[str], key: str) -> None:
@@ -55,7 +58,7 @@ class Counts:
                 which[key] += 1
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"fused": self.fused, "stock": self.stock}
+        return {"fused": self.fused, "stock": self.stock, "graphs": self.graphs}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
@@ -65,9 +68,10 @@ class Counts:
 class Settings:
     """What `fuse` leaves on an encoder: what was asked of it, counts, and whether a head may read padding unseen."""
 
-    def __init__(self, padding: str, loss_only: bool) -> None:
+    def __init__(self, padding: str, loss_only: bool, cuda_graphs: bool) -> None:
         self.padding = padding
         self.loss_only = loss_only
+        self.graphs = Graphs() if cuda_graphs else None
         self.opaque_head = False
         self.counts = Counts()
 
@@ -80,6 +84,10 @@ class Plan(NamedTuple):
     """For each layer, whether it runs its stock code."""
     seeds: Tensor | None = None
     """(layers, 3) int64, of the dropouts of each layer, drawn from torch's generator; None where none drops."""
+    watched: bool = False
+    """Whether something sees the hidden states between embeddings and output."""
+    assumed: bool = False
+    """Whether the layers were not looked at, but taken to be as they were: see `fastbert.graphs`."""
 
 
 class Reads(NamedTuple):
@@ -116,8 +124,12 @@ class FusedEncoder(_Module):
                 counts.add(counts.stock, plan or "called past the forward of its model")
             stock = super().forward(hidden_states, *args, **kwargs)
             return stock
-        packing = plan.packing
+        packing, graphs = plan.packing, self.fastbert.graphs
+        compiling = torch.compiler.is_compiling()
+        result = None if graphs is None or compiling else graphs.run(self, hidden_states, plan)
         counts.add(counts.fused, "dense" if packing.cu_seqlens is None else "packed")
+        if result is not None:
+            return self.output(last_hidden_state=result)
         if self.relative:
             packing = packing._replace(bias=self.relative_bias(packing.max_seqlen))
         stock_mask = None
@@ -134,6 +146,12 @@ class FusedEncoder(_Module):
             else:
                 hidden_states = layer(hidden_states, packing=packing, seeds=own_seeds)
         return self.output(last_hidden_state=packing.unpack(hidden_states))
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's `.to`, `.half` and others call it. Graphs would keep the memory that is being left."""
+        if hasattr(self, "fastbert") and self.fastbert.graphs is not None:
+            self.fastbert.graphs.drop()
+        return super()._apply(*args, **kwargs)
 
     def relative_bias(self, length: int) -> Tensor:
         """`Packing.bias` for sequences of `length` tokens at most."""
@@ -167,7 +185,10 @@ def plan_call(
         return (), call  # both or neither: the forward itself says so
     _check(model, call)
     reason = call_is_unsupported(model, call)
-    if reason is None:
+    graphs = encoder.fastbert.graphs
+    assumed = reason is None and graphs is not None and graphs.expects() and _is_repeatable(model, call)
+    reasons: list[str | None] = [None] * len(encoder.layer)
+    if reason is None and not assumed:
         reasons = [layer_is_unsupported(layer) for layer in encoder.layer]
         if all(reasons):
             reason = f"no layer can run fused: {reasons[0]}"
@@ -187,10 +208,12 @@ def plan_call(
             # Stock code would let the sequences of a flattened call attend to each other.
             call["attention_mask"] = _stock_isolation(model, cu_seqlens, _shape(call)[1], reason)
         return (), call
+    watched = not assumed and (cu_seqlens is None or graphs is not None) and _is_watched(model, call)
     if cu_seqlens is None:
-        keeps_shape = any(reasons) or _is_watched(model, call)
+        keeps_shape = any(reasons) or watched
         packing = _lay_out(model, call, reads._replace(reads_padding=keeps_shape or reads.reads_padding))
-    call["plan"] = Plan(packing, tuple(map(bool, reasons)), _draw_seeds(encoder.layer, reasons))
+    seeds = None if assumed else _draw_seeds(encoder.layer, reasons)
+    call["plan"] = Plan(packing, tuple(map(bool, reasons)), seeds, watched, assumed)
     return (), call
 
 
@@ -288,9 +311,21 @@ def _is_watched(model: Any, call: Mapping[str, Any]) -> bool:
     """Whether something sees the hidden states between embeddings and output, and expects stock's shape."""
     if call.get("output_hidden_states", getattr(model.config, "output_hidden_states", False)):
         return True
-    between = [module for name, module in model.named_children() if name == "embeddings_project"]  # ELECTRA's
-    modules = (*model.embeddings.modules(), *between, *encoder_of(model).layer)
+    modules = (*_before_layers(model), *encoder_of(model).layer)
     return any(is_hooked(module, called=True) for module in modules)
+
+
+def _before_layers(model: Any) -> list[nn.Module]:
+    """The modules that make the first hidden states."""
+    between = [module for name, module in model.named_children() if name == "embeddings_project"]  # ELECTRA's
+    return [*model.embeddings.modules(), *between]
+
+
+def _is_repeatable(model: Any, call: Mapping[str, Any]) -> bool:
+    """Whether what runs before the layers can run twice and nobody sees it: without hooks, without dropout."""
+    if call.get("output_hidden_states", getattr(model.config, "output_hidden_states", False)):
+        return False
+    return not any(module.training or is_hooked(module) for module in _before_layers(model))
 
 
 def _lay_out(model: Any, call: dict[str, Any], reads: Reads) -> Packing:

@@ -49,7 +49,7 @@ def _base_models(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
     return found
 
 
-def fuse(model: Model, *, padding: str = "auto", loss_only: bool = False) -> Model:
+def fuse(model: Model, *, padding: str = "auto", loss_only: bool = False, cuda_graphs: bool = False) -> Model:
     """Makes every supported encoder inside `model` run fused, in place.
 
     Parameters, names, `state_dict()`, saving, copying and moving stay as they are; at real tokens every output equals
@@ -65,6 +65,8 @@ def fuse(model: Model, *, padding: str = "auto", loss_only: bool = False) -> Mod
             stands outside `model` is not seen: fuse the whole model, not the encoder of one.
         loss_only: whether a masked language model given labels returns its loss without logits (they are None), taken
             from the labelled tokens alone: the (batch, tokens, vocabulary) logits are never made.
+        cuda_graphs: whether inference on a GPU launches the layers of small batches as one CUDA graph, by buckets of
+            their sizes: see docs/latency.md. Elsewhere it changes nothing; `explain` says why.
 
     Returns:
         The same object.
@@ -72,8 +74,10 @@ def fuse(model: Model, *, padding: str = "auto", loss_only: bool = False) -> Mod
     Raises:
         UnsupportedModelError: nothing in `model` could be fused, and nothing was changed.
         ValueError: `padding` is none of the three.
-        TypeError: `model` is not a torch.nn.Module.
+        TypeError: `model` is not a torch.nn.Module, or `cuda_graphs` not a bool.
     """
+    if not isinstance(cuda_graphs, bool):
+        raise TypeError(f"cuda_graphs is {cuda_graphs!r}; expected True or False")
     if padding not in PADDINGS:
         raise ValueError(f"padding is {padding!r}; expected one of {', '.join(map(repr, PADDINGS))}")
     found = _base_models(model)
@@ -85,7 +89,7 @@ def fuse(model: Model, *, padding: str = "auto", loss_only: bool = False) -> Mod
         )
     for (_, base, family), reason in zip(found, reasons, strict=True):
         if reason is None:
-            _fuse_base(base, family, padding, loss_only)
+            _fuse_base(base, family, padding, loss_only, cuda_graphs)
     fused = {id(base) for (_, base, _), reason in zip(found, reasons, strict=True) if reason is None}
     families = _families()
     for module in model.modules():
@@ -103,16 +107,15 @@ def fuse(model: Model, *, padding: str = "auto", loss_only: bool = False) -> Mod
     return model
 
 
-def _fuse_base(base: Any, family: Any, padding: str, loss_only: bool) -> None:
+def _fuse_base(base: Any, family: Any, padding: str, loss_only: bool, cuda_graphs: bool) -> None:
     for module in base.modules():
         if type(module) in family.CLASSES:
             module.__class__ = family.CLASSES[type(module)]
     encoder = encoder_of(base)
-    if hasattr(encoder, "fastbert"):
-        encoder.fastbert.padding = padding
-        encoder.fastbert.loss_only = loss_only
-    else:
-        encoder.fastbert = Settings(padding, loss_only)
+    settings = Settings(padding, loss_only, cuda_graphs)
+    if hasattr(encoder, "fastbert"):  # fused before: goes on counting
+        settings.counts, settings.opaque_head = encoder.fastbert.counts, encoder.fastbert.opaque_head
+    encoder.fastbert = settings
 
 
 def _add_hook(module: nn.Module, hook: Any) -> None:
@@ -168,6 +171,12 @@ class EncoderExplanation:
     """Forwards so far that ran fused, by layout."""
     stock_calls: dict[str, int]
     """Forwards so far that ran stock, by reason."""
+    cuda_graphs: bool = False
+    """Whether CUDA graphs were asked of `fuse`."""
+    eager: str | None = None
+    """Why an ordinary call at this moment would not run as a CUDA graph, where they were asked for; else None."""
+    graph_calls: dict[str, int] = field(default_factory=dict)
+    """What came of CUDA graphs so far: "replayed", "captured", too, "eager: " and why, "dropped: " and why."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +197,9 @@ class Explanation:
             lines += [f"  layer {i}: stock: {reason}" for i, reason in e.layers.items() if not e.reason]
             lines += [f"  ran fused, {layout}: {n}" for layout, n in e.fused_calls.items()]
             lines += [f"  ran stock, {reason}: {n}" for reason, n in e.stock_calls.items()]
+            if e.cuda_graphs:
+                lines.append(f"  CUDA graphs: none: {e.eager}" if e.eager else "  CUDA graphs: yes, at the right sizes")
+                lines += [f"  CUDA graphs, {what}: {n}" for what, n in e.graph_calls.items()]
         return "\n".join(lines)
 
 
@@ -209,7 +221,11 @@ def _explain_base(name: str, base: Any, family: Any) -> EncoderExplanation:
     reason = reason or call_is_unsupported(base, {})
     if reason is None and len(layers) == len(encoder.layer):
         reason = f"no layer can run fused: {layers[0]}"
-    counts = settings.counts
+    counts, graphs = settings.counts, settings.graphs
+    if graphs is None or reason is not None:
+        eager = reason
+    else:
+        eager = "a layer runs stock" if layers else graphs.refuses(encoder.layer)
     return EncoderExplanation(
         name,
         True,
@@ -219,6 +235,9 @@ def _explain_base(name: str, base: Any, family: Any) -> EncoderExplanation:
         embeddings_are_unsupported(base.embeddings, sharded=True),
         dict(counts.fused),
         dict(counts.stock),
+        graphs is not None,
+        None if graphs is None else eager,
+        dict(counts.graphs),
     )
 
 

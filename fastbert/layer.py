@@ -97,6 +97,10 @@ class FusedLayer(_Module):
         activation: nn.Module = getattr(child(self, *holder), name)
         return activation
 
+    def is_static(self) -> bool:
+        """Whether parameters say all that it computes in inference: no adapters, no activation with a state."""
+        return type(self.activation()) in _GELU and all(is_plain(linear, nn.Linear) for _, linear in self.linears())
+
     def replaced_chunk(self) -> str | None:
         """The name of the method of the feed-forward, where somebody has replaced it on this layer."""
         *holder, name = self.shape.chunk

@@ -29,10 +29,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "autograd": {"kernels", "ops"},
     "packing": {"ops"},
     "layer": {"autograd", "ops", "packing", "support"},
-    "encoder": {"layer", "ops", "packing", "support"},
+    "graphs": {"packing", "support"},
+    "encoder": {"graphs", "layer", "ops", "packing", "support"},
     "fuse": {"encoder", "support"},
     "heads": {"ops", "support"},
-    "models": {"encoder", "fuse", "heads", "layer"},
+    "models": {"encoder", "fuse", "graphs", "heads", "layer"},
     "verify": {"encoder", "fuse", "numerics", "support"},
     "__init__": {"fuse", "models", "verify"},
     "cli": {

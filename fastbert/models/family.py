@@ -23,6 +23,7 @@ from transformers.utils.generic import can_return_tuple
 
 from ..encoder import FusedEncoder, named_arguments, parameter_names, plan_call
 from ..fuse import FusedModel
+from ..graphs import Stale
 from ..heads import Vocabulary, labelled_loss, takes_labelled_rows
 from ..layer import FusedEmbeddings, FusedLayer, Shape
 
@@ -69,8 +70,14 @@ def base_model(kind: Any, module: str, own: Callable[..., Any] | None = None) ->
 
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = plan_call(self, names, args, kwargs)
-        return super(fused, self).forward(*args, **kwargs)
+        planned, named = plan_call(self, names, args, kwargs)
+        if torch.compiler.is_compiling():
+            return super(fused, self).forward(*planned, **named)
+        try:
+            return super(fused, self).forward(*planned, **named)
+        except Stale:
+            planned, named = plan_call(self, names, args, kwargs)
+        return super(fused, self).forward(*planned, **named)
 
     fused = _derive(kind, module, FusedModel, forward=forward if own is None else own)
     return fused

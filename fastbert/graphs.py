@@ -1,0 +1,379 @@
+"""CUDA graphs of the stack of layers, in inference: one launch in place of seven a layer.
+
+A graph repeats launches with the same sizes and addresses. So a call is rounded up to a bucket of tokens, sequences and
+longest length; its rows are copied into buffers that the graph of the bucket reads, and the result is copied out, so
+that nothing handed out is written to again. Rows beyond the tokens are sequences of their own: they hold numbers, as
+others do, and no other sequence sees them. A bucket is captured when it is met for the second time.
+
+What a graph was captured from may change: weights are replaced, modules, hooks. Looking costs as much as a small batch
+takes on the device, and the device is busy meanwhile: so first the graph is replayed, then everything is compared
+with what it was, and where anything differs the result is dropped and the call planned again (`Stale`). Until then the
+graphs hold on to the memory that they read. Weights updated in place are what a replay reads.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from itertools import chain
+from operator import is_, itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .packing import Packing
+from .support import is_hooked
+
+MAX_TOKENS = 8192
+"""More tokens keep a GPU busy for longer than the host takes to launch."""
+MAX_SEQUENCES = 1024
+MAX_GRAPHS = 64
+"""Graphs an encoder keeps: the least recently used goes. They share the memory of what they compute in between."""
+MAX_BUCKETS = 1024
+"""Buckets met once that an encoder remembers."""
+FILLER = 64
+"""Tokens of a sequence that fills up a bucket; also the smallest bucket of tokens and of lengths."""
+
+
+class Stale(Exception):
+    """What a call was planned from has changed since it was looked at: it is to be planned again."""
+
+
+class Bucket(NamedTuple):
+    """What the sizes of a call are rounded up to, and what else is fixed in a graph."""
+
+    tokens: int
+    sequences: int
+    """With those that fill up."""
+    longest: int
+    precision: str
+    """torch.get_float32_matmul_precision()."""
+
+
+def bucket_of(tokens: int, sequences: int, longest: int) -> Bucket:
+    """The bucket of a call: at most a quarter more tokens, a multiple of FILLER; powers of two of the other two.
+
+    And as many sequences more as it takes to fill up the tokens with FILLER each.
+    """
+    step = max(FILLER, (1 << (tokens - 1).bit_length()) // 8)
+    length = max(FILLER, 1 << (longest - 1).bit_length())
+    whole = -(-tokens // step) * step
+    count = (1 << (sequences - 1).bit_length()) + step // FILLER
+    return Bucket(whole, count, length, torch.get_float32_matmul_precision())
+
+
+_INNER = itemgetter(
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+_dtype = Tensor.dtype.__get__  # type: ignore[attr-defined]
+
+
+class Fingerprint:
+    """What decides how layers compute, as it was: modules, their attributes and hooks, parameters and where they lie.
+
+    Of BERT-large that is ten thousand objects: they are compared by identity, in loops that run in C.
+    """
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        self._modules = list(layers.modules())
+        self._parameters = list(layers.parameters())
+        self._end = object()
+        self._objects = list(self._look())
+        self._layouts = self._look_at_parameters()
+        # Until `holds` has said no a graph may be replayed: the memory it reads stays.
+        self._memory = [parameter.detach() for parameter in self._parameters]
+
+    def holds(self, layers: nn.ModuleList) -> bool:
+        """Whether nothing of it has changed."""
+        return (
+            layers is self._modules[0]
+            and all(map(is_, self._look(), self._objects))
+            and self._look_at_parameters() == self._layouts
+        )
+
+    def _look(self) -> Iterator[Any]:
+        attributes = list(map(vars, self._modules))
+        inner = filter(None, chain.from_iterable(map(_INNER, attributes)))
+        values = chain.from_iterable(map(dict.values, chain(attributes, inner)))
+        return chain(map(type, self._modules), values, (self._end,))
+
+    def _look_at_parameters(self) -> tuple[list[Any], ...]:
+        kinds = Tensor.data_ptr, Tensor.size, Tensor.stride, _dtype
+        return tuple(list(map(kind, self._parameters)) for kind in kinds)
+
+
+def _is_open(layers: nn.ModuleList) -> str | None:
+    """Why more than parameters, as they are now, decides what layers compute; None where nothing does."""
+    for module in layers.modules():
+        if module.training:
+            return "a layer is in training mode"
+        if is_hooked(module):
+            return "a layer has hooks"
+    if not all(layer.is_static() for layer in layers):  # type: ignore[operator]
+        return "a layer has an adapter, or an activation other than GELU"
+    if any(type(parameter) is not nn.Parameter for parameter in layers.parameters()):
+        return "parameters of a kind of their own"
+    return None
+
+
+class Cuda:
+    """What graphs ask of the device: captures, and order between streams. Tests put a stand-in in its place."""
+
+    def __init__(self) -> None:
+        self._side: torch.cuda.Stream | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self._done: torch.cuda.Event | None = None
+
+    def refuses(self, x: Tensor) -> str | None:
+        """Why a call with rows like `x` can't use graphs at this moment."""
+        if not x.is_cuda:
+            return f"the model is on the {x.device.type}"
+        return "inside the capture of another graph" if torch.cuda.is_current_stream_capturing() else None
+
+    def guard(self, x: Tensor) -> AbstractContextManager[Any]:
+        """Makes the device of `x` the current one."""
+        return torch.cuda.device(x.device)
+
+    def begin(self, *buffers: Tensor) -> None:
+        """The current stream waits for the last use of the buffers, on whatever stream that was."""
+        stream = torch.cuda.current_stream()
+        if stream != self._stream:
+            if self._done is not None:
+                stream.wait_event(self._done)
+            for buffer in buffers:
+                buffer.record_stream(stream)
+            self._stream = stream
+
+    def end(self) -> None:
+        """Marks the end of a use of the buffers."""
+        assert self._stream is not None
+        if self._done is None:
+            self._done = torch.cuda.Event()
+        self._done.record(self._stream)
+
+    def finish(self) -> None:
+        """Waits until the device is done with the buffers."""
+        if self._done is not None:
+            self._done.synchronize()
+
+    def pool(self) -> Any:
+        """A pool of memory for graphs to share; one in which a graph is still alive when the next is captured."""
+        return torch.cuda.graph_pool_handle()
+
+    def capture(self, run: Callable[[], None], pool: Any) -> Any:
+        """The graph of `run`, which is run once before: that compiles and loads its kernels."""
+        current = torch.cuda.current_stream()
+        if self._side is None:
+            self._side = torch.cuda.Stream()
+        self._side.wait_stream(current)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._side):  # which also takes us back to ours where the end of a capture fails
+            run()
+            # What other threads do meanwhile is not an error of theirs or ours.
+            with torch.cuda.graph(graph, pool=pool, stream=self._side, capture_error_mode="thread_local"):
+                run()
+        current.wait_stream(self._side)
+        return graph
+
+
+# A device can't be synchronized while a stream of it is captured, and every capture begins with that.
+_CAPTURING = threading.Lock()
+
+
+class Graphs:
+    """The graphs of one encoder. A copy of it, or one that was pickled, begins with none.
+
+    Threads and streams take turns: they share the buffers.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._forget()
+
+    def __reduce__(self) -> tuple[type[Graphs], tuple[()]]:
+        return Graphs, ()
+
+    def _forget(self) -> None:
+        self._device = Cuda()
+        self._broken: str | None = None
+        self._fingerprint: Fingerprint | None = None
+        self._graphs: OrderedDict[Bucket, Any] = OrderedDict()
+        """By bucket, the least recently used first."""
+        self._met: OrderedDict[Bucket, None] = OrderedDict()
+        self._buffers: tuple[Tensor, Tensor, Tensor] | None = None
+        """Rows (MAX_TOKENS, H); cu_seqlens; and multiples of FILLER, of which the end of cu_seqlens is made."""
+        self._written: Any = None
+        """What cu_seqlens holds, where it is of sequences of one length."""
+        self._pool: Any = None
+
+    def drop(self) -> None:
+        """Frees the graphs and their memory, when the device is done with them."""
+        with self._lock:
+            self._device.finish()
+            self._forget()
+
+    def expects(self) -> bool:
+        """Whether a call at this moment may be planned as the last one was, to be compared later: see `run`."""
+        return self._fingerprint is not None and self._state() is None
+
+    def refuses(self, layers: nn.ModuleList) -> str | None:
+        """Why an ordinary call at this moment would not be a graph's; None where it would."""
+        sample = next(layers.parameters())
+        return self._state() or self._broken or self._device.refuses(sample) or _is_open(layers)
+
+    def _state(self) -> str | None:
+        if torch.compiler.is_compiling():
+            return "torch.compile"
+        if torch.is_grad_enabled():
+            return "gradients are enabled"
+        if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+            return "torch.autocast"
+        return "a dispatch mode of torch" if torch._C._len_torch_dispatch_stack() else None
+
+    def _refuses_call(self, x: Tensor, plan: Any) -> str | None:
+        packing: Packing = plan.packing
+        if reason := self._state() or self._broken or self._device.refuses(x):
+            return reason
+        if type(x) is not Tensor:
+            return f"hidden states of type {type(x).__name__}"
+        if any(plan.stock_layers):
+            return "a layer runs stock"
+        if plan.seeds is not None:
+            return "dropout"
+        if plan.watched:
+            return "hidden states are asked for, or watched by hooks"
+        if packing.key_mask is not None:
+            return "padding is masked, not dropped"
+        if packing.bias is not None:
+            return "a bias by distance"
+        if x.shape[0] * x.shape[1] > MAX_TOKENS:
+            return f"more than {MAX_TOKENS} tokens"
+        if _sequences(packing) > MAX_SEQUENCES:
+            return f"more than {MAX_SEQUENCES} sequences"
+        return None
+
+    def run(self, encoder: Any, x: Tensor, plan: Any) -> Tensor | None:
+        """The result of a call by a graph, or None where it has to run eagerly.
+
+        Args:
+            encoder: the fused encoder.
+            x: (1, T, H) or (B, S, H), hidden states as `plan` lays them out.
+            plan: the `fastbert.encoder.Plan` of the call.
+
+        Returns:
+            (B, S, H), or (1, T, H) of a flattened call: its own memory.
+
+        Raises:
+            Stale: `plan` was assumed, and that was wrong.
+        """
+        counts, layers = encoder.fastbert.counts, encoder.layer
+        reason, result = self._refuses_call(x, plan), None
+        with self._lock:
+            fingerprint = self._fingerprint
+            if reason is None and fingerprint is None and not plan.assumed:
+                reason = _is_open(layers)
+                if reason is None:
+                    fingerprint = self._fingerprint = Fingerprint(layers)
+            if reason is None and fingerprint is not None:
+                with self._device.guard(x):
+                    result, reason = self._run(layers, x, plan.packing)
+        # The device is at work by now.
+        if (result is not None or plan.assumed) and not (fingerprint is not None and fingerprint.holds(layers)):
+            counts.add(counts.graphs, "dropped: the model has changed")
+            self.drop()
+            if plan.assumed:
+                raise Stale
+            return None
+        counts.add(counts.graphs, f"eager: {reason}" if result is None else str(reason))
+        return result
+
+    def _run(self, layers: nn.ModuleList, x: Tensor, packing: Packing) -> tuple[Tensor | None, str]:
+        """The result, or None; and what there is to count."""
+        bucket = bucket_of(x.shape[0] * x.shape[1], _sequences(packing), packing.max_seqlen)
+        graph, what = self._graphs.get(bucket), "replayed"
+        if graph is not None:
+            self._graphs.move_to_end(bucket)
+        elif bucket not in self._met:
+            self._met[bucket] = None
+            if len(self._met) > MAX_BUCKETS:
+                self._met.popitem(last=False)
+            return None, "the first call of its size"
+        else:
+            try:
+                graph, what = self._capture(layers, x, packing, bucket), "captured"
+            except RuntimeError as error:  # out of memory, or what the driver refuses to capture
+                self._device.finish()
+                self._forget()
+                self._broken = f"a capture failed: {error}"
+                warnings.warn(f"fastbert runs without CUDA graphs: {self._broken}", stacklevel=2)
+                return None, self._broken
+        try:
+            self._write(x, packing, bucket)
+            graph.replay()
+            assert self._buffers is not None
+            rows = self._buffers[0][: x.shape[0] * x.shape[1]]
+            result = rows.clone().view_as(x) if packing.indices is None else packing.unpack(rows[None])
+        finally:
+            self._device.end()
+        return result, what
+
+    def _write(self, x: Tensor, packing: Packing, bucket: Bucket) -> None:
+        """Hands a call to the graphs: rows, and where sequences start, those that fill up behind them."""
+        assert self._buffers is not None
+        rows, cu_seqlens, steps = self._buffers
+        self._device.begin(rows, cu_seqlens, steps)
+        tokens, sequences = x.shape[0] * x.shape[1], _sequences(packing)
+        rows[:tokens].copy_(x.flatten(0, 1))
+        same = None if packing.cu_seqlens is not None else (bucket, packing.batch, packing.seqlen)
+        if same is None or same != self._written:
+            self._written = None
+            starts = packing.cu_seqlens
+            if starts is None:
+                starts = torch.arange(0, tokens + 1, packing.seqlen, dtype=torch.int32, device=x.device)
+            cu_seqlens[: sequences + 1].copy_(starts)
+            rest = cu_seqlens[sequences + 1 : bucket.sequences + 1]
+            torch.add(steps[: len(rest)], tokens, out=rest)
+            rest.clamp_(max=bucket.tokens)
+            self._written = same
+
+    def _capture(self, layers: nn.ModuleList, x: Tensor, packing: Packing, bucket: Bucket) -> Any:
+        with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode could not be written to later
+            if self._buffers is None:
+                most = MAX_SEQUENCES + MAX_TOKENS // FILLER
+                rows = x.new_zeros(MAX_TOKENS, x.shape[2])
+                steps = torch.arange(FILLER, most * FILLER, FILLER, dtype=torch.int32, device=x.device)
+                self._buffers = rows, torch.zeros(most, dtype=torch.int32, device=x.device), steps
+            rows, cu_seqlens, _ = self._buffers
+            whole = rows[: bucket.tokens]
+            layout = Packing(1, bucket.tokens, bucket.longest, cu_seqlens[: bucket.sequences + 1])
+
+            def run() -> None:
+                hidden_states = whole[None]
+                for layer in layers:
+                    hidden_states = layer(hidden_states, packing=layout)
+                whole.copy_(hidden_states[0])
+
+            while len(self._graphs) >= MAX_GRAPHS:
+                self._device.finish()
+                self._graphs.popitem(last=False)
+            if not self._graphs:  # a pool is gone with the last graph in it
+                self._pool = self._device.pool()
+            self._write(x, packing, bucket)
+            with _CAPTURING:
+                graph = self._device.capture(run, self._pool)
+            self._graphs[bucket] = graph
+            return graph
+
+
+def _sequences(packing: Packing) -> int:
+    return packing.batch if packing.cu_seqlens is None else len(packing.cu_seqlens) - 1
