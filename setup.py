@@ -15,7 +15,9 @@ TEST = [
     # What the tests drive the library with: the wrappers it must leave working, and a real checkpoint.
     "accelerate",
     "peft",
+    "ray[data]",
     "sentence-transformers",
+    "shtab",
     # CUDA and ROCm builds of torch bring the triton made for them; the interpreter and the compiler tests need one too.
     "triton>=3.6; sys_platform == 'linux'",
     "hypothesis",
@@ -42,6 +44,8 @@ setup(
         "test": TEST,
         "bench": BENCH,
         "embed": ["pyarrow"],
+        "ray": ["ray[data]"],
+        "completion": ["shtab"],
         "examples": ["accelerate", "matplotlib"],
     },
     entry_points={"console_scripts": ["fastbert = fastbert.cli.__main__:main"]},

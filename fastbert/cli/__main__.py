@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import importlib.util
 import sys
-from collections.abc import Sequence
+import tempfile
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 from . import UsageError
 
@@ -22,11 +28,58 @@ PEERS = (
     "openvino",
 )
 WORKLOADS = ("squad", "sentences", "search", "dense128", "dense384", "dense512", "uniform254")
+EXAMPLES = {
+    "verify": (
+        "fastbert verify --model BAAI/bge-large-en-v1.5 --dtype bfloat16",
+        "fastbert verify --model ./checkpoint --texts texts.txt --json report.json",
+    ),
+    "bench": (
+        "fastbert bench --size base --workload squad --batch 8 32 --output records",
+        "fastbert bench --train --peers compile --json -",
+        "fastbert bench --compare old.json new.json",
+    ),
+    "profile": (
+        "fastbert profile --size base --lengths 12,40,128 --compare stock",
+        "fastbert profile --model ./checkpoint --train --trace trace.json --plot plots",
+    ),
+    "embed": (
+        "fastbert embed --model BAAI/bge-large-en-v1.5 --pooling cls --normalize --output out docs.jsonl more.parquet",
+        "fastbert embed --model ./sentence-transformer --column body --id-column key --output out table.csv.gz",
+        "torchrun --nproc-per-node 8 -m fastbert.cli embed --model ./sentence-transformer --output out docs.jsonl",
+    ),
+    "tune": ("fastbert tune --size large --dtype bfloat16", "fastbert tune --model ./checkpoint --minutes 5"),
+    "info": ("fastbert info", "fastbert info --json"),
+}
+"""Of each command, at the end of its --help."""
+
+_PATHS = ("FILE", "DIR", "FOLDER", "PATH_OR_ID", ("OLD", "NEW"))
+_COMPLETE_FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
+
+
+class _PrintCompletion(argparse.Action):
+    """Prints what makes a shell complete arguments, by shtab, and exits."""
+
+    def __call__(self, own: argparse.ArgumentParser, namespace: Any, shell: Any, option: str | None = None) -> None:
+        if importlib.util.find_spec("shtab") is None:
+            own.error("--print-completion takes shtab, which is not installed: pip install 'fastbert[completion]'")
+        import shtab
+
+        print(shtab.complete(own, shell))
+        own.exit(0)
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
-        prog="fastbert", description="The fused BERT encoder: is it right, is it fast, what is it."
+        prog="fastbert",
+        description="The fused BERT encoder: is it right, is it fast, what is it.",
+        epilog="Exit status: 0 done; 1 the numbers are not right, or something is slower, or failed; 2 bad usage; "
+        "130 interrupted.",
+    )
+    top.add_argument(
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=("bash", "zsh", "tcsh"),
+        help="print a script that completes arguments in this shell, and exit",
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -41,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--texts", metavar="FILE", help="UTF-8, one text a line; default: a few of our own")
     verify.add_argument("--device", help="where fused and stock run; default: cuda where there is one, else cpu")
     verify.add_argument("--padding", choices=("packed", "dense"), help="one layout only; default: both")
-    verify.add_argument("--json", metavar="FILE", help="write the report there, too")
+    verify.add_argument("--json", metavar="FILE", help="write the report there, too; -: standard output")
 
     bench = commands.add_parser(
         "bench",
@@ -76,6 +129,7 @@ def parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--minutes", type=float, default=8.0, help="fewer repeats to end about then; default: 8")
     bench.add_argument("--output", metavar="DIR", help="write the records to DIR/<device>/<date>-<commit>.json")
+    bench.add_argument("--json", metavar="FILE", help="write the records there, too; -: standard output")
     instead = bench.add_mutually_exclusive_group()
     instead.add_argument(
         "--report", nargs="+", metavar="FILE", help="measure nothing; render records into README.md and docs/"
@@ -112,7 +166,7 @@ def parser() -> argparse.ArgumentParser:
     profile.add_argument("--device", help="default: cuda where there is one, else cpu")
     profile.add_argument("--train", action="store_true", help="a training step, forward and backward, not a forward")
     profile.add_argument("--compare", choices=("stock",), help="profile stock, too, over the same weights, padded")
-    profile.add_argument("--json", metavar="FILE", help="write the record there, too")
+    profile.add_argument("--json", metavar="FILE", help="write the record there, too; -: standard output")
     profile.add_argument("--trace", metavar="FILE", help="write a Chrome trace of the fused model there")
     profile.add_argument("--plot", metavar="FOLDER", help="write roofline.png and layers.png there; takes matplotlib")
 
@@ -122,7 +176,6 @@ def parser() -> argparse.ArgumentParser:
         description="Embeds the texts of files and writes shards of ids and embeddings into a folder. Rows that can't "
         "be embedded, or were cut, are counted and written aside. The same command goes on where one was stopped; "
         "under torchrun, ranks share the shards. Exit status: 0 done, 2 bad usage, 130 interrupted.",
-        epilog="fastbert embed --model BAAI/bge-large-en-v1.5 --pooling cls --normalize --output out docs-*.jsonl",
     )
     embed.add_argument("input", nargs="+", metavar="FILE", help=".txt .jsonl .csv .tsv (also .gz) .parquet; - is stdin")
     embed.add_argument("--model", required=True, metavar="PATH_OR_ID", help="a folder, or a name on the hub")
@@ -163,11 +216,38 @@ def parser() -> argparse.ArgumentParser:
     tune.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
     tune.add_argument("--train", action="store_true", help="the kernels of the backward, too")
     tune.add_argument("--minutes", type=float, default=10.0, help="stop about then; default: 10")
-    tune.add_argument("--json", metavar="FILE", help="write everything that was tried there, too")
+    tune.add_argument("--json", metavar="FILE", help="write everything that was tried there, too; -: standard output")
 
-    info = commands.add_parser("info", help="device, versions, backend, launch table")
+    info = commands.add_parser(
+        "info",
+        help="device, versions, backend, launch table",
+        description="Tells what would run here: the device, versions, backend and launch configurations. "
+        "Exit status: 0 done, 2 bad usage.",
+    )
     info.add_argument("--json", action="store_true", help="the same as JSON")
+    for name, command in commands.choices.items():
+        command.formatter_class = argparse.RawDescriptionHelpFormatter
+        command.description = textwrap.fill(command.description or "", 100)
+        command.epilog = "\n  ".join(("examples:", *EXAMPLES[name]))
+        for action in command._actions:
+            if action.metavar in _PATHS:
+                action.complete = _COMPLETE_FILES  # type: ignore[attr-defined]  # as shtab reads it
     return top
+
+
+@contextlib.contextmanager
+def _json_on_stdout(arguments: argparse.Namespace) -> Iterator[None]:
+    """`--json -`: standard output gets the JSON alone, and what is told beside it goes to standard error."""
+    if getattr(arguments, "json", None) != "-":
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "json"
+        arguments.json = str(file)
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+        if file.exists():
+            print(file.read_text(encoding="utf-8"), end="")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -175,7 +255,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     command = importlib.import_module(f".{arguments.command}", __package__)  # torch and transformers load only here
     try:
-        status: int = command.main(arguments)
+        with _json_on_stdout(arguments):
+            status: int = command.main(arguments)
     except UsageError as error:
         print(f"fastbert {arguments.command}: {error}", file=sys.stderr)
         return 2

@@ -296,12 +296,14 @@ def main(arguments: argparse.Namespace) -> int:
     batches = arguments.batch or [16 if device.type == "cpu" else 128]
     if min(batches) <= 0:
         raise UsageError(f"--batch is {min(batches)}; expected more than 0")
-    if arguments.output is not None:
+    places = {"output": arguments.output, "json": arguments.json and Path(arguments.json).parent}
+    for option, folder in places.items():
         try:  # now, not after minutes of measuring
-            Path(arguments.output).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=arguments.output).close()
+            if folder is not None:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            raise UsageError(f"--output: {error}") from error
+            raise UsageError(f"--{option}: {error}") from error
     names = arguments.dtype or (["float32"] if device.type == "cpu" else ["bfloat16", "float16"])
     dtypes = [getattr(torch, name) for name in names]
     items = [workload(name, batch) for name in arguments.workload for batch in batches]
@@ -322,6 +324,8 @@ def main(arguments: argparse.Namespace) -> int:
         print(line(record), flush=True)
         if arguments.output is not None:
             records.write(records.path_in(Path(arguments.output), found[0]), found)
+        if arguments.json is not None:
+            records.write(Path(arguments.json), found)
     expected = len(items) * len(arguments.size) * len(names)
     if (done := len({(r["workload"], r["size"], r["dtype"]) for r in found})) < expected:
         print(f"out of time: {expected - done} of {expected} cases were not begun; see --minutes", file=sys.stderr)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +19,7 @@ from transformers.models.bert import modeling_bert as hf
 
 from fastbert import ops, tuned
 from fastbert.cli import bench, cases, cold, counts, info, machine, records, report
-from fastbert.cli.__main__ import main
+from fastbert.cli.__main__ import main, parser
 from fastbert.kernels import launch
 from tests.models import seeded
 
@@ -62,6 +64,49 @@ def test_runs_as_a_module() -> None:
     )
     assert done.returncode == 2
     assert "invalid choice: 'nonsense'" in done.stderr
+
+
+def commands() -> dict[str, Any]:
+    top = parser()
+    (found,) = (action.choices for action in top._actions if isinstance(action.choices, dict))
+    return found
+
+
+def test_help_has_examples_that_parse_and_says_exit_statuses() -> None:
+    for name, command in commands().items():
+        said = command.format_help()
+        examples = said.split("examples:\n")[1].splitlines()
+        assert examples and "Exit status: 0" in " ".join(said.split()) and "--json" in said, name
+        for line in examples:
+            line = re.sub(r"^torchrun .* -m fastbert.cli", "fastbert", line.strip())
+            assert line.startswith(f"fastbert {name}")
+            parser().parse_args(shlex.split(line)[1:])
+    assert "130 interrupted" in parser().format_help()
+
+
+def test_completion_in_a_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The script, in bash: of commands, options, choices and files."""
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit) as ended:
+        main(["--print-completion", "bash"])
+    assert ended.value.code == 0
+    (tmp_path / "completion").write_text(capsys.readouterr().out)
+    (tmp_path / "texts.txt").touch()
+    (tmp_path / "ask").write_text(
+        "source ./completion\n"
+        'ask() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); _shtab_fastbert; echo "${COMPREPLY[@]}"; }\n'
+        "ask fastbert ve\nask fastbert embed --norm\nask fastbert verify --dtype b\nask fastbert embed te\n"
+    )
+    done = subprocess.run(["bash", "ask"], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.splitlines() == ["verify", "--normalize", "bfloat16", "texts.txt"]
+
+
+def test_completion_without_shtab(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as ended:
+        main(["--print-completion", "zsh"])
+    assert ended.value.code == 2
+    assert "pip install 'fastbert[completion]'" in capsys.readouterr().err
 
 
 def test_verify_writes_its_report(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,10 +202,13 @@ def test_bench_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.usefixtures("tiny")
-def test_bench_of_training_steps(tmp_path: Path) -> None:
+def test_bench_of_training_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", "--train", "--size", "minilm", "--repeats", "3", "--device", "cpu", "--workload", "squad"]
-    assert main([*arguments, "--output", str(tmp_path)]) == 0
+    assert main([*arguments, "--output", str(tmp_path), "--json", "-"]) == 0
     stock, fused = json.loads(next(tmp_path.rglob("*.json")).read_text())
+    said = capsys.readouterr()
+    assert json.loads(said.out) == [stock, fused]
+    assert "training step" in said.err
     assert set(fused) == records.FIELDS
     for record in (stock, fused):
         assert (record["what"], record["status"], record["repeats"]) == ("BertModel training step", "ok", 3)
@@ -254,6 +302,12 @@ def test_bench_leaves_out_what_there_is_no_time_for() -> None:
 
 def test_bench_refuses_too_few_repeats(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--repeats is 2" in bad_usage(capsys, "bench", "--repeats", "2")
+
+
+def test_bench_refuses_places_it_can_not_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert "--output: " in bad_usage(capsys, "bench", "--output", str(tmp_path / "file"))
+    assert "--json: " in bad_usage(capsys, "bench", "--json", str(tmp_path / "file" / "records.json"))
 
 
 def measured(candidate: str = "fused", **fields: Any) -> dict[str, Any]:
