@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -87,12 +88,15 @@ def suite() -> Any:
 
 
 def steps(suite: Any, file: Path, **codes: str) -> tuple[Any, ...]:
-    """Steps that append their names to `file`, and then run some code."""
+    """Steps that append their names to `file`, and then run some code; "tests" is one that has to pass."""
 
     def noted(name: str, code: str) -> str:
         return shlex.join(["-c", f"open({str(file)!r}, 'a').write('{name} ')\n{code}"])
 
-    return tuple(suite.Step(name, 1.0, noted(name, code)) for name, code in codes.items())
+    return tuple(
+        suite.Step(f"{suite.TESTS}{name}" if name == "tests" else name, 1.0, noted(name, code))
+        for name, code in codes.items()
+    )
 
 
 def test_every_step_is_a_command(suite: Any, tmp_path: Path) -> None:
@@ -108,8 +112,41 @@ def test_every_step_is_a_command(suite: Any, tmp_path: Path) -> None:
             parser().parse_args(words[3:])
         else:
             assert words[2:4] == ["pytest", "-q"]
-            assert (ROOT / words[4]).is_dir()
-    assert suite.ON_A_GPU[0].name == suite.TESTS
+            assert any((ROOT / word).is_dir() for word in words[4:])
+    assert [step.name.startswith(suite.TESTS) for step in suite.ON_A_GPU[:3]] == [True, True, False]
+    assert len({step.name for step in suite.ON_A_GPU}) == len(suite.ON_A_GPU)
+
+
+def test_every_gpu_test_is_in_a_step(suite: Any) -> None:
+    """The steps of tests take all folders: one by name, the other all but that one."""
+    paths = [shlex.split(step.command) for step in suite.ON_A_GPU if step.name.startswith(suite.TESTS)]
+    assert [words[words.index("gpu") + 1 :] for words in paths] == [
+        ["tests/kernels"],
+        ["tests", "--ignore", "tests/kernels"],
+    ]
+
+
+@pytest.mark.slow
+def test_the_steps_of_a_gpu_run(suite: Any, tmp_path: Path) -> None:
+    """Their commands, at a reduced size, on this machine: what can't run here says so, and records are written."""
+    ran = 0
+    for step in suite.ON_A_GPU:
+        words = suite.command(step, 0.5, tmp_path)
+        if words[2:4] not in (["fastbert.cli", "bench"], ["fastbert.cli", "profile"]):
+            continue
+        less = ["--dtype", "float32", "--batch", "2"] if "--lengths" not in words else ["--dtype", "float32"]
+        less += ["--size", "minilm", "--device", "cpu"]
+        less += ["--repeats", "3"] if "bench" in words and "--cold" not in words else []
+        if "--peers" in words:  # compiling takes minutes here
+            less += ["--peers", "torch-varlen"]
+        done = subprocess.run(
+            [*words, *less], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=900, check=False
+        )
+        assert done.returncode == 0, f"{step.name}: {done.stdout}{done.stderr}"
+        ran += 1
+    assert ran > 10
+    assert len(list(tmp_path.glob("profile-*.json"))) == 4
+    assert len(list(tmp_path.rglob("*/*.json"))) >= 1
 
 
 def test_the_suite_goes_on_where_it_stopped(suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,12 +167,65 @@ def test_the_suite_goes_on_where_it_stopped(suite: Any, tmp_path: Path, monkeypa
     assert ran.read_text() == "tests one two three two three tests one "
 
 
-def test_nothing_is_timed_on_a_red_test(suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_timed_on_a_red_test(
+    suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     ran = tmp_path / "ran"
     monkeypatch.setattr(suite, "ON_A_CPU", steps(suite, ran, tests="import sys; sys.exit(1)", one="pass"))
     for only in ([], ["--only", "one"]):
         assert suite.main(["--output", str(tmp_path / "out"), *only]) == 1
     assert ran.read_text() == "tests tests "
+    assert "not green: tests: tests" in capsys.readouterr().err
+
+
+def test_all_tests_run_before_a_red_one_stops_the_rest(
+    suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = tmp_path / "ran"
+    red, green, one = steps(suite, ran, tests="import sys; sys.exit(1)", more="pass", one="pass")
+    more = suite.Step("tests: more", 1.0, green.command)
+    monkeypatch.setattr(suite, "ON_A_CPU", (red, more, one))
+    assert suite.main(["--output", str(tmp_path / "out")]) == 1
+    assert ran.read_text() == "tests more "
+    assert suite.main(["--output", str(tmp_path / "out")]) == 1
+    assert ran.read_text() == "tests more tests "  # a green one is not run again
+
+
+def test_steps_have_caches_of_their_own_and_logs(suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    told = "import os; print(os.environ['XDG_CACHE_HOME'], os.environ['TRITON_CACHE_DIR'])"
+    one, two = steps(suite, tmp_path / "ran", one=told, two=told)
+    monkeypatch.setattr(suite, "ON_A_CPU", (one, dataclasses.replace(two, cache="tuned")))
+    assert suite.main(["--output", str(out)]) == 0
+    shared = out / "cache" / "triton"
+    assert (out / "logs" / "one.log").read_text().split() == [str(out / "cache" / "shipped"), str(shared)]
+    assert (out / "logs" / "two.log").read_text().split() == [str(out / "cache" / "tuned"), str(shared)]
+    tuning = {step.name: step.cache for step in suite.ON_A_GPU if step.cache != "shipped"}
+    assert tuning == {"tune": "tuned", "tuned": "tuned"}
+
+
+def test_the_suite_goes_on_elsewhere_by_its_progress_file(
+    suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = tmp_path / "ran"
+    monkeypatch.setattr(suite, "ON_A_CPU", steps(suite, ran, one="pass", two="import sys; sys.exit(1)"))
+    assert suite.main(["--output", str(tmp_path / "here")]) == 1
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "progress.json").write_bytes((tmp_path / "here" / "progress.json").read_bytes())
+    assert suite.main(["--output", str(tmp_path / "there")]) == 1
+    assert ran.read_text() == "one two two "
+    (tmp_path / "there" / "progress.json").write_text("cut o")
+    assert suite.main(["--output", str(tmp_path / "there")]) == 1  # unreadable: all over again
+    assert ran.read_text() == "one two two one two "
+
+
+def test_list(suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(suite.torch.cuda, "is_available", lambda: True)
+    assert suite.main(["--list", "--output", str(tmp_path)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == len(suite.ON_A_GPU)
+    assert all("not begun" in line for line in said)
+    assert said[0].startswith("tests: kernels")
 
 
 def test_the_suite_keeps_to_its_time(suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
