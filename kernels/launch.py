@@ -39,8 +39,9 @@ MEASURED: dict[str, str] = {}
 """By architecture, what its configurations below were measured on. One that isn't here has them from the compiler's
 figures: registers, shared memory, programs an SM."""
 
-VARIANTS = ("",)
-"""What `Config.variant` may be."""
+VARIANTS = ("", "persistent")
+"""What `Config.variant` may be. "persistent", of products of 16 bits: `programs` an SM, each of which walks through
+tiles that the tensor memory accelerator loads; for sm_90 and later."""
 
 
 class _Operation(NamedTuple):
@@ -112,6 +113,12 @@ def architecture(device: torch.device) -> str:
     if device.type != "cuda":
         return "portable"
     return _architecture(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """SMs of `device`; 1 where it is no GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def input_precision(dtype: torch.dtype) -> str:
@@ -288,6 +295,20 @@ tells on a GPU; where it fails, take the architecture out. What that costs: one 
 the 132 SMs of an H200 at n 1024, and its products take several times as long.
 """
 MANY_ROWS = 8192
+
+LINEAR_CANDIDATES: dict[str, tuple[Config, ...]] = {
+    "sm_90": (
+        Config(128, 256, 64, 8, 4, "persistent", programs=1),  # 224 KiB; as the tables' tile, its prologue hidden
+        Config(128, 128, 64, 4, 3, "persistent", programs=2),  # 104 KiB; one's epilogue under the other's products
+    ),
+    "sm_100": (Config(128, 256, 64, 8, 3, "persistent", programs=1),),
+}
+"""What else 16-bit products of many rows could take, by architecture: compiled and tested, not measured yet.
+
+Counted for n 4096, k 1024 with GELU on sm_90, a tile of 128x256, in cycles: 16,400 of wgmma; 3,900 to issue the
+epilogue; some 1,500 until a new program's first loads are there, which a persistent one has under its epilogue. So 7 %
+at most, and 2 % at k 4096. In the tables are pointers, until that is measured.
+"""
 
 
 def row_class(m: int) -> int:

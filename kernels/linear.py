@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch
 
@@ -92,6 +93,79 @@ def gelu_tanh_backward(x):
     return x * share, share + x * share * (1.0 - share) * slope
 
 
+@triton.jit
+def place_tile(
+    index, m, n, SEGMENTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr
+):
+    """Where a tile is: (first row, first column of its segment, segment). GROUP_M rows of tiles go column by column.
+
+    A tile lies in one segment of the columns; tiles are counted per segment where n is no multiple of BLOCK_N.
+    """
+    tiles_m = tl.cdiv(m, BLOCK_M)
+    tiles_n = tl.cdiv(n, BLOCK_N)
+    tiles_in_group = GROUP_M * SEGMENTS * tiles_n
+    first_m = index // tiles_in_group * GROUP_M
+    group_m = tl.minimum(tiles_m - first_m, GROUP_M)
+    tile_m = first_m + index % tiles_in_group % group_m
+    tile_n = index % tiles_in_group // group_m
+    return tile_m * BLOCK_M, tile_n % tiles_n * BLOCK_N, tile_n // tiles_n
+
+
+@triton.jit
+def finish_tile(
+    acc,  # [BLOCK_M, BLOCK_N]
+    start_m,
+    start_n,
+    segment,
+    b0_ptr,
+    b1_ptr,
+    b2_ptr,
+    residual_ptr,
+    pre_ptr,
+    out_ptr,
+    m,
+    n,
+    stride_rm,
+    SEGMENTS: tl.constexpr,
+    GELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The epilogue of a tile, arguments as the kernels have them."""
+    # In two halves of the columns, one after the other: with the whole tile's bias and GELU at once registers spill.
+    HALF_N: tl.constexpr = BLOCK_N // 2
+    acc0, acc1 = tl.split(acc.reshape(BLOCK_M, 2, HALF_N).permute(0, 2, 1))
+    offs_m = tl.arange(0, BLOCK_M)
+    for half in tl.static_range(2):
+        offs_h = tl.arange(0, HALF_N)
+        start_h = start_n + half * HALF_N
+        cols = start_h + offs_h
+        mask_n = cols < n
+        bias = load_bias(b0_ptr, cols, mask_n, HALF_N)
+        if SEGMENTS == 3:
+            if segment == 1:
+                bias = load_bias(b1_ptr, cols, mask_n, HALF_N)
+            elif segment == 2:
+                bias = load_bias(b2_ptr, cols, mask_n, HALF_N)
+        y = (acc0 if half == 0 else acc1) + bias[None, :]
+        mask = (start_m + offs_m < m)[:, None] & mask_n[None, :]
+        if pre_ptr is not None:
+            pre_ptrs = pre_ptr + start_m.to(tl.int64) * n + start_h
+            tl.store(pre_ptrs + (offs_m[:, None] * n + offs_h[None, :]), y.to(pre_ptr.dtype.element_ty), mask=mask)
+        if GELU == "tanh":
+            y = gelu_tanh(y)
+        elif GELU == "none":
+            y = gelu_erf(y) if out_ptr.dtype.element_ty == tl.float32 else gelu_erf_16(y)
+
+        if residual_ptr is not None:
+            residual_ptrs = residual_ptr + start_m.to(tl.int64) * stride_rm + start_h
+            offs = offs_m[:, None] * stride_rm + offs_h[None, :]
+            y += tl.load(residual_ptrs + offs, mask=mask, other=0.0).to(tl.float32)
+        stride_om = n * SEGMENTS
+        out_ptrs = out_ptr + start_m.to(tl.int64) * stride_om + segment * n + start_h
+        tl.store(out_ptrs + (offs_m[:, None] * stride_om + offs_h[None, :]), y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
 # m is not specialized: one compiled kernel for every number of rows, so T % 16 can't change a bit of any row.
 @triton.jit(do_not_specialize=["m"])
 def linear_kernel(
@@ -119,18 +193,7 @@ def linear_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    tiles_m = tl.cdiv(m, BLOCK_M)
-    tiles_n = tl.cdiv(n, BLOCK_N)
-    pid = tl.program_id(0)
-    tiles_in_group = GROUP_M * SEGMENTS * tiles_n
-    first_m = pid // tiles_in_group * GROUP_M
-    group_m = tl.minimum(tiles_m - first_m, GROUP_M)
-    tile_m = first_m + pid % tiles_in_group % group_m
-    tile_n = pid % tiles_in_group // group_m
-
-    # A tile lies in one segment of the columns; tiles are counted per segment where n is no multiple of BLOCK_N.
-    segment = tile_n // tiles_n
-    tile_n = tile_n % tiles_n
+    start_m, start_n, segment = place_tile(tl.program_id(0), m, n, SEGMENTS, BLOCK_M, BLOCK_N, GROUP_M)
     w_ptr = w0_ptr
     if SEGMENTS == 3:
         if segment == 1:
@@ -139,8 +202,6 @@ def linear_kernel(
             w_ptr = w2_ptr
 
     # The tile's corner in int64; offsets within the tile fit int32. Rows past the end repeat the last one.
-    start_m = tile_m * BLOCK_M
-    start_n = tile_n * BLOCK_N
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
@@ -167,37 +228,86 @@ def linear_kernel(
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
 
-    # In two halves of the columns, one after the other: with the whole tile's bias and GELU at once registers spill.
-    HALF_N: tl.constexpr = BLOCK_N // 2
-    acc0, acc1 = tl.split(acc.reshape(BLOCK_M, 2, HALF_N).permute(0, 2, 1))
-    for half in tl.static_range(2):
-        offs_h = tl.arange(0, HALF_N)
-        start_h = start_n + half * HALF_N
-        cols = start_h + offs_h
-        mask_n = cols < n
-        bias = load_bias(b0_ptr, cols, mask_n, HALF_N)
+    finish_tile(
+        acc,
+        start_m,
+        start_n,
+        segment,
+        b0_ptr,
+        b1_ptr,
+        b2_ptr,
+        residual_ptr,
+        pre_ptr,
+        out_ptr,
+        m,
+        n,
+        stride_rm,
+        SEGMENTS,
+        GELU,
+        BLOCK_M,
+        BLOCK_N,
+    )
+
+
+# A program walks through tiles, and the loops over tiles and over k are one: what the next tile starts with is loaded
+# under this one's epilogue. By tensor descriptors, which fill with zeros past the ends. In triton 3.6 and 3.7
+# warp_specialize does nothing for this on sm_90 with eight warps, and fails to compile with four.
+@triton.jit(do_not_specialize=["m"])
+def linear_persistent_kernel(
+    x_desc,  # of (m, k), in blocks [BLOCK_M, BLOCK_K]
+    w0_desc,  # of (n, k), in blocks [BLOCK_N, BLOCK_K]
+    w1_desc,  # from here on as linear_kernel
+    w2_desc,
+    b0_ptr,
+    b1_ptr,
+    b2_ptr,
+    residual_ptr,
+    pre_ptr,
+    out_ptr,
+    m,
+    n,
+    k,
+    stride_rm,
+    SEGMENTS: tl.constexpr,
+    GELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    tiles = tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N) * SEGMENTS
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        start_m, start_n, segment = place_tile(tile, m, n, SEGMENTS, BLOCK_M, BLOCK_N, GROUP_M)
+        w_desc = w0_desc
         if SEGMENTS == 3:
             if segment == 1:
-                bias = load_bias(b1_ptr, cols, mask_n, HALF_N)
+                w_desc = w1_desc
             elif segment == 2:
-                bias = load_bias(b2_ptr, cols, mask_n, HALF_N)
-        y = (acc0 if half == 0 else acc1) + bias[None, :]
-        mask = (start_m + offs_m < m)[:, None] & mask_n[None, :]
-        if pre_ptr is not None:
-            pre_ptrs = pre_ptr + start_m.to(tl.int64) * n + start_h
-            tl.store(pre_ptrs + (offs_m[:, None] * n + offs_h[None, :]), y.to(pre_ptr.dtype.element_ty), mask=mask)
-        if GELU == "tanh":
-            y = gelu_tanh(y)
-        elif GELU == "none":
-            y = gelu_erf(y) if x_ptr.dtype.element_ty == tl.float32 else gelu_erf_16(y)
-
-        if residual_ptr is not None:
-            residual_ptrs = residual_ptr + start_m.to(tl.int64) * stride_rm + start_h
-            offs = offs_m[:, None] * stride_rm + offs_h[None, :]
-            y += tl.load(residual_ptrs + offs, mask=mask, other=0.0).to(tl.float32)
-        stride_om = n * SEGMENTS
-        out_ptrs = out_ptr + start_m.to(tl.int64) * stride_om + segment * n + start_h
-        tl.store(out_ptrs + (offs_m[:, None] * stride_om + offs_h[None, :]), y.to(out_ptr.dtype.element_ty), mask=mask)
+                w_desc = w2_desc
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start_k in range(0, k, BLOCK_K):
+            x = x_desc.load([start_m, start_k])
+            w = w_desc.load([start_n, start_k])
+            acc = tl.dot(x, w.T, acc)  # [BLOCK_M, BLOCK_N]
+        finish_tile(
+            acc,
+            start_m,
+            start_n,
+            segment,
+            b0_ptr,
+            b1_ptr,
+            b2_ptr,
+            residual_ptr,
+            pre_ptr,
+            out_ptr,
+            m,
+            n,
+            stride_rm,
+            SEGMENTS,
+            GELU,
+            BLOCK_M,
+            BLOCK_N,
+        )
 
 
 def _launch(
@@ -226,35 +336,35 @@ def _launch(
     w0, w1, w2 = (*(weight.to(x.dtype).contiguous() for weight in weights), None, None)[:3]
     b0, b1, b2 = (*(None if bias is None else bias.to(x.dtype).contiguous() for bias in biases), None, None)[:3]
     residual = None if residual is None else launch.contiguous_rows(residual)
-    grid = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n) * len(weights)
-    linear_kernel[(grid,)](
-        x,
-        w0,
-        w1,
-        w2,
-        b0,
-        b1,
-        b2,
-        residual,
-        pre,
-        out,
-        m,
-        n,
-        k,
-        x.stride(0),
-        0 if residual is None else residual.stride(0),
-        SEGMENTS=len(weights),
-        GELU=gelu,
-        EVEN_K=k % config.block_k == 0,
-        INPUT_PRECISION=launch.input_precision(x.dtype),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        GROUP_M=config.group_m,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n) * len(weights)
+    given = b0, b1, b2, residual, pre, out, m, n, k
+    stride_rm = 0 if residual is None else residual.stride(0)
+    options = {
+        "SEGMENTS": len(weights),
+        "GELU": gelu,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    if config.variant == "persistent" and all(w is None or _descriptor_fits(w) for w in (x, w0, w1, w2)):
+        x_desc = TensorDescriptor(x, [m, k], [x.stride(0), 1], [config.block_m, config.block_k])
+        w_block = [config.block_n, config.block_k]
+        w_descs = (None if w is None else TensorDescriptor(w, [n, k], [k, 1], w_block) for w in (w0, w1, w2))
+        programs = min(tiles, config.programs * launch.multiprocessors(x.device)) if config.programs else tiles
+        linear_persistent_kernel[(programs,)](x_desc, *w_descs, *given, stride_rm, **options)
+    else:
+        even, precision = k % config.block_k == 0, launch.input_precision(x.dtype)
+        options |= {"EVEN_K": even, "INPUT_PRECISION": precision}
+        linear_kernel[(tiles,)](x, w0, w1, w2, *given, x.stride(0), stride_rm, **options)
     return out
+
+
+def _descriptor_fits(x: Tensor) -> bool:
+    """Whether the persistent kernel can read `x`: 16 bits an element, rows that start at 16 bytes and don't overlap."""
+    return x.dtype.itemsize == 2 and x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(0) >= x.shape[1]
 
 
 def _check_approximate(approximate: str) -> None:

@@ -17,10 +17,10 @@ An op joins by a function that yields its specializations for one architecture, 
         )
 
 `arguments` names every parameter of the kernel. Each is what its launcher would pass: a pointer's type for a tensor
-("*fp16", "*bf16", "*fp32", "*i64", "*i32", "*i1"), a typical value for a number, None for an absent tensor, anything
-for a constexpr. They are specialized as a launch specializes them: pointers are divisible by 16, integers where the
-value is, 1 and None are constants. With `full` false, yield a few dozen at most that cover every branch, dtype and tile
-shape; with it true, everything.
+("*fp16", "*bf16", "*fp32", "*i64", "*i32", "*i1"), a descriptor's ("tensordesc<fp16[128, 64]>"), a typical value for a
+number, None for an absent tensor, anything for a constexpr. They are specialized as a launch specializes them: pointers
+are divisible by 16, integers where the value is, 1 and None are constants. With `full` false, yield a few dozen at most
+that cover every branch, dtype and tile shape; with it true, everything.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ from fastbert.kernels.cross_entropy import cross_entropy_backward_kernel, cross_
 from fastbert.kernels.embedding import embedding_backward_kernel, embedding_kernel
 from fastbert.kernels.launch import (
     FEW_ROWS,
+    LINEAR_CANDIDATES,
     VOCABULARY_BLOCK,
     Config,
     attention_backward_config,
@@ -259,24 +260,38 @@ def _linear(arch: str, full: bool) -> Iterator[Spec]:
         pointer = f"*{TYPE_NAMES[dtype]}"
         segments = 3 if op == "qkv" else 1
         present = [pointer] * segments + [None] * (3 - segments)
+        persistent = config.variant == "persistent"
+
+        def block(rows: int) -> str:
+            return f"tensordesc<{pointer[1:]}[{rows}, {config.block_k}]>"
+
+        operands: dict[str, Any] = {
+            "x_ptr": pointer,
+            **{f"w{i}_ptr": pointer for i, pointer in enumerate(present)},
+            "stride_xm": k,
+            "EVEN_K": k % config.block_k == 0,
+            "INPUT_PRECISION": precision,
+        }
+        if persistent:
+            operands = {"x_desc": block(config.block_m)}
+            operands |= {f"w{i}_desc": pointer and block(config.block_n) for i, pointer in enumerate(present)}
         return Spec(
-            variant=f"{op} {precision} n{n} k{k}" + ("" if bias else " no bias"),
-            kernel=linear.linear_kernel,
+            variant=f"{op} {precision} n{n} k{k}"
+            + ("" if bias else " no bias")
+            + (" persistent" if persistent else ""),
+            kernel=linear.linear_persistent_kernel if persistent else linear.linear_kernel,
             arguments={
-                **{f"{name}_ptr": pointer for name in ("x", "out")},
-                **{f"w{i}_ptr": pointer for i, pointer in enumerate(present)},
+                **operands,
                 **{f"b{i}_ptr": pointer if bias else None for i, pointer in enumerate(present)},
                 "residual_ptr": pointer if op == "add" else None,
                 "pre_ptr": pointer if op.endswith("pre") else None,
+                "out_ptr": pointer,
                 "m": 4096,
                 "n": n,
                 "k": k,
-                "stride_xm": k,
                 "stride_rm": n if op == "add" else 0,
                 "SEGMENTS": segments,
                 "GELU": {"gelu": "none", "gelu_pre": "none", "gelu_tanh": "tanh"}.get(op, ""),
-                "EVEN_K": k % config.block_k == 0,
-                "INPUT_PRECISION": precision,
                 "BLOCK_M": config.block_m,
                 "BLOCK_N": config.block_n,
                 "BLOCK_K": config.block_k,
@@ -287,6 +302,7 @@ def _linear(arch: str, full: bool) -> Iterator[Spec]:
 
     ops = ("linear", "gelu", "gelu_pre", "gelu_tanh", "add", "qkv")
     _, smaller = FEW_ROWS.get(table(arch), (0, ()))
+    candidates = LINEAR_CANDIDATES.get(table(arch), ())
     precisions = [(dtype, "ieee") for dtype in TYPE_NAMES]
     if arch.startswith("sm_"):
         precisions.append((torch.float32, "tf32"))
@@ -300,10 +316,14 @@ def _linear(arch: str, full: bool) -> Iterator[Spec]:
                 yield spec(dtype, n, k, op, precision, bias=False)
             for gelu in ("none", "tanh"):
                 yield backward(dtype, n, k, gelu, precision)
-        for config, dtype, op, k in itertools.product(smaller, (torch.float16, torch.bfloat16), ops, (1024, 1040)):
+        for config, dtype, op, k in itertools.product(
+            (*smaller, *candidates), (torch.float16, torch.bfloat16), ops, (1024, 1040)
+        ):
             yield spec(dtype, 1024, k, op, config=config)
     else:
         for config, op in zip(smaller, ("add", "gelu_pre", "qkv", "gelu"), strict=False):
+            yield spec(torch.bfloat16, 1024, 1024, op, config=config)
+        for config, op in itertools.product(candidates, ("qkv", "gelu_pre", "add")):
             yield spec(torch.bfloat16, 1024, 1024, op, config=config)
         for op in ops:  # an n on either side of where the tile changes
             yield spec(torch.bfloat16, 1024, 1024, op)
@@ -472,7 +492,8 @@ def _source(spec: Spec) -> ASTSource:
             signature[p.name], constants[p.name] = "constexpr", value
         elif isinstance(value, str):
             signature[p.name] = value
-            attributes[(p.num,)] = [["tt.divisibility", 16]]
+            if value.startswith("*"):
+                attributes[(p.num,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[p.name] = "fp32"
         elif isinstance(value, int) and not isinstance(value, bool):

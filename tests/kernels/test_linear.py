@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -188,6 +190,73 @@ def test_every_tile(config: launch.Config, device: str, monkeypatch: pytest.Monk
     check(kernel, "linear_gelu", make_args("linear_gelu", 37, 144, 160, torch.float16, device), ("none",))
 
 
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Fills with the name of every kernel launched from here on."""
+    names: list[str] = []
+    for name in ("linear_kernel", "linear_persistent_kernel"):
+        run = getattr(kernel, name)
+        monkeypatch.setattr(kernel, name, Recorded(run, names))
+    return names
+
+
+class Recorded:
+    """A kernel that tells when it is launched."""
+
+    def __init__(self, kernel: Any, names: list[str]) -> None:
+        self.kernel, self.names = kernel, names
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.names.append(self.kernel.__name__)
+        return self.kernel[grid]
+
+
+PERSISTENT = launch.Config(64, 32, 32, 4, 3, variant="persistent", group_m=2, programs=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("programs", [0, 1])
+@pytest.mark.parametrize(("op", "rest"), OPS, ids=OP_NAMES)
+def test_persistent(
+    op: str,
+    rest: tuple[str, ...],
+    programs: int,
+    dtype: torch.dtype,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+    launched: list[str],
+) -> None:
+    """Programs that walk through tiles of one and three segments; rows, columns and k end inside a tile."""
+    config = dataclasses.replace(PERSISTENT, programs=programs)
+    monkeypatch.setattr(launch, "linear_config", lambda *_: config)
+    args = make_args(op, 150, 72, 40, dtype, device)
+    check(kernel, op, args, rest)
+    apart = torch.full((150, 48), math.nan, dtype=dtype, device=device)[:, :40]
+    check(kernel, op, [apart.copy_(args[0]), *args[1:]], rest)
+    assert launched == ["linear_persistent_kernel"] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_descriptors_cannot_read_goes_by_pointers(
+    dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch, launched: list[str]
+) -> None:
+    monkeypatch.setattr(launch, "linear_config", lambda *_: PERSISTENT)
+    x, weight, bias = make_args("linear", 9, 48, 64, dtype, device)
+    shifted = torch.full((9 * 64 + 1,), math.nan, dtype=dtype, device=device)[1:].view(9, 64)
+    apart = torch.full((9, 65), math.nan, dtype=dtype, device=device)[:, :64]
+    for each in (shifted.copy_(x), apart.copy_(x), x[:1].expand(9, 64)):
+        check(kernel, "linear", [each, weight, bias])
+    check(kernel, "linear", make_args("linear", 9, 48, 68, dtype, device))
+    assert launched == ["linear_kernel"] * 4
+
+
+@pytest.mark.parametrize("gelu", ["none", "tanh"])
+def test_persistent_feed_forward(gelu: str, device: str, monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> None:
+    monkeypatch.setattr(launch, "linear_config", lambda *_: PERSISTENT)
+    check_training(kernel, make_feed_forward(37, 64, 160, torch.float16, device, True), gelu)
+    assert set(launched) == {"linear_persistent_kernel"}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("op", "rest"), OPS, ids=OP_NAMES)
@@ -198,7 +267,7 @@ def test_a_row_is_the_same_in_every_tile(
     arch = launch.architecture(torch.device(device))
     for n, k in ((1024, 1024), (1024, 4096), (384, 1040)):
         args, results = make_args(op, 300, n, k, dtype, device), []
-        for config in tiles(arch):
+        for config in (*tiles(arch), *launch.LINEAR_CANDIDATES.get(arch, ())):
             monkeypatch.setattr(launch, "linear_config", lambda *_, config=config: config)
             results.append(getattr(kernel, op)(*args, *rest))
         for result in results[1:]:
