@@ -16,15 +16,21 @@ ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
-def compile_all(*options: str) -> list[dict[str, Any]]:
-    """The rows of the harness, run in a process of its own: this one may be interpreting kernels."""
+def run_module(name: str, *options: str) -> list[dict[str, Any]]:
+    """The JSON lines that a module prints, run in a process of its own: this one may be interpreting kernels."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.kernels.aot", *options]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", name, *options], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode in (0, 1), done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert rows, done.stderr
     return rows
+
+
+def compile_all(*options: str) -> list[dict[str, Any]]:
+    """The rows of the harness."""
+    return run_module("tests.kernels.aot", *options)
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +64,15 @@ def test_every_kernel_is_among_them(rows: list[dict[str, Any]]) -> None:
 @pytest.mark.slow
 def test_the_full_set_compiles() -> None:
     assert_clean(compile_all("--full"))
+
+
+def test_nothing_compiles_anew_for_another_batch_shape() -> None:
+    """But for tiles chosen by the number of rows: no number, and no address, that a batch sets is compiled in."""
+    found = run_module("tests.kernels.specializations")
+    kernels = [row["kernel"] for row in found]
+    assert {"embedding_kernel", "linear_kernel", "attention_kernel", "layer_norm_kernel"} <= set(kernels)
+    assert kernels.count("embedding_kernel") == kernels.count("layer_norm_kernel") == 1
+    for i, row in enumerate(found):
+        same = [other for other in found[:i] if {**other, "shape": 0} == {**row, "shape": 0}]
+        assert not same, f"{row} of a batch of {row['shape']} is compiled again, after {same[0]['shape']}"
+    assert sum(row["shape"] == [1, 1] for row in found) <= 8  # what the first forward waits for
