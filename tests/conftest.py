@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -33,6 +34,22 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "xdist_group(name): shares a costly fixture; one pytest-xdist worker runs them all"
     )
+    if importlib.util.find_spec("hypothesis"):
+        from hypothesis import HealthCheck, Phase, settings
+
+        # The same examples at every run, so that a red test is red again; with --slow others each time, and more.
+        slow = config.getoption("--slow")
+        settings.register_profile(
+            "fastbert",
+            max_examples=200 if slow else 20,
+            derandomize=not slow,
+            phases=set(Phase) if slow else (Phase.explicit, Phase.generate),  # to shrink an example takes minutes
+            database=None,
+            deadline=None,
+            print_blob=True,
+            suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+        )
+        settings.load_profile("fastbert")
 
 
 @pytest.hookimpl(optionalhook=True)
