@@ -184,13 +184,14 @@ class Encoder:
         device = self.model.device
         for chosen in self.batches(tokens.lengths):
             lengths = tokens.lengths[chosen]
-            ids = np.concatenate([tokens.ids[begins[i] : begins[i + 1]] for i in chosen])
-            positions = np.concatenate([np.arange(n) for n in lengths]) + self.first
-            starts = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32)).to(device)
+            cu_seqlens = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
+            positions = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
+            ids = tokens.ids[np.repeat(begins[chosen], lengths) + positions]
+            starts = torch.from_numpy(cu_seqlens).to(device)
             longest = int(lengths.max())
             rows = self.model(
                 input_ids=torch.from_numpy(ids).long().to(device)[None],
-                position_ids=torch.from_numpy(positions).long().to(device)[None],
+                position_ids=torch.from_numpy(positions + self.first).long().to(device)[None],
                 cu_seq_lens_q=starts,
                 cu_seq_lens_k=starts,
                 max_length_q=longest,
@@ -252,7 +253,7 @@ def _digest(rows: Sequence[Row]) -> str:
 
 def _read(source: Input, shards: Shards, shard_rows: int, submit: Any) -> Iterator[_Shard | None]:
     """The shards to be made here, in order, each being tokenised; None for every other one."""
-    rows = iter(source)
+    rows = source.rows(lambda number: shards.is_own(number // shard_rows))
     index = 0
     before = source.fraction()
     while window := list(islice(rows, shard_rows)):
@@ -283,23 +284,37 @@ def embed(source: Input, shards: Shards, encoder: Encoder, workers: Any, max_len
     progress = Progress()
     ahead: deque[_Shard] = deque()
     count = 0
-    try:
-        for shard in _read(source, shards, shard_rows, submit):
-            count += 1
-            if shard is not None:
-                ahead.append(shard)
-            if len(ahead) > workers._max_workers + 1:
-                _make(ahead.popleft(), shards, encoder, max_length, progress)
-        while ahead:
-            _make(ahead.popleft(), shards, encoder, max_length, progress)
-    finally:
-        progress.close()
-        for left in ahead:
-            left.tokens.cancel()
+    written: concurrent.futures.Future[None] | None = None
+    with concurrent.futures.ThreadPoolExecutor(1) as writer:
+
+        def make(shard: _Shard) -> None:
+            nonlocal written
+            found, tokens = _make(shard, encoder, max_length)
+            if written is not None:  # one behind, while the next is embedded
+                written.result()
+            written = writer.submit(shards.commit, *found)
+            progress.add(len(shard.rows), tokens, shard.span)
+
+        try:
+            for shard in _read(source, shards, shard_rows, submit):
+                count += 1
+                if shard is not None:
+                    ahead.append(shard)
+                if len(ahead) > workers._max_workers + 1:
+                    make(ahead.popleft())
+            while ahead:
+                make(ahead.popleft())
+            if written is not None:
+                written.result()
+        finally:
+            progress.close()
+            for left in ahead:
+                left.tokens.cancel()
     return count
 
 
-def _make(shard: _Shard, shards: Shards, encoder: Encoder, max_length: int, progress: Progress) -> None:
+def _make(shard: _Shard, encoder: Encoder, max_length: int) -> tuple[tuple[Any, ...], int]:
+    """The arguments of `Shards.commit` for a shard, and how many tokens it has."""
     tokens = shard.tokens.result()
     good = [row for row in shard.rows if row.text is not None]
     problems = {
@@ -324,8 +339,7 @@ def _make(shard: _Shard, shards: Shards, encoder: Encoder, max_length: int, prog
         "tokens": total,
         "input": shard.digest,
     }
-    shards.commit(shard.number, keys, embeddings[finite], [problems[n] for n in sorted(problems)], about)
-    progress.add(len(shard.rows), total, shard.span)
+    return (shard.number, keys, embeddings[finite], [problems[n] for n in sorted(problems)], about), total
 
 
 def weights_digest(model: nn.Module) -> str:

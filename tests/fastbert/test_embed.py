@@ -284,6 +284,18 @@ def test_ranks_leave_what_one_leaves(
         assert "expected numbers, RANK from 0 to WORLD_SIZE - 1" in capsys.readouterr().err
 
 
+def test_rows_of_other_ranks_are_not_parsed(tmp_path: Path) -> None:
+    texts = [f"text {i}" for i in range(10)]
+    (tmp_path / "in.txt").write_text("\n".join(texts))
+    (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"text": text}) if "3" in text else "?" for text in texts))
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "in.parquet", row_group_size=4)
+    for name in ("in.txt", "in.jsonl", "in.parquet"):
+        found = list(rows.Input([str(tmp_path / name)], "text").rows(lambda number: number == 3))
+        assert [row.number for row in found] == list(range(10))
+        assert [row.text for row in found] == [None, None, None, "text 3", *[None] * 6]
+        assert {row.problem for row in found} == {None, "not read"}
+
+
 def test_one_process_a_rank(tmp_path: Path) -> None:
     """And one with other settings doesn't slip in as another starts."""
     first = shards.Shards(tmp_path, "npy", True, {"a": 1}, 0, 2)
