@@ -99,7 +99,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched | None:
 
     def launch(self: Any, args: Any, kwargs: Any) -> Any:
         found = begin(self, args, kwargs)
-        memory.extents = [extent(x) for x in (*found[0], *found[1].values()) if isinstance(x, Tensor)]
+        given = [getattr(x, "base", x) for x in (*found[0], *found[1].values())]  # of a TensorDescriptor its tensor
+        memory.extents = [extent(x) for x in given if isinstance(x, Tensor)]
         return found
 
     monkeypatch.setattr(interpreter.GridExecutor, "_init_args_hst", launch)
