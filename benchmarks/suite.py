@@ -59,6 +59,7 @@ ON_A_GPU = (
     Step("throughput", 2.0, f"{BENCH} bfloat16 --workload squad dense512 --peers torch-varlen flash-attn"),
     Step("latency", 1.0, f"{BENCH} bfloat16 --workload dense128 --batch 1 8 --peers torch-varlen"),
     Step("training", 1.5, f"{BENCH} bfloat16 --train --workload uniform254 squad --batch 64 --peers torch-varlen"),
+    Step("variants", 4.0, "benchmarks/variants.py --minutes {minutes} --train --output {output}"),
     Step("profile", 0.7, f"{PROFILE}squad.json --workload squad --batch 128"),
     Step("profile dense", 0.7, f"{PROFILE}dense.json --workload dense512 --batch 128"),
     Step("profile latency", 0.7, f"{PROFILE}latency.json --lengths 128"),

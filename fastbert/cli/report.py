@@ -83,6 +83,7 @@ def measured(records: Iterable[dict[str, Any]]) -> str:
             ("sentence-transformers", {c: run for c, run in ours.items() if c[0].startswith("encode, ")}),
             ("Cold starts", {c: run for c, run in ours.items() if c[0].startswith("cold start: ")}),
             ("Operators", {c: run for c, run in ours.items() if c[0].startswith("operator ")}),
+            ("Launch configurations", {c: run for c, run in ours.items() if c[0].startswith("variant ")}),
         ):
             if chosen:
                 lines += ["", f"### {title}", "", *_candidates(chosen)]
@@ -102,13 +103,16 @@ def _candidates(runs: Runs) -> list[str]:
         for name, record in run.items():
             if record["status"].startswith("UNAVAILABLE"):
                 continue
-            time = figure(record, "median_s", ",.3g" if what.startswith("operator") else ",.1f", 1e-3)
+            time = figure(record, "median_s", ",.3g" if what.startswith(("operator", "variant")) else ",.1f", 1e-3)
             if record["median_s"] is not None:
                 time += f" ({1000 * record['p20_s']:,.4g} to {1000 * record['p80_s']:,.4g})"
             rows.append(
                 [
                     *(
-                        what.removeprefix(MODEL).removeprefix("cold start: ").removeprefix("operator "),
+                        what.removeprefix(MODEL)
+                        .removeprefix("cold start: ")
+                        .removeprefix("operator ")
+                        .removeprefix("variant "),
                         *case,
                         name,
                         time,

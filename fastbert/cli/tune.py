@@ -49,7 +49,7 @@ TRIAL_LIMIT_S = 90.0
 """For one configuration to compile and to run; what takes longer hangs."""
 FRUITLESS = 3
 """Processes in a row that end at their first candidate, before the rest is given up."""
-OK = "ok"
+OK, OTHER_BITS = "ok", "other bits"
 Samples = list[float]
 
 
@@ -245,7 +245,7 @@ class Checker:
 
     @torch.no_grad()
     def check(self, name: str, config: Config) -> str:
-        """OK, or what is wrong."""
+        """OK, or what is wrong; what begins with OTHER_BITS is within the policy."""
         problem = self.work[name]
         try:
             arguments, stock, truth, shipped = self._stock(problem)
@@ -254,7 +254,7 @@ class Checker:
             for i, each in enumerate(zip(found, stock, truth, strict=True)):
                 numerics.assert_within_policy(*each, f"result {i}")
             if problem.same_bits and not all(map(torch.equal, found, shipped)):
-                return "other bits than the shipped configuration's, so results would depend on the batch"
+                return f"{OTHER_BITS} than the shipped configuration's, so results would depend on the batch"
         except Exception as error:  # whatever the compiler or the driver raises is this candidate's result
             return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         finally:
@@ -396,31 +396,35 @@ class Gpu:
 
     @torch.no_grad()
     def time(self, problem: Problem, rows: int, config: Config) -> Samples:
-        """As Rig has it. Each launch of a sample has arguments of its own."""
+        """As Rig has it."""
         launch.use({problem.key: config})
         try:
-            sets = self._sets(problem, rows)
-            side = torch.cuda.Stream(self.device)
-            with torch.cuda.device(self.device), torch.cuda.stream(side):
-                problem.call(*sets[0])  # loads the kernel
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, stream=side):
-                    for arguments in sets:
-                        problem.call(*arguments)
-                samples = []
-                for _ in range(SAMPLES + 2):
-                    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                    begin.record()
-                    graph.replay()
-                    end.record()
-                    end.synchronize()
-                    samples.append(begin.elapsed_time(end) / 1000 / len(sets))
-            return samples[2:]
+            return self.measure(problem.call, self.sets(problem, rows))
         finally:
             launch.use({})
 
-    def _sets(self, problem: Problem, rows: int) -> list[Any]:
-        """Arguments enough that the L2 cache holds none of them when its turn comes again."""
+    @torch.no_grad()
+    def measure(self, call: Callable[..., Any], sets: Sequence[Any]) -> Samples:
+        """Seconds of one call, by replays of a graph of calls, each with arguments of its own."""
+        side = torch.cuda.Stream(self.device)
+        with torch.cuda.device(self.device), torch.cuda.stream(side):
+            call(*sets[0])  # loads the kernel
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=side):
+                for arguments in sets:
+                    call(*arguments)
+            samples = []
+            for _ in range(SAMPLES + 2):
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                graph.replay()
+                end.record()
+                end.synchronize()
+                samples.append(begin.elapsed_time(end) / 1000 / len(sets))
+        return samples[2:]
+
+    def sets(self, problem: Problem, rows: int) -> list[Any]:
+        """Arguments of a problem, so many that the L2 cache holds none of them when its turn comes again."""
         if self._buffers[0] != (problem.name, rows):
             self._buffers = ("", 0), []  # first give back the old ones
             first = problem.arguments(rows, self.device)
@@ -468,7 +472,8 @@ class _Bar:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def _short(config: Config) -> str:
+def short(config: Config) -> str:
+    """A configuration in a few words, as "128x256x64 w8 s4"."""
     tile = "x".join(str(n) for n in (config.block_m, config.block_n, config.block_k) if n)
     more = [config.variant] if config.variant else []
     more += [f"group {config.group_m}"] if config.group_m != 8 else []
@@ -483,16 +488,16 @@ def lines(search: Search) -> Iterator[str]:
         times = search.times[problem.key]
         tried = f"{len(times)} timed"
         if shipped not in times:
-            yield f"{problem.name:<26}{_short(shipped):<26}no time: not reached, or not right"
+            yield f"{problem.name:<26}{short(shipped):<26}no time: not reached, or not right"
         elif entry is None:
             why = "none is faster beyond the spread" if problem.key in search.settled else "not settled"
-            yield f"{problem.name:<26}{_short(shipped):<26}{why}; {tried}"
+            yield f"{problem.name:<26}{short(shipped):<26}{why}; {tried}"
         else:
             pairs = [(entry.shipped_seconds[rows][1], entry.seconds[rows][1]) for rows in entry.seconds]
             each = ", ".join(f"{1e6 * old:.1f} -> {1e6 * new:.1f} us" for old, new in pairs)
-            yield f"{problem.name:<26}{_short(shipped):<26}{_short(entry.config):<30}{each}; {tried}"
+            yield f"{problem.name:<26}{short(shipped):<26}{short(entry.config):<30}{each}; {tried}"
     for (problem, config), reason in search.dropped:
-        yield f"dropped for {problem.name}: {_short(config)}: {reason}"
+        yield f"dropped for {problem.name}: {short(config)}: {reason}"
 
 
 def tune(
