@@ -3,7 +3,8 @@
     python -m tests.kernels.aot [--arch sm_90 ...] [--op attention ...] [--full] [--jobs 2]
 
 prints one JSON line a compilation, then a table, and exits 1 where a row is in violation: it failed to compile, spills,
-takes more shared memory than the chip has, or has no wgmma where sm_90 should.
+takes more shared memory than the chip has, has no wgmma where sm_90 should, or more in its main loop than it should.
+That loop is the last column of the table: instructions of PTX in each step, by kind.
 
 An op joins by a function that yields its specializations for one architecture, registered under the op's name:
 
@@ -64,6 +65,7 @@ from fastbert.kernels.launch import (
 )
 from fastbert.kernels.layer_norm import add_layer_norm_backward_kernel, layer_norm_kernel
 from fastbert.kernels.padding import gather_rows_kernel
+from tests.kernels.main_loop import main_loop, matrix
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -84,6 +86,9 @@ class Spec:
     arguments: dict[str, Any]
     config: Config  # of which num_warps and num_stages are used here
     matrix: bool = True  # whether 16-bit operands should meet in wgmma on sm_90
+    # Whether each step of its main loop on 16-bit operands should be asynchronous copies of 16 bytes or more, and
+    # matrix instructions of k 16, the same in every tile of an architecture: launch.FEW_ROWS builds on that.
+    streams: bool = False
 
 
 Specializations = Callable[[str, bool], Iterator[Spec]]
@@ -245,6 +250,7 @@ def _linear(arch: str, full: bool) -> Iterator[Spec]:
                 "GROUP_M": config.group_m,
             },
             config=config,
+            streams=not n % 16 and not k % 16,
         )
 
     def spec(
@@ -298,6 +304,7 @@ def _linear(arch: str, full: bool) -> Iterator[Spec]:
                 "GROUP_M": config.group_m,
             },
             config=config,
+            streams=not n % 16 and not k % 16,
         )
 
     ops = ("linear", "gelu", "gelu_pre", "gelu_tanh", "add", "qkv")
@@ -523,14 +530,27 @@ def _hip_usage(assembly: str) -> dict[str, int]:
     return {"registers": value("vgpr_count"), "spill_bytes": max(spilled, value("private_segment_fixed_size"))}
 
 
-def _violations(row: dict[str, Any], matrix: bool) -> list[str]:
+# Of sm_80 and sm_90, what the loop of a kernel that streams is made of, besides arithmetic and branches.
+STREAM = {
+    "sm_80": re.compile(r"mma\.m16n8k16|cp\.async\.16|ldmatrix\.shared|other"),
+    "sm_90": re.compile(r"wgmma\.m64n\d+k16|cp\.async\.16|tma|other"),
+}
+
+
+def _violations(row: dict[str, Any], spec: Spec) -> list[str]:
     found = []
     if row["spill_bytes"]:
         found.append(f"spills {row['spill_bytes']} bytes")
     if row["shared_bytes"] > (limit := SHARED_LIMIT[row["arch"]]):
         found.append(f"takes {row['shared_bytes']} bytes of shared memory, of {limit}")
-    if row["arch"] == "sm_90" and matrix and row["dtype"] in ("fp16", "bf16") and not row["wgmma"]:
-        found.append("has no wgmma")
+    if row["dtype"] in ("fp16", "bf16"):
+        if row["arch"] == "sm_90" and spec.matrix and not row["wgmma"]:
+            found.append("has no wgmma")
+        if spec.streams and (allowed := STREAM.get(row["arch"])):
+            loop = row["loop"]
+            found += [f"has {kind} in its main loop" for kind in loop if not allowed.fullmatch(kind)]
+            if not matrix(loop) or ("tma" in loop) == ("cp.async.16" in loop):
+                found.append("has no main loop of copies and matrix instructions")
     return found
 
 
@@ -556,10 +576,11 @@ def compile_one(op: str, arch: str, spec: Spec) -> dict[str, Any]:
     if arch.startswith("sm_"):
         ptx = compiled.asm["ptx"]
         row |= _cuda_usage(compiled.asm["cubin"]) | {"wgmma": "wgmma.mma_async" in ptx, "tcgen05": "tcgen05.mma" in ptx}
+        row["loop"] = main_loop(ptx) if spec.matrix else {}
     else:
         row |= _hip_usage(compiled.asm["amdgcn"])
     row["shared_bytes"] = compiled.metadata.shared
-    row["violations"] = _violations(row, spec.matrix)
+    row["violations"] = _violations(row, spec)
     return row
 
 
@@ -572,7 +593,18 @@ def _table_line(row: dict[str, Any]) -> tuple[Any, ...]:
     tile = "x".join(str(n) for n in row["config"] if n)
     cost = (row.get("registers", ""), row.get("shared_bytes", ""))
     schedule = (row["num_warps"], row["num_stages"])
-    return row["arch"], row["op"], row["variant"], row["dtype"], tile, *schedule, *cost, "; ".join(row["violations"])
+    loop = ", ".join(f"{number} {kind}" for kind, number in row.get("loop", {}).items())
+    return (
+        row["arch"],
+        row["op"],
+        row["variant"],
+        row["dtype"],
+        tile,
+        *schedule,
+        *cost,
+        "; ".join(row["violations"]),
+        loop,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -596,9 +628,9 @@ def main(argv: list[str] | None = None) -> int:
             rows.append(row)
 
     print()
-    header = ("arch", "op", "variant", "dtype", "tile", "warps", "stages", "regs", "shared", "violations")
+    header = ("arch", "op", "variant", "dtype", "tile", "warps", "stages", "regs", "shared", "violations", "main loop")
     for line in [header, *map(_table_line, rows)]:
-        print("{:7} {:10} {:26} {:5} {:>10} {:>5} {:>6} {:>4} {:>6}  {}".format(*line))
+        print("{:7} {:13} {:36} {:5} {:>10} {:>5} {:>6} {:>4} {:>6}  {:10}  {}".format(*line))
     bad = sum(bool(row["violations"]) for row in rows)
     print(f"triton {triton.__version__}: {len(rows)} compiled, {bad} in violation")
     return 1 if bad else 0

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.kernels.main_loop import main_loop
+
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -59,6 +61,36 @@ def test_every_kernel_is_among_them(rows: list[dict[str, Any]]) -> None:
     files = {path.stem for path in (ROOT / "kernels").glob("*.py") if re.search(r"_kernel\[", path.read_text())}
     for arch in ARCHITECTURES:
         assert {row["op"] for row in rows if row["arch"] == arch} == files
+
+
+PTX = """
+$L__BB0_1:
+	{
+	waitLoop:
+	mbarrier.try_wait.parity.shared.b64 complete, [%r1], %r2;
+	@!complete bra.uni waitLoop;
+	}
+	wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {%f0, %f1}, %rd1, %rd2, %p1, 1, 1, 0, 1;
+	@%p2 cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%r3], [%rd3, {%r4, %r5}], [%r6];
+	cp.async.cg.shared.global [ %r7 + 0 ], [ %rd4 + 0 ], 0x10, %r8;
+	cp.async.ca.shared.global [ %r7 + 0 ], [ %rd4 + 0 ], 0x4, %r8;
+	cvt.s64.s32 %rd5, %r9;
+	CONVERSION
+	@%p3 bra $L__BB0_3;
+	st.global.v4.b32 [%rd6], {%r1, %r2, %r3, %r4}; // of one step in many
+	cvt.rn.f16x2.f32 %r9, %f1, %f0;
+$L__BB0_3:
+	@%p4 bra $L__BB0_1;
+	ret;
+"""
+
+
+def test_a_main_loop_is_read() -> None:
+    """The shortest way around it, with what waits and without what only some steps do."""
+    plain = {"wgmma.m64n256k16": 1, "tma": 1, "cp.async.16": 1, "cp.async": 1, "other": 5}
+    assert main_loop(PTX.replace("CONVERSION", "")) == plain
+    assert main_loop(PTX.replace("CONVERSION", "cvt.f32.bf16 %f3, %rs1;")) == {**plain, "conversion": 1}
+    assert main_loop(PTX.replace("@%p4 bra", "// bra")) == {}
 
 
 @pytest.mark.slow
