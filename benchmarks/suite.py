@@ -57,7 +57,7 @@ ON_A_GPU = (
     Step("tests: kernels", 9.5, f"{PYTEST} tests/kernels"),
     Step("tests: models", 9.5, f"{PYTEST} tests --ignore tests/kernels"),
     Step("throughput", 2.0, f"{BENCH} bfloat16 --workload squad dense512 --peers torch-varlen flash-attn"),
-    Step("latency", 1.0, f"{BENCH} bfloat16 --workload dense128 --batch 1 8 --peers torch-varlen"),
+    Step("latency", 1.0, f"{BENCH} bfloat16 --workload dense128 --batch 1 8 --peers graphs torch-varlen"),
     Step("training", 1.5, f"{BENCH} bfloat16 --train --workload uniform254 squad --batch 64 --peers torch-varlen"),
     Step("variants", 4.0, "benchmarks/variants.py --minutes {minutes} --train --output {output}"),
     Step("profile", 0.7, f"{PROFILE}squad.json --workload squad --batch 128"),
@@ -73,7 +73,7 @@ ON_A_GPU = (
     Step("dtypes", 2.0, f"{BENCH} float16 float32 --workload squad dense512"),
     Step("operators", 2.0, "-m pytest -q benchmarks --records {output} --workload squad"),
     Step("encode", 1.0, "benchmarks/encode.py --dtype bfloat16 --output {output}"),
-    Step("small batches", 1.0, f"{BENCH} bfloat16 --workload squad search --batch 8 16 32 --peers torch-varlen"),
+    Step("small batches", 1.0, f"{BENCH} bfloat16 --workload squad search --batch 8 16 32 --peers graphs torch-varlen"),
     Step("compiled training", 3.0, f"{BENCH} bfloat16 --train --workload uniform254 --batch 64 --peers compile"),
     Step("max-autotune", 6.0, f"{BENCH} bfloat16 --workload squad dense512 --peers max-autotune"),
 )

@@ -49,7 +49,7 @@ def configurations(problem: Problem, work: Sequence[Problem], shared_limit: int)
     if "variant" in free:
         found += [dataclasses.replace(c, variant=variant) for c in found for variant in launch.VARIANTS]
     if "programs" in free:
-        found += [dataclasses.replace(c, programs=programs) for c in found for programs in PROGRAMS]
+        found += [dataclasses.replace(c, programs=programs) for c in found if c.variant for programs in PROGRAMS]
     kept = [config for config in dict.fromkeys(found[1:]) if plausible(problem, config, shared_limit)]
     return [found[0], *(config for config in kept if config != found[0])]
 

@@ -18,6 +18,7 @@ from . import UsageError
 DTYPES = ("float32", "bfloat16", "float16")
 SIZES = ("large", "base", "minilm")
 PEERS = (
+    "graphs",
     "eager",
     "compile",
     "reduce-overhead",

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, BertModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from .. import fuse
 from ..packing import pack_mask
 
 
@@ -216,7 +217,14 @@ def _openvino(model: BertModel) -> nn.Module:
     return _Runtime(lambda ids, mask: compiled([ids, mask])[0], model.dtype)
 
 
+def _graphs(model: BertModel) -> nn.Module:
+    if model.device.type != "cuda":
+        raise Unavailable("CUDA graphs are for CUDA")
+    return fuse(share(model), cuda_graphs=True)
+
+
 PEERS: dict[str, tuple[str, Callable[[BertModel], Any]]] = {
+    "graphs": ("fused + CUDA graphs", _graphs),
     "eager": ("stock eager", _eager),
     "compile": ("stock + torch.compile", _compiled("default")),
     "reduce-overhead": ("stock + torch.compile reduce-overhead", _compiled("reduce-overhead")),
@@ -228,6 +236,6 @@ PEERS: dict[str, tuple[str, Callable[[BertModel], Any]]] = {
 }
 """By the name on the command line: the name in records, and what makes one from a stock model or raises Unavailable."""
 
-INFERENCE_ONLY = ("onnxruntime", "openvino")
+INFERENCE_ONLY = ("graphs", "onnxruntime", "openvino")
 KEEP_MEMORY = tuple(PEERS[name][0] for name in INFERENCE_ONLY)
 """Those that keep what memory a call took, so that the growth of another one says nothing."""

@@ -83,6 +83,8 @@ def neighbours(problem: Problem, config: Config) -> list[Config]:
     found = []
     for name in free:
         value = getattr(config, name)
+        if name == "programs" and not config.variant:
+            continue  # then there is one a tile, whatever it says
         if name == "variant":
             found += [changed(variant=variant) for variant in launch.VARIANTS]
         elif tuned.RANGES[name][2]:
@@ -99,17 +101,19 @@ def neighbours(problem: Problem, config: Config) -> list[Config]:
 
 
 def seeds(problem: Problem, others: Iterable[Problem]) -> list[Config]:
-    """What the tables have for the problem, and for others of its operation, on this and other architectures."""
-    found = [problem.shipped()]
-    architectures = ("sm_80", "sm_90", "sm_100", "portable")
-    for other in others:
-        if other.key[0] == problem.key[0]:
-            for arch in architectures:
-                key = [arch if value in architectures else value for value in other.key[1:]]
-                shipped = launch.OPERATIONS[other.key[0]].choose(*key)
-                free = {name: getattr(shipped, name) for name in launch.OPERATIONS[problem.key[0]].free}
-                found.append(dataclasses.replace(found[0], **free))
-    return found
+    """What tables have for the problem, and for others of its operation, on any architecture; the shipped one first."""
+    operation, architectures = problem.key[0], ("sm_80", "sm_90", "sm_100", "portable")
+    choose, _, free = launch.OPERATIONS[operation]
+    known = [
+        choose(*(arch if value in architectures else value for value in other.key[1:]))
+        for other in others
+        for arch in architectures
+        if other.key[0] == operation
+    ]
+    unproven: dict[str, tuple[Config, ...]] = getattr(launch, f"{operation.upper()}_CANDIDATES", {})
+    known += itertools.chain.from_iterable(unproven.values())
+    shipped = problem.shipped()
+    return [shipped, *(dataclasses.replace(shipped, **{name: getattr(c, name) for name in free}) for c in known)]
 
 
 def plausible(problem: Problem, config: Config, shared_limit: int) -> bool:

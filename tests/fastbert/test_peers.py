@@ -14,7 +14,7 @@ from fastbert.cli import bench, cases, peers, report
 from fastbert.cli.__main__ import PEERS
 from tests import models
 
-ON_A_GPU = ("reduce-overhead", "max-autotune", "torch-varlen", "flash-attn")
+ON_A_GPU = ("graphs", "reduce-overhead", "max-autotune", "torch-varlen", "flash-attn")
 
 
 def run(names: Any, dtype: torch.dtype, train: bool = False) -> dict[str, dict[str, Any]]:
@@ -46,6 +46,7 @@ def test_peers_that_cannot_run_say_why() -> None:
     records = run(ON_A_GPU, torch.float32)
     reasons = [records[f"three {peers.PEERS[name][0]}"]["status"] for name in ON_A_GPU]
     assert reasons == [
+        "UNAVAILABLE: CUDA graphs are for CUDA",
         'UNAVAILABLE: mode "reduce-overhead" is for CUDA',
         'UNAVAILABLE: mode "max-autotune" is for CUDA',
         "UNAVAILABLE: torch's varlen attention is for 16-bit dtypes on CUDA",

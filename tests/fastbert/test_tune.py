@@ -157,6 +157,15 @@ def test_a_launch_that_breaks_when_timed_is_dropped() -> None:
     assert search.best(problem).num_stages == 3
 
 
+def test_it_starts_from_tables_and_from_what_stands_beside_them() -> None:
+    work = problems(LARGE, torch.bfloat16, "sm_90")
+    problem = next(p for p in work if p.function == "linear_gelu")
+    tried = {config for other, config in Search(work, Arithmetic(steps_away)).candidates(True) if other is problem}
+    assert problem.shipped() in tried
+    assert set(launch.LINEAR_CANDIDATES["sm_90"]) <= tried
+    assert all(config.programs == problem.shipped().programs for config in tried if not config.variant)
+
+
 def test_only_what_could_run_is_compiled() -> None:
     """Within shared memory and registers, of the fields that may differ."""
     work = problems(LARGE, torch.bfloat16, "sm_90", train=True)
