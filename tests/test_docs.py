@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import re
 import shlex
@@ -9,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from fastbert import numerics
 from fastbert.cli.__main__ import parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,14 +34,44 @@ def checkpoint() -> str:
     return str(Path(spec.origin).parent / "model")
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
-def test_python(page: Path) -> None:
+def run(page: Path) -> dict[str, Any]:
+    """Runs the Python of a page; returns its names."""
     namespace: dict[str, Any] = {}
     for block in blocks(page, "python"):
         for name in CHECKPOINTS:
             block = block.replace(f'"{name}"', repr(checkpoint()))
         exec(compile(block, str(page), "exec"), namespace)
+    return namespace
+
+
+SCALING = ROOT / "docs" / "scaling.md"  # starts Ray, which takes a while
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page, "python") and page != SCALING], ids=lambda page: page.name
+)
+def test_python(page: Path) -> None:
+    run(page)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_python_of_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Data gives every row its embedding."""
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        found = run(SCALING)
+    finally:
+        ray.shutdown()
+    stock = found["SentenceTransformer"](checkpoint(), device="cpu")
+    rows = sorted(found["rows"], key=lambda row: row["id"])
+    ours = torch.stack([torch.tensor(row["embedding"]) for row in rows])
+    theirs, truth = (
+        torch.from_numpy(each.encode(found["texts"], batch_size=8)) for each in (stock, copy.deepcopy(stock).double())
+    )
+    numerics.assert_within_policy(ours, theirs, truth)
 
 
 def commands(page: Path) -> list[str]:

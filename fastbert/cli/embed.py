@@ -274,6 +274,17 @@ def _read(source: Input, shards: Shards, shard_rows: int, submit: Any) -> Iterat
         index += 1
 
 
+_END: Any = object()
+
+
+def _one_ahead(items: Iterator[Any], pool: concurrent.futures.Executor) -> Iterator[Any]:
+    """The same items, each made in a thread of `pool` while the one before is used."""
+    following = pool.submit(next, items, _END)
+    while (item := following.result()) is not _END:
+        following = pool.submit(next, items, _END)
+        yield item
+
+
 def embed(source: Input, shards: Shards, encoder: Encoder, workers: Any, max_length: int, shard_rows: int) -> int:
     """Makes the shards that are not there; returns how many there are to be in all."""
     prompt = encoder.recipe.prompt
@@ -285,7 +296,10 @@ def embed(source: Input, shards: Shards, encoder: Encoder, workers: Any, max_len
     ahead: deque[_Shard] = deque()
     count = 0
     written: concurrent.futures.Future[None] | None = None
-    with concurrent.futures.ThreadPoolExecutor(1) as writer:
+    read = _read(source, shards, shard_rows, submit)
+    with concurrent.futures.ThreadPoolExecutor(1) as reader, concurrent.futures.ThreadPoolExecutor(1) as writer:
+        if not source.is_stream:  # a thread that waits for standard input can't be interrupted
+            read = _one_ahead(read, reader)
 
         def make(shard: _Shard) -> None:
             nonlocal written
@@ -296,7 +310,7 @@ def embed(source: Input, shards: Shards, encoder: Encoder, workers: Any, max_len
             progress.add(len(shard.rows), tokens, shard.span)
 
         try:
-            for shard in _read(source, shards, shard_rows, submit):
+            for shard in read:
                 count += 1
                 if shard is not None:
                     ahead.append(shard)

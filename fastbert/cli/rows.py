@@ -59,6 +59,7 @@ class Input:
         for path, kind in self._files:
             if kind == "txt" and key_column is not None:
                 raise UsageError(f"--id-column is given with {path}, which has no columns")
+        self.is_stream = "-" in paths
         self._sizes = [0 if path == "-" else os.path.getsize(path) for path, _ in self._files]
         self._done = 0
         self._position: Callable[[], int] = int

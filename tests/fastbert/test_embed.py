@@ -362,6 +362,31 @@ def test_what_is_left_to_do(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert "4,000 rows, 20,000 tokens/s, 70%, 1:30:00 left" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_torchrun(tiny: Path, tmp_path: Path) -> None:
+    """Two processes of torchrun leave what one leaves."""
+    (tmp_path / "in.txt").write_text("\n".join(sentences(200)))
+    command = ["-m", "fastbert.cli", "embed", "--model", str(tiny), "--shard-rows", "16", str(tmp_path / "in.txt")]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"OMP_NUM_THREADS": "1"}
+
+    def call(*start: str, output: str) -> None:
+        done = subprocess.run(
+            [sys.executable, *start, *command, "--output", str(tmp_path / output)],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stderr
+
+    call(output="one")
+    call("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", output="two")
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    assert json.loads((tmp_path / "two" / "manifest.json").read_text())["shards"] == 13
+
+
 @pytest.mark.usefixtures("here")
 def test_goes_on_where_it_stopped(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = sentences(40)
