@@ -19,6 +19,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, ModelOutput
 
 from . import ops
+from .fp8 import Fp8
 from .graphs import Graphs
 from .layer import default_positions, first_position
 from .packing import Packing, flattened, host_integers, isolating_mask, pack_mask
@@ -44,7 +45,7 @@ class Counts:
 
     def __init__(self) -> None:
         self.fused: Counter[str] = Counter()
-        """Forwards that ran fused, by layout: "packed" or "dense"."""
+        """Forwards that ran fused, by layout: "packed" or "dense"; with products in 8 bits "packed, fp8" and so on."""
         self.stock: Counter[str] = Counter()
         """Forwards that ran stock, by reason."""
         self.graphs: Counter[str] = Counter()
@@ -68,10 +69,11 @@ class Counts:
 class Settings:
     """What `fuse` leaves on an encoder: what was asked of it, counts, and whether a head may read padding unseen."""
 
-    def __init__(self, padding: str, loss_only: bool, cuda_graphs: bool) -> None:
+    def __init__(self, padding: str, loss_only: bool, cuda_graphs: bool, fp8: Fp8 | None) -> None:
         self.padding = padding
         self.loss_only = loss_only
         self.graphs = Graphs() if cuda_graphs else None
+        self.fp8 = fp8
         self.opaque_head = False
         self.counts = Counts()
 
@@ -124,10 +126,13 @@ class FusedEncoder(_Module):
                 counts.add(counts.stock, plan or "called past the forward of its model")
             stock = super().forward(hidden_states, *args, **kwargs)
             return stock
-        packing, graphs = plan.packing, self.fastbert.graphs
-        compiling = torch.compiler.is_compiling()
-        result = None if graphs is None or compiling else graphs.run(self, hidden_states, plan)
-        counts.add(counts.fused, "dense" if packing.cu_seqlens is None else "packed")
+        packing, settings = plan.packing, self.fastbert
+        fp8 = settings.fp8 if settings.fp8 is not None and settings.fp8.runs(hidden_states) else None
+        result = None
+        if settings.graphs is not None and not torch.compiler.is_compiling():
+            result = settings.graphs.run(self, hidden_states, plan, fp8)
+        layout = "dense" if packing.cu_seqlens is None else "packed"
+        counts.add(counts.fused, layout if fp8 is None else f"{layout}, fp8")
         if result is not None:
             return self.output(last_hidden_state=result)
         if self.relative:
@@ -140,11 +145,12 @@ class FusedEncoder(_Module):
                 config=self.config, inputs_embeds=hidden_states, attention_mask=packing.key_mask
             )
         seeds = (None,) * len(plan.stock_layers) if plan.seeds is None else plan.seeds.unbind(0)
-        for layer, stock, own_seeds in zip(self.layer, plan.stock_layers, seeds, strict=True):
+        infers: Any = [None] * len(seeds) if fp8 is None else fp8.plan(self.layer, plan.stock_layers)
+        for layer, stock, own_seeds, infer in zip(self.layer, plan.stock_layers, seeds, infers, strict=True):
             if stock:
                 hidden_states = layer(hidden_states, stock_mask, **kwargs)
             else:
-                hidden_states = layer(hidden_states, packing=packing, seeds=own_seeds)
+                hidden_states = layer(hidden_states, packing=packing, seeds=own_seeds, infer=infer)
         return self.output(last_hidden_state=packing.unpack(hidden_states))
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:

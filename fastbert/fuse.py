@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 
 from .encoder import PADDINGS, Settings
+from .fp8 import PRODUCTS, Fp8, calibrated
 from .support import (
     call_is_unsupported,
     embeddings_are_unsupported,
     encoder_of,
+    fp8_is_unsupported,
     layer_is_unsupported,
     model_is_unsupported,
 )
@@ -49,7 +51,17 @@ def _base_models(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
     return found
 
 
-def fuse(model: Model, *, padding: str = "auto", loss_only: bool = False, cuda_graphs: bool = False) -> Model:
+PRECISIONS = (None, "fp8")
+
+
+def fuse(
+    model: Model,
+    *,
+    padding: str = "auto",
+    loss_only: bool = False,
+    cuda_graphs: bool = False,
+    precision: str | None = None,
+) -> Model:
     """Makes every supported encoder inside `model` run fused, in place.
 
     Parameters, names, `state_dict()`, saving, copying and moving stay as they are; at real tokens every output equals
@@ -67,19 +79,25 @@ def fuse(model: Model, *, padding: str = "auto", loss_only: bool = False, cuda_g
             from the labelled tokens alone: the (batch, tokens, vocabulary) logits are never made.
         cuda_graphs: whether inference on a GPU launches the layers of small batches as one CUDA graph, by buckets of
             their sizes: see docs/latency.md. Elsewhere it changes nothing; `explain` says why.
+        precision: None: that of the model's dtype. "fp8": inference multiplies weights and activations of 8 bits
+            (e4m3), by the scales that `calibrate` left in the model's config, or else one of each row's own; outside
+            the numerical policy, see docs/fp8.md. It takes compute capability 8.9; on a CPU it is simulated. Training,
+            calls with gradients enabled, autocast and torch.compile run in the model's dtype.
 
     Returns:
         The same object.
 
     Raises:
-        UnsupportedModelError: nothing in `model` could be fused, and nothing was changed.
-        ValueError: `padding` is none of the three.
+        UnsupportedModelError: nothing in `model` could be fused, or not in this `precision`; nothing was changed.
+        ValueError: `padding` or `precision` is none of those; what the config says of 8 bits doesn't fit the model.
         TypeError: `model` is not a torch.nn.Module, or `cuda_graphs` not a bool.
     """
     if not isinstance(cuda_graphs, bool):
         raise TypeError(f"cuda_graphs is {cuda_graphs!r}; expected True or False")
     if padding not in PADDINGS:
         raise ValueError(f"padding is {padding!r}; expected one of {', '.join(map(repr, PADDINGS))}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; expected one of {', '.join(map(repr, PRECISIONS))}")
     found = _base_models(model)
     reasons = [model_is_unsupported(base, family) for _, base, family in found]
     if all(reasons):
@@ -87,9 +105,13 @@ def fuse(model: Model, *, padding: str = "auto", loss_only: bool = False, cuda_g
         raise UnsupportedModelError(
             f"nothing in this {type(model).__name__} can be fused: {why or 'it holds no encoder of a supported family'}"
         )
-    for (_, base, family), reason in zip(found, reasons, strict=True):
+    states = [
+        _fp8(name, base, family) if precision == "fp8" and reason is None else None
+        for (name, base, family), reason in zip(found, reasons, strict=True)
+    ]
+    for (_, base, family), reason, fp8 in zip(found, reasons, states, strict=True):
         if reason is None:
-            _fuse_base(base, family, padding, loss_only, cuda_graphs)
+            _fuse_base(base, family, Settings(padding, loss_only, cuda_graphs, fp8))
     fused = {id(base) for (_, base, _), reason in zip(found, reasons, strict=True) if reason is None}
     families = _families()
     for module in model.modules():
@@ -107,12 +129,25 @@ def fuse(model: Model, *, padding: str = "auto", loss_only: bool = False, cuda_g
     return model
 
 
-def _fuse_base(base: Any, family: Any, padding: str, loss_only: bool, cuda_graphs: bool) -> None:
+def _fp8(name: str, base: Any, family: Any) -> Fp8:
+    """What inference of a base model in 8 bits needs; raises where there can be none."""
+    if reason := fp8_is_unsupported(next(encoder_of(base).parameters()).device):
+        raise UnsupportedModelError(f"{name} can't be fused with precision='fp8': {reason}")
+    state = Fp8(calibrated(base.config))
+    layers = encoder_of(base).layer
+    if len(reasons := state.reasons(layers, family.CLASSES)) == len(PRODUCTS) * len(layers):
+        (index, product), why = next(iter(reasons.items()))
+        raise UnsupportedModelError(
+            f"{name} can't be fused with precision='fp8': no product can run in 8 bits; layer {index} {product}: {why}"
+        )
+    return state
+
+
+def _fuse_base(base: Any, family: Any, settings: Settings) -> None:
     for module in base.modules():
         if type(module) in family.CLASSES:
             module.__class__ = family.CLASSES[type(module)]
     encoder = encoder_of(base)
-    settings = Settings(padding, loss_only, cuda_graphs)
     if hasattr(encoder, "fastbert"):  # fused before: goes on counting
         settings.counts, settings.opaque_head = encoder.fastbert.counts, encoder.fastbert.opaque_head
     encoder.fastbert = settings
@@ -177,6 +212,12 @@ class EncoderExplanation:
     """Why an ordinary call at this moment would not run as a CUDA graph, where they were asked for; else None."""
     graph_calls: dict[str, int] = field(default_factory=dict)
     """What came of CUDA graphs so far: "replayed", "captured", too, "eager: " and why, "dropped: " and why."""
+    precision: str | None = None
+    """The precision asked of `fuse`."""
+    fp8: str | None = None
+    """Where that is "fp8": what an ordinary call at this moment would make of it, in a line."""
+    not_fp8: dict[str, str] = field(default_factory=dict)
+    """There, products of layers that don't run in 8 bits, by name ("layer 0 down"), each with the reason."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +236,8 @@ class Explanation:
             if e.embeddings and not e.reason:
                 lines.append(f"  embeddings: stock: {e.embeddings}")
             lines += [f"  layer {i}: stock: {reason}" for i, reason in e.layers.items() if not e.reason]
+            if e.fp8 is not None and not e.reason:
+                lines += [f"  fp8: {e.fp8}", *(f"    {name}: {reason}" for name, reason in e.not_fp8.items())]
             lines += [f"  ran fused, {layout}: {n}" for layout, n in e.fused_calls.items()]
             lines += [f"  ran stock, {reason}: {n}" for reason, n in e.stock_calls.items()]
             if e.cuda_graphs:
@@ -226,6 +269,7 @@ def _explain_base(name: str, base: Any, family: Any) -> EncoderExplanation:
         eager = reason
     else:
         eager = "a layer runs stock" if layers else graphs.refuses(encoder.layer)
+    fp8, not_fp8 = _explain_fp8(encoder, family)
     return EncoderExplanation(
         name,
         True,
@@ -238,7 +282,27 @@ def _explain_base(name: str, base: Any, family: Any) -> EncoderExplanation:
         graphs is not None,
         None if graphs is None else eager,
         dict(counts.graphs),
+        None if settings.fp8 is None else "fp8",
+        fp8,
+        not_fp8,
     )
+
+
+def _explain_fp8(encoder: Any, family: Any) -> tuple[str | None, dict[str, str]]:
+    """`EncoderExplanation.fp8` and `.not_fp8` of a fused encoder."""
+    settings, layers = encoder.fastbert, encoder.layer
+    if settings.fp8 is None:
+        return None, {}
+    sample = next(encoder.parameters())
+    if not settings.fp8.runs(sample):
+        why = fp8_is_unsupported(sample.device) or "gradients are enabled, or it is autocast or torch.compile's"
+        return f"off: {why}", {}
+    reasons = settings.fp8.reasons(layers, family.CLASSES)
+    products = len(PRODUCTS) * len(layers)
+    how = "a scale of each row's own" if settings.fp8.scales is None else "scales from calibration"
+    simulated = ", simulated" if sample.device.type == "cpu" else ""
+    line = f"{products - len(reasons)} of {products} products, {how}{simulated}"
+    return line, {f"layer {i} {name}": why for (i, name), why in reasons.items()}
 
 
 # A mixin has no base of its own at run time: each family adds the Hugging Face class it stands in for.

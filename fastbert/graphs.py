@@ -8,7 +8,8 @@ others do, and no other sequence sees them. A bucket is captured when it is met 
 What a graph was captured from may change: weights are replaced, modules, hooks. Looking costs as much as a small batch
 takes on the device, and the device is busy meanwhile: so first the graph is replayed, then everything is compared
 with what it was, and where anything differs the result is dropped and the call planned again (`Stale`). Until then the
-graphs hold on to the memory that they read. Weights updated in place are what a replay reads.
+graphs hold on to the memory that they read. Weights updated in place are what a replay reads; in 8 bits, of which it
+reads copies, that is a change as any other.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .fp8 import Fp8
 from .packing import Packing
 from .support import is_hooked
 
@@ -78,13 +80,19 @@ _INNER = itemgetter(
 _dtype = Tensor.dtype.__get__  # type: ignore[attr-defined]
 
 
+def _version(parameter: Tensor) -> int:
+    return -1 if parameter.is_inference() else parameter._version
+
+
 class Fingerprint:
     """What decides how layers compute, as it was: modules, their attributes and hooks, parameters and where they lie.
 
     Of BERT-large that is ten thousand objects: they are compared by identity, in loops that run in C.
     """
 
-    def __init__(self, layers: nn.ModuleList) -> None:
+    def __init__(self, layers: nn.ModuleList, versions: bool) -> None:
+        """`versions`: a parameter that has been written to is another one, too."""
+        self._versions = versions
         self._modules = list(layers.modules())
         self._parameters = list(layers.parameters())
         self._end = object()
@@ -108,7 +116,8 @@ class Fingerprint:
         return chain(map(type, self._modules), values, (self._end,))
 
     def _look_at_parameters(self) -> tuple[list[Any], ...]:
-        kinds = Tensor.data_ptr, Tensor.size, Tensor.stride, _dtype
+        kinds: tuple[Any, ...] = (Tensor.data_ptr, Tensor.size, Tensor.stride, _dtype)
+        kinds += (_version,) if self._versions else ()
         return tuple(list(map(kind, self._parameters)) for kind in kinds)
 
 
@@ -215,6 +224,8 @@ class Graphs:
         self._written: Any = None
         """What cu_seqlens holds, where it is of sequences of one length."""
         self._pool: Any = None
+        self._quantized: Any = None
+        """What holds the weights in 8 bits that graphs read."""
 
     def drop(self) -> None:
         """Frees the graphs and their memory, when the device is done with them."""
@@ -262,13 +273,14 @@ class Graphs:
             return f"more than {MAX_SEQUENCES} sequences"
         return None
 
-    def run(self, encoder: Any, x: Tensor, plan: Any) -> Tensor | None:
+    def run(self, encoder: Any, x: Tensor, plan: Any, fp8: Fp8 | None) -> Tensor | None:
         """The result of a call by a graph, or None where it has to run eagerly.
 
         Args:
             encoder: the fused encoder.
             x: (1, T, H) or (B, S, H), hidden states as `plan` lays them out.
             plan: the `fastbert.encoder.Plan` of the call.
+            fp8: of the encoder, where the call is one in 8 bits.
 
         Returns:
             (B, S, H), or (1, T, H) of a flattened call: its own memory.
@@ -283,10 +295,10 @@ class Graphs:
             if reason is None and fingerprint is None and not plan.assumed:
                 reason = _is_open(layers)
                 if reason is None:
-                    fingerprint = self._fingerprint = Fingerprint(layers)
+                    fingerprint = self._fingerprint = Fingerprint(layers, fp8 is not None)
             if reason is None and fingerprint is not None:
                 with self._device.guard(x):
-                    result, reason = self._run(layers, x, plan.packing)
+                    result, reason = self._run(layers, x, plan.packing, fp8)
         # The device is at work by now.
         if (result is not None or plan.assumed) and not (fingerprint is not None and fingerprint.holds(layers)):
             counts.add(counts.graphs, "dropped: the model has changed")
@@ -297,7 +309,7 @@ class Graphs:
         counts.add(counts.graphs, f"eager: {reason}" if result is None else str(reason))
         return result
 
-    def _run(self, layers: nn.ModuleList, x: Tensor, packing: Packing) -> tuple[Tensor | None, str]:
+    def _run(self, layers: nn.ModuleList, x: Tensor, packing: Packing, fp8: Fp8 | None) -> tuple[Tensor | None, str]:
         """The result, or None; and what there is to count."""
         bucket = bucket_of(x.shape[0] * x.shape[1], _sequences(packing), packing.max_seqlen)
         graph, what = self._graphs.get(bucket), "replayed"
@@ -310,7 +322,7 @@ class Graphs:
             return None, "the first call of its size"
         else:
             try:
-                graph, what = self._capture(layers, x, packing, bucket), "captured"
+                graph, what = self._capture(layers, x, packing, bucket, fp8), "captured"
             except RuntimeError as error:  # out of memory, or what the driver refuses to capture
                 self._device.finish()
                 self._forget()
@@ -346,7 +358,7 @@ class Graphs:
             rest.clamp_(max=bucket.tokens)
             self._written = same
 
-    def _capture(self, layers: nn.ModuleList, x: Tensor, packing: Packing, bucket: Bucket) -> Any:
+    def _capture(self, layers: nn.ModuleList, x: Tensor, packing: Packing, bucket: Bucket, fp8: Fp8 | None) -> Any:
         with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode could not be written to later
             if self._buffers is None:
                 most = MAX_SEQUENCES + MAX_TOKENS // FILLER
@@ -357,10 +369,14 @@ class Graphs:
             whole = rows[: bucket.tokens]
             layout = Packing(1, bucket.tokens, bucket.longest, cu_seqlens[: bucket.sequences + 1])
 
+            # Quantized weights are made before the capture, and kept: they are memory that the graph reads.
+            infers: Any = [None] * len(layers) if fp8 is None else fp8.plan(list(layers), [False] * len(layers))
+            self._quantized = infers
+
             def run() -> None:
                 hidden_states = whole[None]
-                for layer in layers:
-                    hidden_states = layer(hidden_states, packing=layout)
+                for layer, infer in zip(layers, infers, strict=True):
+                    hidden_states = layer(hidden_states, packing=layout, infer=infer)
                 whole.copy_(hidden_states[0])
 
             while len(self._graphs) >= MAX_GRAPHS:

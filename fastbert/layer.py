@@ -6,7 +6,7 @@ them where they are not, and runs the stock code where it is not asked for a lay
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from .packing import Packing
 from .support import embeddings_are_unsupported, is_plain
 
 # transformers' activation classes by the value of torch.nn.functional.gelu's `approximate` that computes the same.
-_GELU = {
+GELU = {
     type(ACT2FN[name]): approximate
     for name, approximate in (
         ("gelu", "none"),
@@ -99,7 +99,7 @@ class FusedLayer(_Module):
 
     def is_static(self) -> bool:
         """Whether parameters say all that it computes in inference: no adapters, no activation with a state."""
-        return type(self.activation()) in _GELU and all(is_plain(linear, nn.Linear) for _, linear in self.linears())
+        return type(self.activation()) in GELU and all(is_plain(linear, nn.Linear) for _, linear in self.linears())
 
     def replaced_chunk(self) -> str | None:
         """The name of the method of the feed-forward, where somebody has replaced it on this layer."""
@@ -129,11 +129,13 @@ class FusedLayer(_Module):
         *args: Any,
         packing: Packing | None = None,
         seeds: Tensor | None = None,
+        infer: Callable[[Any, Tensor, Packing], Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """hidden_states (1, T, H) or (B, S, H), as `packing` lays out -> the same; stock without a `packing`.
 
-        `seeds`, (3,) int64, are those of the three dropouts; None where none drops anything.
+        `seeds`, (3,) int64, are those of the three dropouts; None where none drops anything. `infer` runs in place of
+        `_infer`, given the layer as its first argument.
         """
         if packing is None:
             stock: Tensor = super().forward(hidden_states, *args, **kwargs)
@@ -143,20 +145,20 @@ class FusedLayer(_Module):
         if trains or torch.is_autocast_enabled(x.device.type):
             x = self._train(x, packing, seeds)
         else:
-            x = self._infer(x, packing)
+            x = self._infer(x, packing) if infer is None else infer(self, x, packing)
         return x.view_as(hidden_states)
 
     def _infer(self, x: Tensor, packing: Packing) -> Tensor:
         """Seven launches, nothing kept."""
         shape = self.shape
-        q, k, v = self._project(x).unbind(1)  # [T, heads, head_dim]
+        q, k, v = self.project(x).unbind(1)  # [T, heads, head_dim]
         sequences = packing.cu_seqlens, packing.key_mask, packing.max_seqlen
         context = ops.attention(q, k, v, *sequences, self.scale(), packing.bias)
         del q, k, v
         x = _close(child(self, *shape.context), child(self, *shape.context_norm), context.flatten(1), x)
         del context
         dense, activation = child(self, *shape.up), self.activation()
-        approximate = _GELU.get(type(activation))
+        approximate = GELU.get(type(activation))
         if approximate is None or not is_plain(dense, nn.Linear):
             expanded = activation(_linear(dense, x))
         else:
@@ -170,7 +172,7 @@ class FusedLayer(_Module):
         rates = (0.0, 0.0, 0.0) if seeds is None else self.dropouts()
         seed = (None, None, None) if seeds is None else seeds.unbind(0)
 
-        qkv = self._project(x.to(dtype))
+        qkv = self.project(x.to(dtype))
         context, _ = ops.attention_forward(
             qkv,
             packing.cu_seqlens,
@@ -188,14 +190,14 @@ class FusedLayer(_Module):
 
         up, activation, down = child(self, *shape.up), self.activation(), child(self, *shape.down)
         norm = child(self, *shape.down_norm)
-        approximate = _GELU.get(type(activation))
+        approximate = GELU.get(type(activation))
         if approximate is not None and is_plain(up, nn.Linear) and is_plain(down, nn.Linear):
             added, _ = ops.feed_forward(x.to(dtype), up.weight, up.bias, down.weight, down.bias, approximate)
         else:
             added = _linear(down, activation(_linear(up, x.to(dtype))))
         return ops.add_layer_norm(added, x, norm.weight, norm.bias, norm.eps, rates[2], seed[2])
 
-    def _project(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor) -> Tensor:
         """x (T, H) -> queries, keys and values, (T, 3, heads, head_dim)."""
         shape = self.shape
         projections = [child(self, *path) for path in (shape.query, shape.key, shape.value)]

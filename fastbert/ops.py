@@ -1,8 +1,8 @@
 """torch.library operators `fastbert::*` over the kernels: CUDA and ROCm tensors run Triton, CPU tensors the reference.
 
-Every operator has the signature and the result of the function of its name in `fastbert.kernels.reference`, where
-shapes and dtypes are documented. Here: schemas, backends, shapes under fake tensors, and what is refused. Gradients
-are in `fastbert.autograd`.
+Every operator has the signature and the result of the function of its name in `fastbert.kernels.reference` (in 8 bits:
+`reference_fp8`), where shapes and dtypes are documented. Here: schemas, backends, shapes under fake tensors, and what
+is refused. Gradients are in `fastbert.autograd`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from . import tuned
-from .kernels import reference
+from .kernels import reference, reference_fp8
 
 _QKV = "Tensor q_weight, Tensor? q_bias, Tensor k_weight, Tensor? k_bias, Tensor v_weight, Tensor? v_bias"
 _SEQUENCES = "Tensor? cu_seqlens, Tensor? key_mask, SymInt max_seqlen, float scale"
 _DROPOUT = "float dropout, Tensor? seed"
 _IDS = "Tensor input_ids, Tensor token_type_ids, Tensor position_ids"
 _TABLES = "Tensor word, Tensor token_type, Tensor position"
+_FP8 = "Tensor x, Tensor? row_scale, Tensor weight, Tensor col_scale, Tensor? bias"
 
 # name: (module of the kernel, schema)
 _OPERATORS = {
@@ -31,6 +32,15 @@ _OPERATORS = {
     "linear_add": ("linear", "(Tensor x, Tensor weight, Tensor? bias, Tensor residual) -> Tensor"),
     "attention": ("attention", f"(Tensor q, Tensor k, Tensor v, {_SEQUENCES}, Tensor? bias=None) -> Tensor"),
     "layer_norm": ("layer_norm", "(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor"),
+    # Inference in 8 bits.
+    "quantize_fp8": ("quantize_fp8", "(Tensor x, float? scale) -> (Tensor, Tensor)"),
+    "layer_norm_fp8": (
+        "quantize_fp8",
+        "(Tensor x, Tensor weight, Tensor bias, float eps, float? scale) -> (Tensor, Tensor, Tensor)",
+    ),
+    "linear_fp8": ("linear_fp8", f"({_FP8}, ScalarType dtype) -> Tensor"),
+    "linear_gelu_fp8": ("linear_fp8", f"({_FP8}, ScalarType dtype, str approximate, float? scale) -> Tensor"),
+    "linear_add_fp8": ("linear_fp8", f"({_FP8}, Tensor residual) -> Tensor"),
     # Inference and training.
     "linear": ("linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor"),
     "qkv_linear": ("linear", f"(Tensor x, {_QKV}) -> Tensor"),
@@ -97,7 +107,9 @@ def _refuse_gradients(name: str, args: Sequence[Any]) -> None:
         )
 
 
-CPU_BACKEND: dict[str, Callable[..., Any]] = {name: getattr(reference, name) for name in _OPERATORS}
+CPU_BACKEND: dict[str, Callable[..., Any]] = {
+    name: getattr(reference_fp8 if name.endswith("_fp8") else reference, name) for name in _OPERATORS
+}
 """What runs on CPU tensors, by operator. Tests put the Triton kernels here, to run models through the interpreter."""
 
 
@@ -130,6 +142,15 @@ def _like(x: Tensor, *shape: Any) -> Tensor:
 
 def _wide(x: Tensor, *shape: Any) -> Tensor:
     return x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _fp8(x: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    row_scale = x.new_empty(x.shape[0] if scale is None else 0, dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), row_scale
+
+
+def _fp8_product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
 
 
 def _add_layer_norm_gradients(grad: Tensor, x: Tensor, residual: Tensor, weight: Tensor, *rest: Any) -> Any:
@@ -173,6 +194,13 @@ _SHAPES: dict[str, Callable[..., Any]] = {
         _like(weight, *weight.shape),
         _like(lse, 0) if bias is None else _like(bias, *bias.shape),
     ),
+    "quantize_fp8": _fp8,
+    "layer_norm_fp8": lambda x, weight, bias, eps, scale: (_like(x, *x.shape), *_fp8(x, scale)),
+    "linear_fp8": lambda x, row_scale, weight, col_scale, bias, dtype: _fp8_product(x, weight, dtype),
+    "linear_gelu_fp8": lambda x, row_scale, weight, col_scale, bias, dtype, approximate, scale: _fp8_product(
+        x, weight, dtype if scale is None else torch.float8_e4m3fn
+    ),
+    "linear_add_fp8": lambda x, row_scale, weight, col_scale, bias, residual: _fp8_product(x, weight, residual.dtype),
     "pack": lambda x, indices, inverse: _like(x, indices.shape[0], x.shape[1]),
     "unpack": lambda x, indices, inverse: _like(x, inverse.shape[0], x.shape[1]),
 }
@@ -203,6 +231,11 @@ def _callable(name: str) -> Callable[..., Any]:
     return call
 
 
+quantize_fp8: Callable[..., tuple[Tensor, Tensor]] = _callable("quantize_fp8")
+layer_norm_fp8: Callable[..., tuple[Tensor, Tensor, Tensor]] = _callable("layer_norm_fp8")
+linear_fp8: Callable[..., Tensor] = _callable("linear_fp8")
+linear_gelu_fp8: Callable[..., Tensor] = _callable("linear_gelu_fp8")
+linear_add_fp8: Callable[..., Tensor] = _callable("linear_add_fp8")
 linear: Callable[..., Tensor] = _callable("linear")
 linear_gelu: Callable[..., Tensor] = _callable("linear_gelu")
 linear_add: Callable[..., Tensor] = _callable("linear_add")

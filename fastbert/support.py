@@ -222,6 +222,20 @@ def needs_stock(sample: Tensor) -> str | None:
     return None
 
 
+def fp8_is_unsupported(device: torch.device) -> str | None:
+    """Why products of 8-bit numbers (e4m3) can't run on `device`; on a CPU they are simulated."""
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        return f"device {device.type}"
+    if torch.version.hip:
+        return "an AMD GPU, whose 8-bit numbers are others"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 9):
+        return f"{torch.cuda.get_device_name(device)}, of compute capability {major}.{minor}; 8 bits take 8.9 or higher"
+    return None
+
+
 def relative_is_unsupported(model: Any, call: Mapping[str, Any], mixed: bool) -> str | None:
     """Why a call of a model whose attention adds a bias by distance runs stock; `mixed`: a layer of it does."""
     device = next(encoder_of(model).parameters()).device.type

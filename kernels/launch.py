@@ -336,9 +336,13 @@ def linear_config(arch: str, dtype: torch.dtype, n: int, k: int, segments: int =
     if dtype.itemsize != 2 or arch not in FEW_ROWS:
         return table[first][1]
     enough, smaller = FEW_ROWS[arch]
-    for config in (*(config for _, config in table[first::-1]), *smaller):
-        tiles = -(-rows // config.block_m) * -(-n // config.block_n) * segments
-        if tiles >= enough:
+    return _filling((*(config for _, config in table[first::-1]), *smaller), rows, n, enough, segments)
+
+
+def _filling(tiles: tuple[Config, ...], rows: int, n: int, enough: int, segments: int = 1) -> Config:
+    """The first of `tiles` of which a result of (rows, segments * n) has `enough`; or the last."""
+    for config in tiles:
+        if -(-rows // config.block_m) * -(-n // config.block_n) * segments >= enough:
             break
     return config
 
@@ -352,6 +356,35 @@ _LINEAR_BACKWARD = {2: Config(128, 128, 32, 8, 3), 4: Config(64, 128, 32, 8, 3)}
 def linear_backward_config(arch: str, dtype: torch.dtype, n: int, k: int) -> Config:
     """The tiles of `linear_gelu_backward`, of a weight of shape (k, n). Arguments as `linear_config`'s."""
     return _LINEAR_UNALIGNED if n % 16 or k % 16 else _LINEAR_BACKWARD[dtype.itemsize]
+
+
+# Products in 8 bits: by architecture, (n below which it applies, configuration). Not measured yet: counted from
+# registers and shared memory a program, as the ahead-of-time compilation reports them. With exact sums (below) a tile
+# is held twice: 128 x 256 spills.
+_LINEAR_FP8: dict[str, tuple[tuple[float, Config], ...]] = {
+    "sm_89": ((_ANY, Config(128, 128, 64, 8, 3)),),  # 48 KiB: two programs an SM
+    "sm_90": ((_ANY, Config(128, 128, 128, 8, 4)),),  # 128 KiB: one program an SM, two warp groups
+    "sm_100": ((_ANY, Config(128, 128, 128, 8, 4)),),
+}
+_LINEAR_FP8_UNALIGNED = Config(64, 128, 64, 8, 3)  # as _LINEAR_UNALIGNED: residual and result, element by element
+FEW_ROWS_FP8: dict[str, tuple[int, tuple[Config, ...]]] = {
+    "sm_90": (96, (Config(64, 128, 128, 4, 4), Config(64, 64, 128, 4, 6), Config(64, 32, 128, 4, 8))),
+}
+"""As FEW_ROWS, of 8-bit products: each tile adds up four steps of 32 elements in one chain, and the sums in float32."""
+
+FP8_EXACT_K = 128
+"""How many products of 8-bit numbers Hopper adds up in fewer bits than float32 has, before the sum goes to float32."""
+
+
+@functools.cache
+def linear_fp8_config(arch: str, n: int, k: int, rows: int = MANY_ROWS) -> Config:
+    """The tiles of a product of 8-bit numbers with a weight of shape (n, k). Arguments as `linear_config`'s."""
+    if n % 16:
+        return _LINEAR_FP8_UNALIGNED
+    table = _LINEAR_FP8.get(arch, _LINEAR_FP8["sm_89"])
+    largest = next(config for below, config in table if n < below)
+    enough, smaller = FEW_ROWS_FP8.get(arch, (0, ()))
+    return _filling((largest, *smaller), rows, n, enough)
 
 
 @_tunable("num_warps")

@@ -71,6 +71,9 @@ def _attention(q: Tensor, sequences: Sequence[Any], products: int) -> int:
 
 # FLOPs by operator, from its arguments; operators without matrix products are not in it.
 _FLOPS: dict[str, Callable[..., int]] = {
+    **dict.fromkeys(
+        ("linear_fp8", "linear_gelu_fp8", "linear_add_fp8"), lambda x, scale, weight, *_: _linear(x, weight)
+    ),
     "linear": _linear,
     "linear_gelu": _linear,
     "linear_add": _linear,

@@ -77,6 +77,11 @@ def test_bytes(dtype: torch.dtype) -> None:
         "add_layer_norm_backward": (3 * rows + 32 + 2 * rows + 2 * 32, seed),
         "linear_cross_entropy": (rows + weight + 48, 8 * 9 + 2 * 4 * 9),
         "linear_cross_entropy_backward": (2 * (rows + weight + 48), 4 * 9 + 8 * 9 + 4 * 9),
+        "quantize_fp8": (rows, rows + 4 * 9),
+        "layer_norm_fp8": (2 * rows + 2 * 32, rows),
+        "linear_fp8": (48 + wide, rows + weight + 4 * (9 + 48)),
+        "linear_gelu_fp8": (48, rows + weight + 4 * (9 + 48) + wide),
+        "linear_add_fp8": (48 + 2 * wide, rows + weight + 4 * 48),  # one scale for all rows
         "pack": (2 * 3 * 32, 8 * 3),  # three rows are real
         "unpack": (3 * 32 + rows, 8 * 9),
     }

@@ -53,6 +53,8 @@ from fastbert.kernels.cross_entropy import cross_entropy_backward_kernel, cross_
 from fastbert.kernels.embedding import embedding_backward_kernel, embedding_kernel
 from fastbert.kernels.launch import (
     FEW_ROWS,
+    FEW_ROWS_FP8,
+    FP8_EXACT_K,
     LINEAR_CANDIDATES,
     VOCABULARY_BLOCK,
     Config,
@@ -60,20 +62,30 @@ from fastbert.kernels.launch import (
     attention_config,
     linear_backward_config,
     linear_config,
+    linear_fp8_config,
     row_backward_config,
     row_config,
 )
 from fastbert.kernels.layer_norm import add_layer_norm_backward_kernel, layer_norm_kernel
+from fastbert.kernels.linear_fp8 import linear_fp8_kernel
 from fastbert.kernels.padding import gather_rows_kernel
+from fastbert.kernels.quantize_fp8 import quantize_fp8_kernel
 from tests.kernels.main_loop import main_loop, matrix
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}  # bytes a program
+SHARED_LIMIT = {  # bytes a program
+    "sm_80": 163 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "gfx942": 64 * 1024,
+}
 TYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -87,8 +99,15 @@ class Spec:
     config: Config  # of which num_warps and num_stages are used here
     matrix: bool = True  # whether 16-bit operands should meet in wgmma on sm_90
     # Whether each step of its main loop on 16-bit operands should be asynchronous copies of 16 bytes or more, and
-    # matrix instructions of k 16, the same in every tile of an architecture: launch.FEW_ROWS builds on that.
+    # matrix instructions of k 16 (8 bits: 32), the same in every tile of an architecture: launch.FEW_ROWS builds on
+    # that.
     streams: bool = False
+
+
+def targets(op: str) -> tuple[str, ...]:
+    """The architectures an op is compiled for: those that have 8-bit numbers, for ops of them; sm_89 only for those."""
+    fp8 = op.endswith("_fp8")
+    return tuple(arch for arch in TARGETS if (arch not in ("sm_80", "gfx942") if fp8 else arch != "sm_89"))
 
 
 Specializations = Callable[[str, bool], Iterator[Spec]]
@@ -345,7 +364,88 @@ def _linear(arch: str, full: bool) -> Iterator[Spec]:
         yield backward(torch.float32, 4096, 1024, "none")
 
 
+@specializations("linear_fp8")
+def _linear_fp8(arch: str, full: bool) -> Iterator[Spec]:
+    def spec(
+        dtype: torch.dtype, n: int, k: int, op: str, rows: bool, bias: bool = True, config: Config | None = None
+    ) -> Spec:
+        config = config or linear_fp8_config(table(arch), n, k)
+        pointer = f"*{TYPE_NAMES[dtype]}"
+        to_fp8 = op.startswith("gelu") and not rows
+        return Spec(
+            variant=f"{op} n{n} k{k}" + (" rows" if rows else "") + ("" if bias else " no bias"),
+            kernel=linear_fp8_kernel,
+            arguments={
+                "x_ptr": "*fp8e4nv",
+                "w_ptr": "*fp8e4nv",
+                "row_scale_ptr": "*fp32" if rows else None,
+                "col_scale_ptr": "*fp32",
+                "bias_ptr": pointer if bias else None,
+                "residual_ptr": pointer if op == "add" else None,
+                "out_ptr": "*fp8e4nv" if to_fp8 else pointer,
+                "m": 4096,
+                "n": n,
+                "k": k,
+                "stride_rm": n if op == "add" else 0,
+                "inverse_scale": 4.0,
+                "GELU": {"gelu": "none", "gelu_tanh": "tanh"}.get(op, ""),
+                "EVEN_K": k % config.block_k == 0,
+                "EXACT_K": min(FP8_EXACT_K, config.block_k),
+                "BLOCK_M": config.block_m,
+                "BLOCK_N": config.block_n,
+                "BLOCK_K": config.block_k,
+                "GROUP_M": config.group_m,
+            },
+            config=config,
+            streams=n % 16 == 0,
+        )
+
+    ops = ("linear", "gelu", "gelu_tanh", "add")
+    _, smaller = FEW_ROWS_FP8.get(table(arch), (0, ()))
+    if full:
+        for (n, k), dtype, op, rows in itertools.product(
+            ((1024, 1024), (4096, 1024), (1040, 1040), (100, 80)), TYPE_NAMES, ops, (False, True)
+        ):
+            yield spec(dtype, n, k, op, rows)
+            yield spec(dtype, n, k, op, rows, bias=False)
+        for config, dtype, op, k in itertools.product(smaller, TYPE_NAMES, ops, (1024, 1040)):
+            yield spec(dtype, 1024, k, op, True, config=config)
+    else:
+        for op, rows in itertools.product(ops, (False, True)):
+            yield spec(torch.bfloat16, 4096, 1024, op, rows)
+        for config, op in zip(smaller, ("add", "linear", "gelu"), strict=False):
+            yield spec(torch.bfloat16, 1024, 1024, op, True, config=config)
+        yield spec(torch.float16, 100, 80, "add", True)
+        yield spec(torch.float32, 3072, 1024, "linear", False, bias=False)
+
+
 WIDTHS = (128, 384, 768, 1024, 4096)
+
+
+@specializations("quantize_fp8")
+def _quantize_fp8(arch: str, full: bool) -> Iterator[Spec]:
+    for width, dtype, normalizes, given in itertools.product(
+        WIDTHS if full else (1024,), TYPE_NAMES, (False, True), (False, True)
+    ):
+        config = row_config(dtype, width)
+        pointer = f"*{TYPE_NAMES[dtype]}"
+        yield Spec(
+            variant=f"{'norm ' if normalizes else ''}h{width}" + ("" if given else " rows"),
+            kernel=quantize_fp8_kernel,
+            arguments={
+                "x_ptr": pointer,
+                **{f"{name}_ptr": pointer if normalizes else None for name in ("weight", "bias", "normal")},
+                "out_ptr": "*fp8e4nv",
+                "scale_ptr": None if given else "*fp32",
+                "width": width,
+                "stride_xm": width,
+                "eps": 1e-12,
+                "inverse_scale": 4.0,
+                "BLOCK_H": config.block_n,
+            },
+            config=config,
+            matrix=False,
+        )
 
 
 @specializations("layer_norm")
@@ -533,7 +633,7 @@ def _hip_usage(assembly: str) -> dict[str, int]:
 # Of sm_80 and sm_90, what the loop of a kernel that streams is made of, besides arithmetic and branches.
 STREAM = {
     "sm_80": re.compile(r"mma\.m16n8k16|cp\.async\.16|ldmatrix\.shared|other"),
-    "sm_90": re.compile(r"wgmma\.m64n\d+k16|cp\.async\.16|tma|other"),
+    "sm_90": re.compile(r"wgmma\.m64n\d+k(16|32)|cp\.async\.16|tma|other"),
 }
 
 
@@ -543,7 +643,7 @@ def _violations(row: dict[str, Any], spec: Spec) -> list[str]:
         found.append(f"spills {row['spill_bytes']} bytes")
     if row["shared_bytes"] > (limit := SHARED_LIMIT[row["arch"]]):
         found.append(f"takes {row['shared_bytes']} bytes of shared memory, of {limit}")
-    if row["dtype"] in ("fp16", "bf16"):
+    if row["dtype"] != "fp32":
         if row["arch"] == "sm_90" and spec.matrix and not row["wgmma"]:
             found.append("has no wgmma")
         if spec.streams and (allowed := STREAM.get(row["arch"])):
@@ -560,7 +660,9 @@ def compile_one(op: str, arch: str, spec: Spec) -> dict[str, Any]:
     row: dict[str, Any] = {
         "op": op,
         "variant": spec.variant,
-        "dtype": next(v[1:] for v in spec.arguments.values() if isinstance(v, str) and v[1:] in TYPE_NAMES.values()),
+        "dtype": next(
+            v[1:] for v in spec.arguments.values() if isinstance(v, str) and v[1:] in (*TYPE_NAMES.values(), "fp8e4nv")
+        ),
         "arch": arch,
         "config": [config.block_m, config.block_n, config.block_k],
         "num_warps": config.num_warps,
@@ -619,6 +721,7 @@ def main(argv: list[str] | None = None) -> int:
         (op, arch, options.full, index)
         for arch in options.arch
         for op in options.op
+        if arch in targets(op)
         for index, _ in enumerate(SPECIALIZATIONS[op](arch, options.full))
     ]
     rows = []

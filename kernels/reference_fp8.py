@@ -1,0 +1,113 @@
+"""Plain-PyTorch twins of the 8-bit kernels: the same signatures, the same quantized numbers.
+
+They are the oracle (asked for a result in float64 they give the exact product of the quantized numbers, but for
+float64's own rounding) and what runs on a CPU, where they are there for accuracy, not for speed: every weight is turned
+into float32 at every call.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .reference import layer_norm
+
+LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
+
+
+def to_e4m3(x: Tensor) -> Tensor:
+    """x, in units of the scale, as float8_e4m3fn: to nearest, ties to even, saturated; NaN where x is not finite.
+
+    torch's own conversion makes NaN of what is too large.
+    """
+    return x.clamp(-LARGEST, LARGEST).sub_(x - x).to(torch.float8_e4m3fn)  # infinity less itself is NaN
+
+
+def own_scale(largest: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale in which `largest`, float32, is 448, and its inverse; both finite where it is zero."""
+    largest = largest.clamp(min=1e-30)
+    return largest / LARGEST, LARGEST / largest
+
+
+def quantize_fp8(x: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    """x (T, H) in units of `scale`, or of one of each row's own, in 8 bits; and those of the rows.
+
+    Args:
+        x: (T, H), any floating dtype.
+        scale: of all rows; what is beyond 448 of it is saturated. None: for each row that in which
+            its largest magnitude is 448, or, where it is below 1e-30, that is.
+
+    Returns:
+        (T, H) float8_e4m3fn, NaN where x is not finite; and the scales of the rows, (T,) float32, or (0,) where `scale`
+        is given.
+    """
+    x = x.float()
+    if scale is not None:
+        return to_e4m3(x * (1 / scale)), x.new_empty(0)
+    largest = x.abs().nan_to_num(0.0, float("inf")).amax(1) if x.shape[1] else x.new_zeros(x.shape[0])
+    scales, inverse = own_scale(largest)
+    return to_e4m3(x * inverse[:, None]), scales
+
+
+def layer_norm_fp8(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`layer_norm(x, weight, bias, eps)`, (T, H), in the dtype of x, and `quantize_fp8` of that."""
+    normal = layer_norm(x, weight, bias, eps)
+    return normal, *quantize_fp8(normal, scale)
+
+
+def _affine(
+    x: Tensor, row_scale: Tensor | None, weight: Tensor, col_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The product in float32, or float64 where that is asked for: a new tensor, for an epilogue to change in place."""
+    inner = torch.promote_types(dtype, torch.float32)
+    out = torch.mm(x.to(inner), weight.to(inner).t()).mul_(col_scale)
+    if row_scale is not None and row_scale.numel():
+        out.mul_(row_scale[:, None])
+    return out if bias is None else out.add_(bias)
+
+
+def linear_fp8(
+    x: Tensor, row_scale: Tensor | None, weight: Tensor, col_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`(x @ weight.T) * row_scale[:, None] * col_scale + bias`, in float32 or better, rounded to `dtype`.
+
+    Args:
+        x: (T, K) float8_e4m3fn, K a multiple of 16.
+        row_scale: (T,) float32; or (0,) or None: none.
+        weight: (N, K) float8_e4m3fn.
+        col_scale: (N,) float32: scales of the weight's rows, times that of x where all rows of x share one.
+        bias: (N,), any dtype; or None.
+        dtype: of the result.
+
+    Returns:
+        (T, N).
+    """
+    return _affine(x, row_scale, weight, col_scale, bias, dtype).to(dtype)
+
+
+def linear_gelu_fp8(
+    x: Tensor,
+    row_scale: Tensor | None,
+    weight: Tensor,
+    col_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    approximate: str,
+    scale: float | None,
+) -> Tensor:
+    """`gelu(linear_fp8(...))`, by torch.nn.functional.gelu's `approximate`, "none" or "tanh" -> (T, N).
+
+    With a `scale`, in units of it as float8_e4m3fn, saturated; else in `dtype`.
+    """
+    out = F.gelu(_affine(x, row_scale, weight, col_scale, bias, dtype), approximate=approximate)
+    return out.to(dtype) if scale is None else to_e4m3(out * (1 / scale))
+
+
+def linear_add_fp8(
+    x: Tensor, row_scale: Tensor | None, weight: Tensor, col_scale: Tensor, bias: Tensor | None, residual: Tensor
+) -> Tensor:
+    """`linear_fp8(...) + residual`, residual (T, N), in the dtype of the residual, rounded once -> (T, N)."""
+    return _affine(x, row_scale, weight, col_scale, bias, residual.dtype).add_(residual).to(residual.dtype)

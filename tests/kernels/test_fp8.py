@@ -1,0 +1,235 @@
+"""8-bit kernels and their twins: rounding against a search of all numbers, products against float64 of what was
+quantized."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbert.kernels import launch, linear_fp8, quantize_fp8, reference, reference_fp8
+from fastbert.numerics import assert_within_policy
+from tests.conftest import kernel_dtypes
+
+BACKENDS = [reference_fp8, pytest.param(None, id="kernel")]
+CODES = torch.arange(256, dtype=torch.uint8)
+VALUES = CODES.view(torch.float8_e4m3fn).double()
+
+
+@pytest.fixture(autouse=True)
+def needs_fp8(device: str) -> None:
+    if device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no 8-bit numbers")
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def nearest(x: Tensor) -> Tensor:
+    """e4m3 codes of finite float64 numbers, by comparison with every code there is; ties go to the even one."""
+    positive = VALUES[:127]
+    distance = (x.abs().clamp(max=448)[..., None] - positive).abs()
+    tied = distance == distance.amin(-1, keepdim=True)
+    even = (tied & (CODES[:127] % 2 == 0)).any(-1)
+    code = torch.where(even, (tied & (CODES[:127] % 2 == 0)).int().argmax(-1), tied.int().argmax(-1))
+    return (code + 128 * torch.signbit(x)).to(torch.uint8)
+
+
+def quantize(backend: Any, x: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = (backend or quantize_fp8).quantize_fp8(x, scale)
+    assert result[0].dtype == torch.float8_e4m3fn
+    return result
+
+
+def same_codes(a: Tensor, b: Tensor) -> bool:
+    """Bitwise, but for the sign of NaN."""
+    codes = (x.cpu().view(torch.uint8) for x in (a, b))
+    return torch.equal(*(torch.where(code & 0x7F == 0x7F, 0x7F, code) for code in codes))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_number_round_trips(backend: Any, device: str) -> None:
+    """What e4m3 holds comes back by a scale of 1; halfway between two of them, the even one; beyond 448, 448."""
+    finite = VALUES[VALUES.isfinite()]
+    out, scales = quantize(backend, finite.float().to(device)[None], 1.0)
+    assert torch.equal(out.cpu().double()[0], finite)
+    assert scales.shape == (0,)
+    above = VALUES[:126]
+    between = torch.cat([above, -above]) + torch.cat([VALUES[1:127] - above, above - VALUES[1:127]]) / 2
+    for x in (between, between * (1 + 1e-6), between * (1 - 1e-6), torch.tensor([460.0, -1e4, 448.0, 464.0])):
+        out, _ = quantize(backend, x.float().to(device)[None], 1.0)
+        assert torch.equal(out.cpu().view(torch.uint8)[0], nearest(x.float().double()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", kernel_dtypes)
+@pytest.mark.parametrize("scale", [None, 0.25])
+def test_quantize(backend: Any, scale: float | None, dtype: torch.dtype, device: str) -> None:
+    x = (normal(37, 70) * torch.logspace(-3, 3, 37, dtype=torch.float64)[:, None]).to(device, dtype)
+    x[5] = 0
+    out, scales = quantize(backend, x, scale)
+    exact = x.cpu().double()
+    if scale is None:
+        largest = x.cpu().float().abs().amax(1).clamp(min=1e-30)
+        assert torch.equal(scales.cpu(), largest / 448)
+        inverse = 448 / largest
+        assert (out.cpu().float().abs().amax(1)[exact.any(1)] == 448).all()
+        assert not out[5].float().any()
+    else:
+        inverse = torch.full((37,), 1 / scale)
+    assert torch.equal(out.cpu().view(torch.uint8), nearest((x.cpu().float() * inverse[:, None]).double()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [None, 0.25])
+def test_what_is_not_finite_is_no_number(backend: Any, scale: float | None, device: str) -> None:
+    """NaN stays, infinity becomes NaN; so every output of that row of a product is NaN, and none of another row."""
+    x = normal(4, 64).float().to(device)
+    x[1, 3], x[2, 5], x[3, 7] = math.nan, math.inf, -math.inf
+    out, row_scale = quantize(backend, x, scale)
+    assert torch.equal(out.float().isnan(), ~x.isfinite())
+    weight, col_scale = quantize(backend, normal(48, 64).float().to(device), None)
+    product = (backend or linear_fp8).linear_fp8(out, row_scale, weight, col_scale, None, torch.float32)
+    assert product[0].isfinite().all()
+    assert product[1:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", kernel_dtypes)
+@pytest.mark.parametrize("scale", [None, 1 / 64])
+def test_layer_norm(scale: float | None, dtype: torch.dtype, device: str) -> None:
+    """The normalized rows as `layer_norm` has them, and those quantized as `quantize_fp8` has it; twins alike."""
+    x, weight, bias = (t.to(device, dtype) for t in (normal(37, 48), normal(48, seed=1), normal(48, seed=2)))
+    rows = torch.full((37, 96), math.nan, dtype=dtype, device=device)[:, :48].copy_(x)  # apart from each other
+    out = quantize_fp8.layer_norm_fp8(rows, weight, bias, 1e-5, scale)
+    stock = F.layer_norm(x, (48,), weight, bias, 1e-5)
+    truth = F.layer_norm(x.double(), (48,), weight.double(), bias.double(), 1e-5)
+    for module, normalized, *quantized in (
+        (quantize_fp8, *out),
+        (reference_fp8, *reference_fp8.layer_norm_fp8(x, weight, bias, 1e-5, scale)),
+    ):
+        assert_within_policy(normalized, stock, truth)
+        values, scales = module.quantize_fp8(normalized, scale)
+        assert same_codes(quantized[0], values)
+        assert torch.equal(quantized[1], scales)
+    assert torch.equal(
+        reference_fp8.layer_norm_fp8(x, weight, bias, 1e-5, scale)[0], reference.layer_norm(x, weight, bias, 1e-5)
+    )
+
+
+def product_args(t: int, n: int, k: int, device: str, scale: float | None, bias: bool = True) -> list[Any]:
+    """x and a weight, quantized, such that results have a deviation around 1; and a bias in float32."""
+    x, row_scale = reference_fp8.quantize_fp8(normal(t, k).float(), scale)
+    weight, col_scale = reference_fp8.quantize_fp8(normal(n, k, seed=n).float() / k**0.5, None)
+    args = [x, row_scale, weight, col_scale * (scale or 1), normal(n, seed=1).float() if bias else None]
+    return [a if a is None else a.to(device) for a in args]
+
+
+def exact(args: list[Any], dtype: torch.dtype = torch.float64) -> Tensor:
+    """What `linear_fp8` computes of the numbers that the arguments stand for, in `dtype`."""
+    x, row_scale, weight, col_scale, bias = (a if a is None else a.to(dtype) for a in args)
+    y = F.linear(x, weight) * col_scale
+    y = y * row_scale[:, None] if row_scale.numel() else y
+    return y if bias is None else y + bias
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", kernel_dtypes)
+@pytest.mark.parametrize(("t", "n", "k", "scale"), [(1, 144, 64, 0.25), (37, 100, 80, None), (129, 48, 208, None)])
+def test_products(backend: Any, t: int, n: int, k: int, scale: float | None, dtype: torch.dtype, device: str) -> None:
+    """All epilogues to 16 bits and wider: no further from float64 than torch's own float32 of the same numbers."""
+    check_products(backend or linear_fp8, product_args(t, n, k, device, scale), dtype)
+
+
+def check_products(module: Any, args: list[Any], dtype: torch.dtype) -> None:
+    wide, truth = exact(args, torch.float32), exact(args)
+    stock = wide.to(dtype)
+    assert_within_policy(module.linear_fp8(*args, dtype), stock, truth, "linear_fp8")
+    residual = normal(*truth.shape, seed=3).to(truth.device, dtype)
+    out = module.linear_add_fp8(*args, residual)
+    assert_within_policy(out, (wide + residual).to(dtype), truth + residual.double(), "linear_add_fp8")
+    for approximate in ("none", "tanh"):
+        out = module.linear_gelu_fp8(*args, dtype, approximate, None)
+        wide_gelu, true_gelu = (F.gelu(y, approximate=approximate) for y in (wide, truth))
+        assert_within_policy(out, wide_gelu.to(dtype), true_gelu, f"linear_gelu_fp8 {approximate}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_a_product_to_8_bits(backend: Any, approximate: str, device: str) -> None:
+    """GELU's result in units of a scale: float64's rounded, but where float32 falls on the other side of a tie."""
+    args = product_args(65, 48, 208, device, None)
+    out = (backend or linear_fp8).linear_gelu_fp8(*args, torch.float16, approximate, 1 / 256)
+    assert out.dtype == torch.float8_e4m3fn
+    truth = F.gelu(exact(args), approximate=approximate) * 256
+    wanted = nearest(truth.cpu())
+    assert (truth > 448).any()  # saturated
+    differs = out.cpu().view(torch.uint8) != wanted
+    assert differs.float().mean() < 1e-3
+    between = (out.cpu().double() + wanted.view(torch.float8_e4m3fn).double())[differs] / 2
+    torch.testing.assert_close(between, truth.cpu()[differs], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("t", [1, 37, 128, 1000])
+def test_products_at_the_shapes_of_models(t: int, dtype: torch.dtype, device: str) -> None:
+    """Here an accumulator of fewer bits than float32 would show."""
+    for n, k in ((1152, 384), (1024, 1024), (3072, 1024), (4096, 1024), (1024, 4096)):
+        check_products(linear_fp8, product_args(t, n, k, device, None), dtype)
+
+
+@pytest.mark.parametrize("scale", [None, 0.25])
+def test_a_row_does_not_depend_on_the_batch(scale: float | None, device: str) -> None:
+    args = product_args(150, 48, 208, device, scale)
+    whole = linear_fp8.linear_fp8(*args, torch.float16)
+    for rows in (slice(0, 1), slice(3, 40), slice(120, 150)):
+        part = [args[0][rows], args[1][rows] if scale is None else args[1], *args[2:]]
+        assert torch.equal(linear_fp8.linear_fp8(*part, torch.float16), whole[rows])
+    x = normal(150, 70).to(device, torch.float16)
+    values, scales = quantize_fp8.quantize_fp8(x, scale)
+    for rows in (slice(0, 1), slice(3, 40)):
+        part_values, part_scales = quantize_fp8.quantize_fp8(x[rows], scale)
+        assert same_codes(part_values, values[rows])
+        assert torch.equal(part_scales, scales[rows] if scale is None else scales)
+
+
+def test_without_bias_and_without_rows(device: str) -> None:
+    args = product_args(5, 48, 64, device, None, bias=False)
+    check_products(linear_fp8, args, torch.float32)
+    empty = [args[0][:0], args[1][:0], *args[2:]]
+    assert linear_fp8.linear_fp8(*empty, torch.float16).shape == (0, 48)
+    assert quantize_fp8.quantize_fp8(torch.empty(0, 64, device=device), None)[0].shape == (0, 64)
+
+
+def test_bad_arguments_are_named(device: str) -> None:
+    x, row_scale, weight, col_scale, bias = product_args(5, 48, 64, device, None)
+    dtype = torch.float16
+    with pytest.raises(ValueError, match=r"^x has dtype torch.float32; expected torch.float8_e4m3fn"):
+        linear_fp8.linear_fp8(x.float(), row_scale, weight, col_scale, bias, dtype)
+    with pytest.raises(ValueError, match=r"^weight has shape \(48, 32\); expected \(48, 64\)"):
+        linear_fp8.linear_fp8(x, row_scale, weight[:, :32], col_scale, bias, dtype)
+    with pytest.raises(ValueError, match=r"56 a multiple of 16"):
+        linear_fp8.linear_fp8(x[:, :56], row_scale, weight[:, :56], col_scale, bias, dtype)
+    with pytest.raises(ValueError, match=r"^row_scale has shape \(4,\); expected \(5,\)"):
+        linear_fp8.linear_fp8(x, row_scale[:4], weight, col_scale, bias, dtype)
+    with pytest.raises(ValueError, match=r"^col_scale has shape \(47,\); expected \(48,\)"):
+        linear_fp8.linear_fp8(x, row_scale, weight, col_scale[1:], bias, dtype)
+    with pytest.raises(ValueError, match=r"^residual has shape \(4, 48\); expected \(5, 48\)"):
+        linear_fp8.linear_add_fp8(x, row_scale, weight, col_scale, bias, torch.zeros(4, 48, device=device))
+    with pytest.raises(ValueError, match=r"^approximate is 'erf'"):
+        linear_fp8.linear_gelu_fp8(x, row_scale, weight, col_scale, bias, dtype, "erf", None)
+    for scale in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match=r"^scale is .*; expected a positive number"):
+            quantize_fp8.quantize_fp8(torch.zeros(2, 16, device=device), scale)
+
+
+def test_every_architecture_has_tiles() -> None:
+    for arch in ("sm_89", "sm_90", "sm_100", "sm_120"):
+        config = launch.linear_fp8_config(arch, 1024, 1024)
+        stage = (config.block_m + config.block_n) * config.block_k
+        assert stage * config.num_stages <= (99 if arch in ("sm_89", "sm_120") else 227) * 1024
