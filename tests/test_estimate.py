@@ -132,8 +132,7 @@ def test_steps_only_help() -> None:
 
 
 def test_cold_start() -> None:
-    assert estimate.cold_start() == 8 * 1.5
-    assert estimate.cold_start(processes=3) == 3 * 1.5
+    assert estimate.cold_start(replace(estimate.ASSUMED, compile_s=2.0, import_s=3.0)) == 3 + 8 * 2
 
 
 def test_the_notes_hold_the_tables() -> None:

@@ -46,7 +46,8 @@ def readme(records: Iterable[dict[str, Any]]) -> str:
         if not what.startswith(MODEL):
             continue
         stock, fused = run.get("stock"), run.get("fused")
-        others = [r for name, r in run.items() if name not in ("stock", "fused") and r["ratio_to_stock"] is not None]
+        others = [r for name, r in run.items() if name != "stock" and r["ratio_to_stock"] is not None]
+        others = [r for r in others if not r["candidate"].startswith("fused")]
         best = max(others, key=lambda record: record["ratio_to_stock"], default=None)
         rows.append(
             [
