@@ -42,6 +42,9 @@ figures: registers, shared memory, programs an SM."""
 VARIANTS = ("", "persistent")
 """What `Config.variant` may be. "persistent", of products of 16 bits: `programs` an SM, each of which walks through
 tiles that the tensor memory accelerator loads; for sm_90 and later."""
+LIBRARY = "library"
+"""One more, of products: PyTorch's, by cuBLAS, then what the epilogue does, pass by pass. It chooses among kernels by
+the number of rows, so a row depends on what it is batched with: nothing tries it but who puts it in a table."""
 
 
 class _Operation(NamedTuple):
@@ -255,10 +258,10 @@ _LINEAR: dict[str, dict[int, tuple[tuple[float, Config], ...]]] = {
         4: ((_ANY, Config(64, 128, 32, 8, 3)),),  # the largest tile whose IEEE products and separate sums fit
     },
     "sm_90": {
-        2: (
-            (2048, Config(128, 128, 64, 4, 3)),  # 96 KiB: two programs an SM, and twice the tiles where columns are few
-            (_ANY, Config(128, 256, 64, 8, 4)),  # 192 KiB: one program an SM, two warp groups of m64n256 wgmma
-        ),
+        # 192 KiB: one program an SM, two warp groups of m64n256 wgmma. At full speed it reads 48 bytes a clock and SM
+        # from the L2 cache, which has some 39 for each; two programs of 128x128 would read 64, and lose by 7 % at n and
+        # k 1024, 25 % at k 4096, what they win by having one's epilogue under the other's products.
+        2: ((_ANY, Config(128, 256, 64, 8, 4)),),
         4: ((_ANY, Config(64, 128, 32, 8, 3)),),  # as on sm_80
     },
     "sm_100": {
@@ -270,28 +273,43 @@ _LINEAR: dict[str, dict[int, tuple[tuple[float, Config], ...]]] = {
         4: ((_ANY, Config(64, 128, 32, 8, 3)),),
     },
 }
+_LINEAR["sm_89"] = _LINEAR["sm_80"]  # by the same instructions, within 99 KiB
 # Rows that don't start at 16 bytes are loaded element by element, through registers: larger tiles spill.
 _LINEAR_UNALIGNED = Config(64, 128, 32, 8, 3)
 
 FEW_ROWS: dict[str, tuple[int, tuple[Config, ...]]] = {
     "sm_80": (
         81,
-        (Config(64, 128, 32, 4, 4), Config(64, 64, 64, 4, 5), Config(32, 64, 64, 4, 5), Config(32, 32, 64, 4, 6)),
+        (
+            Config(128, 128, 32, 4, 4),
+            Config(64, 128, 32, 4, 4),
+            Config(64, 64, 64, 4, 5),
+            Config(32, 64, 64, 4, 5),
+            Config(32, 32, 64, 4, 6),
+        ),
     ),
     "sm_90": (
         96,
-        (Config(64, 128, 64, 4, 4), Config(64, 64, 64, 4, 6), Config(64, 32, 128, 4, 4), Config(64, 16, 128, 4, 5)),
+        (
+            Config(128, 128, 64, 4, 3),
+            Config(64, 128, 64, 4, 4),
+            Config(64, 64, 64, 4, 6),
+            Config(64, 32, 128, 4, 4),
+            Config(64, 16, 128, 4, 5),
+        ),
     ),
 }
+FEW_ROWS["sm_89"] = (107, FEW_ROWS["sm_80"][1])
 """Smaller tiles of 16-bit products for few rows, largest first, by architecture, and how many tiles are enough.
 
-Enough are three quarters of the SMs of an A100, and of an H100 or H200. Each tile keeps some 80 KiB in flight and
-leaves room for a second program on its SM. Not measured yet. An architecture that is not here has one tile a weight.
+Enough are three quarters of the SMs of an A100, of an H100 or H200, and of an L40S. The smallest keep some 80 KiB in
+flight; all leave room for a second program on their SM. Not measured yet. An architecture that is not here has one tile
+a weight.
 
 This is as independent of the batch as one tile is if the matrix instruction is. All tiles of an architecture add up k
 in one chain of the same one, mma.m16n8k16 or wgmma.m64nNk16, 16 elements a step (the ahead-of-time tests hold that);
 so a row is bitwise the same in each, unless wgmma adds up differently by N. `test_a_row_is_the_same_in_every_tile`
-tells on a GPU; where it fails, take the architecture out. What that costs: one text of 128 tokens then has 8 tiles for
+tells on a GPU; where it fails, take the architecture out. What that costs: one text of 128 tokens then has 4 tiles for
 the 132 SMs of an H200 at n 1024, and its products take several times as long.
 """
 MANY_ROWS = 8192
@@ -320,7 +338,8 @@ def row_class(m: int) -> int:
 def linear_config(arch: str, dtype: torch.dtype, n: int, k: int, segments: int = 1, rows: int = MANY_ROWS) -> Config:
     """The tiles of a product with `segments` weights of shape (n, k).
 
-    Where `FEW_ROWS` has the architecture, the largest tile of which there are enough for its SMs.
+    Where `FEW_ROWS` has the architecture, the largest tile of which there are enough for its SMs, and of whose columns
+    no more than a ninth lies outside of n.
 
     Args:
         arch: as `architecture` names it; one without a table gets "portable".
@@ -332,17 +351,20 @@ def linear_config(arch: str, dtype: torch.dtype, n: int, k: int, segments: int =
     if n % 16 or k % 16:
         return _LINEAR_UNALIGNED
     table = _LINEAR.get(arch, _LINEAR["portable"])[dtype.itemsize]
-    first = next(i for i, (below, _) in enumerate(table) if n < below)
+    largest = next(config for below, config in table if n < below)
     if dtype.itemsize != 2 or arch not in FEW_ROWS:
-        return table[first][1]
+        return largest
     enough, smaller = FEW_ROWS[arch]
-    return _filling((*(config for _, config in table[first::-1]), *smaller), rows, n, enough, segments)
+    return _filling((largest, *smaller), rows, n, enough, segments)
 
 
 def _filling(tiles: tuple[Config, ...], rows: int, n: int, enough: int, segments: int = 1) -> Config:
-    """The first of `tiles` of which a result of (rows, segments * n) has `enough`; or the last."""
+    """The first of `tiles` of which a result of (rows, segments * n) has `enough`, a ninth outside of n at most; or the
+    last."""
     for config in tiles:
-        if -(-rows // config.block_m) * -(-n // config.block_n) * segments >= enough:
+        tiles_n = -(-n // config.block_n)
+        count = -(-rows // config.block_m) * tiles_n * segments
+        if count >= enough and 8 * tiles_n * config.block_n <= 9 * n:
             break
     return config
 

@@ -104,10 +104,15 @@ class Spec:
     streams: bool = False
 
 
-def targets(op: str) -> tuple[str, ...]:
-    """The architectures an op is compiled for: those that have 8-bit numbers, for ops of them; sm_89 only for those."""
+def targets(op: str, everything: bool) -> tuple[str, ...]:
+    """The architectures an op is compiled for: those that have 8-bit numbers, for ops of them.
+
+    sm_89 only for those, but for `everything`: for all else its instructions are those of sm_80.
+    """
     fp8 = op.endswith("_fp8")
-    return tuple(arch for arch in TARGETS if (arch not in ("sm_80", "gfx942") if fp8 else arch != "sm_89"))
+    return tuple(
+        arch for arch in TARGETS if (arch not in ("sm_80", "gfx942") if fp8 else everything or arch != "sm_89")
+    )
 
 
 Specializations = Callable[[str, bool], Iterator[Spec]]
@@ -347,11 +352,11 @@ def _linear(arch: str, full: bool) -> Iterator[Spec]:
         ):
             yield spec(dtype, 1024, k, op, config=config)
     else:
-        for config, op in zip(smaller, ("add", "gelu_pre", "qkv", "gelu"), strict=False):
+        for config, op in zip(smaller, ("linear", "add", "gelu_pre", "qkv", "gelu"), strict=False):
             yield spec(torch.bfloat16, 1024, 1024, op, config=config)
         for config, op in itertools.product(candidates, ("qkv", "gelu_pre", "add")):
             yield spec(torch.bfloat16, 1024, 1024, op, config=config)
-        for op in ops:  # an n on either side of where the tile changes
+        for op in ops:  # an n on either side of where the tile may change
             yield spec(torch.bfloat16, 1024, 1024, op)
             yield spec(torch.float16, 4096, 1024, op)
         for dtype, precision in precisions:
@@ -630,9 +635,9 @@ def _hip_usage(assembly: str) -> dict[str, int]:
     return {"registers": value("vgpr_count"), "spill_bytes": max(spilled, value("private_segment_fixed_size"))}
 
 
-# Of sm_80 and sm_90, what the loop of a kernel that streams is made of, besides arithmetic and branches.
+# Of these, what the loop of a kernel that streams is made of, besides arithmetic and branches.
 STREAM = {
-    "sm_80": re.compile(r"mma\.m16n8k16|cp\.async\.16|ldmatrix\.shared|other"),
+    **dict.fromkeys(("sm_80", "sm_89"), re.compile(r"mma\.m16n8k(16|32)|cp\.async\.16|ldmatrix\.shared|other")),
     "sm_90": re.compile(r"wgmma\.m64n\d+k(16|32)|cp\.async\.16|tma|other"),
 }
 
@@ -711,7 +716,7 @@ def _table_line(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.kernels.aot", description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--arch", nargs="+", choices=TARGETS)
     parser.add_argument("--op", nargs="+", choices=SPECIALIZATIONS, default=list(SPECIALIZATIONS))
     parser.add_argument("--full", action="store_true", help="every specialization, not a representative set")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes to compile in")
@@ -719,9 +724,9 @@ def main(argv: list[str] | None = None) -> int:
 
     jobs = [
         (op, arch, options.full, index)
-        for arch in options.arch
+        for arch in options.arch or TARGETS
         for op in options.op
-        if arch in targets(op)
+        if arch in targets(op, everything=options.full or bool(options.arch))
         for index, _ in enumerate(SPECIALIZATIONS[op](arch, options.full))
     ]
     rows = []

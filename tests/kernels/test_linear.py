@@ -184,7 +184,7 @@ def tiles(arch: str) -> list[launch.Config]:
     return list(dict.fromkeys(launch.linear_config(arch, torch.float16, n, 1024, 1, rows) for n, rows in shapes))
 
 
-@pytest.mark.parametrize("config", [c for arch in launch.FEW_ROWS for c in tiles(arch)], ids=str)
+@pytest.mark.parametrize("config", dict.fromkeys(c for arch in launch.FEW_ROWS for c in tiles(arch)), ids=str)
 def test_every_tile(config: launch.Config, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "linear_config", lambda *_: config)
     check(kernel, "linear_gelu", make_args("linear_gelu", 37, 144, 160, torch.float16, device), ("none",))
@@ -257,6 +257,19 @@ def test_persistent_feed_forward(gelu: str, device: str, monkeypatch: pytest.Mon
     assert set(launched) == {"linear_persistent_kernel"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_by_library(dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> None:
+    """Every epilogue of the kernels, after PyTorch's products."""
+    monkeypatch.setattr(launch, "linear_config", lambda *_: dataclasses.replace(PERSISTENT, variant=launch.LIBRARY))
+    for (op, rest), bias in itertools.product(OPS, (True, False)):
+        check(kernel, op, make_args(op, 37, 72, 40, dtype, device, bias), rest)
+    x, w1, b1, w2, b2 = make_feed_forward(37, 64, 160, dtype, device, True)
+    out, pre = kernel.feed_forward(x, w1, b1, w2, b2, "none")
+    assert torch.equal(pre, F.linear(x, w1, b1))
+    assert torch.equal(out, F.linear(F.gelu(pre), w2, b2))
+    assert not launched
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("op", "rest"), OPS, ids=OP_NAMES)
@@ -289,6 +302,7 @@ def test_few_rows_take_smaller_tiles(arch: str) -> None:
             arch, torch.float32, n, 1024, segments
         )
     assert config == launch.linear_config(arch, torch.float16, n, 1024)
+    assert launch.linear_config(arch, torch.float16, 384, 1024).block_n == 128  # of 256, a third would lie outside
     assert [launch.row_class(m) for m in (1, 64, 65, 300, 10**6)] == [64, 64, 128, 512, launch.MANY_ROWS]
 
 
