@@ -147,7 +147,7 @@ def training_layer(lengths: Sequence[int]) -> list[Launch]:
     """The launches of a layer in a training step, in bf16, with dropout."""
     t, h, i = sum(lengths), HIDDEN, WIDE
     row, wide, starts, seed = t * h * 2, t * i * 2, 4 * (len(lengths) + 1), 8
-    stats = 2 * HEADS * t * 4
+    stats = HEADS * t * 4
     norm = Launch("dropout + add + LayerNorm", "rows", 3 * row + 2 * h * 2 + seed)
     back = Launch("its backward", "rows", 5 * row + 3 * h * 2 + seed)
 

@@ -7,9 +7,9 @@ carrying the softmax along: a running maximum and sum of each row, in float32 an
 memory. Tile shapes depend on dtype and head_dim alone and a program sees one sequence alone, so that the output of a
 sequence is bitwise the same in any batch, packed or padded on the right.
 
-In training, dropout zeroes probabilities after the softmax, and each row's maximum and sum are kept. The backward
-computes the probabilities again from them, in two kernels without atomics: one holds keys and walks the queries for dK
-and dV, one holds queries and walks the keys for dQ.
+In training, dropout zeroes probabilities after the softmax, and what normalises each row is kept. The backward
+computes the probabilities again from that, in two kernels without atomics: one holds queries and walks the keys for
+dQ, one holds keys and walks the queries for dK and dV.
 
 The recurrence and the backward are those of FlashAttention-2 (Dao, 2023, https://arxiv.org/abs/2307.08691).
 """
@@ -23,11 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dropout import checked_seed, draw_threshold, keep_scale, keep_tile
+from .dropout import checked_seed, draw_threshold, keep_scale, keep_tile, keep_tile_transposed
 from .launch import architecture, attention_backward_config, attention_config, input_precision
-
-# Rows of a program that sums products of two rows.
-DELTA_ROWS = 32
 
 
 @triton.jit
@@ -48,7 +45,7 @@ def attention_kernel(
     k_ptr,
     v_ptr,
     out_ptr,
-    stats_ptr,  # (2, heads, rows) float32, or None: maximum and sum of each row
+    stats_ptr,  # (planes, heads, rows) float32, as `attention_forward` returns; or None
     cu_seqlens_ptr,  # None: every sequence has max_seqlen rows
     key_mask_ptr,  # None: every key takes part
     seed_ptr,  # of dropout, or None
@@ -93,8 +90,10 @@ def attention_kernel(
     q = tl.load(q_tile_ptr + offs_m[:, None] * stride_qt + offs_d[None, :], mask=mask_q, other=0.0)
 
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    sums = tl.zeros([BLOCK_M, 8], tl.float32)  # of every eighth column: as threads hold them, so none is exchanged
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
     for start_n in range(0, length, BLOCK_N):
         keep = offs_n < length - start_n
         mask_kv = keep[:, None] & mask_d
@@ -122,27 +121,30 @@ def attention_kernel(
             shift = tl.where(new_max == float("-inf"), 0.0, new_max)
         p = tl.exp2(tl.fma(scores, scale_log2e, -shift[:, None]))
         correction = tl.exp2(row_max - shift)
-        row_sum = row_sum * correction + tl.sum(p, 1)
+        sums = tl.fma(sums, correction[:, None], tl.sum(p.reshape(BLOCK_M, BLOCK_N // 8, 8), 1))
         row_max = new_max
 
         if seed_ptr is not None:  # the sum is of all, kept or not
             queries = row + start_m + offs_m
-            keep_p = keep_tile(tl.load(seed_ptr), queries, start_n, head, threshold, BLOCK_M, BLOCK_N)
-            p = tl.where(keep_p, p, 0.0)
+            p = tl.where(keep_tile(seed, queries, start_n, head, threshold, BLOCK_M, BLOCK_N), p, 0.0)
         v = tl.load(v_tile_ptr + v_offs, mask=mask_kv, other=0.0)
         acc = acc * correction[:, None]
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=INPUT_PRECISION)
         k_tile_ptr += BLOCK_N * stride_kt
         v_tile_ptr += BLOCK_N * stride_vt
 
+    row_sum = tl.sum(sums, 1)
     if key_mask_ptr is not None:
         row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # all keys masked: zero, as acc is
         row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
+    norm = 1.0 / row_sum
     if stats_ptr is not None:
         stats_ptr += head * rows + row + start_m + offs_m
-        tl.store(stats_ptr, row_max, mask=start_m + offs_m < length)
-        tl.store(stats_ptr + tl.num_programs(1).to(tl.int64) * rows, row_sum, mask=start_m + offs_m < length)
-    norm = 1.0 / row_sum
+        if q_ptr.dtype.element_ty == tl.float32:
+            tl.store(stats_ptr + tl.num_programs(1).to(tl.int64) * rows, norm, mask=start_m + offs_m < length)
+        else:
+            row_max += tl.log2(row_sum)
+        tl.store(stats_ptr, -row_max, mask=start_m + offs_m < length)
     if seed_ptr is not None:
         norm = norm * kept_scale
     acc = acc * norm[:, None]
@@ -152,33 +154,100 @@ def attention_kernel(
     tl.store(out_tile_ptr + out_offs, acc.to(out_ptr.dtype.element_ty), mask=mask_q)
 
 
-@triton.jit
-def delta_kernel(
+@triton.jit(do_not_specialize=["max_seqlen", "rows", "threshold"])
+def attention_backward_q_kernel(
+    qkv_ptr,  # (rows, 3, heads, HEAD_DIM), rows stride_qt apart
     grad_ptr,  # (rows, heads, HEAD_DIM), contiguous
     out_ptr,  # the same
-    delta_ptr,  # (heads, rows) float32: sums of their products
+    stats_ptr,  # (planes, heads, rows)
+    delta_ptr,  # (heads, rows) float32, written here: grad . out of each row, as the other kernel needs it
+    dqkv_ptr,  # (rows, 3, heads, HEAD_DIM), contiguous; here the first third
+    cu_seqlens_ptr,
+    key_mask_ptr,
+    seed_ptr,
     rows,
+    max_seqlen,
+    threshold,
+    kept_scale,
+    keep_rate,  # 1 / kept_scale, or 0
+    scale,
+    scale_log2e,
+    stride_qt,
     HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # queries of a program
+    BLOCK_N: tl.constexpr,  # keys at a time
     BLOCK_D: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
 ):
+    start_m = tl.program_id(0) * BLOCK_M
     head = tl.program_id(1).to(tl.int64)
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    sequence = tl.program_id(2).to(tl.int64)
+    heads = tl.num_programs(1)
+    row, length = sequence_rows(cu_seqlens_ptr, sequence, max_seqlen)
+    if start_m >= length:
+        return
+
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
-    offs = (offs_m[:, None] * tl.num_programs(1) + head) * HEAD_DIM + offs_d[None, :]
-    mask = (offs_m[:, None] < rows) & (offs_d[None, :] < HEAD_DIM)
-    grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    out = tl.load(out_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(delta_ptr + head * rows + offs_m, tl.sum(grad * out, 1), mask=offs_m < rows)
+    mask_d = offs_d[None, :] < HEAD_DIM
+    valid_m = start_m + offs_m < length
+    mask_q = valid_m[:, None] & mask_d
+    third = heads * HEAD_DIM
+    q_tile_ptr = qkv_ptr + (row + start_m) * stride_qt + head * HEAD_DIM
+    grad_offs = (row + start_m) * third + head * HEAD_DIM + offs_m[:, None] * third + offs_d[None, :]
+    q = tl.load(q_tile_ptr + offs_m[:, None] * stride_qt + offs_d[None, :], mask=mask_q, other=0.0)
+    grad = tl.load(grad_ptr + grad_offs, mask=mask_q, other=0.0)
+    out = tl.load(out_ptr + grad_offs, mask=mask_q, other=0.0)
+    # Of what dropout scales up, kept_scale is taken out, here and in all that is multiplied with it, to the very end.
+    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1) * keep_rate
+    offs_row = head * rows + row + start_m + offs_m
+    tl.store(delta_ptr + offs_row, delta, mask=valid_m)
+    shift = tl.load(stats_ptr + offs_row, mask=valid_m, other=0.0)
+    if qkv_ptr.dtype.element_ty == tl.float32:
+        norm = tl.load(stats_ptr + heads.to(tl.int64) * rows + offs_row, mask=valid_m, other=0.0)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+
+    k_tile_ptr = qkv_ptr + row * stride_qt + third + head * HEAD_DIM
+    kv_offs = offs_n[:, None] * stride_qt + offs_d[None, :]
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start_n in range(0, length, BLOCK_N):
+        takes_part = offs_n < length - start_n
+        mask_kv = takes_part[:, None] & mask_d
+        if key_mask_ptr is not None:
+            takes_part = tl.load(key_mask_ptr + sequence * max_seqlen + start_n + offs_n, mask=takes_part, other=False)
+        k = tl.load(k_tile_ptr + kv_offs, mask=mask_kv, other=0.0)
+        v = tl.load(k_tile_ptr + third + kv_offs, mask=mask_kv, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2(tl.fma(scores, scale_log2e, shift[:, None]))
+        if qkv_ptr.dtype.element_ty == tl.float32:
+            p = p * norm[:, None]
+        if key_mask_ptr is not None:
+            p = tl.where(takes_part[None, :], p, 0.0)
+        elif start_n + BLOCK_N > length:  # as in attention_kernel
+            p = tl.where((start_n + offs_n < length)[None, :], p, 0.0)
+        dp = tl.dot(grad, tl.trans(v), input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
+        if seed_ptr is not None:
+            queries = row + start_m + offs_m
+            dp = tl.where(keep_tile(seed, queries, start_n, head, threshold, BLOCK_M, BLOCK_N), dp, 0.0)
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=INPUT_PRECISION)
+        k_tile_ptr += BLOCK_N * stride_qt
+
+    out_tile_ptr = dqkv_ptr + (row + start_m) * 3 * third + head * HEAD_DIM
+    out_offs = offs_m[:, None] * 3 * third + offs_d[None, :]
+    dq = dq * (scale * kept_scale)
+    tl.store(out_tile_ptr + out_offs, dq.to(dqkv_ptr.dtype.element_ty), mask=mask_q)
 
 
 @triton.jit(do_not_specialize=["max_seqlen", "rows", "threshold"])
 def attention_backward_kv_kernel(
-    qkv_ptr,  # (rows, 3, heads, HEAD_DIM), rows stride_qt apart
-    grad_ptr,  # (rows, heads, HEAD_DIM), contiguous
-    stats_ptr,  # (2, heads, rows)
-    delta_ptr,  # (heads, rows)
-    dqkv_ptr,  # (rows, 3, heads, HEAD_DIM), contiguous; here the last two thirds
+    qkv_ptr,  # all as in attention_backward_q_kernel
+    grad_ptr,
+    stats_ptr,
+    delta_ptr,  # as that kernel wrote it
+    dqkv_ptr,  # here the last two thirds
     cu_seqlens_ptr,
     key_mask_ptr,
     seed_ptr,
@@ -213,12 +282,13 @@ def attention_backward_kv_kernel(
     kv_offs = offs_n[:, None] * stride_qt + offs_d[None, :]
     k = tl.load(k_tile_ptr + kv_offs, mask=mask_kv, other=0.0)
     v = tl.load(k_tile_ptr + third + kv_offs, mask=mask_kv, other=0.0)
-    if key_mask_ptr is not None:
-        offs_mask = sequence * max_seqlen + start_n + offs_n
-        takes_part = tl.load(key_mask_ptr + offs_mask, mask=start_n + offs_n < length, other=False)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
 
     q_tile_ptr = qkv_ptr + row * stride_qt + head * HEAD_DIM
     grad_tile_ptr = grad_ptr + row * third + head * HEAD_DIM
+    stats_ptr += head * rows + row
+    delta_ptr += head * rows + row
     q_offs = offs_m[:, None] * stride_qt + offs_d[None, :]
     grad_offs = offs_m[:, None] * third + offs_d[None, :]
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -226,108 +296,41 @@ def attention_backward_kv_kernel(
     for start_m in range(0, length, BLOCK_M):
         valid_m = offs_m < length - start_m
         mask_q = valid_m[:, None] & mask_d
+        # Queries past the end are zeros, as are their gradients: what they add to dK and dV is zero.
         q = tl.load(q_tile_ptr + q_offs, mask=mask_q, other=0.0)
         grad = tl.load(grad_tile_ptr + grad_offs, mask=mask_q, other=0.0)
-        offs_row = head * rows + row + start_m + offs_m
-        # Queries past the end have no weight: exp2(-inf) is zero.
-        row_max = tl.load(stats_ptr + offs_row, mask=valid_m, other=float("inf"))
-        row_sum = tl.load(stats_ptr + heads.to(tl.int64) * rows + offs_row, mask=valid_m, other=1.0)
-        delta = tl.load(delta_ptr + offs_row, mask=valid_m, other=0.0)
+        shift = tl.load(stats_ptr + start_m + offs_m, mask=valid_m, other=0.0)
+        delta = tl.load(delta_ptr + start_m + offs_m, mask=valid_m, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)  # [BLOCK_N, BLOCK_M]
-        p = tl.exp2(tl.fma(scores, scale_log2e, -row_max[None, :])) * (1.0 / row_sum)[None, :]
-        if key_mask_ptr is not None:
-            p = tl.where(takes_part[:, None], p, 0.0)
+        p = tl.exp2(tl.fma(scores, scale_log2e, shift[None, :]))
+        if qkv_ptr.dtype.element_ty == tl.float32:
+            norm = tl.load(stats_ptr + heads.to(tl.int64) * rows + start_m + offs_m, mask=valid_m, other=0.0)
+            p = p * norm[None, :]
         dp = tl.dot(v, tl.trans(grad), input_precision=INPUT_PRECISION)  # [BLOCK_N, BLOCK_M]
         kept = p
         if seed_ptr is not None:
             queries = row + start_m + offs_m
-            keep = tl.trans(keep_tile(tl.load(seed_ptr), queries, start_n, head, threshold, BLOCK_M, BLOCK_N))
-            kept = tl.where(keep, p * kept_scale, 0.0)
-            dp = tl.where(keep, dp * kept_scale, 0.0)
+            keep = keep_tile_transposed(seed, queries, start_n, head, threshold, BLOCK_M, BLOCK_N)
+            kept = tl.where(keep, p, 0.0)
+            ds = tl.fma(kept, dp, -p * delta[None, :])
+        else:
+            ds = p * (dp - delta[None, :])
         dv = tl.dot(kept.to(grad.dtype), grad, dv, input_precision=INPUT_PRECISION)
-        ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=INPUT_PRECISION)
         q_tile_ptr += BLOCK_M * stride_qt
         grad_tile_ptr += BLOCK_M * third
 
+    dk = dk * (scale * kept_scale)
+    dv = dv * kept_scale
+    if key_mask_ptr is not None:  # of a key that takes no part, nothing above is of use: its probabilities are zero
+        offs_mask = sequence * max_seqlen + start_n + offs_n
+        takes_part = tl.load(key_mask_ptr + offs_mask, mask=start_n + offs_n < length, other=False)
+        dk = tl.where(takes_part[:, None], dk, 0.0)
+        dv = tl.where(takes_part[:, None], dv, 0.0)
     out_tile_ptr = dqkv_ptr + (row + start_n) * 3 * third + third + head * HEAD_DIM
     out_offs = offs_n[:, None] * 3 * third + offs_d[None, :]
-    tl.store(out_tile_ptr + out_offs, (dk * scale).to(dqkv_ptr.dtype.element_ty), mask=mask_kv)
+    tl.store(out_tile_ptr + out_offs, dk.to(dqkv_ptr.dtype.element_ty), mask=mask_kv)
     tl.store(out_tile_ptr + third + out_offs, dv.to(dqkv_ptr.dtype.element_ty), mask=mask_kv)
-
-
-@triton.jit(do_not_specialize=["max_seqlen", "rows", "threshold"])
-def attention_backward_q_kernel(
-    qkv_ptr,  # all as in attention_backward_kv_kernel
-    grad_ptr,
-    stats_ptr,
-    delta_ptr,
-    dqkv_ptr,  # here the first third
-    cu_seqlens_ptr,
-    key_mask_ptr,
-    seed_ptr,
-    rows,
-    max_seqlen,
-    threshold,
-    kept_scale,
-    scale,
-    scale_log2e,
-    stride_qt,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,  # queries of a program
-    BLOCK_N: tl.constexpr,  # keys at a time
-    BLOCK_D: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-):
-    start_m = tl.program_id(0) * BLOCK_M
-    head = tl.program_id(1).to(tl.int64)
-    sequence = tl.program_id(2).to(tl.int64)
-    heads = tl.num_programs(1)
-    row, length = sequence_rows(cu_seqlens_ptr, sequence, max_seqlen)
-    if start_m >= length:
-        return
-
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_d = offs_d[None, :] < HEAD_DIM
-    valid_m = start_m + offs_m < length
-    mask_q = valid_m[:, None] & mask_d
-    third = heads * HEAD_DIM
-    q_tile_ptr = qkv_ptr + (row + start_m) * stride_qt + head * HEAD_DIM
-    grad_tile_ptr = grad_ptr + (row + start_m) * third + head * HEAD_DIM
-    q = tl.load(q_tile_ptr + offs_m[:, None] * stride_qt + offs_d[None, :], mask=mask_q, other=0.0)
-    grad = tl.load(grad_tile_ptr + offs_m[:, None] * third + offs_d[None, :], mask=mask_q, other=0.0)
-    offs_row = head * rows + row + start_m + offs_m
-    row_max = tl.load(stats_ptr + offs_row, mask=valid_m, other=float("inf"))
-    row_sum = tl.load(stats_ptr + heads.to(tl.int64) * rows + offs_row, mask=valid_m, other=1.0)
-    delta = tl.load(delta_ptr + offs_row, mask=valid_m, other=0.0)
-
-    k_tile_ptr = qkv_ptr + row * stride_qt + third + head * HEAD_DIM
-    kv_offs = offs_n[:, None] * stride_qt + offs_d[None, :]
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start_n in range(0, length, BLOCK_N):
-        takes_part = offs_n < length - start_n
-        mask_kv = takes_part[:, None] & mask_d
-        if key_mask_ptr is not None:
-            takes_part = tl.load(key_mask_ptr + sequence * max_seqlen + start_n + offs_n, mask=takes_part, other=False)
-        k = tl.load(k_tile_ptr + kv_offs, mask=mask_kv, other=0.0)
-        v = tl.load(k_tile_ptr + third + kv_offs, mask=mask_kv, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
-        p = tl.exp2(tl.fma(scores, scale_log2e, -row_max[:, None])) * (1.0 / row_sum)[:, None]
-        p = tl.where(takes_part[None, :], p, 0.0)
-        dp = tl.dot(grad, tl.trans(v), input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
-        if seed_ptr is not None:
-            queries = row + start_m + offs_m
-            keep = keep_tile(tl.load(seed_ptr), queries, start_n, head, threshold, BLOCK_M, BLOCK_N)
-            dp = tl.where(keep, dp * kept_scale, 0.0)
-        ds = p * (dp - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=INPUT_PRECISION)
-        k_tile_ptr += BLOCK_N * stride_qt
-
-    out_tile_ptr = dqkv_ptr + (row + start_m) * 3 * third + head * HEAD_DIM
-    out_offs = offs_m[:, None] * 3 * third + offs_d[None, :]
-    tl.store(out_tile_ptr + out_offs, (dq * scale).to(dqkv_ptr.dtype.element_ty), mask=mask_q)
 
 
 def attention(
@@ -481,15 +484,17 @@ def attention_forward(
         seed: int64 tensor of one element, on the device, which decides the dropped ones; None where `dropout` is 0.
 
     Returns:
-        (T, heads, head_dim), contiguous, zero in rows whose keys are all masked; and (2, heads, T) float32, of each
-        row the maximum m of scale * log2(e) * score and the sum of exp2 of the differences from it. Their logarithm in
-        one number would be off by a rounding of m, and so would every probability computed from it.
+        (T, heads, head_dim), contiguous, zero in rows whose keys are all masked; and (planes, heads, T) float32, what
+        makes the scores of each row probabilities again. Of 16 bits, one plane s: exp2(scale * log2(e) * score + s). In
+        float32 two, and the probability is that times the second: in one number, a logarithm, there would be a rounding
+        of the row's maximum, and in every probability computed from it.
 
     Raises:
         ValueError: as in `attention`; `dropout` out of range, or without a seed.
     """
     qkv, seed = _rows_of(qkv), checked_seed(dropout, seed)
-    stats = torch.empty((2, qkv.shape[2], qkv.shape[0]), dtype=torch.float32, device=qkv.device)
+    planes = 2 if qkv.dtype == torch.float32 else 1
+    stats = torch.empty((planes, qkv.shape[2], qkv.shape[0]), dtype=torch.float32, device=qkv.device)
     q, k, v = qkv.unbind(1)
     out = _launch_forward(q, k, v, stats, cu_seqlens, key_mask, max_seqlen, scale, dropout, seed)
     return out, stats
@@ -509,7 +514,7 @@ def attention_backward(
 ) -> Tensor:
     """The gradient of `attention_forward` with respect to qkv, (T, 3, heads, head_dim), by what that returned.
 
-    `grad` is (T, heads, head_dim). Deterministic: the same bits every time. Three launches.
+    `grad` is (T, heads, head_dim). Deterministic: the same bits every time. Two launches.
 
     Raises:
         ValueError: as in `attention_forward`; `grad` of another shape than `out`.
@@ -524,37 +529,34 @@ def attention_backward(
         return dqkv
     grad, out, stats = grad.contiguous(), out.contiguous(), stats.contiguous()
     delta = torch.empty(heads, rows, dtype=torch.float32, device=qkv.device)
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    delta_kernel[(triton.cdiv(rows, DELTA_ROWS), heads)](
-        grad, out, delta, rows, HEAD_DIM=head_dim, BLOCK_M=DELTA_ROWS, BLOCK_D=block_d, num_warps=4
-    )
     config = attention_backward_config(architecture(qkv.device), qkv.dtype, head_dim)
     grid = (triton.cdiv(max_seqlen, config.block_m), heads, batch)
-    for kernel, held, walked in (
-        (attention_backward_kv_kernel, "BLOCK_N", "BLOCK_M"),
-        (attention_backward_q_kernel, "BLOCK_M", "BLOCK_N"),
-    ):
-        kernel[grid](
-            qkv,
-            grad,
-            stats,
-            delta,
-            dqkv,
-            cu_seqlens,
-            key_mask,
-            seed,
-            rows,
-            max_seqlen,
-            draw_threshold(dropout),
-            keep_scale(dropout),
-            scale,
-            scale * math.log2(math.e),
-            qkv.stride(0),
-            HEAD_DIM=head_dim,
-            BLOCK_D=block_d,
-            INPUT_PRECISION=input_precision(qkv.dtype),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            **{held: config.block_m, walked: config.block_n},
-        )
+    layout = (cu_seqlens, key_mask, seed, rows, max_seqlen, draw_threshold(dropout), keep_scale(dropout))
+    scales = (scale, scale * math.log2(math.e))
+    constants = {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "INPUT_PRECISION": input_precision(qkv.dtype),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    attention_backward_q_kernel[grid](
+        *(qkv, grad, out, stats, delta, dqkv),
+        *layout,
+        1 - dropout,
+        *scales,
+        qkv.stride(0),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        **constants,
+    )
+    attention_backward_kv_kernel[grid](
+        *(qkv, grad, stats, delta, dqkv),
+        *layout,
+        *scales,
+        qkv.stride(0),
+        BLOCK_N=config.block_m,
+        BLOCK_M=config.block_n,
+        **constants,
+    )
     return dqkv

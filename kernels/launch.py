@@ -216,14 +216,15 @@ _ATTENTION_BACKWARD: dict[str, dict[tuple[int, int], Config]] = {
         **_HALF_BACKWARD,
         (4, 16): Config(32, 32, 0, 4, 1),
         (4, 32): Config(32, 32, 0, 4, 1),
-        (4, 64): Config(32, 32, 0, 4, 1),
+        (4, 64): Config(32, 32, 0, 8, 1),
         (4, 128): Config(16, 16, 0, 8, 1),
     },
     "sm_100": {
         **_HALF_BACKWARD,
+        (2, 64): Config(64, 32, 0, 4, 3),  # with two stages ptxas stops at 96 registers and spills
         (4, 16): Config(32, 32, 0, 8, 1),
         (4, 32): Config(32, 32, 0, 8, 1),
-        (4, 64): Config(32, 32, 0, 4, 1),
+        (4, 64): Config(32, 32, 0, 8, 1),
         (4, 128): Config(16, 16, 0, 8, 1),
     },
     "portable": {

@@ -204,7 +204,8 @@ def encoder(config: Any, lengths: Sequence[int], dtype: torch.dtype, train: bool
     seed = torch.empty((), dtype=torch.int64, device="meta")
     names = ("attention_dropout", "dropout") if hasattr(config, "hidden_dim") else _DROPOUTS
     drops = [(rate, seed if rate else None) for rate in (getattr(config, name) for name in names)]
-    stats = torch.empty(2, heads, tokens, dtype=torch.promote_types(dtype, torch.float32), device="meta")
+    planes = 2 if dtype.itemsize > 2 else 1
+    stats = torch.empty(planes, heads, tokens, dtype=torch.promote_types(dtype, torch.float32), device="meta")
     biases = Cost(0, _bytes([*(vector,) * 5, long]))
     each = [
         call("qkv_linear", x, *(square, vector) * 3),

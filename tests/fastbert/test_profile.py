@@ -244,7 +244,7 @@ def test_a_trace_of_a_gpu() -> None:
         add("user_annotation", "fastbert::attention_backward", t + 20, 60)
         add("cpu_op", "fastbert::attention_backward", t + 21, 58)
         add("cpu_op", "aten::empty", t + 22, 1)  # in an operator: none of its own
-        launch("delta_kernel", t + 30, t + 100, 50)
+        launch("attention_backward_q_kernel", t + 30, t + 100, 50)
         launch("attention_backward_kv_kernel", t + 50, t + 150, 100)
         add("user_annotation", "backward of layer 1", t + 110, 0, 2)
         add("cpu_op", "aten::mm", t + 120, 30, 2)
@@ -262,7 +262,7 @@ def test_a_trace_of_a_gpu() -> None:
     attention, product = by_name["fastbert::attention_backward"], by_name["aten::mm"]
     assert (attention.calls, attention.seconds, attention.cost) == (1, pytest.approx(150e-6), (10, 20))
     assert attention.kernels == {
-        "delta_kernel": (1, pytest.approx(50e-6)),
+        "attention_backward_q_kernel": (1, pytest.approx(50e-6)),
         "attention_backward_kv_kernel": (1, pytest.approx(100e-6)),
     }
     assert attention.layers == {0: pytest.approx(150e-6)}
@@ -362,7 +362,8 @@ def test_on_a_gpu(train: bool, tmp_path: Path) -> None:
     assert linear["kernels"]["linear_kernel"]["launches"] == (2 if train else 1) * LAYERS
     if train:
         assert set(found["fastbert::attention_backward"]["kernels"]) == {
-            *("delta_kernel", "attention_backward_kv_kernel", "attention_backward_q_kernel")
+            "attention_backward_kv_kernel",
+            "attention_backward_q_kernel",
         }
         assert set(found["fastbert::attention_backward"]["layers"]) == {"0", "1"}
     # Packing waits once; what torch's own backward of an embedding waits for is torch's.

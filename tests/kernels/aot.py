@@ -193,6 +193,7 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
                     **common(dtype, head_dim, layout, precision, drops),
                     **dict.fromkeys(("qkv_ptr", "grad_ptr", "dqkv_ptr"), pointer),
                     **dict.fromkeys(("stats_ptr", "delta_ptr"), "*fp32"),
+                    **({"out_ptr": pointer, "keep_rate": 0.9} if name == "q" else {}),
                     "scale": 0.125,
                     "scale_log2e": 0.18,
                     "stride_qt": 3 * 1024,
@@ -201,22 +202,6 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
                 },
                 config=config,
             )
-
-    def delta(dtype: torch.dtype, head_dim: int) -> Spec:
-        return Spec(
-            variant=f"delta d{head_dim}",
-            kernel=attention.delta_kernel,
-            arguments={
-                **dict.fromkeys(("grad_ptr", "out_ptr"), f"*{TYPE_NAMES[dtype]}"),
-                "delta_ptr": "*fp32",
-                "rows": 4096,
-                "HEAD_DIM": head_dim,
-                "BLOCK_M": attention.DELTA_ROWS,
-                "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-            },
-            config=Config(attention.DELTA_ROWS, 0, 0, 4, 1),
-            matrix=False,
-        )
 
     layouts = ("packed", "dense", "masked")
     if full:
@@ -231,14 +216,11 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
                         yield spec(dtype, head_dim, layout, "ieee", True, drops)
                         yield from backward(dtype, head_dim, layout, "ieee", drops)
                 yield from backward(torch.float32, head_dim, layout, "tf32")
-            for dtype in TYPE_NAMES:
-                yield delta(dtype, head_dim)
     else:
         yield spec(torch.bfloat16, 64, "packed", "ieee", True, True)
         yield from backward(torch.bfloat16, 64, "packed")
         yield from backward(torch.float16, 128, "masked", drops=False)
         yield from backward(torch.float32, 64, "masked")
-        yield delta(torch.bfloat16, 64)
         for head_dim, layout in ((16, "packed"), (32, "masked"), (40, "packed"), (64, "masked"), (128, "masked")):
             yield spec(torch.float16, head_dim, layout)
             yield spec(torch.float32, head_dim, layout)

@@ -11,14 +11,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.kernels import dropout
-from tests.kernels.philox import keep, philox
+from tests.kernels.philox import keep, keep_row, philox
 
 
 @triton.jit
 def tile_kernel(seed_ptr, out_ptr, first_row, first_col, stream, threshold, ROWS: tl.constexpr, COLS: tl.constexpr):
     rows = first_row + tl.arange(0, ROWS)
-    kept = dropout.keep_tile(tl.load(seed_ptr), rows, first_col, stream, threshold, ROWS, COLS)
-    tl.store(out_ptr + tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :], kept)
+    seed = tl.load(seed_ptr)
+    offs = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
+    tl.store(out_ptr + offs, dropout.keep_tile(seed, rows, first_col, stream, threshold, ROWS, COLS))
+    turned = dropout.keep_tile_transposed(seed, rows, first_col, stream, threshold, ROWS, COLS)
+    tl.store(out_ptr + ROWS * COLS + offs, tl.trans(turned))
 
 
 @triton.jit
@@ -30,14 +33,15 @@ def row_kernel(seed_ptr, out_ptr, row, threshold, COLS: tl.constexpr):
 def tile(
     seed: int, row: int, col: int, stream: int, rate: float, device: str, rows: int = 32, cols: int = 64
 ) -> Tensor:
-    out = torch.zeros(rows, cols, dtype=torch.bool, device=device)
+    out = torch.zeros(2, rows, cols, dtype=torch.bool, device=device)
     number = torch.tensor([seed], device=device)
     tile_kernel[(1,)](number, out, row, col, stream, dropout.draw_threshold(rate), ROWS=rows, COLS=cols)
-    return out.cpu()
+    assert torch.equal(out[0], out[1])  # as itself and as its transpose
+    return out[0].cpu()
 
 
 def test_the_oracle_is_philox() -> None:
-    """Random123's known answers."""
+    """Random123's known answers, of ten rounds."""
     known = [
         ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
         ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
@@ -48,19 +52,21 @@ def test_the_oracle_is_philox() -> None:
         ),
     ]
     for counter, key, words in known:
-        assert tuple(int(w) for w in philox(counter, key)) == words
+        assert tuple(int(w) for w in philox(counter, key, 10)) == words
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9999999, 1.0])
 @pytest.mark.parametrize("seed", [0, 7, 2**63 - 1, 0x123456789ABCDEF])
 def test_kernels_keep_what_the_oracle_keeps(seed: int, rate: float, device: str) -> None:
-    for row, col, stream in ((0, 0, 0), (1000, 64, 3), (2**20, 8, 15)):
-        rows, cols = torch.arange(row, row + 32), torch.arange(col, col + 64)
-        assert torch.equal(tile(seed, row, col, stream, rate, device), keep(seed, rows, cols, stream, rate))
+    places = (0, 0, 0, 64), (1000, 64, 3, 64), (2**20, 32, 15, 32), (3, 16, 1, 16), (3, 32, 1, 16)
+    for row, col, stream, width in places:
+        rows, cols = torch.arange(row, row + 32), torch.arange(col, col + width)
+        kept = tile(seed, row, col, stream, rate, device, cols=width)
+        assert torch.equal(kept, keep(seed, rows, cols, stream, rate))
     out = torch.zeros(3, 128, dtype=torch.bool, device=device)
     number = torch.tensor([seed], device=device)
     row_kernel[(3,)](number, out, 5, dropout.draw_threshold(rate), COLS=128)
-    assert torch.equal(out.cpu(), keep(seed, torch.arange(5, 8), torch.arange(128), 0, rate))
+    assert torch.equal(out.cpu(), keep_row(seed, torch.arange(5, 8), torch.arange(128), rate))
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.3])
