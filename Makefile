@@ -1,5 +1,5 @@
-# Commands for people and for CI. `make demo`, `make test`, `make test-all`, `make lint` and `make bench` set up .venv on
-# first use and need Python >= 3.10 and a package index. `make gpu` uses $(PYTHON) and what is installed there.
+# Commands for people and for CI. All but `make gpu` and `make clean` set up .venv on first use and
+# need Python >= 3.10 and a package index. `make gpu` uses $(PYTHON) and what is installed there.
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,12 +8,14 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all lint gpu bench clean
+.PHONY: help demo test test-all hf-suite compat lint gpu bench clean
 
 help:
 	@echo "make demo      verify fused models against stock and time both, on this machine"
 	@echo "make test      the tests"
 	@echo "make test-all  the tests, the slow ones too; DATA=FOLDER: and those that train on SST-2 and WNUT-17, found there"
+	@echo "make hf-suite  Hugging Face's own tests, stock and fused, under three versions of transformers; hours"
+	@echo "make compat    tests under the oldest and newest supported versions of triton and transformers; an hour"
 	@echo "make lint      ruff and mypy"
 	@echo "make gpu       GPU tests, then the benchmarks, with \$$(PYTHON) as it is: nothing is installed"
 	@echo "make bench     the benchmarks on this machine, in .venv"
@@ -27,6 +29,12 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -q --slow $(if $(DATA),--data $(DATA))
+
+hf-suite: $(INSTALLED)
+	$(VENV)/bin/python -m tests.compat.hf_suite $(ARGS)
+
+compat: $(INSTALLED)
+	$(VENV)/bin/python -m tests.compat.matrix $(ARGS)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

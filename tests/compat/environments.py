@@ -1,0 +1,59 @@
+"""Other versions of a dependency, laid over the environment that runs this: folders for PYTHONPATH, made once and kept.
+
+They lie in build/compat, which git ignores and `make clean` removes. A folder over an environment costs what differs;
+an environment of its own would bring torch again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = ROOT / "build" / "compat"
+
+# The versions tried: the oldest supported, that of constraints.txt, the newest. torch is tried as it is: here as
+# constraints.txt pins it, by `make gpu` as the machine has it.
+TRIED = {
+    "torch": ("2.11.0", "2.13.0"),
+    "transformers": ("5.4.0", "5.17.0", "5.23.0"),
+    "triton": ("3.6.0", "3.7.1", "3.9.0"),
+}
+
+
+def pip(*arguments: str | Path) -> None:
+    """Runs pip of this environment.
+
+    Raises:
+        RuntimeError: it failed; the message is its own.
+    """
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def overlay(*requirements: str, free: tuple[str, ...] = ()) -> Path:
+    """A folder with `requirements` and all they depend on, as constraints.txt pins it but for the packages `free`."""
+    folder = CACHE / "-".join(re.sub(r"[^\w.]+", "_", requirement) for requirement in requirements)
+    if folder.exists():
+        return folder
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines(keepends=True)
+    constraints = CACHE / f"{folder.name}.txt"
+    constraints.write_text("".join(pin for pin in pins if pin.split("==")[0] not in free), encoding="utf-8")
+    pip("install", "--quiet", "--no-compile", "--target", partial, "-c", constraints, *requirements)
+    partial.rename(folder)  # last, so that an install that broke off is taken up again
+    return folder
+
+
+def environment(*folders: Path, **variables: str) -> dict[str, str]:
+    """The environment variables of a process that imports from `folders`, then from this environment."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "TRITON_"))}
+    return {**inherited, "PYTHONPATH": os.pathsep.join(map(str, folders)), "HF_HUB_OFFLINE": "1", **variables}

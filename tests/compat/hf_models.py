@@ -1,0 +1,89 @@
+"""What hf_suite.py has pytest collect: Hugging Face's test classes over every family, and every head, of fastbert.
+
+`huggingface_tests` is the folder tests/ of transformers' source distribution, which hf_suite.py unpacks. It has the
+tests that are common to all models, and not the small models each family brings to them: those are made here. They
+have heads of 16, the least that fastbert fuses.
+"""
+
+from __future__ import annotations
+
+import importlib
+import unittest
+from typing import Any
+
+import torch
+from huggingface_tests.generation.test_utils import GenerationTesterMixin
+from huggingface_tests.test_modeling_common import ModelTesterMixin, ids_tensor, random_attention_mask
+from huggingface_tests.test_training_mixin import TrainingTesterMixin
+from transformers import CONFIG_MAPPING
+
+import fastbert
+from fastbert.fuse import FAMILIES
+
+NO_TYPES = {"distilbert", "mpnet"}
+
+
+class Tester:
+    """A small model of a family, and inputs: what ModelTesterMixin asks of a `model_tester`."""
+
+    batch_size, seq_length, num_choices, num_labels = 13, 7, 4, 3
+    hidden_size, num_hidden_layers, num_attention_heads = 32, 2, 2
+    is_training = True
+
+    def __init__(self, family: str, masked_lm: Any) -> None:
+        self.family = family
+        self.causal_lm_class = masked_lm  # what TrainingTesterMixin trains: any model that takes ids as its labels
+
+    def get_config(self) -> Any:
+        sizes = {"vocab_size": 99, "max_position_embeddings": 512, "initializer_range": 0.02, "pad_token_id": 0}
+        sizes |= {name: getattr(self, name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+        if self.family == "distilbert":
+            sizes |= {"hidden_dim": 37}
+        else:
+            sizes |= {"intermediate_size": 37}
+        if self.family not in NO_TYPES:
+            sizes |= {"type_vocab_size": 16}
+        if self.family == "electra":
+            sizes |= {"embedding_size": 32}
+        return CONFIG_MAPPING[self.family.replace("_", "-")](**sizes)
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[Any, dict[str, torch.Tensor]]:
+        shape = [self.batch_size, self.seq_length]
+        inputs = {"input_ids": ids_tensor(shape, 99), "attention_mask": random_attention_mask(shape)}
+        if self.family not in NO_TYPES:
+            inputs["token_type_ids"] = ids_tensor(shape, 16)
+        return self.get_config(), inputs
+
+
+class FamilyTests(ModelTesterMixin, TrainingTesterMixin):
+    model_tester: Any = None
+    family = ""
+
+    def setUp(self) -> None:
+        masked_lm = next(kind for kind in self.all_model_classes if kind.__name__.endswith("ForMaskedLM"))
+        self.model_tester = Tester(self.family, masked_lm)
+
+    def _prepare_for_class(self, inputs_dict: Any, model_class: Any, return_labels: bool = False) -> Any:
+        inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels)
+        name = model_class.__name__
+        if return_labels and name.endswith("ForPreTraining"):
+            inputs["labels"] = torch.zeros_like(inputs["input_ids"])
+            if name != "ElectraForPreTraining":
+                inputs["next_sentence_label"] = torch.zeros(self.model_tester.batch_size, dtype=torch.long)
+        return inputs
+
+
+def _tests_of(family: str) -> type[unittest.TestCase]:
+    begin, ends = fastbert._MODELS[family]
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    kinds = tuple(getattr(module, begin + end) for end in ("Model", *(end for end in ends if end != "Model")))
+    # Hugging Face's tests ask for this class, empty here, wherever a model can generate.
+    generates = (GenerationTesterMixin,) if any(kind.can_generate() for kind in kinds) else ()
+    bases = (FamilyTests, *generates, unittest.TestCase)
+    return type(f"{begin}ModelTest", bases, {"__module__": __name__, "all_model_classes": kinds, "family": family})
+
+
+for _family in FAMILIES:
+    _tests = _tests_of(_family)
+    globals()[_tests.__name__] = _tests
+del _tests
