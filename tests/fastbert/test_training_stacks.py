@@ -597,13 +597,25 @@ QUESTIONS = ["a b c", "d", "e f g h i j a b c d e", "c c", "j i h", "f a c e", "
 ANSWERS = ["c b a", "d d d", "e", "g a c", "h i h i h i j a", "c a f e", "e b b", "a d d e d"]
 
 
-def test_sentence_transformers(saved: Path) -> None:
+BOTH_WAYS = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+LOSSES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "plain": ("MultipleNegativesRankingLoss", {}, 2),
+    "cached": ("CachedMultipleNegativesRankingLoss", {"mini_batch_size": 2}, 8),
+    "cached, symmetric": ("CachedMultipleNegativesRankingLoss", {"mini_batch_size": 3, **BOTH_WAYS}, 8),
+}
+"""Of sentence-transformers: class, arguments, and forwards of a step, where cached ones take each mini-batch twice."""
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_sentence_transformers(name: str, saved: Path) -> None:
     sentence_transformers = pytest.importorskip("sentence_transformers")
-    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer import losses
+
+    kind, arguments, forwards = LOSSES[name]
 
     def run(model: Any) -> dict[str, Tensor]:
         before = copy.deepcopy(model)
-        loss = MultipleNegativesRankingLoss(model)
+        loss = getattr(losses, kind)(model, **arguments)
         optimizer = OPTIMIZERS["AdamW"](loss.parameters())
         for step in range(3):
             rows = slice(2 * step, 2 * step + 4)
@@ -618,7 +630,31 @@ def test_sentence_transformers(saved: Path) -> None:
     stock = sentence_transformers.SentenceTransformer(str(saved), device="cpu").train()
     found = fastbert.fuse(copy.deepcopy(stock)), stock, copy.deepcopy(stock).double()
     of_each(run, found, "updates")
-    assert fused_calls(found[0]) == {"packed": 9}
+    (encoder,) = fastbert.explain(found[0]).encoders
+    assert not encoder.stock_calls
+    assert sum(encoder.fused_calls.values()) == 3 * (forwards + 1)  # one is encode's
+
+
+def test_a_cached_loss_drops_the_same_twice(saved: Path) -> None:
+    """Its second pass, for gradients, restores the generator of the first: the gradients are those of one pass."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    from sentence_transformers.sentence_transformer import losses
+
+    def found(name: str, seed: int) -> dict[str, Tensor]:
+        model = fastbert.fuse(sentence_transformers.SentenceTransformer(str(saved), device="cpu")).train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.25
+        loss = getattr(losses, name)(model)
+        torch.manual_seed(seed)
+        loss([model.preprocess(texts) for texts in (QUESTIONS, ANSWERS)], None).backward()
+        assert set(fused_calls(model)) == {"packed"}
+        return {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+
+    once = found("MultipleNegativesRankingLoss", 0)
+    torch.testing.assert_close(found("CachedMultipleNegativesRankingLoss", 0), once)
+    with pytest.raises(AssertionError, match="not close"):
+        torch.testing.assert_close(found("CachedMultipleNegativesRankingLoss", 1), once)
 
 
 def test_sentence_transformers_trainer(saved: Path) -> None:
