@@ -53,6 +53,7 @@ _OPERATORS = {
         f"({_IDS}, {_TABLES}, Tensor weight, Tensor bias, float eps, int padding_idx, int position_padding_idx) "
         "-> Tensor",
     ),
+    "mask_layout": ("padding", "(Tensor mask, Tensor? labels) -> (Tensor, Tensor, Tensor, Tensor)"),
     "pack": ("padding", "(Tensor x, Tensor indices, Tensor inverse) -> Tensor"),
     "unpack": ("padding", "(Tensor x, Tensor indices, Tensor inverse) -> Tensor"),
     # Training.
@@ -201,6 +202,10 @@ _SHAPES: dict[str, Callable[..., Any]] = {
         x, weight, dtype if scale is None else torch.float8_e4m3fn
     ),
     "linear_add_fp8": lambda x, row_scale, weight, col_scale, bias, residual: _fp8_product(x, weight, residual.dtype),
+    "mask_layout": lambda mask, labels: (
+        mask.new_empty(mask.shape[0] + 1, dtype=torch.int32),
+        *(mask.new_empty(size, dtype=torch.int64) for size in (mask.numel(), mask.numel(), 5)),
+    ),
     "pack": lambda x, indices, inverse: _like(x, indices.shape[0], x.shape[1]),
     "unpack": lambda x, indices, inverse: _like(x, inverse.shape[0], x.shape[1]),
 }
@@ -252,5 +257,6 @@ embedding_layer_norm: Callable[..., Tensor] = _callable("embedding_layer_norm")
 embedding_layer_norm_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = _callable("embedding_layer_norm_backward")
 linear_cross_entropy: Callable[..., tuple[Tensor, Tensor]] = _callable("linear_cross_entropy")
 linear_cross_entropy_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = _callable("linear_cross_entropy_backward")
+mask_layout: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _callable("mask_layout")
 pack: Callable[..., Tensor] = _callable("pack")
 unpack: Callable[..., Tensor] = _callable("unpack")

@@ -60,9 +60,11 @@ class Selection(NamedTuple):
     """Whether padding stands between real tokens of a sequence."""
 
 
-def host_integers(values: list[Tensor]) -> list[int]:
-    """The values of 0-d integer or bool tensors, in one transfer: the one host synchronisation of a packed forward."""
-    result: list[int] = torch.stack([value.to(torch.int64) for value in values]).tolist()
+def host_integers(values: Tensor | list[Tensor]) -> list[int]:
+    """The values of a 1-D int64 tensor, or of 0-d integer or bool ones, in one transfer: one host synchronisation."""
+    if not isinstance(values, Tensor):
+        values = torch.stack([value.to(torch.int64) for value in values])
+    result: list[int] = values.tolist()
     return result
 
 
@@ -77,21 +79,9 @@ def pack_mask(mask: Tensor, labels: Tensor | None = None) -> Selection:
         A Selection. Synchronises with the device once.
     """
     batch, seqlen = mask.shape
-    real = mask.flatten()
-    cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=mask.device)
-    lengths = mask.sum(1, dtype=torch.int32)
-    torch.cumsum(lengths, 0, dtype=torch.int32, out=cu_seqlens[1:])
-    row = real.cumsum(0) - 1
-    labels_padding = mask.new_zeros(()) if labels is None else ((labels != -100) & ~mask).any()
-    begins = mask[:, 0].to(torch.int32) + (mask[:, 1:] & ~mask[:, :-1]).sum(1, dtype=torch.int32)
-    tokens, longest, starts_real, at_padding, has_holes = host_integers(
-        [cu_seqlens[-1], lengths.max(), mask[:, 0].all(), labels_padding, (begins > 1).any()]
-    )
-    # Padding rows all write their index to one spare slot past the end.
-    slots = torch.where(real, row, real.numel())
-    rows = torch.arange(real.numel(), device=mask.device)
-    indices = torch.empty(real.numel() + 1, dtype=torch.int64, device=mask.device).scatter_(0, slots, rows)[:tokens]
-    packing = Packing(batch, seqlen, longest, cu_seqlens, None, indices, torch.where(real, row, -1))
+    cu_seqlens, indices, inverse, totals = ops.mask_layout(mask, labels)
+    tokens, longest, starts_real, at_padding, has_holes = host_integers(totals)
+    packing = Packing(batch, seqlen, longest, cu_seqlens, None, indices[:tokens], inverse)
     return Selection(packing, tokens, bool(starts_real), bool(at_padding), bool(has_holes))
 
 

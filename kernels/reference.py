@@ -496,6 +496,34 @@ def linear_cross_entropy_backward(
     return dx, dweight.to(weight.dtype), dbias if bias is None else dbias.to(bias.dtype)
 
 
+def mask_layout(mask: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The packed layout of a padding mask (B, S) bool, True at real tokens; labels (B, S) int64, -100 for none.
+
+    Returns:
+        - (B + 1,) int32, where each sequence starts among the real tokens;
+        - (B * S,) int64, the padded rows: those of real tokens in order, then those of padding, the last first;
+        - (B * S,) int64, the place of each padded row among the real ones, -1 where it is padding;
+        - (5,) int64: real tokens; the longest sequence; and whether every first position is real, a label stands at
+          padding, padding stands between real tokens of a sequence.
+    """
+    real = mask.flatten()
+    lengths = mask.sum(1, dtype=torch.int32)
+    cu_seqlens = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
+    torch.cumsum(lengths, 0, dtype=torch.int32, out=cu_seqlens[1:])
+    before = real.cumsum(0) - real.long()
+    rows = torch.arange(real.numel(), device=mask.device)
+    slots = torch.where(real, before, real.numel() - 1 - (rows - before))
+    labelled = mask.new_zeros(()) if labels is None else ((labels != -100) & ~mask).any()
+    begins = mask[:, 0].to(torch.int32) + (mask[:, 1:] & ~mask[:, :-1]).sum(1, dtype=torch.int32)
+    totals = [cu_seqlens[-1], lengths.max(), mask[:, 0].all(), labelled, (begins > 1).any()]
+    return (
+        cu_seqlens,
+        torch.empty_like(rows).scatter_(0, slots, rows),
+        torch.where(real, before, -1),
+        torch.stack([total.to(torch.int64) for total in totals]),
+    )
+
+
 def pack(x: Tensor, indices: Tensor, inverse: Tensor) -> Tensor:
     """Rows of the padded layout that hold real tokens: x (R, H), indices (T,) int64 into its rows -> (T, H).
 

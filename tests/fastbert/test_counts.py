@@ -82,6 +82,7 @@ def test_bytes(dtype: torch.dtype) -> None:
         "linear_fp8": (48 + wide, rows + weight + 4 * (9 + 48)),
         "linear_gelu_fp8": (48, rows + weight + 4 * (9 + 48) + wide),
         "linear_add_fp8": (48 + 2 * wide, rows + weight + 4 * 48),  # one scale for all rows
+        "mask_layout": (0, 9 + 8 * 9 + 4 * 4 + 2 * 8 * 9 + 8 * 5),
         "pack": (2 * 3 * 32, 8 * 3),  # three rows are real
         "unpack": (3 * 32 + rows, 8 * 9),
     }
@@ -176,7 +177,7 @@ def test_an_encoder_costs_what_it_calls(
         hidden = model(models.ids(*mask.shape), attention_mask=mask).last_hidden_state
         if train:
             hidden.backward(torch.ones_like(hidden))
-    around = {"embedding_layer_norm", "embedding_layer_norm_backward", "unpack", "pack"}
+    around = {"embedding_layer_norm", "embedding_layer_norm_backward", "mask_layout", "unpack", "pack"}
     assert {name for name, _ in calls.costs} >= (around if train else {"embedding_layer_norm", "unpack"})
     layers = counts.total(each for name, each in calls.costs if name not in around)
     expected = counts.encoder(model.config, LENGTHS, dtype, train)

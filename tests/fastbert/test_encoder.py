@@ -362,7 +362,7 @@ def test_host_synchronisations(monkeypatch: pytest.MonkeyPatch, padding: str, ki
             return function(*args, **(kwargs or {}))
 
     # The reference twins may read what they like: on a GPU it is the kernels that run.
-    for name in ops.CPU_BACKEND:
+    for name in ops.CPU_BACKEND.keys() - {"mask_layout"}:
         fake = ops._SHAPES[name]
         monkeypatch.setitem(ops.CPU_BACKEND, name, lambda *args, _f=fake: _f(*args).zero_())
     with torch.no_grad(), Reads():

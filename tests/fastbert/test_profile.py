@@ -28,6 +28,7 @@ from tests import models
 
 LAYERS = 2
 LENGTHS = (5, 9, 3)
+SMALL = "fastbert::mask_layout"  # once a forward: too little to be listed where other operators take long
 AROUND = {
     "fastbert::embedding_layer_norm",
     "fastbert::embedding_layer_norm_backward",
@@ -95,7 +96,9 @@ def test_a_forward(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "fastbert::linear_gelu": LAYERS,
         "fastbert::unpack": 1,
     }
-    assert {name: row["calls"] for name, row in found.items() if name.startswith("fastbert::")} == calls
+    assert {
+        name: row["calls"] for name, row in found.items() if name.startswith("fastbert::") and name != SMALL
+    } == calls
     assert found["aten::addmm"]["calls"] == 1  # of the pooler
     ours = [row for name, row in found.items() if name in calls.keys() - AROUND]
     least = counts.encoder(hf.BertConfig(**cases.SHAPES["minilm"]), LENGTHS, torch.float32)
@@ -145,7 +148,9 @@ def test_a_training_step_against_stock(tmp_path: Path, capsys: pytest.CaptureFix
         "fastbert::attention_backward": LAYERS,
         "fastbert::embedding_layer_norm_backward": 1,
     }
-    assert {name: row["calls"] for name, row in found.items() if name.startswith("fastbert::")} == calls
+    assert {
+        name: row["calls"] for name, row in found.items() if name.startswith("fastbert::") and name != SMALL
+    } == calls
     inside = {*calls.keys() - AROUND, "aten::mm"}
     assert found["aten::mm"]["calls"] == 7 * LAYERS
     assert all(set(found[name]["layers"]) == {"0", "1"} for name in inside)

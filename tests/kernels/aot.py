@@ -56,6 +56,7 @@ from fastbert.kernels.launch import (
     FEW_ROWS_FP8,
     FP8_EXACT_K,
     LINEAR_CANDIDATES,
+    MASK_LAYOUT,
     VOCABULARY_BLOCK,
     Config,
     attention_backward_config,
@@ -68,7 +69,7 @@ from fastbert.kernels.launch import (
 )
 from fastbert.kernels.layer_norm import add_layer_norm_backward_kernel, layer_norm_kernel
 from fastbert.kernels.linear_fp8 import linear_fp8_kernel
-from fastbert.kernels.padding import gather_rows_kernel
+from fastbert.kernels.padding import gather_rows_kernel, mask_layout_kernel
 from fastbert.kernels.quantize_fp8 import quantize_fp8_kernel
 from tests.kernels.main_loop import main_loop, matrix
 
@@ -550,8 +551,28 @@ def _cross_entropy(arch: str, full: bool) -> Iterator[Spec]:
             )
 
 
+def _mask_layout() -> Iterator[Spec]:
+    for labels in (None, "*i64"):
+        yield Spec(
+            variant="mask layout" + (" with labels" if labels else ""),
+            kernel=mask_layout_kernel,
+            arguments={
+                "mask_ptr": "*i1",
+                "labels_ptr": labels,
+                "cu_seqlens_ptr": "*i32",
+                **{f"{name}_ptr": "*i64" for name in ("indices", "inverse", "totals")},
+                "batch": 32,
+                "seqlen": 384,
+                "BLOCK": MASK_LAYOUT.block_n,
+            },
+            config=MASK_LAYOUT,
+            matrix=False,
+        )
+
+
 @specializations("padding")
 def _padding(arch: str, full: bool) -> Iterator[Spec]:
+    yield from _mask_layout()
     for width, dtype, first in itertools.product(WIDTHS if full else (1024,), TYPE_NAMES, (0, -1)):
         config = row_config(dtype, width)
         yield Spec(
@@ -648,7 +669,12 @@ def compile_one(op: str, arch: str, spec: Spec) -> dict[str, Any]:
         "op": op,
         "variant": spec.variant,
         "dtype": next(
-            v[1:] for v in spec.arguments.values() if isinstance(v, str) and v[1:] in (*TYPE_NAMES.values(), "fp8e4nv")
+            (
+                v[1:]
+                for v in spec.arguments.values()
+                if isinstance(v, str) and v[1:] in (*TYPE_NAMES.values(), "fp8e4nv")
+            ),
+            "integer",
         ),
         "arch": arch,
         "config": [config.block_m, config.block_n, config.block_k],

@@ -53,7 +53,8 @@ def assert_clean(rows: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_compiles_without_spills_within_shared_memory(rows: list[dict[str, Any]], arch: str) -> None:
     chosen = [row for row in rows if row["arch"] == arch]
-    assert {row["dtype"] for row in chosen} == {"fp32", "fp16", "bf16"} | ({"fp8e4nv"} if arch in FP8 else set())
+    expected = {"fp32", "fp16", "bf16", "integer"} | ({"fp8e4nv"} if arch in FP8 else set())
+    assert {row["dtype"] for row in chosen} == expected
     assert_clean(chosen)
 
 

@@ -73,3 +73,54 @@ def test_an_index_out_of_range_is_asserted(name: str, index: int, device: str, m
     wrong = torch.tensor([index], device=device)
     with pytest.raises(interpreter.InterpreterError, match="indices"):
         getattr(kernel, name)(make_rows(7, 100, torch.float32, device), wrong, wrong)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (1, 37), (7, 19), (3, 4096), (70, 130)])
+@pytest.mark.parametrize("module", modules)
+def test_mask_layout(module: object, shape: tuple[int, int], seed: int, device: str) -> None:
+    """By boolean indexing, sequence by sequence."""
+    generator = torch.Generator().manual_seed(seed)
+    if seed < 3:  # without holes: from the left, from the right, or everywhere
+        lengths = torch.randint(0, shape[1] + 1, (shape[0], 1), generator=generator)
+        mask = torch.arange(shape[1]) < (lengths if seed < 2 else shape[1])
+        mask = mask.expand(shape).flip(1) if seed == 1 else mask.expand(shape)
+    else:
+        mask = torch.rand(shape, generator=generator) < (0.0, 0.5, 0.97)[seed - 3]
+    labels = torch.full(shape, -100)
+    if seed % 2:
+        labels[torch.rand(shape, generator=generator) < 0.01] = 3
+    cu_seqlens, indices, inverse, totals = module.mask_layout(mask.to(device), labels.to(device))
+    rows = mask.flatten().nonzero().flatten()
+    assert cu_seqlens.tolist() == [0, *mask.sum(1).cumsum(0).tolist()]
+    assert cu_seqlens.dtype == torch.int32
+    assert torch.equal(indices[: len(rows)].cpu(), rows)
+    assert torch.equal(indices[len(rows) :].cpu(), (~mask).flatten().nonzero().flatten().flip(0))
+    expected = torch.full((mask.numel(),), -1)
+    expected[rows] = torch.arange(len(rows))
+    assert torch.equal(inverse.cpu(), expected)
+    runs = ["".join("01"[x] for x in row).split("0") for row in mask.tolist()]
+    assert totals.tolist() == [
+        len(rows),
+        int(mask.sum(1).max()),
+        int(mask[:, 0].all()),
+        int((labels[~mask] != -100).any()),
+        int(any(len([run for run in row if run]) > 1 for row in runs)),
+    ]
+    without = module.mask_layout(mask.to(device), None)
+    assert all(torch.equal(a, b) for a, b in zip(without[:3], (cu_seqlens, indices, inverse), strict=True))
+    assert without[3].tolist()[3] == 0
+
+
+@pytest.mark.parametrize("module", modules)
+def test_mask_layout_of_rows_apart(module: object, device: str) -> None:
+    mask = make_mask(7, 20, device).view(7, 20)
+    wide = torch.cat([mask, mask], 1)[:, :20]
+    assert not wide.is_contiguous()
+    for a, b in zip(module.mask_layout(wide, None), module.mask_layout(mask, None), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_mask_layout_names_labels_of_another_shape(device: str) -> None:
+    with pytest.raises(ValueError, match="labels has shape"):
+        kernel.mask_layout(torch.ones(2, 3, dtype=torch.bool, device=device), torch.ones(3, 2, device=device))
