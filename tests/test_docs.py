@@ -6,14 +6,18 @@ import copy
 import importlib.util
 import re
 import shlex
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+import fastbert
 from fastbert import numerics
 from fastbert.cli.__main__ import parser
+from tests import models
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -44,13 +48,12 @@ def run(page: Path) -> dict[str, Any]:
     return namespace
 
 
-SCALING = ROOT / "docs" / "scaling.md"  # starts Ray, which takes a while
+SCALING, FAMILY, KERNEL = (ROOT / "docs" / f"{name}.md" for name in ("scaling", "adding-a-family", "adding-a-kernel"))
+PLAIN = [page for page in PAGES if blocks(page, "python") and page not in (SCALING, FAMILY, KERNEL)]
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if blocks(page, "python") and page != SCALING], ids=lambda page: page.name
-)
+@pytest.mark.parametrize("page", PLAIN, ids=lambda page: page.name)
 def test_python(page: Path) -> None:
     run(page)
 
@@ -74,6 +77,54 @@ def test_python_of_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
     numerics.assert_within_policy(ours, theirs, truth)
 
 
+@pytest.mark.parametrize("name", ["SplinterModel", "SplinterForQuestionAnswering"])
+def test_the_family_that_is_added(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("fastbert.models.splinter")
+    module.__package__ = "fastbert.models"
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    fuse = sys.modules["fastbert.fuse"]  # the module, which the function of that name hides
+    monkeypatch.setattr(fuse, "FAMILIES", (*fuse.FAMILIES, "splinter"))
+    (source,) = blocks(FAMILY, "python")
+    exec(compile(source, str(FAMILY), "exec"), module.__dict__)
+    model = getattr(module.hf, name)(
+        module.hf.SplinterConfig(
+            vocab_size=99,
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            pad_token_id=0,
+            question_token_id=2,
+        )
+    ).eval()
+    trio = models.three(model, torch.float32)
+    fastbert.fuse(trio[0])
+    # With a mask, stock's head is NaN in float64.
+    mask = models.masks(7, 19)["right" if name == "SplinterModel" else "full"]
+    assert mask is not None
+    call = {"input_ids": models.ids(7, 19, high=99), "attention_mask": mask if name == "SplinterModel" else None}
+    with torch.no_grad():
+        found = [next(iter(each(**call).values()))[mask.bool()] for each in trio]
+    numerics.assert_within_policy(*found)
+    (encoder,) = fastbert.explain(trio[0]).encoders
+    layout = "packed" if name == "SplinterModel" else "dense"
+    assert (encoder.fused_calls, encoder.stock_calls, encoder.embeddings) == ({layout: 1}, {}, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [1, 37, 128, 129])
+def test_the_kernel_that_is_added(dtype: torch.dtype, width: int, tmp_path: Path, device: str) -> None:
+    (source,) = blocks(KERNEL, "python")
+    (tmp_path / "squared_relu.py").write_text(source, encoding="utf-8")  # triton reads the source of a kernel
+    spec = importlib.util.spec_from_file_location("squared_relu", tmp_path / "squared_relu.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    x = torch.randn(5, 2 * width, generator=torch.Generator().manual_seed(width)).to(device, dtype)[:, :width]
+    stock, truth = x.relu().square(), x.double().relu().square()
+    for run in (module.squared_relu, module.squared_relu_reference):
+        numerics.assert_within_policy(run(x), stock, truth, run.__name__)
+
+
 def commands(page: Path) -> list[str]:
     lines = [line for block in blocks(page, "bash", "") for line in block.splitlines()]
     found = [line.split("#")[0] for line in lines if re.match(r"fastbert |torchrun ", line)]
@@ -90,5 +141,6 @@ def test_command_lines() -> None:
 def test_links() -> None:
     """Between documents; their targets are there."""
     for page in (*PAGES, ROOT / "CONTRIBUTING.md"):
-        for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        for target in re.findall(r"\]\(([^)#]+)", text):
             assert target.startswith("http") or (page.parent / target).exists(), f"{page}: {target}"
