@@ -67,6 +67,7 @@ ON_A_GPU = (
     Step("cold", 2.0, f"{BENCH} bfloat16 --cold --workload squad --batch 16"),
     Step("compiled", 2.5, f"{BENCH} bfloat16 --workload squad dense512 --peers compile eager"),
     Step("compiled latency", 2.0, f"{BENCH} bfloat16 --workload dense128 --batch 1 --peers reduce-overhead"),
+    Step("variants fp8", 3.0, "benchmarks/variants.py --precision fp8 --minutes {minutes} --output {output}"),
     Step("tune", 5.0, "-m fastbert.cli tune --minutes {minutes} --json {output}/tuned.json", "tuned"),
     Step("tuned", 1.5, f"{BENCH} bfloat16 --workload squad dense512 dense128", "tuned"),
     Step("lengths", 1.0, f"{BENCH} bfloat16 --workload search dense128 dense384 sentences --peers torch-varlen"),

@@ -2,7 +2,7 @@
 
 What any table of kernels/launch.py has for them, each variant and number of programs, and what PyTorch has:
 
-    python benchmarks/variants.py [--size large] [--dtype bfloat16] [--rows 21222 128 65536 2048] [--minutes 3]
+    python benchmarks/variants.py [--size large] [--precision fp8] [--rows 21222 128 65536 2048] [--minutes 3]
 
 What is fused is compiled and held to the numerical policy before it is timed, as `fastbert tune` does it and by the
 same code; one whose results depend on the batch is timed and says so. Time is that of the device. Rows are those of
@@ -37,6 +37,7 @@ from fastbert.cli.problems import Problem, Sizes, problems
 from fastbert.cli.tune import OK, OTHER_BITS, Candidate, Gpu, plausible, seeds, short
 from fastbert.kernels import launch
 from fastbert.kernels.launch import Config
+from fastbert.support import fp8_is_unsupported
 
 PROGRAMS = (0, 1, 2)
 Call = Callable[..., Any]
@@ -68,6 +69,10 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, mask: None, longest
     return varlen_attn(q, k, v, starts, starts, longest, longest)  # its scale is that of BERT
 
 
+def _scaled(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Any:
+    return torch._scaled_mm(x, weight, scale, scale, bias=bias, out_dtype=bias.dtype)
+
+
 def peers(problem: Problem) -> dict[str, tuple[Call, Call]]:
     """What PyTorch has for a problem: (call, what makes its arguments of ours); "stock" is compared with."""
 
@@ -78,6 +83,11 @@ def peers(problem: Problem) -> dict[str, tuple[Call, Call]]:
         return {"stock": (F.scaled_dot_product_attention, _padded), "torch varlen": (_varlen, same)}
     if problem.function == "attention_backward":
         return {}  # autograd's, which `python -m pytest benchmarks` times
+    if problem.function.endswith("_fp8"):
+        return {
+            "stock": (F.linear, lambda x, rows, w, scale, bias, *rest: (x.to(bias.dtype), w.to(bias.dtype), bias)),
+            "torch._scaled_mm": (_scaled, lambda x, rows, w, scale, bias, *rest: (x, w.t(), scale.max(), bias)),
+        }
     found: dict[str, tuple[Call, Call]] = {"stock": (problem.peer, same)}
     if problem.function in ("linear_gelu", "linear_add"):
         found["F.linear alone"] = F.linear, lambda x, weight, bias, *rest: (x, weight, bias)
@@ -182,6 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--rows", nargs="+", type=int, default=[21222, 128, 65536, 2048], metavar="N")
     parser.add_argument("--train", action="store_true", help="the kernels of the backward, too")
+    parser.add_argument("--precision", choices=("fp8",), help="products in 8 bits, in place of those in --dtype")
     parser.add_argument("--minutes", type=float, default=3.0, help="stop about then; default: 3")
     parser.add_argument("--output", type=Path, metavar="DIR", help="write records to DIR/<device>/<date>-<commit>.json")
     given = parser.parse_args(argv)
@@ -190,9 +201,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError("there is no GPU here")
     shape = SHAPES[given.size]
     sizes = Sizes(shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"])
-    work = problems(sizes, dtype, launch.architecture(device), given.train)
-    jobs = max(1, min(8, (os.cpu_count() or 2) // 2))
-    rig, about, rates = Gpu(device, sizes, dtype, given.train, jobs), environment(device), Machine(device).rates(dtype)
+    if given.precision and (reason := fp8_is_unsupported(device)) is not None:
+        raise UsageError(f"--precision fp8: {reason}")
+    work = problems(sizes, dtype, launch.architecture(device), given.train, given.precision)
+    rig = Gpu(device, sizes, dtype, given.train, given.precision, jobs=max(1, min(8, (os.cpu_count() or 2) // 2)))
+    about, rates = environment(device), Machine(device).rates(dtype)
     case = {"size": given.size, "dtype": dtype}
     found: list[dict[str, Any]] = []
     try:

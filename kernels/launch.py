@@ -399,7 +399,7 @@ FP8_EXACT_K = 128
 """How many products of 8-bit numbers Hopper adds up in fewer bits than float32 has, before the sum goes to float32."""
 
 
-@functools.cache
+@_tunable("block_m", "block_n", "block_k", "num_warps", "num_stages", "group_m")
 def linear_fp8_config(arch: str, n: int, k: int, rows: int = MANY_ROWS) -> Config:
     """The tiles of a product of 8-bit numbers with a weight of shape (n, k). Arguments as `linear_config`'s."""
     if n % 16:

@@ -53,14 +53,15 @@ class Arithmetic:
 
 def run(rows: Sequence[int], minutes: float = 1.0) -> list[dict[str, Any]]:
     work = problems(SIZES, torch.bfloat16, "sm_90", train=True)
+    work += [p for p in problems(SIZES, torch.bfloat16, "sm_90", precision="fp8") if p.key[0] == "linear_fp8"]
     work = [p for p in work if p.function != "attention_backward"]  # what that is given comes from a kernel
     about, rates = environment(CPU), Rates(1e12, 1e12)
     case = {"size": "large", "dtype": torch.bfloat16}
     deadline = time.monotonic() + 60 * minutes
     original = variants.peers
 
-    def here(problem: Problem) -> Any:  # varlen attention is CUDA's
-        return {name: peer for name, peer in original(problem).items() if name != "torch varlen"}
+    def here(problem: Problem) -> Any:  # the others are CUDA's
+        return {name: peer for name, peer in original(problem).items() if not name.startswith("torch")}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(variants, "peers", here)
@@ -75,6 +76,7 @@ def found() -> list[dict[str, Any]]:
 def test_everything_is_measured_beside_its_peers(found: list[dict[str, Any]], tmp_path: Path) -> None:
     cases = {(r["what"], r["workload"]) for r in found}
     operations = {"qkv", "up", "down", "projection", "attention", "LayerNorm", "LayerNorm, backward", "GELU, backward"}
+    operations |= {"qkv fp8", "up fp8", "down fp8", "projection fp8"}
     assert cases == {(f"variant {name}", f"{rows} rows") for name in operations for rows in (128, 300)}
     for case in cases:
         run = [r for r in found if (r["what"], r["workload"]) == case]
@@ -124,7 +126,7 @@ def test_the_rows_of_the_squad_mix() -> None:
 
 def test_the_table(found: list[dict[str, Any]]) -> None:
     lines = list(variants.table(found))
-    assert len(lines) == 1 + 16
+    assert len(lines) == 1 + 2 * 12
     qkv = next(line for line in lines if line.startswith("qkv") and " 128 " in line)
     assert qkv.split()[:4] == ["qkv", "128", "10.0", "5.0"]
     assert "fused 5.0" in qkv
@@ -140,6 +142,7 @@ def test_without_a_gpu() -> None:
         variants.main([])
 
 
+@pytest.mark.slow  # and a step of `make gpu` itself
 @pytest.mark.gpu
 def test_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--size", "minilm", "--rows", "256", "--minutes", "0.7", "--output", str(tmp_path)]

@@ -215,7 +215,9 @@ def parser() -> argparse.ArgumentParser:
     which.add_argument("--model", metavar="PATH_OR_ID", help="for the sizes of a checkpoint: a folder, or a name")
     which.add_argument("--size", choices=SIZES, help="for those of a model; default: large")
     tune.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
-    tune.add_argument("--train", action="store_true", help="the kernels of the backward, too")
+    kind = tune.add_mutually_exclusive_group()
+    kind.add_argument("--train", action="store_true", help="the kernels of the backward, too")
+    kind.add_argument("--precision", choices=("fp8",), help='the products of fuse(model, precision="fp8")')
     tune.add_argument("--minutes", type=float, default=10.0, help="stop about then; default: 10")
     tune.add_argument("--json", metavar="FILE", help="write everything that was tried there, too; -: standard output")
 

@@ -137,6 +137,56 @@ def _products(sizes: Sizes, dtype: torch.dtype, arch: str) -> Iterator[Problem]:
             )
 
 
+def _products_fp8(sizes: Sizes, dtype: torch.dtype, arch: str) -> Iterator[Problem]:
+    h, i, eight = sizes.hidden, sizes.intermediate, torch.float8_e4m3fn
+    unit = 2**-4  # of a result in 8 bits
+
+    def product(x: Tensor, rows: None, weight: Tensor, scale: Tensor, bias: Tensor, *rest: Any) -> Tensor:
+        """In the dtype of the bias, which holds 8-bit numbers exactly."""
+        return F.linear(x.to(bias.dtype), weight.to(bias.dtype)) * scale.to(bias.dtype) + bias
+
+    def gelu(*arguments: Any) -> Tensor:
+        found = F.gelu(product(*arguments[:5]), approximate=arguments[6]) / arguments[7]
+        return found if found.dtype == torch.float64 else found.clamp(-448, 448).to(eight)
+
+    def added(*arguments: Any) -> Tensor:
+        return product(*arguments[:5]) + arguments[5]
+
+    for name, function, peer, n, k in (
+        ("qkv", "linear_fp8", product, 3 * h, h),
+        ("up", "linear_gelu_fp8", gelu, i, h),
+        ("down", "linear_add_fp8", added, h, i),
+        ("projection", "linear_add_fp8", added, h, h),
+    ):
+
+        def arguments(
+            rows: int, device: torch.device, n: int = n, k: int = k, function: str = function
+        ) -> tuple[Any, ...]:
+            x, weight = (_normal(device, torch.float32, count, k).to(eight) for count in (rows, n))
+            scale = torch.rand(n, device=device) * k**-0.5
+            more = {
+                "linear_fp8": (dtype,),
+                "linear_gelu_fp8": (dtype, "none", unit),
+                "linear_add_fp8": (_normal(device, dtype, rows, n),),
+            }[function]
+            return (x, None, weight, scale, _normal(device, dtype, n), *more)
+
+        for rows in row_classes():
+            many = rows == launch.MANY_ROWS
+            yield Problem(
+                f"{name} fp8, {rows}{'+' if many else ''} rows",
+                key("linear_fp8", arch, dtype, n=n, k=k, rows=rows),
+                "linear_fp8",
+                function,
+                peer,
+                arguments,
+                (rows, 4 * rows) if many else (rows,),
+                lambda c: c.num_stages * (c.block_m + c.block_n) * c.block_k,
+                lambda c: 2 * c.block_m * c.block_n / (32 * c.num_warps),  # exact sums hold a tile twice
+                True,
+            )
+
+
 def _sequences(rows: int, heads: int, device: torch.device) -> tuple[Tensor, None, int]:
     lengths = lengths_of(rows)
     starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
@@ -274,9 +324,15 @@ def _rows(sizes: Sizes, dtype: torch.dtype, arch: str, train: bool) -> Iterator[
         )
 
 
-def problems(sizes: Sizes, dtype: torch.dtype, arch: str, train: bool = False) -> list[Problem]:
-    """All there is to tune in a model, what takes most of its time first."""
-    found = [*_products(sizes, dtype, arch), *_attention(sizes, dtype, arch, train), *_rows(sizes, dtype, arch, train)]
+def problems(
+    sizes: Sizes, dtype: torch.dtype, arch: str, train: bool = False, precision: str | None = None
+) -> list[Problem]:
+    """All there is to tune in a model, what takes most of its time first.
+
+    `precision` "fp8": its products in 8 bits, with results in `dtype`, in place of those in `dtype`.
+    """
+    products = _products if precision is None else _products_fp8
+    found = [*products(sizes, dtype, arch), *_attention(sizes, dtype, arch, train), *_rows(sizes, dtype, arch, train)]
     return sorted(found, key=lambda each: each.same_bits and each.rows[0] != launch.MANY_ROWS)
 
 

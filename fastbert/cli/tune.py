@@ -33,6 +33,7 @@ from torch import Tensor
 from .. import numerics, tuned
 from ..kernels import launch
 from ..kernels.launch import Config
+from ..support import fp8_is_unsupported
 from . import UsageError
 from .cases import SHAPES
 from .info import default_device
@@ -282,7 +283,8 @@ def serve() -> None:
     given, out = json.load(sys.stdin), os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed is no result
     device, dtype = torch.device(given["device"]), getattr(torch, given["dtype"])
-    checker = Checker(problems(Sizes(*given["sizes"]), dtype, given["arch"], given["train"]), device)
+    work = problems(Sizes(*given["sizes"]), dtype, given["arch"], given["train"], given["precision"])
+    checker = Checker(work, device)
     for name, fields in given["candidates"]:
         print(json.dumps(checker.check(name, Config(**fields))), file=out, flush=True)
 
@@ -290,7 +292,15 @@ def serve() -> None:
 class Gpu:
     """The CUDA device of this machine."""
 
-    def __init__(self, device: torch.device, sizes: Sizes, dtype: torch.dtype, train: bool, jobs: int) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        sizes: Sizes,
+        dtype: torch.dtype,
+        train: bool = False,
+        precision: str | None = None,
+        jobs: int = 1,
+    ) -> None:
         self.device = device
         self.task = {
             "device": str(device),
@@ -298,6 +308,7 @@ class Gpu:
             "arch": launch.architecture(device),
             "sizes": sizes,
             "train": train,
+            "precision": precision,
         }
         self.jobs = jobs
         self.command = [sys.executable, "-c", "from fastbert.cli.tune import serve; serve()"]
@@ -533,13 +544,16 @@ def main(arguments: argparse.Namespace) -> int:
         raise UsageError("there is no GPU here, and on a CPU nothing is launched that could be tuned")
     shape, dtype = sizes(arguments), getattr(torch, arguments.dtype)
     device = torch.device("cuda", torch.cuda.current_device())
+    if arguments.precision and (reason := fp8_is_unsupported(device)) is not None:
+        raise UsageError(f"--precision fp8: {reason}")
     arch, gpu = launch.architecture(device), torch.cuda.get_device_name(device)
     made_for = tuned.made_for(gpu, arch)
     file = tuned.path(gpu, arch)
     # Each process has a context of its own on the device, and results in float64.
     room = torch.cuda.mem_get_info(device)[0] // JOB_BYTES
-    rig = Gpu(device, shape, dtype, arguments.train, jobs=max(1, min(8, (os.cpu_count() or 2) // 2, room)))
-    work = problems(shape, dtype, arch, arguments.train)
+    what = arguments.train, arguments.precision
+    rig = Gpu(device, shape, dtype, *what, jobs=max(1, min(8, (os.cpu_count() or 2) // 2, room)))
+    work = problems(shape, dtype, arch, *what)
     search, interrupted = tune(work, rig, file, made_for, arguments.minutes)
     print(f"{gpu}, {arguments.dtype}, hidden {shape.hidden}: {len(search.won)} of {len(work)} faster")
     for line in lines(search):

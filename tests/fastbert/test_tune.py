@@ -21,6 +21,7 @@ from fastbert.cli.problems import Problem, Sizes, lengths_of, problems
 from fastbert.cli.tune import OK, Candidate, Checker, Gpu, Search, beats
 from fastbert.kernels import launch
 from fastbert.kernels.launch import Config
+from fastbert.support import fp8_is_unsupported
 
 SMALL = Sizes(16, 32, 1)
 LARGE = Sizes(1024, 4096, 16)
@@ -247,13 +248,16 @@ class Recorder(dict[Any, Config]):
 
 def on_this_device(device: str) -> list[Problem]:
     arch = launch.architecture(torch.device(device))
-    return problems(SMALL, torch.float32, arch, train=True)
+    eight = [] if fp8_is_unsupported(torch.device(device)) else problems(SMALL, torch.float32, arch, precision="fp8")
+    known = problems(SMALL, torch.float32, arch, train=True)
+    return [*known, *(problem for problem in eight if problem.key[0] == "linear_fp8")]
 
 
 def test_shipped_configurations_pass_the_check_and_are_asked_for(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the key of their problem; and every operation that has tables is asked for by one."""
     everything = on_this_device(device)
-    assert {problem.key[0] for problem in everything} == set(launch.OPERATIONS)
+    without = {"linear_fp8"} if fp8_is_unsupported(torch.device(device)) else set()
+    assert {problem.key[0] for problem in everything} == set(launch.OPERATIONS) - without
     assert len({problem.key for problem in everything}) == len({each.name for each in everything}) == len(everything)
     work = [problem for problem in everything if not problem.same_bits or problem.rows[0] == 64]
     checker, recorder = Checker(work, torch.device(device)), Recorder()
@@ -305,7 +309,7 @@ def test_a_configuration_that_does_not_compile_does_not_pass(device: str) -> Non
 def test_processes_that_check(device: str) -> None:
     """Whole: what a process is given, what it runs, what comes back, of a good and of a bad candidate."""
     work = {problem.name: problem for problem in on_this_device(device)}
-    rig = Gpu(torch.device(device), SMALL, torch.float32, True, jobs=1)
+    rig = Gpu(torch.device(device), SMALL, torch.float32, True)
     norm = work["LayerNorm"]
     good = Candidate(norm, norm.shipped())
     bad = Candidate(norm, dataclasses.replace(norm.shipped(), block_n=3))
@@ -337,7 +341,7 @@ def stages(*numbers: int) -> list[Candidate]:
 
 
 def stand_in(jobs: int, code: str = STAND_IN) -> Gpu:
-    rig = Gpu(torch.device("cpu"), SMALL, torch.float32, False, jobs)
+    rig = Gpu(torch.device("cpu"), SMALL, torch.float32, jobs=jobs)
     rig.command = [sys.executable, "-c", code]
     return rig
 
@@ -393,6 +397,7 @@ def test_bad_usage(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypat
     assert "--model" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # and a step of `make gpu` itself
 @pytest.mark.gpu
 def test_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A short run over a small model: everything checks, something is timed, and the file is one that is used."""
