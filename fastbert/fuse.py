@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
@@ -125,7 +126,7 @@ def fuse(
                     else:
                         _add_hook(module, hook)
             if loss_only and type(module) in family.LOSS_HEADS and id(module.base_model) in fused:
-                module.__class__ = family.LOSS_HEADS[type(module)]
+                _become(module, family.LOSS_HEADS[type(module)])
     return model
 
 
@@ -146,11 +147,19 @@ def _fp8(name: str, base: Any, family: Any) -> Fp8:
 def _fuse_base(base: Any, family: Any, settings: Settings) -> None:
     for module in base.modules():
         if type(module) in family.CLASSES:
-            module.__class__ = family.CLASSES[type(module)]
+            _become(module, family.CLASSES[type(module)])
     encoder = encoder_of(base)
     if hasattr(encoder, "fastbert"):  # fused before: goes on counting
         settings.counts, settings.opaque_head = encoder.fastbert.counts, encoder.fastbert.opaque_head
     encoder.fastbert = settings
+
+
+def _become(module: Any, kind: Any) -> None:
+    """Makes `module` one of another class; where accelerate calls its forward, that is the new one's, too."""
+    held = module.__dict__.get("_old_forward")
+    if getattr(held, "__func__", None) is type(module).forward:
+        module._old_forward = MethodType(kind.forward, module)
+    module.__class__ = kind
 
 
 def _add_hook(module: nn.Module, hook: Any) -> None:
@@ -166,7 +175,7 @@ def unfuse(model: Model) -> Model:
         stock = {fused: plain for plain, fused in family.CLASSES.items()}
         for module in base.modules():
             if type(module) in stock:
-                module.__class__ = stock[type(module)]
+                _become(module, stock[type(module)])
         del encoder_of(base).fastbert
     families = _families()
     for module in model.modules():
@@ -176,7 +185,7 @@ def unfuse(model: Model) -> Model:
                     _remove_hook(module, hook)
             for plain, fused in family.LOSS_HEADS.items():
                 if type(module) is fused:
-                    module.__class__ = plain
+                    _become(module, plain)
     return model
 
 

@@ -126,7 +126,7 @@ def _is_open(layers: nn.ModuleList) -> str | None:
     for module in layers.modules():
         if module.training:
             return "a layer is in training mode"
-        if is_hooked(module):
+        if is_hooked(module) or "forward" in vars(module):
             return "a layer has hooks"
     if not all(layer.is_static() for layer in layers):  # type: ignore[operator]
         return "a layer has an adapter, or an activation other than GELU"

@@ -42,7 +42,8 @@ class Packing(NamedTuple):
         """`hidden_states` as the caller knows them: (1, T, H) -> (B, S, H), zeros at padding; else unchanged."""
         if self.indices is None or self.inverse is None:
             return hidden_states
-        rows = ops.unpack(hidden_states.flatten(0, 1), self.indices, self.inverse)
+        device = hidden_states.device  # the last layer's, of a model that is spread over several
+        rows = ops.unpack(hidden_states.flatten(0, 1), self.indices.to(device), self.inverse.to(device))
         return rows.view(self.batch, self.seqlen, -1)
 
 

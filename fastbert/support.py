@@ -51,13 +51,28 @@ def _is_harmless(hook: Any, called: bool) -> bool:
     return getattr(hook, "__name__", "") in _GRADIENT_HOOKS and module.startswith(("transformers.", "peft."))
 
 
+def is_placed(module: nn.Module) -> bool:
+    """Whether accelerate has replaced the forward of `module` alone to move its inputs to where its weights are.
+
+    So it does where a model is spread over devices (`device_map`); what it offloads has its weights elsewhere.
+    """
+    attributes = module.__dict__
+    hook, forward = attributes.get("_hf_hook"), attributes.get("forward")
+    ours = isinstance(forward, functools.partial) and forward.func.__module__ == "accelerate.hooks"
+    if not ours or not _is_a(hook, "accelerate.hooks", "AlignDevicesHook") or hook.offload:
+        return False
+    return getattr(attributes.get("_old_forward"), "__func__", None) is type(module).forward
+
+
 def is_hooked(module: nn.Module, called: bool = False) -> bool:
     """Whether anything watches or changes what `module` computes, but for hooks known to be harmless.
 
     FSDP's are where the module is `called`; where only its children are used, they would not run.
     """
     attributes = module.__dict__
-    if "forward" in attributes or attributes["_backward_hooks"] or attributes["_backward_pre_hooks"]:
+    if attributes["_backward_hooks"] or attributes["_backward_pre_hooks"]:
+        return True
+    if "forward" in attributes and not is_placed(module):
         return True
     before, after = attributes["_forward_pre_hooks"], attributes["_forward_hooks"]
     return bool(before or after) and any(not _is_harmless(hook, called) for hook in (*before.values(), *after.values()))
@@ -144,8 +159,8 @@ def layer_is_unsupported(layer: Any) -> str | None:
         return "fully_shard came before fuse" if sharded else f"it is a {type(layer).__name__} of one's own"
     if (chunk := layer.replaced_chunk()) is not None:
         return f"its {chunk} has been replaced"
-    if "forward" in layer.__dict__:
-        return "its forward has been replaced (accelerate does so to offload or to spread a model over devices)"
+    if "forward" in layer.__dict__ and not is_placed(layer):
+        return "its forward has been replaced (accelerate does so to offload)"
     for path, module, kind in layer.parts():
         if type(module) is not kind:
             return f"{'.'.join(path)} is a {type(module).__name__}"

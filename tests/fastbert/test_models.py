@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.models.bert import modeling_bert as hf
 
 import fastbert
+from fastbert.numerics import assert_within_policy
 from tests import models
 
 
@@ -102,6 +105,86 @@ def test_device_map_on_one_device(device_map: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(answer(model), expected)
 
 
+def places(last: Any) -> dict[str, Any]:
+    """A device_map of a BERT of two layers: the first half on the CPU, the second on `last`."""
+    return {"embeddings": "cpu", "encoder.layer.0": "cpu", "encoder.layer.1": last, "pooler": last}
+
+
+@pytest.mark.parametrize("first", ["fuse", "dispatch"])
+@pytest.mark.parametrize("padding", ["packed", "dense"])
+def test_a_model_spread_over_devices_runs_fused(first: str, padding: str) -> None:
+    """accelerate replaces the forward of all that it places, here all on one device, to move inputs there."""
+    accelerate = pytest.importorskip("accelerate")
+    stock = models.seeded()
+    model = copy.deepcopy(stock)
+    if first == "fuse":
+        fastbert.fuse(model, padding=padding)
+    accelerate.dispatch_model(model, places("cpu"), main_device="cpu", force_hooks=True)
+    if first == "dispatch":
+        fastbert.fuse(model, padding=padding)
+    assert "forward" in model.encoder.layer[1].output.dense.__dict__
+    call = {"input_ids": models.ids(5, 19), "attention_mask": models.masks(5, 19)["right"]}
+    real = call["attention_mask"].bool()
+
+    def last(which: Any) -> torch.Tensor:
+        with torch.no_grad():
+            found: torch.Tensor = which(**call).last_hidden_state[real]
+        return found
+
+    torch.testing.assert_close(last(model), last(stock))
+    (encoder,) = fastbert.explain(model).encoders
+    assert (encoder.fused_calls, encoder.stock_calls, encoder.layers) == ({padding: 1}, {}, {})
+    model.train()(**call).last_hidden_state.sum().backward()
+    assert model.encoder.layer[1].output.dense.weight.grad.abs().max() > 0
+    model.eval()
+    placed = model.encoder.layer[0].forward
+    model.encoder.layer[0].forward = lambda *args, **kwargs: placed(*args, **kwargs)  # by somebody else
+    torch.testing.assert_close(last(model), last(stock))
+    assert "forward has been replaced" in str(fastbert.explain(model))
+    del model.encoder.layer[0].forward
+    torch.testing.assert_close(last(fastbert.unfuse(model)), last(stock))
+    assert type(model.encoder.layer[1]) is hf.BertLayer
+    assert model.encoder.layer[1]._old_forward.__func__ is hf.BertLayer.forward
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("padding", ["packed", "dense"])
+def test_over_two_gpus(padding: str, tmp_path: Path) -> None:
+    """A sharded checkpoint, each half of the layers on a GPU of its own."""
+    stock = models.seeded(num_hidden_layers=4).eval()
+    stock.save_pretrained(tmp_path, max_shard_size="200KB")
+    halves = {f"encoder.layer.{i}": i // 2 for i in range(4)}
+    model = fastbert.BertModel.from_pretrained(tmp_path, device_map={"embeddings": 0, **halves, "pooler": 1})
+    fastbert.fuse(model, padding=padding)
+    call = {"input_ids": models.ids(5, 19).cuda(0), "attention_mask": models.masks(5, 19)["right"].cuda(0)}
+    real = call["attention_mask"].bool()
+    with torch.no_grad():
+        found = model(**call).last_hidden_state[real]
+        trio = [found, stock.cuda()(**call).last_hidden_state[real], stock.double()(**call).last_hidden_state[real]]
+    assert_within_policy(*trio)
+    assert fastbert.explain(model).encoders[0].fused_calls == {padding: 1}
+
+
+def test_three_billion_parameters_by_config(tmp_path: Path) -> None:
+    """36 layers of width 2560, built without memory; and the same shape in small, from shards onto a device_map."""
+    sizes = {"num_hidden_layers": 36, "num_attention_heads": 20, "hidden_size": 2560, "intermediate_size": 10240}
+    with torch.device("meta"):
+        model = fastbert.BertModel(models.config(**sizes, vocab_size=119_547))
+    assert 3.0e9 < sum(p.numel() for p in model.parameters()) < 3.3e9
+    assert "head dimension" not in str(fastbert.explain(model))
+    small = models.seeded(**{**sizes, "num_attention_heads": 4, "hidden_size": 64, "intermediate_size": 256})
+    small.save_pretrained(tmp_path, max_shard_size="500KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    loaded = fastbert.BertModel.from_pretrained(tmp_path, device_map="auto", max_memory={"cpu": "4GB"})
+    call = {"input_ids": models.ids(3, 11), "attention_mask": models.masks(3, 11)["right"]}
+    real = call["attention_mask"].bool()
+    with torch.no_grad():
+        truth = copy.deepcopy(small).double()(**call).last_hidden_state[real]
+        assert_within_policy(*(each(**call).last_hidden_state[real] for each in (loaded, small)), truth)
+    assert fastbert.explain(loaded).encoders[0].fused_calls == {"packed": 1}
+
+
 @pytest.mark.parametrize("before", [True, False], ids=["fused first", "offloaded first"])
 def test_an_offloaded_layer_runs_stock(before: bool, tmp_path: Path) -> None:
     """accelerate replaces the forward of what it offloads, whose weights are elsewhere between calls."""
@@ -116,6 +199,6 @@ def test_an_offloaded_layer_runs_stock(before: bool, tmp_path: Path) -> None:
     if not before:
         fastbert.fuse(model)
     torch.testing.assert_close(answer(model), expected)
-    assert (
-        "forward has been replaced" in str(fastbert.explain(model)) or fastbert.explain(model).encoders[0].stock_calls
-    )
+    (encoder,) = fastbert.explain(model).encoders
+    assert encoder.layers == {1: "attention.self.query is a Linear with hooks"}
+    assert (encoder.fused_calls, encoder.stock_calls) == ({"dense": 1}, {})
