@@ -26,6 +26,7 @@ from .packing import Packing, flattened, host_integers, isolating_mask, pack_mas
 from .support import (
     call_is_unsupported,
     encoder_of,
+    is_asked,
     is_hooked,
     is_transformed,
     layer_is_unsupported,
@@ -90,6 +91,8 @@ class Plan(NamedTuple):
     """Whether something sees the hidden states between embeddings and output."""
     assumed: bool = False
     """Whether the layers were not looked at, but taken to be as they were: see `fastbert.graphs`."""
+    config: Any = None
+    """The model's, where a layer runs its stock code and needs a mask made: DistilBERT's encoder has none."""
 
 
 class Reads(NamedTuple):
@@ -142,7 +145,7 @@ class FusedEncoder(_Module):
             for name in ("attention_mask", "use_cache"):  # the one replaced here, the other the encoder's alone
                 kwargs.pop(name, None)
             stock_mask = create_bidirectional_mask(
-                config=self.config, inputs_embeds=hidden_states, attention_mask=packing.key_mask
+                config=plan.config, inputs_embeds=hidden_states, attention_mask=packing.key_mask
             )
         seeds = (None,) * len(plan.stock_layers) if plan.seeds is None else plan.seeds.unbind(0)
         infers: Any = [None] * len(seeds) if fp8 is None else fp8.plan(self.layer, plan.stock_layers)
@@ -219,7 +222,8 @@ def plan_call(
         keeps_shape = any(reasons) or watched
         packing = _lay_out(model, call, reads._replace(reads_padding=keeps_shape or reads.reads_padding))
     seeds = None if assumed else _draw_seeds(encoder.layer, reasons)
-    call["plan"] = Plan(packing, tuple(map(bool, reasons)), seeds, watched, assumed)
+    config = model.config if any(reasons) else None
+    call["plan"] = Plan(packing, tuple(map(bool, reasons)), seeds, watched, assumed, config)
     return (), call
 
 
@@ -315,7 +319,7 @@ def _stock_isolation(model: Any, cu_seqlens: Tensor, tokens: int, reason: str) -
 
 def _is_watched(model: Any, call: Mapping[str, Any]) -> bool:
     """Whether something sees the hidden states between embeddings and output, and expects stock's shape."""
-    if call.get("output_hidden_states", getattr(model.config, "output_hidden_states", False)):
+    if is_asked(model, call, "output_hidden_states"):
         return True
     modules = (*_before_layers(model), *encoder_of(model).layer)
     return any(is_hooked(module, called=True) for module in modules)
@@ -329,7 +333,7 @@ def _before_layers(model: Any) -> list[nn.Module]:
 
 def _is_repeatable(model: Any, call: Mapping[str, Any]) -> bool:
     """Whether what runs before the layers can run twice and nobody sees it: without hooks, without dropout."""
-    if call.get("output_hidden_states", getattr(model.config, "output_hidden_states", False)):
+    if is_asked(model, call, "output_hidden_states"):
         return False
     return not any(module.training or is_hooked(module) for module in _before_layers(model))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .support import encoder_of, is_hooked, is_plain
+from .support import encoder_of, is_asked, is_hooked, is_plain
 
 
 class Vocabulary(NamedTuple):
@@ -34,7 +34,7 @@ def takes_labelled_rows(model: Any, vocabulary: Vocabulary, call: Mapping[str, A
         return False
     if any(map(is_hooked, vocabulary.modules)) or not is_plain(vocabulary.decoder, nn.Linear):
         return False
-    return not call.get("output_attentions", getattr(model.config, "output_attentions", False))
+    return not is_asked(model, call, "output_attentions")
 
 
 def labelled_loss(vocabulary: Vocabulary, hidden_states: Tensor, labels: Tensor) -> Tensor:

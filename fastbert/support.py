@@ -251,12 +251,18 @@ def fp8_is_unsupported(device: torch.device) -> str | None:
     return None
 
 
+def is_asked(model: Any, call: Mapping[str, Any], name: str) -> bool:
+    """Whether a call wants an output, by its argument's name; None, as of MPNet's heads, leaves it to the config."""
+    asked = call.get(name)
+    return bool(getattr(model.config, name, False) if asked is None else asked)
+
+
 def relative_is_unsupported(model: Any, call: Mapping[str, Any], mixed: bool) -> str | None:
     """Why a call of a model whose attention adds a bias by distance runs stock; `mixed`: a layer of it does."""
     device = next(encoder_of(model).parameters()).device.type
     if torch.is_grad_enabled() or model.training or torch.is_autocast_enabled(device):
         return "a bias by distance, under gradients, dropout or autocast"
-    if call.get("output_hidden_states", getattr(model.config, "output_hidden_states", False)):
+    if is_asked(model, call, "output_hidden_states"):
         return "output_hidden_states"
     if mixed:
         return "a bias by distance, and a layer that runs stock"
@@ -268,7 +274,7 @@ def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
     config = model.config
     if _is_decoder(config):
         return "it is a decoder (config.is_decoder or config.add_cross_attention)"
-    if call.get("output_attentions", getattr(config, "output_attentions", False)):
+    if is_asked(model, call, "output_attentions"):
         return "output_attentions"
     for name in ("past_key_values", "encoder_hidden_states", "encoder_attention_mask"):
         if call.get(name) is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_tests.generation.test_utils import GenerationTesterMixin
-from huggingface_tests.test_modeling_common import ModelTesterMixin, ids_tensor, random_attention_mask
+from huggingface_tests.test_modeling_common import ModelTesterMixin, global_rng, ids_tensor, random_attention_mask
 from huggingface_tests.test_training_mixin import TrainingTesterMixin
 from transformers import CONFIG_MAPPING
 
@@ -35,7 +35,7 @@ class Tester:
         self.causal_lm_class = masked_lm  # what TrainingTesterMixin trains: any model that takes ids as its labels
 
     def get_config(self) -> Any:
-        sizes = {"vocab_size": 99, "max_position_embeddings": 512, "initializer_range": 0.02, "pad_token_id": 0}
+        sizes = {"vocab_size": 99, "max_position_embeddings": 512, "initializer_range": 0.02}
         sizes |= {name: getattr(self, name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
         if self.family == "distilbert":
             sizes |= {"hidden_dim": 37}
@@ -60,6 +60,7 @@ class FamilyTests(ModelTesterMixin, TrainingTesterMixin):
     family = ""
 
     def setUp(self) -> None:
+        global_rng.seed(0)  # what inputs are drawn from: the same ones, stock and fused
         masked_lm = next(kind for kind in self.all_model_classes if kind.__name__.endswith("ForMaskedLM"))
         self.model_tester = Tester(self.family, masked_lm)
 

@@ -47,7 +47,7 @@ class Recorder:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         self.running = item.name
-        # Hugging Face's tests draw weights and inputs: the same ones, stock and fused.
+        # Weights are drawn, and some inputs: the same ones, stock and fused.
         random.seed(0)
         numpy.random.seed(0)
         torch.manual_seed(0)

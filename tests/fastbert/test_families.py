@@ -388,6 +388,39 @@ def test_mpnet_runs_stock_where_its_bias_has_no_kernel() -> None:
     assert reasons == {"a bias by distance, under gradients, dropout or autocast": 1, "output_hidden_states": 1}
 
 
+@pytest.mark.parametrize("output", ["hidden_states", "attentions"])
+@pytest.mark.parametrize(("family", "name"), [(f, n) for f, n in heads(*OTHERS) if f == "mpnet" or "Sequence" in n])
+def test_outputs_that_the_config_asks_for(family: str, name: str, output: str) -> None:
+    """MPNet's heads hand a None on to its model, which stands for what the config says."""
+    asked = {f"output_{output}": True, "attn_implementation": "eager"}
+    stock = seeded(family, name, **asked)
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    call = {"input_ids": padded(family, torch.ones(5, 19)), "attention_mask": models.masks(5, 19)["right"]}
+    if name.endswith("MultipleChoice"):
+        call = {key: value.unsqueeze(0) for key, value in call.items()}
+    with torch.no_grad():
+        expected, found = stock(**call), fused(**call)
+    assert found.keys() == expected.keys()
+    assert len(expected[output]) == 2 + (output == "hidden_states")
+    for one, other in zip(found[output], expected[output], strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(("family", "name"), [base.values for base in BASES])
+def test_one_layer_that_runs_stock(family: str, name: str) -> None:
+    stock = seeded(family, name)
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    layer = (fused.transformer if family == "distilbert" else fused.encoder).layer[1]
+    layer.forward = layer.forward  # as accelerate's hooks leave it
+    assert list(fastbert.explain(fused).encoders[0].layers) == [1]
+    mask = models.masks(5, 19)["right"]
+    call = {"input_ids": padded(family, torch.ones(5, 19)), "attention_mask": mask}
+    with torch.no_grad():
+        torch.testing.assert_close(fused(**call)[0], stock(**call)[0])
+    expected = {} if family == "mpnet" else {"dense": 1}  # whose bias a stock layer could not be given
+    assert fused_calls(fused) == expected
+
+
 def test_decoders_stay_stock() -> None:
     for kind in (
         modeling_roberta.RobertaForCausalLM,
