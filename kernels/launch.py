@@ -371,8 +371,8 @@ def _filling(tiles: tuple[Config, ...], rows: int, n: int, enough: int, segments
 
 
 # The product whose epilogue is GELU's derivative, by bytes an element. Two results and what they are made from are held
-# beside the sums: with four warps, or wider tiles, that spills. Not measured yet. On sm_90 registers allow one program an
-# SM: two loads of block_k 32 ahead are 512 cycles of wgmma, less than a load takes, and 64 halves the barriers.
+# beside the sums: with four warps, or wider tiles, that spills. Not measured yet. On sm_90 registers allow one program
+# an SM: two loads of block_k 32 ahead are 512 cycles of wgmma, less than a load takes, and 64 halves the barriers.
 _LINEAR_BACKWARD = {2: Config(128, 128, 32, 8, 3), 4: Config(64, 128, 32, 8, 3)}
 _LINEAR_BACKWARD_SM_90 = {**_LINEAR_BACKWARD, 2: Config(128, 128, 64, 8, 3)}
 
