@@ -52,6 +52,8 @@ def configurations(problem: Problem, work: Sequence[Problem], shared_limit: int)
     if "programs" in free:
         found += [dataclasses.replace(c, programs=programs) for c in found if c.variant for programs in PROGRAMS]
     kept = [config for config in dict.fromkeys(found[1:]) if plausible(problem, config, shared_limit)]
+    if problem.key[0] == "linear":
+        kept.append(dataclasses.replace(found[0], variant=launch.LIBRARY))
     return [found[0], *(config for config in kept if config != found[0])]
 
 

@@ -489,6 +489,8 @@ class _Bar:
 
 def short(config: Config) -> str:
     """A configuration in a few words, as "128x256x64 w8 s4"."""
+    if config.variant == launch.LIBRARY:
+        return config.variant
     tile = "x".join(str(n) for n in (config.block_m, config.block_n, config.block_k) if n)
     more = [config.variant] if config.variant else []
     more += [f"group {config.group_m}"] if config.group_m != 8 else []
