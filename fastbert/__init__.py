@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 # These two modules share their names with the functions in them: bound here, at once, the functions win.
+from .calibration import Calibration, calibrate
 from .fuse import Explanation, UnsupportedModelError, explain, fuse, unfuse
 from .verify import verify
 
@@ -47,8 +48,10 @@ _MODELS = {
 _CLASSES = {begin + end: module for module, (begin, ends) in _MODELS.items() for end in ends}
 
 __all__ = [
+    "Calibration",
     "Explanation",
     "UnsupportedModelError",
+    "calibrate",
     "explain",
     "fuse",
     "unfuse",

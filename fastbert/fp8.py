@@ -27,6 +27,9 @@ from .support import fp8_is_unsupported, is_hooked, is_plain
 PRODUCTS = ("qkv", "context", "up", "down")
 """The products of a layer: queries, keys and values; attention's output; both linear layers of the feed-forward."""
 
+Key = tuple[int, str]
+"""A product of a model: its layer, and its name."""
+
 Scales = Mapping[str, float | None]
 """Of one layer, by product: the scale of what it multiplies; None: it stays in the model's dtype."""
 
@@ -135,7 +138,7 @@ class Fp8:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["scales"])  # type: ignore[misc]
 
-    def reasons(self, layers: Sequence[Any], classes: Mapping[Any, Any]) -> dict[tuple[int, str], str]:
+    def reasons(self, layers: Sequence[Any], classes: Mapping[Any, Any]) -> dict[Key, str]:
         """The products that don't run in 8 bits, by layer and name, and why; `classes` are fused ones by stock ones."""
         found = {}
         for index, layer in enumerate(layers):
@@ -150,6 +153,17 @@ class Fp8:
                 if reason is not None:
                     found[index, name] = reason
         return found
+
+    def groups(self, layers: Sequence[Any]) -> dict[Key, Sequence[Any]]:
+        """The linear layers of every product that runs in 8 bits; `layers` are fused."""
+        reasons = self.reasons(layers, {})
+        return {
+            (i, name): group
+            for i, layer in enumerate(layers)
+            if hasattr(layer, "shape")
+            for name, group in zip(PRODUCTS, linears(layer, layer.shape), strict=True)
+            if (i, name) not in reasons
+        }
 
     def _scales_of(self, index: int, layers: int) -> Scales | None:
         # Layers may have been dropped since; which ones stayed isn't known.

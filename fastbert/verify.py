@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from . import numerics
 from .fuse import explain, fuse, unfuse
+from .quality import Measure, Quality
 from .support import encoder_of
 
 LAYOUTS = ("packed", "dense")
@@ -83,6 +84,10 @@ class Report:
     stock_parts: Mapping[str, str]
     """Layers, or the embeddings, that run stock code in a fused forward, and why."""
     rows: Sequence[Row]
+    precision: str | None = None
+    """As `fuse` takes it."""
+    quality: Sequence[Measure] = ()
+    """In 8 bits, what that changes in what the model is used for; it decides nothing."""
 
     @property
     def ok(self) -> bool:
@@ -107,6 +112,8 @@ class Report:
             "ok": self.ok,
             "first_departure": None if first is None else first.to_dict(),
             "rows": [row.to_dict() for row in self.rows],
+            "precision": self.precision,
+            "quality": [measure._asdict() for measure in self.quality],
         }
 
     def to_json(self) -> str:
@@ -133,10 +140,12 @@ class Report:
             cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
             cells[:2] = [cell.ljust(width) for cell, width in zip(line[:2], widths[:2], strict=True)]
             lines.append("  ".join(cells).rstrip())
-        title = f"{self.model}, {self.dtype}, {self.device}: {self.sequences} sequences, {self.tokens} tokens"
+        kind = ", ".join(filter(None, (self.dtype, self.precision)))
+        title = f"{self.model}, {kind}, {self.device}: {self.sequences} sequences, {self.tokens} tokens"
         ran = [f"{layout}: {self._ran(layout)}" for layout in self.ran]
         parts = [f"{part}: runs stock in a fused forward: {why}" for part, why in self.stock_parts.items()]
-        return "\n".join([title, *ran, *parts, "", *lines, "", self._verdict()])
+        quality = [f"{m.name}: {m.value:.4f} (stock, {self.dtype}: {m.stock:.4f})" for m in self.quality]
+        return "\n".join([title, *ran, *parts, "", *lines, "", *quality, self._verdict()])
 
     def _ran(self, layout: str) -> str:
         counts = [f"forwards run fused, {how}: {count}" for how, count in self.ran[layout].items()]
@@ -187,13 +196,13 @@ class Errors:
             total.truth += norm**2
             total.dtypes.add(actual[name].dtype)
 
-    def judge(self, stock: Errors, dtype: torch.dtype, layout: str) -> list[Row]:
+    def judge(self, stock: Errors, dtype: torch.dtype, layout: str, slack: float = numerics.SLACK) -> list[Row]:
         """A row for each output, in the order they were added; `stock`'s errors in the same `dtype` set the bounds."""
         rows = []
         for name in {**stock._sums, **self._sums}:
             mine, theirs = self._sums.get(name, _Sum(difference=math.inf)), stock._sums.get(name, _Sum())
             error = mine.error if mine.dtypes == theirs.dtypes else math.inf
-            limit = numerics.bound(theirs.error, dtype) if math.isfinite(theirs.error) else math.nan
+            limit = numerics.bound(theirs.error, dtype, slack) if math.isfinite(theirs.error) else math.nan
             rows.append(Row(layout, name, mine.elements, error, theirs.error, limit))
         return rows
 
@@ -207,6 +216,7 @@ def verify(
     device: torch.device | str | None = None,
     layouts: Sequence[str] = LAYOUTS,
     batch_size: int = 8,
+    precision: str | None = None,
 ) -> Report:
     """Compares the fused forward of `model` with stock in float64 and stock in the same dtype, on copies of it.
 
@@ -223,32 +233,40 @@ def verify(
         device: where fused and stock run; default: the model's. The truth is always computed on the CPU.
         layouts: which layouts of the fused path to run, of "packed" and "dense".
         batch_size: how many texts go into one forward.
+        precision: as `fuse` takes it. In 8 bits the bound is set by stock with its linear layers in 8 bits, and the
+            report says what they change in what the model is used for.
 
     Returns:
         The report: `.ok`, `.rows`, `.first_departure`, `.ran`, `str()`, `.to_dict()`, `.to_json()`.
 
     Raises:
         ValueError: an argument is out of range, empty, or lacks what it needs; the weights hold NaN or infinity.
-        UnsupportedModelError: nothing in `model` could be fused.
+        UnsupportedModelError: nothing in `model` could be fused, or not in this precision.
     """
     if isinstance(layouts, str) or not layouts or any(layout not in LAYOUTS for layout in layouts):
         raise ValueError(f"layouts is {layouts!r}; expected one or more of {LAYOUTS}")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
-    inner = _inner_model(model)
+    inner = inner_model(model)
     dtype = inner.dtype if dtype is None else dtype
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype}; expected one of {', '.join(map(str, DTYPES))}")
     device = inner.device if device is None else torch.device(device)
     if tokenizer is None:
         tokenizer = getattr(model, "tokenizer", None)
-    batches = list(_batches(inner, inputs, tokenizer, batch_size))
+    batches = list(batches_of(inner, inputs, tokenizer, batch_size))
     for batch in batches:
         if "inputs_embeds" in batch:
             batch["inputs_embeds"] = batch["inputs_embeds"].to(dtype)
 
     working = twin(inner, device, dtype)
-    unfuse(fuse(working))  # refused before anything is computed, where nothing can be fused
+    bounding = working
+    fuse(working, precision=precision)  # refused before anything is computed, where nothing can be fused
+    if precision is not None:
+        bounding = twin(inner, device, dtype)
+        _round_to_fp8(fuse(bounding, precision=precision))
+        unfuse(bounding)
+    unfuse(working)
     for name, parameter in working.named_parameters():
         if not parameter.isfinite().all():
             raise ValueError(f"model: parameter {name!r} holds NaN or infinity in {dtype}")
@@ -256,7 +274,7 @@ def verify(
     if truth.config._attn_implementation not in ("eager", "sdpa"):
         truth.set_attn_implementation("sdpa")  # the others know neither float64 nor the CPU
 
-    stock_errors = Errors()
+    stock_errors, quality = Errors(), Quality()
     fused_errors = {layout: Errors() for layout in layouts}
     ran: dict[str, Counter[str]] = {layout: Counter() for layout in layouts}
     not_fused: dict[str, str] = {}
@@ -264,13 +282,17 @@ def verify(
     tokens = sequences = 0
     with torch.inference_mode():
         for batch in batches:
-            real = _real_tokens(batch)
+            real = real_tokens(batch)
             sequences, tokens = sequences + real.shape[0], tokens + int(real.sum())
             expected = _outputs(truth, batch, real)
-            stock_errors.add(_outputs(working, batch, real), expected)
+            stock_errors.add(_outputs(bounding, batch, real), expected)
+            plain = {} if precision is None else _outputs(working, batch, real)
             for layout in layouts:
-                fuse(working, padding=layout)
-                fused_errors[layout].add(_outputs(working, batch, real), expected)
+                fuse(working, padding=layout, precision=precision)
+                found = _outputs(working, batch, real)
+                fused_errors[layout].add(found, expected)
+                if precision is not None and layout == layouts[0]:
+                    quality.add(expected, plain, found, real)
                 for encoder in explain(working).encoders:
                     ran[layout].update(encoder.fused_calls)
                     if encoder.stock_calls:
@@ -279,7 +301,8 @@ def verify(
                     if encoder.embeddings:
                         stock_parts["embeddings"] = encoder.embeddings
                 unfuse(working)  # which also starts the counts anew
-    rows = [row for layout in layouts for row in fused_errors[layout].judge(stock_errors, dtype, layout)]
+    slack = numerics.SLACK if precision is None else numerics.FP8_SLACK
+    rows = [row for layout in layouts for row in fused_errors[layout].judge(stock_errors, dtype, layout, slack)]
     return Report(
         model=type(inner).__name__,
         dtype=str(dtype).removeprefix("torch."),
@@ -290,10 +313,21 @@ def verify(
         not_fused=not_fused,
         stock_parts=stock_parts,
         rows=rows,
+        precision=precision,
+        quality=quality.measures(),
     )
 
 
-def _inner_model(model: nn.Module) -> PreTrainedModel:
+def _round_to_fp8(model: PreTrainedModel) -> None:
+    """Makes the linear layers that run in 8 bits, once `model` is stock again, multiply 8-bit numbers of their own."""
+    encoder = encoder_of(model.base_model)
+    for group in encoder.fastbert.fp8.groups(encoder.layer).values():
+        for linear in group:
+            linear.weight = nn.Parameter(numerics.as_fp8(linear.weight.detach()), False)
+            linear.register_forward_pre_hook(lambda module, args: (numerics.as_fp8(args[0]), *args[1:]))
+
+
+def inner_model(model: nn.Module) -> PreTrainedModel:
     """The outermost Hugging Face model in `model` that is built on one encoder."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
@@ -325,7 +359,7 @@ def twin(model: PreTrainedModel, device: torch.device, *dtypes: torch.dtype) -> 
     return unfuse(copy.deepcopy(model, memo)).eval()
 
 
-def _batches(model: PreTrainedModel, inputs: Any, tokenizer: Any, batch_size: int) -> Iterator[dict[str, Tensor]]:
+def batches_of(model: PreTrainedModel, inputs: Any, tokenizer: Any, batch_size: int) -> Iterator[dict[str, Tensor]]:
     if isinstance(inputs, Mapping):
         inputs = [inputs]
     if isinstance(inputs, str) or not isinstance(inputs, Sequence):
@@ -376,7 +410,7 @@ def _shape(batch: Mapping[str, Tensor]) -> torch.Size:
     return batch["input_ids"].shape if "input_ids" in batch else batch["inputs_embeds"].shape[:-1]
 
 
-def _real_tokens(batch: Mapping[str, Tensor]) -> Tensor:
+def real_tokens(batch: Mapping[str, Tensor]) -> Tensor:
     """(sequences, tokens) bool on the CPU, True at real tokens; choices count as sequences."""
     shape = _shape(batch)
     mask = batch.get("attention_mask")
@@ -402,7 +436,7 @@ def _outputs(model: PreTrainedModel, batch: Mapping[str, Tensor], real: Tensor) 
     for name, value in chain(encoded[0].items(), result.items()):
         if isinstance(value, Tensor):
             one_a_token = value.dim() == 3 or name in _ONE_A_TOKEN
-            outputs[name] = _at_real_tokens(value, real) if one_a_token else value
+            outputs[name] = at_real_tokens(value, real) if one_a_token else value
     return outputs
 
 
@@ -417,7 +451,7 @@ def _recorded(module: nn.Module, name: str, outputs: dict[str, Tensor], real: Te
     class Recorder(kind):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             result = super().forward(*args, **kwargs)
-            outputs[name] = _at_real_tokens(result, real)
+            outputs[name] = at_real_tokens(result, real)
             return result
 
     module.__class__ = Recorder
@@ -427,6 +461,6 @@ def _recorded(module: nn.Module, name: str, outputs: dict[str, Tensor], real: Te
         module.__class__ = kind
 
 
-def _at_real_tokens(tensor: Tensor, real: Tensor) -> Tensor:
+def at_real_tokens(tensor: Tensor, real: Tensor) -> Tensor:
     """The rows at real tokens of a padded (sequences, tokens, ...) tensor, or of a packed (1, real tokens, ...) one."""
     return tensor[real.to(tensor.device)] if tensor.shape[:2] == real.shape else tensor.flatten(0, 1)

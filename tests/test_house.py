@@ -35,8 +35,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fuse": {"encoder", "fp8", "support"},
     "heads": {"ops", "support"},
     "models": {"encoder", "fuse", "graphs", "heads", "layer"},
-    "verify": {"encoder", "fuse", "numerics", "support"},
-    "__init__": {"fuse", "models", "verify"},
+    "quality": set(),
+    "calibration": {"fp8", "fuse", "support", "verify"},
+    "verify": {"encoder", "fuse", "numerics", "quality", "support"},
+    "__init__": {"calibration", "fuse", "models", "verify"},
     "cli": {
         "__init__",
         "encoder",

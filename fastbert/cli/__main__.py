@@ -95,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--texts", metavar="FILE", help="UTF-8, one text a line; default: a few of our own")
     verify.add_argument("--device", help="where fused and stock run; default: cuda where there is one, else cpu")
     verify.add_argument("--padding", choices=("packed", "dense"), help="one layout only; default: both")
+    verify.add_argument("--precision", choices=("fp8",), help="in 8 bits, and what that changes in results")
     verify.add_argument("--json", metavar="FILE", help="write the report there, too; -: standard output")
 
     bench = commands.add_parser(

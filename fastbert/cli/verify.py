@@ -82,6 +82,7 @@ def main(arguments: argparse.Namespace) -> int:
             dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
             device=device,
             layouts=LAYOUTS if arguments.padding is None else (arguments.padding,),
+            precision=arguments.precision,
         )
     except ValueError as error:  # UnsupportedModelError is one
         raise UsageError(f"--model {arguments.model}: {_one_line(error)}") from error

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import json
+import math
 import pickle
 import sys
 from pathlib import Path
@@ -18,11 +20,12 @@ from transformers.models.distilbert import modeling_distilbert as distil
 from transformers.models.mpnet import modeling_mpnet as mpnet
 
 import fastbert
-from fastbert import fp8, fuse, ops, support
+from fastbert import fp8, fuse, graphs, ops, support
 from fastbert.kernels import linear_fp8, quantize_fp8, reference_fp8
 from fastbert.models.bert import BertModel
-from fastbert.numerics import assert_within_policy, relative_error
+from fastbert.numerics import as_fp8, assert_within_policy, relative_error
 from tests import models
+from tests.fastbert.test_graphs import StandIn
 
 KEPT = {"qkv": 0.0625, "context": 0.03125, "up": None, "down": 0.0625}
 
@@ -343,3 +346,163 @@ def test_outputs_of_the_wrong_sort_would_be_seen() -> None:
     outs = [run(m)[real] for m in (fuse(model, precision="fp8"), stock, truth)]
     with pytest.raises(AssertionError, match="exceeds the bound"):
         assert_within_policy(*outs)
+
+
+def outliers(**changes: Any) -> Any:
+    """A model one of whose products has an input that 8 bits are bad at: a few large numbers that cancel out."""
+    model = models.seeded(**changes)
+    with torch.no_grad():
+        dense = model.encoder.layer[1].intermediate.dense
+        norm = model.encoder.layer[1].attention.output.LayerNorm
+        norm.bias[:2] = 200.0
+        dense.weight[:, :2] *= 5.0
+        dense.weight[:, 1] = -dense.weight[:, 0] * (1 + 2**-7)
+    return model
+
+
+SMALL = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 96}
+BATCHES = [call(4, 23), call(3, 17)]
+
+
+def test_calibration_finds_scales(tmp_path: Path) -> None:
+    model = models.seeded()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = fastbert.calibrate(model, BATCHES, tolerance=1.0)
+    assert not fastbert.explain(model).encoders[0].fused
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(product.kept for product in found.products)
+    assert (found.texts, found.tokens) == (7, sum(int(batch["attention_mask"].sum()) for batch in BATCHES))
+
+    # What each product multiplies, at real tokens: here, that of the last down, by stock itself.
+    seen: list[Tensor] = []
+    dense = model.encoder.layer[1].output.dense
+    hook = dense.register_forward_pre_hook(lambda module, args: seen.append(args[0][batch["attention_mask"].bool()]))
+    for batch in BATCHES:
+        run(model, **batch)
+    hook.remove()
+    product = next(p for p in found.products if (p.layer, p.name) == (1, "down"))
+    largest = torch.cat(seen).abs().max().item()
+    assert product.largest == pytest.approx(largest, rel=1e-6)
+    assert product.scale == 2 ** round(math.log2(product.scale))
+    assert 448 * product.scale >= largest  # nothing saturates
+    assert 4 * largest < 448 * product.scale <= 16 * largest  # with room for eight times as much
+
+    assert model.config.fastbert["fp8"]["layers"][1]["down"] == product.scale
+    model.save_pretrained(tmp_path)
+    again = fuse(hf.BertModel.from_pretrained(tmp_path).eval(), precision="fp8")
+    out = run(again)
+    assert torch.equal(run(fuse(model, precision="fp8")), out)
+    assert "8 of 8 products, scales from calibration" in explained(again)
+    real = call()["attention_mask"].bool()
+    plain = run(models.seeded())[real]
+    # The error that it tells is that of the first batch.
+    assert found.error == pytest.approx(relative_error(out[real], plain.double()), rel=0.01)
+    assert "last hidden states within" in str(found)
+
+
+def explained(model: Any) -> str:
+    with torch.inference_mode():
+        return str(fastbert.explain(model))
+
+
+def test_calibration_keeps_what_costs_most() -> None:
+    model = fuse(outliers(), precision="fp8")
+    dynamic = run(model)
+    whole = fastbert.calibrate(model, BATCHES, tolerance=10.0)
+    found = fastbert.calibrate(model, BATCHES, tolerance=0.8 * whole.error)
+    errors = {(p.layer, p.name): p.error for p in found.products}
+    assert max(errors, key=errors.__getitem__) == (1, "up")
+    kept = {(p.layer, p.name) for p in found.products if p.kept}
+    assert (1, "up") in kept
+    assert kept != set(errors)
+    assert found.error <= 0.8 * whole.error
+    # The model was fused in 8 bits, and goes on by what was found.
+    assert {tuple(name.split()[1:]) for name in not_in_8_bits(model)} == {(str(i), name) for i, name in kept}
+    real, plain = call()["attention_mask"].bool(), run(outliers())
+    assert relative_error(run(model)[real], plain[real].double()) < relative_error(dynamic[real], plain[real].double())
+    assert fastbert.calibrate(model, BATCHES, tolerance=1e-9).error == 0.0
+    with pytest.raises(fastbert.UnsupportedModelError, match="calibration keeps it"):
+        fuse(model, precision="fp8")
+
+
+def test_calibration_refuses_what_it_cannot_use() -> None:
+    model = models.seeded()
+    with pytest.raises(ValueError, match=r"^tolerance is 0; expected a positive number"):
+        fastbert.calibrate(model, BATCHES, tolerance=0)
+    with pytest.raises(ValueError, match=r"^batch_size is 0"):
+        fastbert.calibrate(model, BATCHES, batch_size=0)
+    with pytest.raises(ValueError, match=r"^tokenizer is missing"):
+        fastbert.calibrate(model, ["a text"])
+    with torch.no_grad():
+        model.encoder.layer[0].output.dense.bias[3] = math.inf
+    with pytest.raises(ValueError, match=r"^inputs: what the model multiplies on them is not finite"):
+        fastbert.calibrate(model, BATCHES)
+    assert not hasattr(model.config, "fastbert")
+
+
+def test_calibration_of_heads_and_choices() -> None:
+    model = models.seeded(hf.BertForMultipleChoice)
+    choices = {"input_ids": models.ids(2, 3, 11), "attention_mask": models.masks(6, 11)["right"].view(2, 3, 11)}
+    assert fastbert.calibrate(model, choices, tolerance=1.0).texts == 6
+    with torch.inference_mode():
+        assert fuse(model, precision="fp8")(**choices).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [hf.BertModel, hf.BertForSequenceClassification, hf.BertForQuestionAnswering])
+def test_verify_in_8_bits(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.seeded(kind, **SMALL)
+    report = fastbert.verify(model, BATCHES, precision="fp8", layouts=("packed",))
+    assert report.ok, str(report)
+    assert report.ran == {"packed": {"packed, fp8": 2}}
+    assert all(row.ratio < 1.1 for row in report.rows)
+    assert {row.name for row in report.rows} >= {"embeddings", "layer.0", "layer.1", "last_hidden_state"}
+    names = {measure.name: measure for measure in report.quality}
+    assert names.keys() & {"same label", "same span", "same nearest text"}
+    assert all(
+        0 < measure.value <= 1.0 + 1e-9 and measure.stock == pytest.approx(1, abs=1e-6) for measure in report.quality
+    )
+    assert json.loads(report.to_json())["quality"][0]["name"] in str(report)
+
+    # Twice the error of 8 bits is seen.
+    right = reference_fp8.to_e4m3
+    monkeypatch.setattr(reference_fp8, "to_e4m3", lambda x: right(x * 1.06))
+    assert not fastbert.verify(model, BATCHES, precision="fp8", layouts=("packed",)).ok
+
+
+def test_a_scale_that_saturates_is_seen_by_verify() -> None:
+    model = models.seeded(**SMALL)
+    fastbert.calibrate(model, BATCHES, tolerance=1.0)
+    assert fastbert.verify(model, BATCHES, precision="fp8", layouts=("packed",)).ok
+    for layer in model.config.fastbert["fp8"]["layers"]:
+        layer["up"] /= 64
+    report = fastbert.verify(model, BATCHES, precision="fp8", layouts=("packed",))
+    assert not report.ok
+    assert report.first_departure is not None
+    assert report.first_departure.name == "layer.0"
+
+
+def test_as_fp8_is_what_the_kernels_round_to() -> None:
+    x = torch.randn(37, 70, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 37)[:, None]
+    values, scales = reference_fp8.quantize_fp8(x, None)
+    torch.testing.assert_close(as_fp8(x), values.float() * scales[:, None], rtol=1e-6, atol=0)
+
+
+def test_graphs_replay_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the stand-in of test_graphs: a replay reads the quantized weights of its capture, until a weight changes."""
+    monkeypatch.setattr(graphs, "Cuda", StandIn)
+    model, twin = fuse(models.seeded(), precision="fp8", cuda_graphs=True), fuse(models.seeded(), precision="fp8")
+    outs = [run(model) for _ in range(3)]
+    assert fastbert.explain(model).encoders[0].graph_calls["replayed"] == 1
+    assert fastbert.explain(model).encoders[0].fused_calls == {"packed, fp8": 3}
+    for out in outs:
+        assert relative_error(out, run(twin).double()) < 2e-3
+    for each in (model, twin):
+        with torch.no_grad():
+            each.encoder.layer[1].output.dense.weight.mul_(0.5)
+    changed = run(twin)
+    assert relative_error(changed, outs[0].double()) > 0.1
+    for _ in range(4):
+        assert relative_error(run(model), changed.double()) < 2e-3
+    calls = fastbert.explain(model).encoders[0].graph_calls
+    assert calls["dropped: the model has changed"] == 1
+    assert calls["replayed"] == 3
