@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoTokenizer
 
 from fastbert.cli import embed
 from fastbert.cli.__main__ import parser
@@ -117,7 +118,7 @@ def main() -> int:
         device = default_device(None)
         parsed = parser().parse_args(arguments)
         model, _, recipe, longest = embed._load(parsed, device)
-        embed._begin_worker(given.model)
+        embed._tokenizer = AutoTokenizer.from_pretrained(given.model)
         command = Command(arguments, output)
         try:
             encoder = Bare(model, recipe, embed._batch_tokens(parsed, device), command)

@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import sys
 import threading
 import time
@@ -119,6 +120,7 @@ def _leave_with_parent() -> None:
 def _begin_worker(path: str) -> None:
     """Loads the tokenizer, and sees to it that a worker doesn't outlive a parent that is killed."""
     global _tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is told to all; the parent sees to it
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     logging.set_verbosity_error()
     _tokenizer = AutoTokenizer.from_pretrained(path)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,46 @@ def test_embeddings_that_are_not_finite_are_told(tiny: Path, tmp_path: Path, mon
     assert json.loads(told[0])["problem"] == "NaN or infinity in its embedding, in torch.float32"
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert (manifest["rows"], manifest["rejected"], manifest["truncated"]) == (2, 1, 0)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("_tokenise", BrokenProcessPool(), "a process that tokenises has died: killed, or out of memory?"),
+        ("pool", torch.OutOfMemoryError("CUDA"), "out of memory on cpu with --batch-tokens 2048; expected fewer"),
+        ("Shards.commit", embed.UsageError("--output: no space left"), "--output: no space left"),
+    ],
+)
+def test_what_fails_is_told_and_gone_on_with(
+    name: str,
+    error: Exception,
+    message: str,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A process, the memory of the device, or the disk, after some shards."""
+    (tmp_path / "in.txt").write_text("\n".join(sentences(40)))
+    arguments = [str(tmp_path / "in.txt"), "--shard-rows", "8"]
+    run(tiny, tmp_path / "whole", *arguments)
+    holder, _, attribute = name.rpartition(".")
+    place: Any = getattr(embed, holder) if holder else embed
+    right, left = getattr(place, attribute), iter(range(3))
+
+    def fails(*given: Any) -> Any:
+        if next(left, None) is None:
+            raise error
+        return right(*given)
+
+    monkeypatch.setattr(place, attribute, fails)
+    run(tiny, tmp_path / "out", *arguments, code=2)
+    assert capsys.readouterr().err.splitlines()[-1] == f"fastbert embed: {message}"
+    assert not list((tmp_path / "out").glob("*.lock"))
+    monkeypatch.setattr(place, attribute, right)
+    run(tiny, tmp_path / "out", *arguments)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 @pytest.mark.usefixtures("here")
