@@ -111,14 +111,14 @@ def test_verdicts() -> None:
 
 
 def test_launches_and_what_they_cost() -> None:
-    """Seven a layer and two a forward; of the H200's 4.3 TB/s, the weights of one layer of 25.2 MB take 5.9 us."""
+    """Seven a layer and three a forward; of the H200's 4.3 TB/s, the weights of one layer of 25.2 MB take 5.9 us."""
     graph = estimate.estimate(row("1 x 128", way="graph"), H200)
-    assert graph.launches == 24 * 7 + 2
+    assert graph.launches == 24 * 7 + 3
     assert graph.host == 0
-    assert graph.fixed == pytest.approx(170 * 3e-6)
+    assert graph.fixed == pytest.approx(171 * 3e-6)
     assert graph.work["product"] > 24 * 25.2e6 / 4.3e12
     hidden = estimate.estimate(row("1 x 128", way="graph, PDL"), H200)
-    assert hidden.fixed == pytest.approx(170 * 1.5e-6)
+    assert hidden.fixed == pytest.approx(171 * 1.5e-6)
     # Without PDL 335 GFLOP a sequence of 512 at 989 TFLOP/s would be 2,953 a second.
     dense = estimate.estimate(row("dense 512"), H200)
     assert dense.flops == pytest.approx(128 * 335.0e9, rel=1e-3)
