@@ -124,6 +124,17 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+DEPENDENT: set[str] = set()
+"""Architectures, sm_90 or later, whose kernels are launched before the one before has ended: see kernels/dependent.py.
+Unmeasured, and so none."""
+
+
+def dependent(device: torch.device) -> dict[str, bool]:
+    """What a launch adds to its arguments for programmatic dependent launch; nothing where that is off."""
+    on = architecture(device) in DEPENDENT if DEPENDENT else False
+    return {"DEPENDENT": True, "launch_pdl": True} if on else {}
+
+
 def input_precision(dtype: torch.dtype) -> str:
     """How the products of a kernel's matrix multiplications are taken: "ieee" or, for float32 where allowed, "tf32".
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .dependent import wait_for_previous
 from .dropout import checked_seed, draw_threshold, keep_row, keep_scale
 
 
@@ -78,7 +79,9 @@ def layer_norm_kernel(
     threshold,  # of dropout, as is
     kept_scale,
     BLOCK_H: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
+    wait_for_previous(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_H)
     mask = cols < width
@@ -179,6 +182,7 @@ def _launch(
         keep_scale(dropout),
         BLOCK_H=config.block_n,
         num_warps=config.num_warps,
+        **launch.dependent(x.device),
     )
     return out
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch
+from .dependent import wait_for_previous
 
 
 @triton.jit
@@ -192,7 +193,9 @@ def linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
+    wait_for_previous(DEPENDENT)
     start_m, start_n, segment = place_tile(tl.program_id(0), m, n, SEGMENTS, BLOCK_M, BLOCK_N, GROUP_M)
     w_ptr = w0_ptr
     if SEGMENTS == 3:
@@ -274,7 +277,9 @@ def linear_persistent_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
+    wait_for_previous(DEPENDENT)
     tiles = tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N) * SEGMENTS
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         start_m, start_n, segment = place_tile(tile, m, n, SEGMENTS, BLOCK_M, BLOCK_N, GROUP_M)
@@ -350,6 +355,7 @@ def _launch(
         "GROUP_M": config.group_m,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        **launch.dependent(x.device),
     }
     if config.variant == "persistent" and all(w is None or _descriptor_fits(w) for w in (x, w0, w1, w2)):
         x_desc = TensorDescriptor(x, [m, k], [x.stride(0), 1], [config.block_m, config.block_k])

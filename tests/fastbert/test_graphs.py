@@ -25,6 +25,7 @@ from transformers.models.bert import modeling_bert as hf
 
 import fastbert
 from fastbert import graphs, support
+from fastbert.kernels import launch
 from fastbert.numerics import assert_within_policy
 from tests import models
 
@@ -756,6 +757,23 @@ def test_on_a_gpu_inside_another_capture_the_layers_run(on_gpu: tuple[Any, Any])
             result = model(ids)[0]
         graph.replay()
         assert torch.equal(result, twin(ids)[0])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_kernels_launched_early_compute_the_same(
+    on_gpu: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With programmatic dependent launch, where there is one: eagerly and in graphs, many times over."""
+    if torch.version.hip or torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("a GPU without programmatic dependent launch")
+    model, twin = on_gpu
+    expected = [(call, last(twin, call)) for call in CALLS.values()]
+    monkeypatch.setattr(launch, "DEPENDENT", {launch.architecture(torch.device("cuda", 0))})
+    for _ in range(50):
+        for call, result in expected:
+            assert torch.equal(last(twin, call), result)
+            assert torch.equal(last(model, call), result)
+    assert calls(model)["replayed"] > 0
 
 
 @pytest.mark.gpu

@@ -17,11 +17,11 @@ An op joins by a function that yields its specializations for one architecture, 
             config=attention_config(table(arch), torch.float16, 64),
         )
 
-`arguments` names every parameter of the kernel. Each is what its launcher would pass: a pointer's type for a tensor
-("*fp16", "*bf16", "*fp32", "*i64", "*i32", "*i1"), a descriptor's ("tensordesc<fp16[128, 64]>"), a typical value for a
-number, None for an absent tensor, anything for a constexpr. They are specialized as a launch specializes them: pointers
-are divisible by 16, integers where the value is, 1 and None are constants. With `full` false, yield a few dozen at most
-that cover every branch, dtype and tile shape; with it true, everything.
+`arguments` names every parameter of the kernel without a default. Each is what its launcher would pass: a pointer's
+type for a tensor ("*fp16", "*bf16", "*fp32", "*i64", "*i32", "*i1"), a descriptor's ("tensordesc<fp16[128, 64]>"), a
+typical value for a number, None for an absent tensor, anything for a constexpr. They are specialized as a launch
+specializes them: pointers are divisible by 16, integers where the value is, 1 and None are constants. With `full`
+false, yield a few dozen at most that cover every branch, dtype and tile shape; with it true, everything.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -592,16 +592,43 @@ def _padding(arch: str, full: bool) -> Iterator[Spec]:
         )
 
 
+def specs(op: str, arch: str, full: bool) -> list[Spec]:
+    """The specializations of an op; on Hopper with one more of each kernel (`full`: of each) that is launched early."""
+    found = list(SPECIALIZATIONS[op](arch, full))
+    early, seen = [], set()
+    for spec in found if arch == "sm_90" else []:
+        known = "DEPENDENT" in spec.kernel.arg_names and "*bf16" in spec.arguments.values()
+        if known and (full or spec.kernel.__name__ not in seen):
+            seen.add(spec.kernel.__name__)
+            arguments = {**spec.arguments, "DEPENDENT": True}
+            early.append(replace(spec, variant=f"{spec.variant} early", arguments=arguments))
+    return found + early
+
+
+# What touches global memory.
+_GLOBAL = re.compile(r"\b(ld\.global|st\.global|ld\.volatile|cp\.async|cp\.reduce|atom\.|red\.)")
+
+
+def _waits_first(ptx: str) -> bool:
+    """Whether a kernel waits for the one before it ahead of anything that touches global memory, and of any return."""
+    lines = ptx.splitlines()
+    first = next(
+        i for i, line in enumerate(lines) if _GLOBAL.search(line) or re.search(r"\bret;|\bexit;|\bbra\b", line)
+    )
+    return any("griddepcontrol.wait" in line for line in lines[:first])
+
+
 def _source(spec: Spec) -> ASTSource:
     """What the just-in-time compiler would be given for a launch with these arguments."""
     parameters = spec.kernel.params
-    if unknown := spec.arguments.keys() ^ {p.name for p in parameters}:
+    defaults = {p.name for p in parameters if p.has_default}
+    if unknown := (spec.arguments.keys() ^ {p.name for p in parameters}) - defaults:
         raise ValueError(f"{spec.kernel.__name__}: arguments and parameters differ in {sorted(unknown)}")
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
     for p in parameters:
-        value = spec.arguments[p.name]
+        value = spec.arguments.get(p.name, p.default)
         specialize = not p.do_not_specialize
         if p.is_constexpr or value is None or (specialize and type(value) is int and value == 1):
             signature[p.name], constants[p.name] = "constexpr", value
@@ -696,12 +723,14 @@ def compile_one(op: str, arch: str, spec: Spec) -> dict[str, Any]:
         row |= _hip_usage(compiled.asm["amdgcn"])
     row["shared_bytes"] = compiled.metadata.shared
     row["violations"] = _violations(row, spec)
+    if spec.arguments.get("DEPENDENT") and not _waits_first(compiled.asm["ptx"]):
+        row["violations"].append("does not begin by waiting for the kernel before it")
     return row
 
 
 def _job(op: str, arch: str, full: bool, index: int) -> dict[str, Any]:
     # Kernels don't pickle: a worker finds its specialization by its place.
-    return compile_one(op, arch, list(SPECIALIZATIONS[op](arch, full))[index])
+    return compile_one(op, arch, specs(op, arch, full)[index])
 
 
 def _table_line(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -735,7 +764,7 @@ def main(argv: list[str] | None = None) -> int:
         for arch in options.arch or TARGETS
         for op in options.op
         if arch in targets(op, everything=options.full or bool(options.arch))
-        for index, _ in enumerate(SPECIALIZATIONS[op](arch, options.full))
+        for index, _ in enumerate(specs(op, arch, options.full))
     ]
     rows = []
     with ProcessPoolExecutor(options.jobs) as pool:

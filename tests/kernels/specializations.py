@@ -1,6 +1,6 @@
 """What launches of many batch shapes compile, without a GPU: nothing is compiled or launched, only chosen.
 
-    python -m tests.kernels.specializations [--arch sm_90]
+    python -m tests.kernels.specializations [--arch sm_90] [--dependent]
 
 runs a layer of BERT-large in bfloat16 in inference, embeddings and all, over batches of many shapes and masks, and
 prints a JSON line for everything it would compile: the kernel, the values of its constexprs, and the shape it was first
@@ -76,7 +76,11 @@ class Compiled:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--arch", default="sm_90", choices=TARGETS)
-    arch = parser.parse_args().arch
+    parser.add_argument("--dependent", action="store_true", help="with programmatic dependent launch")
+    given = parser.parse_args()
+    arch = given.arch
+    if given.dependent:
+        launch.DEPENDENT.add(arch)
     shape: tuple[int, ...] = ()
 
     def compile_none(
@@ -84,7 +88,8 @@ def main() -> None:
     ) -> Any:
         values = {str(self.arg_names[path[0]]): str(value) for path, value in constexprs.items()}
         configuration = {"num_warps": options.num_warps, "num_stages": options.num_stages}
-        print(json.dumps({"kernel": self.__name__, "constexprs": {**values, **configuration}, "shape": shape}))
+        row = {"kernel": self.__name__, "constexprs": {**values, **configuration}, "dependent": options.launch_pdl}
+        print(json.dumps({**row, "shape": shape}))
         compiled = self.device_caches[device][0][key] = Compiled()
         return compiled
 
