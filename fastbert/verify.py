@@ -263,9 +263,7 @@ def verify(
     bounding = working
     fuse(working, precision=precision)  # refused before anything is computed, where nothing can be fused
     if precision is not None:
-        bounding = twin(inner, device, dtype)
-        _round_to_fp8(fuse(bounding, precision=precision))
-        unfuse(bounding)
+        bounding = stock_in_fp8(inner, device, dtype)
     unfuse(working)
     for name, parameter in working.named_parameters():
         if not parameter.isfinite().all():
@@ -318,13 +316,15 @@ def verify(
     )
 
 
-def _round_to_fp8(model: PreTrainedModel) -> None:
-    """Makes the linear layers that run in 8 bits, once `model` is stock again, multiply 8-bit numbers of their own."""
-    encoder = encoder_of(model.base_model)
+def stock_in_fp8(inner: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A stock twin of `inner` whose linear layers multiply 8-bit numbers, where `inner`, fused in 8 bits, would."""
+    model = twin(inner, device, dtype)
+    encoder = encoder_of(fuse(model, precision="fp8").base_model)
     for group in encoder.fastbert.fp8.groups(encoder.layer).values():
         for linear in group:
             linear.weight = nn.Parameter(numerics.as_fp8(linear.weight.detach()), False)
             linear.register_forward_pre_hook(lambda module, args: (numerics.as_fp8(args[0]), *args[1:]))
+    return unfuse(model)
 
 
 def inner_model(model: nn.Module) -> PreTrainedModel:

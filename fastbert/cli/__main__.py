@@ -19,6 +19,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 SIZES = ("large", "base", "minilm")
 PEERS = (
     "graphs",
+    "fp8",
+    "fp8-graphs",
     "eager",
     "compile",
     "reduce-overhead",

@@ -25,12 +25,12 @@ from torch import Tensor
 from transformers import BertModel
 
 from .. import explain, fuse, numerics
-from ..verify import twin
+from ..verify import stock_in_fp8, twin
 from . import UsageError, cold, counts, records, report
 from .cases import SEED, Workload, build, workload
 from .info import backend, default_device, device_name
 from .machine import Machine, Rates, environment, peak_growth, timed
-from .peers import INFERENCE_ONLY, KEEP_MEMORY, PEERS, Unavailable, share
+from .peers import IN_FP8, INFERENCE_ONLY, KEEP_MEMORY, PEERS, Unavailable, share
 
 LEAST_REPEATS = 3
 
@@ -194,6 +194,13 @@ def _measure(
         for encoder in explain(candidate.model).encoders:
             if encoder.stock_calls:
                 raise AssertionError(f"ran stock: {', '.join(encoder.stock_calls)}")
+        if candidate.name in IN_FP8:
+            candidate.error = numerics.relative_error(rows, truth)
+            rounded = _outputs(stock_in_fp8(candidate.model, truth.device, rows.dtype), item, truth.device)
+            limit = numerics.bound(numerics.relative_error(rounded, truth), rows.dtype, numerics.FP8_SLACK)
+            if not candidate.error <= limit:
+                raise AssertionError(f"output: error {candidate.error:.3e} exceeds the bound for 8 bits, {limit:.3e}")
+            return
         candidate.error, _ = numerics.assert_within_policy(rows, stock_rows[0], truth)
 
     def call(candidate: _Candidate) -> Callable[[], Any]:
@@ -251,7 +258,8 @@ def _records(
     stock = candidates[0].samples
     for each in candidates:
         found = (each.status, each.peak_memory, each.error)
-        yield records.make(about, case, each.name, dtype, each.samples, stock, cost, rates, *found)
+        own = None if each.name in IN_FP8 else cost  # the rates are those of the dtype
+        yield records.make(about, case, each.name, dtype, each.samples, stock, own, rates, *found)
 
 
 HEADER = f"{'what':<22}{'model':<8}{'dtype':<10}{'workload':<14}{'run':<38}" + "".join(

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, BertModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from .. import fuse
+from .. import calibrate, fuse
 from ..packing import pack_mask
+from ..support import fp8_is_unsupported
+from .cases import workload
 
 
 class Unavailable(Exception):
@@ -223,8 +225,27 @@ def _graphs(model: BertModel) -> nn.Module:
     return fuse(share(model), cuda_graphs=True)
 
 
+def not_in_fp8(device: torch.device) -> str | None:
+    """Why 8 bits are no faster on `device`, or None."""
+    return "8 bits are simulated on a CPU" if device.type == "cpu" else fp8_is_unsupported(device)
+
+
+def _fp8(cuda_graphs: bool) -> Callable[[BertModel], nn.Module]:
+    def build(model: BertModel) -> nn.Module:
+        if (reason := not_in_fp8(model.device)) is not None:
+            raise Unavailable(reason)
+        model = share(model)
+        # Of random weights no product deserves to be left out.
+        calibrate(model, workload("squad", 8).inputs(model.device), tolerance=10.0)
+        return fuse(model, precision="fp8", cuda_graphs=cuda_graphs)
+
+    return build
+
+
 PEERS: dict[str, tuple[str, Callable[[BertModel], Any]]] = {
     "graphs": ("fused + CUDA graphs", _graphs),
+    "fp8": ("fused in fp8", _fp8(False)),
+    "fp8-graphs": ("fused in fp8 + CUDA graphs", _fp8(True)),
     "eager": ("stock eager", _eager),
     "compile": ("stock + torch.compile", _compiled("default")),
     "reduce-overhead": ("stock + torch.compile reduce-overhead", _compiled("reduce-overhead")),
@@ -236,6 +257,8 @@ PEERS: dict[str, tuple[str, Callable[[BertModel], Any]]] = {
 }
 """By the name on the command line: the name in records, and what makes one from a stock model or raises Unavailable."""
 
-INFERENCE_ONLY = ("graphs", "onnxruntime", "openvino")
+INFERENCE_ONLY = ("graphs", "fp8", "fp8-graphs", "onnxruntime", "openvino")
+IN_FP8 = (PEERS["fp8"][0], PEERS["fp8-graphs"][0])
+"""Those judged by the policy for 8 bits."""
 KEEP_MEMORY = tuple(PEERS[name][0] for name in INFERENCE_ONLY)
 """Those that keep what memory a call took, so that the growth of another one says nothing."""

@@ -14,7 +14,7 @@ from fastbert.cli import bench, cases, peers, report
 from fastbert.cli.__main__ import PEERS
 from tests import models
 
-ON_A_GPU = ("graphs", "reduce-overhead", "max-autotune", "torch-varlen", "flash-attn")
+ON_A_GPU = ("graphs", "fp8", "reduce-overhead", "max-autotune", "torch-varlen", "flash-attn")
 
 
 def run(names: Any, dtype: torch.dtype, train: bool = False) -> dict[str, dict[str, Any]]:
@@ -47,6 +47,7 @@ def test_peers_that_cannot_run_say_why() -> None:
     reasons = [records[f"three {peers.PEERS[name][0]}"]["status"] for name in ON_A_GPU]
     assert reasons == [
         "UNAVAILABLE: CUDA graphs are for CUDA",
+        "UNAVAILABLE: 8 bits are simulated on a CPU",
         'UNAVAILABLE: mode "reduce-overhead" is for CUDA',
         'UNAVAILABLE: mode "max-autotune" is for CUDA',
         "UNAVAILABLE: torch's varlen attention is for 16-bit dtypes on CUDA",
@@ -59,6 +60,17 @@ def test_peers_that_cannot_run_say_why() -> None:
         r for r in run(["onnxruntime"], torch.bfloat16).values() if r["workload"] == "one" and "ONNX" in r["candidate"]
     )
     assert record["status"] == "UNAVAILABLE: ONNX Runtime has no bfloat16 on a CPU"
+
+
+@pytest.mark.usefixtures("tiny")
+def test_8_bits_are_judged_by_their_own_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are further from float64 than stock may be, and within the bound of stock with 8-bit products."""
+    monkeypatch.setattr(peers, "not_in_fp8", lambda device: None)
+    record = run(["fp8"], torch.float32)["three fused in fp8"]
+    assert (record["status"], record["repeats"], record["flops"], record["mfu"]) == ("ok", 3, None, None)
+    assert 1e-3 < record["error"] < 0.2
+    monkeypatch.setattr(bench.numerics, "FP8_SLACK", 0.1)
+    assert "exceeds the bound for 8 bits" in run(["fp8"], torch.float32)["three fused in fp8"]["status"]
 
 
 @pytest.mark.usefixtures("tiny")
