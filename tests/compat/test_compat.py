@@ -70,10 +70,10 @@ def test_nothing_passed_is_wrong() -> None:
 
 @pytest.mark.parametrize(("outcome", "status"), [("passed", 0), ("failed", 1)])
 def test_the_exit_status_of_the_suite(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, outcome: str, status: int
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], outcome: str, status: int
 ) -> None:
     after = changed(outcomes={**FUSED["outcomes"], "test_a": outcome})
-    monkeypatch.setattr(hf_suite, "CACHE", tmp_path)
+    monkeypatch.setattr(hf_suite, "prepare", lambda version: ())
     monkeypatch.setattr(hf_suite, "run", lambda version, family, fused, only: after if fused else STOCK)
     assert hf_suite.main(["--transformers", "5.17.0", "5.4.0", "--family", "bert"]) == status
     printed = capsys.readouterr().out
