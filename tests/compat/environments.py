@@ -24,6 +24,9 @@ TRIED = {
     "triton": ("3.6.0", "3.7.1", "3.9.0"),
 }
 
+# Which pins of constraints.txt don't hold where a package is of another version.
+FREE = {"transformers": ("transformers", "tokenizers", "huggingface_hub"), "triton": ("triton", "numpy")}
+
 
 def pip(*arguments: str | Path) -> None:
     """Runs pip of this environment.
@@ -37,14 +40,15 @@ def pip(*arguments: str | Path) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
 
 
-def overlay(*requirements: str, free: tuple[str, ...] = ()) -> Path:
-    """A folder with `requirements` and all they depend on, as constraints.txt pins it but for the packages `free`."""
+def overlay(*requirements: str) -> Path:
+    """A folder with `requirements` and all they depend on, as constraints.txt pins it but for what FREE lets vary."""
     folder = CACHE / "-".join(re.sub(r"[^\w.]+", "_", requirement) for requirement in requirements)
     if folder.exists():
         return folder
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    free = FREE.get(requirements[0].split("==")[0], ())
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines(keepends=True)
     constraints = CACHE / f"{folder.name}.txt"
     constraints.write_text("".join(pin for pin in pins if pin.split("==")[0] not in free), encoding="utf-8")

@@ -91,9 +91,8 @@ def prepare(version: str) -> tuple[Path, ...]:
     """Makes what running under that version takes; returns the folders to import from."""
     CACHE.mkdir(parents=True, exist_ok=True)
     (CACHE / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")  # none of this project's settings
-    free = ("transformers", "tokenizers", "huggingface_hub")
-    packages = overlay(f"transformers=={version}", "parameterized", free=free)
-    return library(), packages, unpacked(version), Path(__file__).parent
+    packages = overlay(f"transformers=={version}"), overlay("parameterized")
+    return library(), *packages, unpacked(version), Path(__file__).parent
 
 
 def run(version: str, family: str, fused: bool, only: str | None) -> Record:

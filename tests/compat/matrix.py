@@ -36,9 +36,8 @@ TESTS = {
     },
 }
 
-# What else has to be of another version, and which pins of constraints.txt don't hold then.
+# What else has to be of another version.
 BESIDE = {("triton", "3.6.0"): ("numpy<2.4",)}  # whose interpreter reads numpy's arrays as 2.4 no longer lets it
-FREE = {"transformers": ("transformers", "tokenizers", "huggingface_hub"), "triton": ("triton", "numpy")}
 
 
 class Row(NamedTuple):
@@ -68,7 +67,7 @@ def run(package: str, version: str, tests: str) -> Row:
     """Runs the tests of that name with that version of a package laid over this environment."""
     beside = BESIDE.get((package, version), ())
     installed = importlib.metadata.version(package) == version
-    folders = [] if installed else [overlay(f"{package}=={version}", *beside, free=FREE[package])]
+    folders = [] if installed else [overlay(f"{package}=={version}", *beside)]
     name = f"{package}-{version}-{tests.replace(' ', '-')}"
     report, log = CACHE / f"{name}.xml", CACHE / f"{name}.log"
     report.unlink(missing_ok=True)
