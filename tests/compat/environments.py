@@ -16,8 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "compat"
 
-# The versions tried: the oldest supported, that of constraints.txt, the newest. torch is tried as it is: here as
-# constraints.txt pins it, by `make gpu` as the machine has it.
+# The versions tried: the oldest supported, that of constraints.txt, the newest. setup.py supports what lies between
+# them, and no more. torch is tried as it is: here as constraints.txt pins it, by `make gpu` as the machine has it.
 TRIED = {
     "torch": ("2.11.0", "2.13.0"),
     "transformers": ("5.4.0", "5.17.0", "5.23.0"),

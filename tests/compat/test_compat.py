@@ -1,8 +1,9 @@
-"""`make compat` and `make hf-suite` tell right from wrong."""
+"""`make compat` and `make hf-suite` tell right from wrong; and setup.py supports what they try."""
 
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 import fastbert
 from tests import models
 from tests.compat import hf_plugin, hf_suite, matrix
-from tests.compat.environments import ROOT
+from tests.compat.environments import ROOT, TRIED
 
 STOCK = {
     "outcomes": {"test_a": "passed", "test_b": "skipped", "test_c": "failed"},
@@ -159,3 +163,20 @@ def test_what_the_matrix_runs_exists() -> None:
         for arguments in runs.values():
             for argument in arguments:
                 assert (ROOT / argument.removeprefix("--ignore=")).exists(), argument
+
+
+def test_setup_supports_what_is_tried_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, Any] = {}
+    monkeypatch.setattr("setuptools.setup", lambda **arguments: found.update(arguments))
+    monkeypatch.chdir(ROOT)
+    spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    supported = {
+        r.name: r.specifier for r in map(Requirement, found["install_requires"] + found["extras_require"]["test"])
+    }
+    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    for name, versions in TRIED.items():
+        oldest, *_, newest = map(Version, versions)
+        assert supported[name] == SpecifierSet(f">={oldest.major}.{oldest.minor},<{newest.major}.{newest.minor + 1}")
+        assert any(f"{name}=={version}" in pinned for version in versions), f"{name}: the reference is not tried"
