@@ -30,6 +30,11 @@ def run(arguments: str, *paths: str) -> None:
 
 
 @pytest.mark.slow
+def test_the_host() -> None:
+    run("benchmarks.host --layers 2 --calls 4")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_operators(dtype: str, tmp_path: Path) -> None:
     file = tmp_path / "operators.json"
