@@ -3,15 +3,16 @@
     python benchmarks/host.py [--layers 24] [--calls 200]
 
 Operators return memory they have, and a graph replays nothing, so that what is timed is Python: the model's of
-transformers, the plan, the layers' or, with graphs, the check that nothing has changed. On a GPU that check runs while
-the device does; it is listed alone, too. Launches come on top: seven a layer, or one. A mask is laid out by its reference
-here, on a GPU by one launch. Run it on a machine that does nothing else.
+transformers, the plan, the layers' or, with graphs, the check that nothing has changed. On a GPU that check runs
+while the device does; it is listed alone, too. Launches come on top: seven a layer, or one. A mask is laid out by its
+reference here, on a GPU by one launch. Run it on a machine that does nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -107,7 +108,7 @@ def main() -> None:
             model = fastbert.fuse(stock, cuda_graphs=on)
             for name, given in arguments.items():
                 what = f"forward, {name}" + (", CUDA graphs" if on else "")
-                timed(what, lambda given=given: model(ids, **given), options.calls)
+                timed(what, functools.partial(model, ids, **given), options.calls)
         layers, fingerprint = model.encoder.layer, model.encoder.fastbert.graphs._fingerprint
         timed("of it: whether anything has changed", lambda: fingerprint.holds(layers), options.calls)
         timed("without graphs: whether layers are covered", lambda: [*map(support.layer_is_unsupported, layers)], 50)
