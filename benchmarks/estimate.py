@@ -90,7 +90,8 @@ class Assumed:
 
 
 ASSUMED = Assumed()
-OVERLAP = 0.5
+OVERLAP = 1 / 3
+"""Of programmatic dependent launch: the gap. A kernel waits for the one before before it loads anything."""
 BLOCK = 64
 """Queries and keys of a block of attention: what a sequence is rounded up to."""
 

@@ -118,7 +118,7 @@ def test_launches_and_what_they_cost() -> None:
     assert graph.fixed == pytest.approx(171 * 3e-6)
     assert graph.work["product"] > 24 * 25.2e6 / 4.3e12
     hidden = estimate.estimate(row("1 x 128", way="graph, PDL"), H200)
-    assert hidden.fixed == pytest.approx(171 * 1.5e-6)
+    assert hidden.fixed == pytest.approx(171 * 2e-6)
     # Without PDL 335 GFLOP a sequence of 512 at 989 TFLOP/s would be 2,953 a second.
     dense = estimate.estimate(row("dense 512"), H200)
     assert dense.flops == pytest.approx(128 * 335.0e9, rel=1e-3)

@@ -19,6 +19,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 SIZES = ("large", "base", "minilm")
 PEERS = (
     "graphs",
+    "graphs-pdl",
     "fp8",
     "fp8-graphs",
     "eager",

@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, BertModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from .. import calibrate, fuse
+from ..kernels import launch
 from ..packing import pack_mask
 from ..support import fp8_is_unsupported
 from .cases import workload
@@ -225,6 +226,26 @@ def _graphs(model: BertModel) -> nn.Module:
     return fuse(share(model), cuda_graphs=True)
 
 
+class _Dependent(nn.Module):
+    """Fused with CUDA graphs, each kernel launched while the one before runs: `launch.DEPENDENT` for its calls alone."""
+
+    def __init__(self, model: BertModel) -> None:
+        super().__init__()
+        self.arch = launch.architecture(model.device)
+        if not self.arch.startswith("sm_") or int(self.arch.removeprefix("sm_")) < 90:
+            raise Unavailable("programmatic dependent launch takes sm_90 or later")
+        self.model = fuse(share(model), cuda_graphs=True)
+
+    def forward(self, **batch: Tensor) -> Any:
+        before = set(launch.DEPENDENT)
+        launch.DEPENDENT.add(self.arch)
+        try:
+            return self.model(**batch)
+        finally:
+            launch.DEPENDENT.clear()
+            launch.DEPENDENT.update(before)
+
+
 def not_in_fp8(device: torch.device) -> str | None:
     """Why 8 bits are no faster on `device`, or None."""
     return "8 bits are simulated on a CPU" if device.type == "cpu" else fp8_is_unsupported(device)
@@ -244,6 +265,7 @@ def _fp8(cuda_graphs: bool) -> Callable[[BertModel], nn.Module]:
 
 PEERS: dict[str, tuple[str, Callable[[BertModel], Any]]] = {
     "graphs": ("fused + CUDA graphs", _graphs),
+    "graphs-pdl": ("fused + CUDA graphs, dependent launches", _Dependent),
     "fp8": ("fused in fp8", _fp8(False)),
     "fp8-graphs": ("fused in fp8 + CUDA graphs", _fp8(True)),
     "eager": ("stock eager", _eager),
@@ -257,7 +279,7 @@ PEERS: dict[str, tuple[str, Callable[[BertModel], Any]]] = {
 }
 """By the name on the command line: the name in records, and what makes one from a stock model or raises Unavailable."""
 
-INFERENCE_ONLY = ("graphs", "fp8", "fp8-graphs", "onnxruntime", "openvino")
+INFERENCE_ONLY = ("graphs", "graphs-pdl", "fp8", "fp8-graphs", "onnxruntime", "openvino")
 IN_FP8 = (PEERS["fp8"][0], PEERS["fp8-graphs"][0])
 """Those judged by the policy for 8 bits."""
 KEEP_MEMORY = tuple(PEERS[name][0] for name in INFERENCE_ONLY)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from fastbert.cli import bench, cases, peers, report
 from fastbert.cli.__main__ import PEERS
+from fastbert.kernels import launch
 from tests import models
 
-ON_A_GPU = ("graphs", "fp8", "reduce-overhead", "max-autotune", "torch-varlen", "flash-attn")
+ON_A_GPU = ("graphs", "graphs-pdl", "fp8", "reduce-overhead", "max-autotune", "torch-varlen", "flash-attn")
 
 
 def run(names: Any, dtype: torch.dtype, train: bool = False) -> dict[str, dict[str, Any]]:
@@ -47,6 +48,7 @@ def test_peers_that_cannot_run_say_why() -> None:
     reasons = [records[f"three {peers.PEERS[name][0]}"]["status"] for name in ON_A_GPU]
     assert reasons == [
         "UNAVAILABLE: CUDA graphs are for CUDA",
+        "UNAVAILABLE: programmatic dependent launch takes sm_90 or later",
         "UNAVAILABLE: 8 bits are simulated on a CPU",
         'UNAVAILABLE: mode "reduce-overhead" is for CUDA',
         'UNAVAILABLE: mode "max-autotune" is for CUDA',
@@ -60,6 +62,18 @@ def test_peers_that_cannot_run_say_why() -> None:
         r for r in run(["onnxruntime"], torch.bfloat16).values() if r["workload"] == "one" and "ONNX" in r["candidate"]
     )
     assert record["status"] == "UNAVAILABLE: ONNX Runtime has no bfloat16 on a CPU"
+
+
+def test_dependent_launches_are_of_one_candidate_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "architecture", lambda device: "sm_100")
+    model = peers._Dependent(models.seeded().eval())
+    seen: list[set[str]] = []
+    model.model.register_forward_pre_hook(lambda *_: seen.append(set(launch.DEPENDENT)))
+    model(input_ids=models.ids(2, 5))
+    with pytest.raises(ValueError, match="input_ids"):
+        model(input_ids=models.ids(2, 5) - 10**6)
+    assert seen == [{"sm_100"}] * 2
+    assert set() == launch.DEPENDENT
 
 
 @pytest.mark.usefixtures("tiny")
