@@ -227,7 +227,7 @@ def _graphs(model: BertModel) -> nn.Module:
 
 
 class _Dependent(nn.Module):
-    """Fused with CUDA graphs, each kernel launched while the one before runs: `launch.DEPENDENT` for its calls alone."""
+    """Fused with CUDA graphs, each kernel launched while the one before runs: `launch.DEPENDENT`, for its calls."""
 
     def __init__(self, model: BertModel) -> None:
         super().__init__()
