@@ -157,9 +157,10 @@ class FusedEncoder(_Module):
         return self.output(last_hidden_state=packing.unpack(hidden_states))
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """As torch's `.to`, `.half` and others call it. Graphs would keep the memory that is being left."""
-        if hasattr(self, "fastbert") and self.fastbert.graphs is not None:
-            self.fastbert.graphs.drop()
+        """As torch's `.to`, `.half` and others call it. Graphs and 8 bits would keep the memory that is being left."""
+        for kept in (self.fastbert.graphs, self.fastbert.fp8) if hasattr(self, "fastbert") else ():
+            if kept is not None:
+                kept.drop()
         return super()._apply(*args, **kwargs)
 
     def relative_bias(self, length: int) -> Tensor:

@@ -132,6 +132,10 @@ class Fp8:
         """Layer by layer; None: every row has its own."""
         self._made: dict[int, _Made] = {}
 
+    def drop(self) -> None:
+        """Frees the quantized weights; the next forward makes them again."""
+        self._made = {}
+
     def __getstate__(self) -> dict[str, Any]:
         return {"scales": self.scales}
 

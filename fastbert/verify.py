@@ -120,7 +120,8 @@ class Report:
         return json.dumps(self.to_dict(), indent=1, allow_nan=False)
 
     def __str__(self) -> str:
-        header = ("layout", "output", "elements", "fused error", "stock error", "ratio", "bound", "")
+        stock = "stock error" if self.precision is None else "stock in fp8"
+        header = ("layout", "output", "elements", "fused error", stock, "ratio", "bound", "")
         table = [header] + [
             (
                 row.layout,
@@ -157,7 +158,8 @@ class Report:
             return f"DEPARTS from stock, first at {first.name} ({first.layout})"
         if self.not_fused:
             return "NOT VERIFIED: " + "; ".join(f"{layout} ran stock: {why}" for layout, why in self.not_fused.items())
-        return "ok: every output is within the numerical policy" if self.ok else "NOT VERIFIED: nothing was compared"
+        bound = "the numerical policy" if self.precision is None else "the bound of 8 bits, numerics.FP8_SLACK"
+        return f"ok: every output is within {bound}" if self.ok else "NOT VERIFIED: nothing was compared"
 
 
 @dataclass

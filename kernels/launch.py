@@ -400,7 +400,7 @@ def linear_backward_config(arch: str, dtype: torch.dtype, n: int, k: int) -> Con
 # registers and shared memory a program, as the ahead-of-time compilation reports them. With exact sums (below) a tile
 # is held twice: 128 x 256 spills.
 _LINEAR_FP8: dict[str, tuple[tuple[float, Config], ...]] = {
-    "sm_89": ((_ANY, Config(128, 128, 64, 8, 3)),),  # 48 KiB: two programs an SM
+    "sm_89": ((_ANY, Config(128, 128, 64, 8, 3)),),  # 32 KiB and 128 registers: two programs an SM
     "sm_90": ((_ANY, Config(128, 128, 128, 8, 4)),),  # 128 KiB: one program an SM, two warp groups
     "sm_100": ((_ANY, Config(128, 128, 128, 8, 4)),),
 }

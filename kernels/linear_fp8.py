@@ -3,9 +3,10 @@
 `linear_fp8`, `linear_gelu_fp8` and `linear_add_fp8` are the Triton twins of the functions of those names in
 `reference_fp8`. They share one kernel.
 
-The epilogue runs in float32, with one rounding at the store. Hopper adds the products of 8-bit numbers up in some 14
-bits; here no more than EXACT_K of them before the sum is taken over into float32. That costs registers and additions,
-and makes the product as exact as one of 16-bit numbers: what 8 bits lose is lost by `quantize_fp8` alone.
+The epilogue runs in float32, with one rounding at the store. Hopper is reported to add products of 8-bit numbers up in
+some 14 bits; here no more than EXACT_K of them before the sum is taken over into float32. That costs registers and
+additions, and is to make the product as exact as one of 16-bit numbers, which the tests on a GPU hold it to: what 8
+bits lose is lost by `quantize_fp8` alone.
 
 K is never split, and is added up in one order whatever the tile, so a row of the result is bitwise the same whatever
 other rows are in the batch; `launch.FEW_ROWS` says what that takes.

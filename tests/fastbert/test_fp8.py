@@ -398,6 +398,8 @@ def test_calibration_finds_scales(tmp_path: Path) -> None:
     # The error that it tells is that of the first batch.
     assert found.error == pytest.approx(relative_error(out[real], plain.double()), rel=0.01)
     assert "last hidden states within" in str(found)
+    again.to(torch.bfloat16)
+    assert not again.encoder.fastbert.fp8._made  # of memory that has been left
 
 
 def explained(model: Any) -> str:
