@@ -169,7 +169,7 @@ class FusedEncoder(_Module):
 
 
 def plan_call(
-    model: Any, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: Any, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any], assumes: bool = True
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Checks the arguments of a call of a base model, chooses the layout, and adds what tells the encoder.
 
@@ -178,6 +178,7 @@ def plan_call(
         names: those of the parameters of its stock forward.
         args: the positional arguments.
         kwargs: those by name; among them, from the hook of a head, what it reads.
+        assumes: whether layers that CUDA graphs were captured from may be taken to be as they were (`Plan.assumed`).
 
     Returns:
         The arguments to call the stock forward with.
@@ -196,7 +197,7 @@ def plan_call(
     _check(model, call)
     reason = call_is_unsupported(model, call)
     graphs = encoder.fastbert.graphs
-    assumed = reason is None and graphs is not None and graphs.expects() and _is_repeatable(model, call)
+    assumed = assumes and reason is None and graphs is not None and graphs.expects() and _is_repeatable(model, call)
     reasons: list[str | None] = [None] * len(encoder.layer)
     if reason is None and not assumed:
         reasons = [layer_is_unsupported(layer) for layer in encoder.layer]

@@ -277,7 +277,7 @@ def _explain_base(name: str, base: Any, family: Any) -> EncoderExplanation:
     if graphs is None or reason is not None:
         eager = reason
     else:
-        eager = "a layer runs stock" if layers else graphs.refuses(encoder.layer)
+        eager = "a layer runs stock" if layers else graphs.refuses(encoder)
     fp8, not_fp8 = _explain_fp8(encoder, family)
     return EncoderExplanation(
         name,

@@ -227,20 +227,27 @@ class Graphs:
         self._quantized: Any = None
         """What holds the weights in 8 bits that graphs read."""
 
-    def drop(self) -> None:
-        """Frees the graphs and their memory, when the device is done with them."""
+    def drop(self, fingerprint: Fingerprint | None = None) -> None:
+        """Frees the graphs and their memory, when the device is done with them; where one is given, only its own."""
         with self._lock:
-            self._device.finish()
-            self._forget()
+            if fingerprint is None or fingerprint is self._fingerprint:
+                self._device.finish()
+                self._forget()
 
     def expects(self) -> bool:
         """Whether a call at this moment may be planned as the last one was, to be compared later: see `run`."""
         return self._fingerprint is not None and self._state() is None
 
-    def refuses(self, layers: nn.ModuleList) -> str | None:
+    def refuses(self, encoder: Any) -> str | None:
         """Why an ordinary call at this moment would not be a graph's; None where it would."""
-        sample = next(layers.parameters())
-        return self._state() or self._broken or self._device.refuses(sample) or _is_open(layers)
+        sample = next(encoder.layer.parameters())
+        return self._refuses(encoder, sample) or _is_open(encoder.layer)
+
+    def _refuses(self, encoder: Any, x: Tensor) -> str | None:
+        """The same of calls with rows like `x`, whatever the layers are."""
+        if encoder.relative:
+            return "a bias by distance"
+        return self._state() or self._broken or self._device.refuses(x)
 
     def _state(self) -> str | None:
         if torch.compiler.is_compiling():
@@ -251,9 +258,9 @@ class Graphs:
             return "torch.autocast"
         return "a dispatch mode of torch" if torch._C._len_torch_dispatch_stack() else None
 
-    def _refuses_call(self, x: Tensor, plan: Any) -> str | None:
+    def _refuses_call(self, encoder: Any, x: Tensor, plan: Any) -> str | None:
         packing: Packing = plan.packing
-        if reason := self._state() or self._broken or self._device.refuses(x):
+        if reason := self._refuses(encoder, x):
             return reason
         if type(x) is not Tensor:
             return f"hidden states of type {type(x).__name__}"
@@ -265,8 +272,6 @@ class Graphs:
             return "hidden states are asked for, or watched by hooks"
         if packing.key_mask is not None:
             return "padding is masked, not dropped"
-        if packing.bias is not None:
-            return "a bias by distance"
         if x.shape[0] * x.shape[1] > MAX_TOKENS:
             return f"more than {MAX_TOKENS} tokens"
         if _sequences(packing) > MAX_SEQUENCES:
@@ -289,7 +294,7 @@ class Graphs:
             Stale: `plan` was assumed, and that was wrong.
         """
         counts, layers = encoder.fastbert.counts, encoder.layer
-        reason, result = self._refuses_call(x, plan), None
+        reason, result = self._refuses_call(encoder, x, plan), None
         with self._lock:
             fingerprint = self._fingerprint
             if reason is None and fingerprint is None and not plan.assumed:
@@ -302,7 +307,7 @@ class Graphs:
         # The device is at work by now.
         if (result is not None or plan.assumed) and not (fingerprint is not None and fingerprint.holds(layers)):
             counts.add(counts.graphs, "dropped: the model has changed")
-            self.drop()
+            self.drop(fingerprint)
             if plan.assumed:
                 raise Stale
             return None

@@ -76,7 +76,7 @@ def base_model(kind: Any, module: str, own: Callable[..., Any] | None = None) ->
         try:
             return super(fused, self).forward(*planned, **named)
         except Stale:
-            planned, named = plan_call(self, names, args, kwargs)
+            planned, named = plan_call(self, names, args, kwargs, assumes=False)
         return super(fused, self).forward(*planned, **named)
 
     fused = _derive(kind, module, FusedModel, forward=forward if own is None else own)

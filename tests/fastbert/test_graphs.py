@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from transformers import DistilBertModel, ElectraModel, MPNetConfig, MPNetModel, RobertaModel
 from transformers.models.bert import modeling_bert as hf
 
 import fastbert
@@ -253,6 +254,34 @@ def test_equal_lengths_write_their_starts_once(recorded: None) -> None:
 def test_heads_run_on_graphs(recorded: None) -> None:
     model, twin = fused_pair(hf.BertForSequenceClassification)
     assert_replays(model, padded([37, 9, 60]), twin)
+
+
+@pytest.mark.parametrize("kind", [RobertaModel, ElectraModel, DistilBertModel], ids=lambda kind: kind.__name__)
+def test_other_families_replay(kind: Any, recorded: None) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    renamed = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "embedding_size": 16}
+    model = kind(kind.config_class(vocab_size=models.VOCABULARY, **sizes, **renamed)).eval()
+    twin = fastbert.fuse(copy.deepcopy(model))
+    assert_replays(fastbert.fuse(model, cuda_graphs=True), padded([37, 9, 60]), twin)
+    support.encoder_of(model).layer[0].register_forward_hook(lambda module, args, out: 2 * out)
+    support.encoder_of(twin).layer[0].register_forward_hook(lambda module, args, out: 2 * out)
+    assert torch.equal(last(model, padded([37, 9, 60])), last(twin, padded([37, 9, 60])))
+
+
+def test_a_bias_by_distance_runs_eagerly(recorded: None) -> None:
+    shape = {"vocab_size": 64, "num_hidden_layers": 2, "pad_token_id": 1, **SMALL}
+    torch.manual_seed(0)
+    model = MPNetModel(MPNetConfig(**shape)).eval()
+    twin = fastbert.fuse(copy.deepcopy(model), padding="packed")
+    fastbert.fuse(model, padding="packed", cuda_graphs=True)
+    call = {"input_ids": models.ids(2, 20, high=60), "attention_mask": padded([20, 11])["attention_mask"]}
+    for _ in range(3):
+        assert torch.equal(last(model, call), last(twin, call))
+    assert calls(model) == {"eager: a bias by distance": 3}
+    assert fastbert.explain(model).encoders[0].fused_calls == {"packed": 3}
+    with torch.no_grad():
+        assert fastbert.explain(model).encoders[0].eager == "a bias by distance"
 
 
 def test_inference_mode_and_no_grad_share_graphs(recorded: None) -> None:
@@ -568,6 +597,8 @@ def run_threads(model: Any, twin: Any, streams: Callable[[], contextlib.Abstract
     """Ragged calls on four threads at once; what went wrong."""
     lengths = [[40, 9, 60, 7], [64, 13, 18, 1], [30, 30, 30, 30], [5], [120, 3], [64, 62, 1]]
     expected = [last(twin, padded(each, seed)) for seed, each in enumerate(lengths)]
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # before other streams read them
     wrong: list[str] = []
 
     def work(offset: int) -> None:
