@@ -120,11 +120,10 @@ def _products(sizes: Sizes, dtype: torch.dtype, arch: str) -> Iterator[Problem]:
             more = {"linear_gelu": ("none",), "linear_add": (normal(rows, n),)}.get(function, ())
             return (normal(rows, k), *weights, *more)
 
-        by_rows = "rows" in launch.OPERATIONS["linear"].parameters()
-        for rows in row_classes() if by_rows else [launch.MANY_ROWS]:
+        for rows in row_classes():
             many = rows == launch.MANY_ROWS
             yield Problem(
-                f"{name}, {rows}{'+' if many else ''} rows" if by_rows else name,
+                f"{name}, {rows}{'+' if many else ''} rows",
                 key("linear", arch, dtype, n=n, k=k, segments=segments, rows=rows),
                 "linear",
                 function,
@@ -133,7 +132,7 @@ def _products(sizes: Sizes, dtype: torch.dtype, arch: str) -> Iterator[Problem]:
                 (rows, 4 * rows) if many else (rows,),
                 lambda c: c.num_stages * (c.block_m + c.block_n) * c.block_k * dtype.itemsize,
                 lambda c: c.block_m * c.block_n / (32 * c.num_warps),
-                by_rows,
+                True,
             )
 
 
