@@ -422,6 +422,7 @@ class Gpu:
     def measure(self, call: Callable[..., Any], sets: Sequence[Any]) -> Samples:
         """Seconds of one call, by replays of a graph of calls, each with arguments of its own."""
         side = torch.cuda.Stream(self.device)
+        torch.cuda.synchronize(self.device)  # the arguments are made on another stream
         with torch.cuda.device(self.device), torch.cuda.stream(side):
             call(*sets[0])  # loads the kernel
             graph = torch.cuda.CUDAGraph()
