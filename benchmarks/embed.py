@@ -1,6 +1,7 @@
-"""`fastbert embed` against its bare encoder: `python benchmarks/embed.py TEXTS.txt --model FOLDER`.
+"""`fastbert embed` against its bare encoder: `python benchmarks/embed.py [TEXTS.txt --model PATH_OR_ID]`.
 
-The command runs as people run it, over the lines of a file, repeated to `--lines`; the bare encoder is the same fused
+The command runs as people run it, over the lines of a file, repeated to `--lines`, or over texts and a model made up as
+encode.py does; the bare encoder is the same fused
 model over the same tokens, made beforehand. They take turns of a few seconds, the one stopped while the other runs, so
 that what else the machine does slows both alike. Time counts from where the model is loaded. Told, too, is the resident
 memory of the command. Exit status: 0, 1 (less than 0.9 of the bare encoder's tokens/s, or memory that grows).
@@ -20,12 +21,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import encode
 import numpy as np
 import torch
 from transformers import AutoTokenizer
 
 from fastbert.cli import embed
 from fastbert.cli.__main__ import parser
+from fastbert.cli.cases import SHAPES, build, workload
 from fastbert.cli.info import default_device
 
 TURN_S = 3.0
@@ -102,23 +105,32 @@ class Bare(embed.Encoder):
 
 def main() -> int:
     own = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    own.add_argument("texts", type=Path, metavar="FILE", help="UTF-8, a text a line")
-    own.add_argument("--model", required=True, metavar="PATH_OR_ID")
+    own.add_argument("texts", type=Path, nargs="?", metavar="FILE", help="UTF-8, a text a line; default: made up")
+    own.add_argument("--model", metavar="PATH_OR_ID", help="default: seeded weights, of --size")
+    own.add_argument("--size", choices=list(SHAPES), default="large")
     own.add_argument("--lines", type=int, default=100_000)
     own.add_argument("--dtype", default="float32")
     own.add_argument("--batch-tokens", type=int, help="default: that of fastbert embed")
     given = own.parse_args()
-    lines = given.texts.read_text(encoding="utf-8").splitlines()
+    if given.texts is not None:
+        lines = given.texts.read_text(encoding="utf-8").splitlines()
+    else:
+        lines = encode.texts_of(workload("search", 512))
     texts = [lines[i % len(lines)] for i in range(given.lines)]
     with tempfile.TemporaryDirectory() as folder:
         source, output = Path(folder) / "in.txt", Path(folder) / "out"
         source.write_text("\n".join(texts) + "\n", encoding="utf-8")
-        arguments = ["embed", str(source), "--model", given.model, "--output", str(output), "--dtype", given.dtype]
+        name = given.model
+        if name is None:
+            name = str(Path(folder) / "model")
+            build(given.size, torch.float32, torch.device("cpu")).save_pretrained(name)
+            encode.save_tokenizer(Path(name))
+        arguments = ["embed", str(source), "--model", name, "--output", str(output), "--dtype", given.dtype]
         arguments += ["--json"] + (["--batch-tokens", str(given.batch_tokens)] if given.batch_tokens else [])
         device = default_device(None)
         parsed = parser().parse_args(arguments)
         model, _, recipe, longest = embed._load(parsed, device)
-        embed._tokenizer = AutoTokenizer.from_pretrained(given.model)
+        embed._tokenizer = AutoTokenizer.from_pretrained(name)
         command = Command(arguments, output)
         try:
             encoder = Bare(model, recipe, embed._batch_tokens(parsed, device), command)

@@ -40,12 +40,17 @@ def texts_of(item: Workload) -> list[str]:
     return [" ".join(f"w{chance.randrange(WORDS)}" for _ in range(n - 2)) for n in item.lengths]
 
 
+def save_tokenizer(folder: Path) -> None:
+    """One that knows the words of `texts_of`."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(WORDS))]
+    (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    BertTokenizerFast(vocab_file=str(folder / "vocab.txt"), model_max_length=512).save_pretrained(folder)
+
+
 def encoder(size: str, dtype: torch.dtype, device: torch.device, attention: str = "sdpa") -> Any:
     """A SentenceTransformer that takes means over a BERT with seeded weights."""
     with tempfile.TemporaryDirectory() as folder:
-        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(WORDS))]
-        (Path(folder) / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
-        BertTokenizerFast(vocab_file=str(Path(folder) / "vocab.txt"), model_max_length=512).save_pretrained(folder)
+        save_tokenizer(Path(folder))
         build("minilm", torch.float32, torch.device("cpu")).save_pretrained(folder)
         transformer = Transformer(folder, model_kwargs={"attn_implementation": attention, "dtype": dtype})
     transformer.model = build(size, dtype, device)

@@ -75,6 +75,7 @@ ON_A_GPU = (
     Step("dtypes", 2.0, f"{BENCH} float16 float32 --workload squad dense512"),
     Step("operators", 2.0, "-m pytest -q benchmarks --records {output} --workload squad"),
     Step("encode", 1.0, "benchmarks/encode.py --dtype bfloat16 --output {output}"),
+    Step("embed", 1.5, "benchmarks/embed.py --dtype bfloat16 --lines 50000"),
     Step("small batches", 1.0, f"{BENCH} bfloat16 --workload squad search --batch 8 16 32 --peers graphs torch-varlen"),
     Step("compiled training", 3.0, f"{BENCH} bfloat16 --train --workload uniform254 --batch 64 --peers compile"),
     Step("max-autotune", 6.0, f"{BENCH} bfloat16 --workload squad dense512 --peers max-autotune"),
