@@ -24,7 +24,6 @@ from typing import Any
 import encode
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
 from fastbert.cli import embed
 from fastbert.cli.__main__ import parser
@@ -129,8 +128,8 @@ def main() -> int:
         arguments += ["--json"] + (["--batch-tokens", str(given.batch_tokens)] if given.batch_tokens else [])
         device = default_device(None)
         parsed = parser().parse_args(arguments)
-        model, _, recipe, longest = embed._load(parsed, device)
-        embed._tokenizer = AutoTokenizer.from_pretrained(name)
+        embed._tokenizer = embed._load_tokenizer(name)
+        model, recipe, longest = embed._load(parsed, embed._tokenizer, device)
         command = Command(arguments, output)
         try:
             encoder = Bare(model, recipe, embed._batch_tokens(parsed, device), command)

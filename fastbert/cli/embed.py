@@ -374,11 +374,18 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(told.encode()).hexdigest()
 
 
-def _load(arguments: argparse.Namespace, device: torch.device) -> tuple[Any, Any, Recipe, int]:
-    """The fused model, its tokenizer, what is done with its output, and the most tokens of a text."""
-    path = arguments.model
+def _load_tokenizer(path: str) -> Any:
     if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
         raise UsageError(f"--model {path}: no such folder")
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # whatever reading files and asking the hub raises: to a user it is one thing
+        raise UsageError(f"--model {path}: {' '.join(str(error).split())}") from error
+
+
+def _load(arguments: argparse.Namespace, tokenizer: Any, device: torch.device) -> tuple[Any, Recipe, int]:
+    """The fused model, what is done with its output, and the most tokens of a text."""
+    path = arguments.model
     recipe = read_recipe(Path(path)) if Path(path).is_dir() else Recipe()
     given = {"pooling": arguments.pooling, "normalize": arguments.normalize, "prompt": arguments.prompt}
     recipe = Recipe(
@@ -388,9 +395,8 @@ def _load(arguments: argparse.Namespace, device: torch.device) -> tuple[Any, Any
     dtype = "auto" if arguments.dtype is None else getattr(torch, arguments.dtype)
     try:
         config = AutoConfig.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModel.from_pretrained(path, config=config, dtype=dtype).to(device).eval()
-    except Exception as error:  # whatever reading files and asking the hub raises: to a user it is one thing
+    except Exception as error:  # as above
         raise UsageError(f"--model {path}: {' '.join(str(error).split())}") from error
     try:
         model = fuse(model)
@@ -408,7 +414,7 @@ def _load(arguments: argparse.Namespace, device: torch.device) -> tuple[Any, Any
         raise UsageError(f"--max-length is {limit}; expected at least {least}, of which {least - 1} are special tokens")
     if arguments.max_length is not None and arguments.max_length > longest:
         raise UsageError(f"--max-length is {arguments.max_length}; the model has positions for {longest}")
-    return model, tokenizer, recipe, limit
+    return model, recipe, limit
 
 
 def _place() -> tuple[int, int, int]:
@@ -437,34 +443,35 @@ def main(arguments: argparse.Namespace) -> int:
         raise UsageError(f"- is given to {world} ranks; each would read a part of standard input, expected files")
     name = arguments.device or (f"cuda:{local}" if torch.cuda.is_available() else None)
     device = default_device(name)
-    model, tokenizer, recipe, max_length = _load(arguments, device)
+    tokenizer = _load_tokenizer(arguments.model)
     batch_tokens = _batch_tokens(arguments, device)
-    settings = {
-        "weights": weights_digest(model),
-        "tokenizer": tokenizer_digest(tokenizer),
-        "pooling": recipe.pooling,
-        "normalize": recipe.normalize,
-        "prompt": recipe.prompt,
-        "max_length": max_length,
-        "batch_tokens": batch_tokens,
-        "shard_rows": arguments.shard_rows,
-        "format": arguments.format,
-        "column": arguments.column,
-        "id_column": arguments.id_column,
-    }
-    begun = time.monotonic()
     spawn = multiprocessing.get_context("spawn")
-    with (
-        contextlib.closing(
-            Shards(Path(arguments.output), arguments.format, arguments.id_column is None, settings, rank, world)
-        ) as shards,
-        concurrent.futures.ProcessPoolExecutor(
-            arguments.workers, mp_context=spawn, initializer=_begin_worker, initargs=(arguments.model,)
-        ) as workers,
-    ):
+    with concurrent.futures.ProcessPoolExecutor(
+        arguments.workers, mp_context=spawn, initializer=_begin_worker, initargs=(arguments.model,)
+    ) as workers:
         try:
-            encoder = Encoder(model, recipe, batch_tokens)
-            count = embed(source, shards, encoder, workers, max_length, arguments.shard_rows)
+            workers.submit(_tokenise, [""], 1 << 30)  # it starts while the model loads
+            model, recipe, max_length = _load(arguments, tokenizer, device)
+            settings = {
+                "weights": weights_digest(model),
+                "tokenizer": tokenizer_digest(tokenizer),
+                "pooling": recipe.pooling,
+                "normalize": recipe.normalize,
+                "prompt": recipe.prompt,
+                "max_length": max_length,
+                "batch_tokens": batch_tokens,
+                "shard_rows": arguments.shard_rows,
+                "format": arguments.format,
+                "column": arguments.column,
+                "id_column": arguments.id_column,
+            }
+            begun = time.monotonic()
+            with contextlib.closing(
+                Shards(Path(arguments.output), arguments.format, arguments.id_column is None, settings, rank, world)
+            ) as shards:
+                encoder = Encoder(model, recipe, batch_tokens)
+                count = embed(source, shards, encoder, workers, max_length, arguments.shard_rows)
+                summary = shards.finish(count)
         except BrokenProcessPool as error:
             raise UsageError("a process that tokenises has died: killed, or out of memory?") from error
         except torch.OutOfMemoryError as error:
@@ -472,7 +479,6 @@ def main(arguments: argparse.Namespace) -> int:
         except BaseException:
             workers.shutdown(wait=False, cancel_futures=True)
             raise
-        summary = shards.finish(count)
     passed = time.monotonic() - begun
     if arguments.json:
         print(json.dumps({**(summary or {"complete": False}), "rank": rank, "world": world, "seconds": passed}))
