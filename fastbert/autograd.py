@@ -88,18 +88,17 @@ def _feed_forward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, cu_seqlens, key_mask, max_seqlen, scale, dropout, seed = inputs
+    qkv, cu_seqlens, key_mask, max_seqlen, scale, dropout, seed, tiles = inputs
     out, stats = output
     ctx.mark_non_differentiable(stats)
-    ctx.save_for_backward(qkv, out, stats, cu_seqlens, key_mask, seed)
+    ctx.save_for_backward(qkv, out, stats, cu_seqlens, key_mask, seed, tiles)
     ctx.numbers = max_seqlen, scale, dropout
 
 
 def _attention(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    qkv, out, stats, cu_seqlens, key_mask, seed = ctx.saved_tensors
-    max_seqlen, scale, dropout = ctx.numbers
-    dqkv = ops.attention_backward(grad, qkv, out, stats, cu_seqlens, key_mask, max_seqlen, scale, dropout, seed)
-    return dqkv, None, None, None, None, None, None
+    qkv, out, stats, cu_seqlens, key_mask, seed, tiles = ctx.saved_tensors
+    sequences = cu_seqlens, key_mask, *ctx.numbers, seed, tiles
+    return ops.attention_backward(grad, qkv, out, stats, *sequences), *(None,) * 7
 
 
 def _save_add_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -153,7 +153,7 @@ class FusedLayer(_Module):
         shape = self.shape
         q, k, v = self.project(x).unbind(1)  # [T, heads, head_dim]
         sequences = packing.cu_seqlens, packing.key_mask, packing.max_seqlen
-        context = ops.attention(q, k, v, *sequences, self.scale(), packing.bias)
+        context = ops.attention(q, k, v, *sequences, self.scale(), packing.bias, packing.tiles)
         del q, k, v
         x = _close(child(self, *shape.context), child(self, *shape.context_norm), context.flatten(1), x)
         del context
@@ -181,6 +181,7 @@ class FusedLayer(_Module):
             self.scale(),
             rates[0],
             seed[0],
+            packing.tiles,
         )
         del qkv
         norm = child(self, *shape.context_norm)

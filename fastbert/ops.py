@@ -30,7 +30,10 @@ _OPERATORS = {
     # Inference, where nothing needs a gradient.
     "linear_gelu": ("linear", "(Tensor x, Tensor weight, Tensor? bias, str approximate) -> Tensor"),
     "linear_add": ("linear", "(Tensor x, Tensor weight, Tensor? bias, Tensor residual) -> Tensor"),
-    "attention": ("attention", f"(Tensor q, Tensor k, Tensor v, {_SEQUENCES}, Tensor? bias=None) -> Tensor"),
+    "attention": (
+        "attention",
+        f"(Tensor q, Tensor k, Tensor v, {_SEQUENCES}, Tensor? bias=None, Tensor? tiles=None) -> Tensor",
+    ),
     "layer_norm": ("layer_norm", "(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor"),
     # Inference in 8 bits.
     "quantize_fp8": ("quantize_fp8", "(Tensor x, float? scale) -> (Tensor, Tensor)"),
@@ -44,6 +47,7 @@ _OPERATORS = {
     # Inference and training.
     "linear": ("linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor"),
     "qkv_linear": ("linear", f"(Tensor x, {_QKV}) -> Tensor"),
+    "attention_tiles": ("attention", "(Tensor cu_seqlens, SymInt rows) -> Tensor"),
     "add_layer_norm": (
         "layer_norm",
         f"(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, {_DROPOUT}) -> Tensor",
@@ -65,10 +69,13 @@ _OPERATORS = {
         "linear",
         "(Tensor grad, Tensor weight, Tensor pre, str approximate) -> (Tensor, Tensor)",
     ),
-    "attention_forward": ("attention", f"(Tensor qkv, {_SEQUENCES}, {_DROPOUT}) -> (Tensor, Tensor)"),
+    "attention_forward": (
+        "attention",
+        f"(Tensor qkv, {_SEQUENCES}, {_DROPOUT}, Tensor? tiles=None) -> (Tensor, Tensor)",
+    ),
     "attention_backward": (
         "attention",
-        f"(Tensor grad, Tensor qkv, Tensor out, Tensor stats, {_SEQUENCES}, {_DROPOUT}) -> Tensor",
+        f"(Tensor grad, Tensor qkv, Tensor out, Tensor stats, {_SEQUENCES}, {_DROPOUT}, Tensor? tiles=None) -> Tensor",
     ),
     "add_layer_norm_backward": (
         "layer_norm",
@@ -177,9 +184,10 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     "attention": lambda q, *rest: _like(q, *q.shape),
     "attention_forward": lambda qkv, *rest: (
         _like(qkv, qkv.shape[0], *qkv.shape[2:]),
-        _wide(qkv, 2, qkv.shape[2], qkv.shape[0]),
+        _wide(qkv, 2 if qkv.dtype.itemsize > 2 else 1, qkv.shape[2], qkv.shape[0]),
     ),
     "attention_backward": lambda grad, qkv, *rest: _like(qkv, *qkv.shape),
+    "attention_tiles": lambda cu_seqlens, rows: _like(cu_seqlens, rows // 128 + cu_seqlens.shape[0] - 1, 4),
     "layer_norm": lambda x, *rest: _like(x, *x.shape),
     "add_layer_norm": lambda x, residual, *rest: _like(residual, *x.shape),
     "add_layer_norm_backward": _add_layer_norm_gradients,
@@ -250,6 +258,7 @@ feed_forward: Callable[..., tuple[Tensor, Tensor]] = _callable("feed_forward")
 attention: Callable[..., Tensor] = _callable("attention")
 attention_forward: Callable[..., tuple[Tensor, Tensor]] = _callable("attention_forward")
 attention_backward: Callable[..., Tensor] = _callable("attention_backward")
+attention_tiles: Callable[..., Tensor] = _callable("attention_tiles")
 layer_norm: Callable[..., Tensor] = _callable("layer_norm")
 add_layer_norm: Callable[..., Tensor] = _callable("add_layer_norm")
 add_layer_norm_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _callable("add_layer_norm_backward")

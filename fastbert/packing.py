@@ -37,6 +37,8 @@ class Packing(NamedTuple):
     """(B * S,) int64, the packed row of each padded row, or -1 where it is padding. None: nothing to unpack."""
     bias: Tensor | None = None
     """(heads, 2 R - 1) float32, what attention adds to scores by the distance of key and query. None: nothing."""
+    tiles: Tensor | None = None
+    """`ops.attention_tiles` of cu_seqlens, by which attention shares out its work. None: as on a CPU, it does not."""
 
     def unpack(self, hidden_states: Tensor) -> Tensor:
         """`hidden_states` as the caller knows them: (1, T, H) -> (B, S, H), zeros at padding; else unchanged."""
@@ -82,8 +84,13 @@ def pack_mask(mask: Tensor, labels: Tensor | None = None) -> Selection:
     batch, seqlen = mask.shape
     cu_seqlens, indices, inverse, totals = ops.mask_layout(mask, labels)
     tokens, longest, starts_real, at_padding, has_holes = host_integers(totals)
-    packing = Packing(batch, seqlen, longest, cu_seqlens, None, indices[:tokens], inverse)
+    tiles = _tiles(cu_seqlens, tokens)
+    packing = Packing(batch, seqlen, longest, cu_seqlens, None, indices[:tokens], inverse, None, tiles)
     return Selection(packing, tokens, bool(starts_real), bool(at_padding), bool(has_holes))
+
+
+def _tiles(cu_seqlens: Tensor, tokens: int) -> Tensor | None:
+    return ops.attention_tiles(cu_seqlens, tokens) if cu_seqlens.is_cuda else None
 
 
 def flattened(cu_seqlens: Tensor, tokens: int, keys: Tensor | None = None) -> Packing:
@@ -109,7 +116,8 @@ def flattened(cu_seqlens: Tensor, tokens: int, keys: Tensor | None = None) -> Pa
             f"cu_seq_lens_q runs from {first} to {last} with a smallest step of {shortest}; expected it to rise from 0 "
             f"to the number of tokens, {tokens}"
         )
-    return Packing(len(cu_seqlens) - 1, tokens, longest, cu_seqlens.to(torch.int32))
+    starts = cu_seqlens.to(torch.int32)
+    return Packing(len(starts) - 1, tokens, longest, starts, tiles=_tiles(starts, tokens))
 
 
 def isolating_mask(cu_seqlens: Tensor, tokens: int) -> Tensor:

@@ -4,8 +4,12 @@
 
 One program takes BLOCK_M queries of one head of one sequence and walks that sequence's keys, BLOCK_N at a time,
 carrying the softmax along: a running maximum and sum of each row, in float32 and in powers of two. Scores never reach
-memory. Tile shapes depend on dtype and head_dim alone and a program sees one sequence alone, so that the output of a
-sequence is bitwise the same in any batch, packed or padded on the right.
+memory. BLOCK_N depends on dtype and head_dim alone and a program sees one sequence alone, so that the output of a
+sequence is bitwise the same in any batch, packed or padded on the right; BLOCK_M says which rows share a program, and
+nothing of how one is computed.
+
+Of packed sequences a list, `attention_tiles`, tells each program its rows: those of the longest sequences first, so
+that no long one is left for the end, and hardly a program without rows.
 
 In training, dropout zeroes probabilities after the softmax, and what normalises each row is kept. The backward
 computes the probabilities again from that, in two kernels without atomics: one holds queries and walks the keys for
@@ -24,22 +28,83 @@ import triton.language as tl
 from torch import Tensor
 
 from .dropout import checked_seed, draw_threshold, keep_scale, keep_tile, keep_tile_transposed
-from .launch import architecture, attention_backward_config, attention_config, input_precision
+from .launch import (
+    SHORT,
+    architecture,
+    attention_backward_config,
+    attention_config,
+    input_precision,
+    of_length,
+    options,
+)
+
+# Rows of an entry of the list of tiles: every block of rows that a program holds divides it.
+TILE_ROWS = tl.constexpr(128)
+# Sequences that a program of `tiles_kernel` takes at a time.
+TILES_BLOCK = 64
 
 
 @triton.jit
-def sequence_rows(cu_seqlens_ptr, sequence, max_seqlen):
-    """First row and length of a sequence."""
-    if cu_seqlens_ptr is None:
-        row = sequence * max_seqlen
-        length = max_seqlen
+def tiles_kernel(
+    cu_seqlens_ptr,  # (sequences + 1,)
+    tiles_ptr,  # (entries, 4) int32
+    sequences,
+    entries,
+    BLOCK: tl.constexpr,
+):
+    own = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    first_row = tl.load(cu_seqlens_ptr + own, mask=own < sequences, other=0)
+    length = tl.load(cu_seqlens_ptr + own + 1, mask=own < sequences, other=0) - first_row
+    place = tl.zeros([BLOCK], tl.int32)  # of a sequence's first tile: the tiles of all that come before it
+    total = 0
+    for start in range(0, sequences, BLOCK):
+        other = start + tl.arange(0, BLOCK)
+        begin = tl.load(cu_seqlens_ptr + other, mask=other < sequences, other=0)
+        other_length = tl.load(cu_seqlens_ptr + other + 1, mask=other < sequences, other=0) - begin
+        tiles = tl.cdiv(other_length, TILE_ROWS)
+        longer = other_length[None, :] > length[:, None]
+        earlier = (other_length[None, :] == length[:, None]) & (other[None, :] < own[:, None])
+        place += tl.sum(tl.where(longer | earlier, tiles[None, :], 0), 1)
+        total += tl.sum(tiles)
+    for start in range(0, tl.max(length), TILE_ROWS):
+        entry_ptr = tiles_ptr + (place + start // TILE_ROWS) * 4
+        there = start < length
+        tl.store(entry_ptr, first_row, mask=there)
+        tl.store(entry_ptr + 1, length, mask=there)
+        tl.store(entry_ptr + 2, tl.zeros([BLOCK], tl.int32) + start, mask=there)
+        tl.store(entry_ptr + 3, own, mask=there)
+    # At most as many entries as there are sequences are left over.
+    left = tiles_ptr + (total + own[:, None]) * 4 + tl.arange(0, 4)[None, :]
+    tl.store(left, tl.zeros([BLOCK, 4], tl.int32), mask=(own < sequences)[:, None] & (total + own < entries)[:, None])
+
+
+@triton.jit
+def locate(cu_seqlens_ptr, tiles_ptr, heads, max_seqlen, BLOCK: tl.constexpr):
+    """Of the rows of a program: the head, the sequence, its first row and length, and where in it they start."""
+    if tiles_ptr is None:
+        start = tl.program_id(0) * BLOCK
+        head = tl.program_id(1).to(tl.int64)
+        sequence = tl.program_id(2).to(tl.int64)
+        if cu_seqlens_ptr is None:
+            row = sequence * max_seqlen
+            length = max_seqlen
+        else:
+            row = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
+            length = (tl.load(cu_seqlens_ptr + sequence + 1) - row).to(tl.int32)
     else:
-        row = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
-        length = (tl.load(cu_seqlens_ptr + sequence + 1) - row).to(tl.int32)
-    return row, length
+        tl.static_assert(TILE_ROWS % BLOCK == 0)
+        PARTS: tl.constexpr = TILE_ROWS // BLOCK
+        tile = tl.program_id(0) // heads
+        head = (tl.program_id(0) % heads).to(tl.int64)
+        tiles_ptr += tile // PARTS * 4
+        row = tl.load(tiles_ptr).to(tl.int64)
+        length = tl.load(tiles_ptr + 1)
+        start = tl.load(tiles_ptr + 2) + tile % PARTS * BLOCK
+        sequence = tl.load(tiles_ptr + 3).to(tl.int64)
+    return head, sequence, row, length, start
 
 
-@triton.jit(do_not_specialize=["max_seqlen", "rows", "threshold", "bias_span"])
+@triton.jit(do_not_specialize=["heads", "max_seqlen", "rows", "threshold", "bias_span"])
 def attention_kernel(
     q_ptr,
     k_ptr,
@@ -50,6 +115,8 @@ def attention_kernel(
     key_mask_ptr,  # None: every key takes part
     seed_ptr,  # of dropout, or None
     bias_ptr,  # (heads, 2 * bias_span - 1) float32, by how far the key is from the query; or None
+    tiles_ptr,  # (entries, 4) int32, as `attention_tiles` returns; None: the grid is of blocks, heads and sequences
+    heads,
     max_seqlen,
     scale_log2e,  # scale * log2(e)
     stride_qt,
@@ -69,10 +136,7 @@ def attention_kernel(
     BLOCK_D: tl.constexpr,  # power of two, HEAD_DIM or more
     INPUT_PRECISION: tl.constexpr,
 ):
-    start_m = tl.program_id(0) * BLOCK_M
-    head = tl.program_id(1).to(tl.int64)
-    sequence = tl.program_id(2).to(tl.int64)
-    row, length = sequence_rows(cu_seqlens_ptr, sequence, max_seqlen)
+    head, sequence, row, length, start_m = locate(cu_seqlens_ptr, tiles_ptr, heads, max_seqlen, BLOCK_M)
     if start_m >= length:
         return
 
@@ -141,20 +205,20 @@ def attention_kernel(
     if stats_ptr is not None:
         stats_ptr += head * rows + row + start_m + offs_m
         if q_ptr.dtype.element_ty == tl.float32:
-            tl.store(stats_ptr + tl.num_programs(1).to(tl.int64) * rows, norm, mask=start_m + offs_m < length)
+            tl.store(stats_ptr + heads.to(tl.int64) * rows, norm, mask=start_m + offs_m < length)
         else:
             row_max += tl.log2(row_sum)
         tl.store(stats_ptr, -row_max, mask=start_m + offs_m < length)
     if seed_ptr is not None:
         norm = norm * kept_scale
     acc = acc * norm[:, None]
-    stride_ot = tl.num_programs(1) * HEAD_DIM
+    stride_ot = heads * HEAD_DIM
     out_tile_ptr = out_ptr + (row + start_m) * stride_ot + head * HEAD_DIM
     out_offs = offs_m[:, None] * stride_ot + offs_d[None, :]
     tl.store(out_tile_ptr + out_offs, acc.to(out_ptr.dtype.element_ty), mask=mask_q)
 
 
-@triton.jit(do_not_specialize=["max_seqlen", "rows", "threshold"])
+@triton.jit(do_not_specialize=["heads", "rows", "max_seqlen", "threshold"])
 def attention_backward_q_kernel(
     qkv_ptr,  # (rows, 3, heads, HEAD_DIM), rows stride_qt apart
     grad_ptr,  # (rows, heads, HEAD_DIM), contiguous
@@ -165,6 +229,8 @@ def attention_backward_q_kernel(
     cu_seqlens_ptr,
     key_mask_ptr,
     seed_ptr,
+    tiles_ptr,
+    heads,
     rows,
     max_seqlen,
     threshold,
@@ -179,11 +245,7 @@ def attention_backward_q_kernel(
     BLOCK_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    start_m = tl.program_id(0) * BLOCK_M
-    head = tl.program_id(1).to(tl.int64)
-    sequence = tl.program_id(2).to(tl.int64)
-    heads = tl.num_programs(1)
-    row, length = sequence_rows(cu_seqlens_ptr, sequence, max_seqlen)
+    head, sequence, row, length, start_m = locate(cu_seqlens_ptr, tiles_ptr, heads, max_seqlen, BLOCK_M)
     if start_m >= length:
         return
 
@@ -241,7 +303,7 @@ def attention_backward_q_kernel(
     tl.store(out_tile_ptr + out_offs, dq.to(dqkv_ptr.dtype.element_ty), mask=mask_q)
 
 
-@triton.jit(do_not_specialize=["max_seqlen", "rows", "threshold"])
+@triton.jit(do_not_specialize=["heads", "rows", "max_seqlen", "threshold"])
 def attention_backward_kv_kernel(
     qkv_ptr,  # all as in attention_backward_q_kernel
     grad_ptr,
@@ -251,6 +313,8 @@ def attention_backward_kv_kernel(
     cu_seqlens_ptr,
     key_mask_ptr,
     seed_ptr,
+    tiles_ptr,
+    heads,
     rows,
     max_seqlen,
     threshold,
@@ -264,11 +328,7 @@ def attention_backward_kv_kernel(
     BLOCK_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    start_n = tl.program_id(0) * BLOCK_N
-    head = tl.program_id(1).to(tl.int64)
-    sequence = tl.program_id(2).to(tl.int64)
-    heads = tl.num_programs(1)
-    row, length = sequence_rows(cu_seqlens_ptr, sequence, max_seqlen)
+    head, sequence, row, length, start_n = locate(cu_seqlens_ptr, tiles_ptr, heads, max_seqlen, BLOCK_N)
     if start_n >= length:
         return
 
@@ -342,6 +402,7 @@ def attention(
     max_seqlen: int,
     scale: float,
     bias: Tensor | None = None,
+    tiles: Tensor | None = None,
 ) -> Tensor:
     """Bidirectional softmax attention within each sequence; never waits for the device.
 
@@ -355,14 +416,15 @@ def attention(
         scale: factor on the scores, before the softmax; positive.
         bias: (heads, 2 R - 1) float32, contiguous, R at least max_seqlen: bias[h, R - 1 + j - i] is added to the scaled
             score of query i and key j of a sequence. None: nothing is.
+        tiles: `attention_tiles` of cu_seqlens, or None: then sequences come in their own order.
 
     Returns:
         (T, heads, head_dim), contiguous, the dtype of q. Rows whose keys are all masked are zero.
 
     Raises:
         ValueError: `q`, `k` or `v` is not contiguous in its last dimension; `key_mask` in the packed layout, or of
-            another shape; rows that don't divide by `max_seqlen` in the dense one; `scale` not positive; `bias` of
-            another shape or dtype.
+            another shape; rows that don't divide by `max_seqlen` in the dense one; `scale` not positive; `bias` or
+            `tiles` of another shape or dtype.
     """
     if bias is not None:
         heads, least = q.shape[1], 2 * max_seqlen - 1
@@ -378,30 +440,72 @@ def attention(
                 f"{name} has shape {tuple(x.shape)} and strides {x.stride()}; "
                 f"expected shape {tuple(q.shape)}, contiguous in the last dimension"
             )
-    return _launch_forward(q, k, v, None, cu_seqlens, key_mask, max_seqlen, scale, 0.0, None, bias)
+    return _launch_forward(q, k, v, None, cu_seqlens, key_mask, max_seqlen, scale, 0.0, None, tiles, bias)
 
 
 def _checked(
-    rows: int, cu_seqlens: Tensor | None, key_mask: Tensor | None, max_seqlen: int, scale: float
-) -> tuple[int, Tensor | None]:
-    """The number of sequences, and the mask contiguous. Raises ValueError as `attention` says."""
+    rows: int,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    tiles: Tensor | None,
+) -> tuple[int, Tensor | None, Tensor | None]:
+    """The number of sequences, the mask contiguous, tiles where they help. Raises ValueError as `attention` says."""
     if not scale > 0:
         raise ValueError(f"scale is {scale}; expected a positive number")  # the maximum is taken before scaling
     if cu_seqlens is not None:
         if key_mask is not None:
             raise ValueError("key_mask is given together with cu_seqlens; packed sequences take none")
-        return cu_seqlens.shape[0] - 1, None
+        batch = cu_seqlens.shape[0] - 1
+        entries = rows // TILE_ROWS.value + batch
+        if tiles is not None and (tiles.shape != (entries, 4) or tiles.dtype != torch.int32):
+            raise ValueError(
+                f"tiles has shape {tuple(tiles.shape)} and dtype {tiles.dtype}; "
+                f"expected {(entries, 4)} and torch.int32, as attention_tiles returns"
+            )
+        return batch, None, tiles if max_seqlen > SHORT else None  # one block a sequence is as good as a list
+    if tiles is not None:
+        raise ValueError("tiles are given without cu_seqlens, of which they are a list")
     batch = rows // max_seqlen if rows else 0
     if batch * max_seqlen != rows:
         raise ValueError(f"q has {rows} rows; expected a multiple of max_seqlen ({max_seqlen})")
     if key_mask is None:
-        return batch, None
+        return batch, None, None
     if key_mask.shape != (batch, max_seqlen) or key_mask.dtype != torch.bool:
         raise ValueError(
             f"key_mask has shape {tuple(key_mask.shape)} and dtype {key_mask.dtype}; "
             f"expected {(batch, max_seqlen)} and torch.bool"
         )
-    return batch, key_mask.contiguous()
+    return batch, key_mask.contiguous(), None
+
+
+def attention_tiles(cu_seqlens: Tensor, rows: int) -> Tensor:
+    """What `attention`, its forward in training and its backward share out among their programs, in this order.
+
+    Args:
+        cu_seqlens: (B + 1,) int32, as `attention` has it.
+        rows: T, of all sequences.
+
+    Returns:
+        (T // 128 + B, 4) int32: for every 128 rows of a sequence, or fewer at its end, its first row, its length, how
+        far into it they are and which it is; the longest sequences first. Zeros where there are no more. Made without
+        waiting for the device.
+    """
+    sequences = cu_seqlens.shape[0] - 1
+    entries = rows // TILE_ROWS.value + sequences
+    tiles = torch.empty((entries, 4), dtype=torch.int32, device=cu_seqlens.device)
+    if sequences:
+        grid = (triton.cdiv(sequences, TILES_BLOCK),)
+        tiles_kernel[grid](cu_seqlens, tiles, sequences, entries, BLOCK=TILES_BLOCK, num_warps=4)
+    return tiles
+
+
+def _grid(block: int, max_seqlen: int, heads: int, batch: int, tiles: Tensor | None) -> tuple[int, ...]:
+    """Of programs of `block` rows, as `locate` reads it."""
+    if tiles is not None:
+        return (tiles.shape[0] * (TILE_ROWS.value // block) * heads,)
+    return triton.cdiv(max_seqlen, block), heads, batch
 
 
 def _launch_forward(
@@ -415,15 +519,16 @@ def _launch_forward(
     scale: float,
     dropout: float,
     seed: Tensor | None,
+    tiles: Tensor | None,
     bias: Tensor | None = None,
 ) -> Tensor:
     rows, heads, head_dim = q.shape
-    batch, key_mask = _checked(rows, cu_seqlens, key_mask, max_seqlen, scale)
+    batch, key_mask, tiles = _checked(rows, cu_seqlens, key_mask, max_seqlen, scale, tiles)
     out = torch.empty((rows, heads, head_dim), dtype=q.dtype, device=q.device)
     if rows == 0:
         return out
-    config = attention_config(architecture(q.device), q.dtype, head_dim)
-    attention_kernel[(triton.cdiv(max_seqlen, config.block_m), heads, batch)](
+    config = of_length(attention_config(architecture(q.device), q.dtype, head_dim), max_seqlen)
+    attention_kernel[_grid(config.block_m, max_seqlen, heads, batch, tiles)](
         q,
         k,
         v,
@@ -433,6 +538,8 @@ def _launch_forward(
         key_mask,
         seed,
         bias,
+        tiles,
+        heads,
         max_seqlen,
         scale * math.log2(math.e),
         q.stride(0),
@@ -451,8 +558,7 @@ def _launch_forward(
         BLOCK_N=config.block_n,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         INPUT_PRECISION=input_precision(q.dtype),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **options(config),
     )
     return out
 
@@ -474,6 +580,7 @@ def attention_forward(
     scale: float,
     dropout: float,
     seed: Tensor | None,
+    tiles: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attention` with dropout of the probabilities, and what its backward needs; never waits for the device.
 
@@ -482,6 +589,7 @@ def attention_forward(
         cu_seqlens, key_mask, max_seqlen, scale: as `attention` has them.
         dropout: rate, 0 to 1, at which probabilities are dropped; the others are scaled by 1 / (1 - dropout).
         seed: int64 tensor of one element, on the device, which decides the dropped ones; None where `dropout` is 0.
+        tiles: as `attention` has them.
 
     Returns:
         (T, heads, head_dim), contiguous, zero in rows whose keys are all masked; and (planes, heads, T) float32, what
@@ -496,7 +604,7 @@ def attention_forward(
     planes = 2 if qkv.dtype == torch.float32 else 1
     stats = torch.empty((planes, qkv.shape[2], qkv.shape[0]), dtype=torch.float32, device=qkv.device)
     q, k, v = qkv.unbind(1)
-    out = _launch_forward(q, k, v, stats, cu_seqlens, key_mask, max_seqlen, scale, dropout, seed)
+    out = _launch_forward(q, k, v, stats, cu_seqlens, key_mask, max_seqlen, scale, dropout, seed, tiles)
     return out, stats
 
 
@@ -511,6 +619,7 @@ def attention_backward(
     scale: float,
     dropout: float,
     seed: Tensor | None,
+    tiles: Tensor | None = None,
 ) -> Tensor:
     """The gradient of `attention_forward` with respect to qkv, (T, 3, heads, head_dim), by what that returned.
 
@@ -521,7 +630,7 @@ def attention_backward(
     """
     qkv, seed = _rows_of(qkv), checked_seed(dropout, seed)
     rows, _, heads, head_dim = qkv.shape
-    batch, key_mask = _checked(rows, cu_seqlens, key_mask, max_seqlen, scale)
+    batch, key_mask, tiles = _checked(rows, cu_seqlens, key_mask, max_seqlen, scale, tiles)
     if grad.shape != out.shape:
         raise ValueError(f"grad has shape {tuple(grad.shape)}; expected {tuple(out.shape)}, the shape of out")
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
@@ -530,15 +639,14 @@ def attention_backward(
     grad, out, stats = grad.contiguous(), out.contiguous(), stats.contiguous()
     delta = torch.empty(heads, rows, dtype=torch.float32, device=qkv.device)
     config = attention_backward_config(architecture(qkv.device), qkv.dtype, head_dim)
-    grid = (triton.cdiv(max_seqlen, config.block_m), heads, batch)
-    layout = (cu_seqlens, key_mask, seed, rows, max_seqlen, draw_threshold(dropout), keep_scale(dropout))
+    grid = _grid(config.block_m, max_seqlen, heads, batch, tiles)
+    layout = (cu_seqlens, key_mask, seed, tiles, heads, rows, max_seqlen, draw_threshold(dropout), keep_scale(dropout))
     scales = (scale, scale * math.log2(math.e))
     constants = {
         "HEAD_DIM": head_dim,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
         "INPUT_PRECISION": input_precision(qkv.dtype),
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
+        **options(config),
     }
     attention_backward_q_kernel[grid](
         *(qkv, grad, out, stats, delta, dqkv),

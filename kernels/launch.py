@@ -33,6 +33,9 @@ class Config:
     """Of products: rows of tiles walked through column by column together, their operand in the L2 cache meanwhile."""
     programs: int = 0
     """Programs an SM, each of which walks through tiles; 0: one program a tile."""
+    max_registers: int = 0
+    """Registers a thread that the compiler may take, where left alone it takes as many as no second program has room
+    for and gains nothing; 0: all there are. NVIDIA only."""
 
 
 MEASURED: dict[str, str] = {}
@@ -144,6 +147,12 @@ def input_precision(dtype: torch.dtype) -> str:
     return "ieee" if exact else "tf32"
 
 
+def options(config: Config) -> dict[str, int]:
+    """A configuration as options of the compiler."""
+    found = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return {**found, "maxnreg": config.max_registers} if config.max_registers else found
+
+
 def contiguous_rows(x: Tensor) -> Tensor:
     """`x` itself, whose rows may be any distance apart, or a copy where its rows aren't contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -152,7 +161,7 @@ def contiguous_rows(x: Tensor) -> Tensor:
 # Attention: by architecture, then (bytes of an element, head_dim rounded up to a power of two). Not measured yet: the
 # reasons are what the compiler reports, registers a thread, shared memory, and so how many programs share an SM. Blocks
 # of 64 waste little at the ends of sequences. In float32, IEEE products spill with fewer warps, larger tiles or more
-# stages.
+# stages. benchmarks/NOTES.md counts what bounds head_dim 64.
 _ATTENTION: dict[str, dict[tuple[int, int], Config]] = {
     "sm_80": {
         (2, 16): Config(64, 64, 0, 4, 3),
@@ -167,7 +176,10 @@ _ATTENTION: dict[str, dict[tuple[int, int], Config]] = {
     "sm_90": {
         (2, 16): Config(64, 64, 0, 4, 3),
         (2, 32): Config(64, 64, 0, 4, 3),
-        (2, 64): Config(64, 64, 0, 4, 3),  # 128 registers and 56 KiB: exactly four programs an SM
+        # 64 keys and values for 64 queries are 64 FLOPs a byte: at the 28 bytes a clock that an SM gets of the L2
+        # cache, 410 TFLOP/s at most. 128 queries halve that. With dropout ptxas takes 170 registers; at 128 nothing
+        # spills, and two programs share an SM, as without it.
+        (2, 64): Config(128, 64, 0, 8, 3, max_registers=128),
         (2, 128): Config(64, 64, 0, 4, 2),  # 184 registers and 80 KiB: two programs an SM
         (4, 16): Config(32, 32, 0, 8, 1),
         (4, 32): Config(32, 32, 0, 8, 1),
@@ -185,12 +197,24 @@ _ATTENTION: dict[str, dict[tuple[int, int], Config]] = {
         (4, 128): Config(16, 32, 0, 8, 1),
     },
 }
-_ATTENTION["sm_100"] = _ATTENTION["sm_90"]  # the same shared memory, and it compiles to tcgen05
+_ATTENTION["sm_100"] = {  # the same shared memory, and it compiles to tcgen05
+    **_ATTENTION["sm_90"],
+    (2, 64): Config(64, 64, 0, 4, 3),
+}
+
+SHORT_TILES = {
+    # Half of 128 queries would be none. 128 registers and 56 KiB: exactly four programs an SM.
+    Config(128, 64, 0, 8, 3, max_registers=128): Config(64, 64, 0, 4, 3),
+}
+"""What takes the place of a configuration above where no sequence has more than `SHORT` tokens. Of the same block_n,
+and with a warp to every 16 rows of block_m: then the rows are the same, bit for bit. A test on a GPU compares them, and
+what fails it leaves this table."""
+SHORT = 64
 
 
 @_tunable("block_m", "block_n", "num_warps", "num_stages")
 def attention_config(arch: str, dtype: torch.dtype, head_dim: int) -> Config:
-    """The tiles of attention: `block_m` queries by `block_n` keys. Never by length: that would break invariance.
+    """The tiles of attention: `block_m` queries by `block_n` keys. `of_length` has the last word.
 
     Args:
         arch: as `architecture` names it; one without a table gets "portable".
@@ -203,7 +227,14 @@ def attention_config(arch: str, dtype: torch.dtype, head_dim: int) -> Config:
     if not 1 <= head_dim <= 128:
         raise ValueError(f"head_dim is {head_dim}; expected 1 to 128")
     padded = max(16, 1 << (head_dim - 1).bit_length())
-    return _ATTENTION.get(arch, _ATTENTION["portable"])[dtype.itemsize, padded]
+    config = _ATTENTION.get(arch, _ATTENTION["portable"])[dtype.itemsize, padded]
+    # Columns that pad a head take registers for their masks: too many for the larger tile.
+    return config if head_dim == padded else SHORT_TILES.get(config, config)
+
+
+def of_length(config: Config, max_seqlen: int) -> Config:
+    """`config`, or what takes its place where no sequence has more than `max_seqlen` tokens."""
+    return SHORT_TILES.get(config, config) if max_seqlen <= SHORT else config
 
 
 # The backward of attention: `block_m` rows held, keys in one kernel and queries in the other, `block_n` walked at once.

@@ -169,6 +169,7 @@ def attention(
     max_seqlen: int,
     scale: float,
     bias: Tensor | None = None,
+    tiles: Tensor | None = None,
 ) -> Tensor:
     """Bidirectional softmax attention within each sequence, over rows of all sequences laid end to end.
 
@@ -181,6 +182,7 @@ def attention(
         scale: factor on the scores, before the softmax.
         bias: (heads, 2 R - 1), R at least max_seqlen: bias[h, R - 1 + j - i] is added to the scaled score of query i
             and key j of a sequence. None: nothing is.
+        tiles: `attention_tiles`, which the kernel goes by.
 
     Returns:
         (T, heads, head_dim), contiguous. Rows whose keys are all masked are zero.
@@ -205,6 +207,31 @@ def attention(
             if end > start:
                 out[start:end] = attend(slice(start, end), 1, None)
     return out
+
+
+def attention_tiles(cu_seqlens: Tensor, rows: int) -> Tensor:
+    """The blocks of 128 rows, or fewer at the end, of all sequences, the longest first.
+
+    Args:
+        cu_seqlens: (B + 1,) int32, where each sequence starts.
+        rows: T, of all sequences.
+
+    Returns:
+        (T // 128 + B, 4) int32: of each block the first row of its sequence, the length of that, where in it the block
+        starts, and the number of the sequence; zeros where there are no more blocks.
+    """
+    lengths = cu_seqlens.diff()
+    order = lengths.argsort(descending=True, stable=True)
+    counts = (lengths[order] + 127) // 128
+    ends = counts.cumsum(0)
+    blocks = torch.arange(rows // 128 + len(lengths), device=cu_seqlens.device)
+    rank = torch.searchsorted(ends, blocks, right=True)
+    there = rank < len(lengths)
+    rank = rank.clamp(max=len(lengths) - 1)
+    sequence = order[rank]
+    start = (blocks - (ends - counts)[rank]) * 128
+    tiles = torch.stack([cu_seqlens[sequence], lengths[sequence], start, sequence], 1)
+    return (tiles * there[:, None]).to(torch.int32)
 
 
 def _biased(bias: Tensor, length: int, mask: Tensor | None) -> Tensor:
@@ -241,6 +268,7 @@ def attention_forward(
     scale: float,
     dropout: float,
     seed: Tensor | None,
+    tiles: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attention` with dropout of the probabilities, and what its backward needs.
 
@@ -252,12 +280,14 @@ def attention_forward(
 
     Returns:
         (T, heads, head_dim), contiguous, zero in rows whose keys are all masked; and what says the softmax of each row
-        again, (2, heads, T) float32 or better: here the logarithm of the sum of exp(scale * score), and ones.
+        again, (1, heads, T) float32 or better, or (2, ...) where qkv isn't of 16 bits: here the logarithm of the sum of
+        exp(scale * score), and ones.
     """
     rows, _, heads, _ = qkv.shape
     dtype, generator = _matmul_dtype(qkv), _generator(seed)
     out = qkv.new_empty(rows, *qkv.shape[2:])
-    stats = qkv.new_ones(2, heads, rows, dtype=torch.promote_types(qkv.dtype, torch.float32))
+    planes = 2 if qkv.dtype.itemsize > 2 else 1
+    stats = qkv.new_ones(planes, heads, rows, dtype=torch.promote_types(qkv.dtype, torch.float32))
     for group, batch, mask in _sequences(rows, cu_seqlens, key_mask, max_seqlen):
         # [3, B, heads, S, D]
         query, key, value = qkv[group].unflatten(0, (batch, -1)).permute(2, 0, 3, 1, 4).to(dtype)
@@ -299,6 +329,7 @@ def attention_backward(
     scale: float,
     dropout: float,
     seed: Tensor | None,
+    tiles: Tensor | None = None,
 ) -> Tensor:
     """The gradient of `attention_forward` with respect to qkv, (T, 3, heads, head_dim), by what that returned.
 

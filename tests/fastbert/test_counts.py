@@ -61,7 +61,8 @@ def test_bytes(dtype: torch.dtype) -> None:
     """By hand, for the arguments of tests/fastbert/test_ops.py: 9 rows of 32 and 48, 2 heads of 16, in sequences of 4
     and 5; what is float32 or int64 whatever the dtype is added in bytes."""
     rows, wide, weight = 9 * 32, 9 * 48, 48 * 32
-    starts, seed = 3 * 4, 8
+    starts, seed, tiles = 3 * 4, 8, 2 * 4 * 4
+    stats = 4 * 2 * 9 * (2 if dtype == torch.float32 else 1)
     expected = {
         "linear": (rows + weight + 48 + wide, 0),
         "linear_gelu": (rows + weight + 48 + wide, 0),
@@ -69,9 +70,10 @@ def test_bytes(dtype: torch.dtype) -> None:
         "qkv_linear": (rows + 3 * weight + 2 * 48 + 3 * wide, 0),
         "feed_forward": (rows + weight + 48 + wide + 2 * wide + weight + 32 + rows, 0),
         "linear_gelu_backward": (rows + weight + wide + 2 * wide, 0),
-        "attention": (4 * rows, starts),
-        "attention_forward": (4 * rows, starts + seed + 4 * 2 * 2 * 9),
-        "attention_backward": (rows + 3 * rows + rows + 3 * rows, starts + seed + 4 * 2 * 2 * 9),
+        "attention": (4 * rows, starts + tiles),
+        "attention_tiles": (0, starts + tiles),
+        "attention_forward": (4 * rows, starts + seed + tiles + stats),
+        "attention_backward": (rows + 3 * rows + rows + 3 * rows, starts + seed + tiles + stats),
         "layer_norm": (2 * rows + 2 * 32, 0),
         "add_layer_norm": (3 * rows + 2 * 32, seed),
         "add_layer_norm_backward": (3 * rows + 32 + 2 * rows + 2 * 32, seed),

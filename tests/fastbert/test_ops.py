@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from fastbert import autograd, ops
 
 FP8 = ("quantize_fp8", "layer_norm_fp8", "linear_fp8", "linear_gelu_fp8", "linear_add_fp8")
-WITHOUT_NUMBERS = ("mask_layout",)  # of real kind: nothing to differentiate
+WITHOUT_NUMBERS = ("mask_layout", "attention_tiles")  # of real kind: nothing to differentiate
 INFERENCE_ONLY = ("linear_gelu", "linear_add", "attention", "layer_norm", *FP8)
 
 
@@ -39,6 +39,7 @@ def arguments(
     ids = (integers(10, 9), integers(2, 9), torch.arange(9, device=device))
     tables = (normal(11, 32), normal(2, 32), normal(9, 32))
     attended = ops.attention_forward(qkv, *sequences, *drop)
+    tiles = ops.attention_tiles(sequences[0], 9)
     losses = (x, weight, bias, integers(48, 9))
     fp8 = (*ops.quantize_fp8(x, None), *ops.quantize_fp8(weight, None), bias)
     rows = (torch.tensor([0, 3, 8], device=device), torch.tensor([0, -1, -1, 1, -1, -1, -1, -1, 2], device=device))
@@ -49,9 +50,10 @@ def arguments(
         "qkv_linear": (x, weight, bias, weight.clone(), None, weight.clone(), bias.clone()),
         "feed_forward": (x, weight, bias, normal(32, 48), normal(32), "none"),
         "linear_gelu_backward": (normal(9, 32), normal(32, 48), normal(9, 48), "tanh"),
-        "attention": (*qkv.unbind(1), *sequences),
-        "attention_forward": (qkv, *sequences, *drop),
-        "attention_backward": (normal(9, 2, 16), qkv, *attended, *sequences, *drop),
+        "attention": (*qkv.unbind(1), *sequences, None, tiles),
+        "attention_tiles": (sequences[0], 9),
+        "attention_forward": (qkv, *sequences, *drop, tiles),
+        "attention_backward": (normal(9, 2, 16), qkv, *attended, *sequences, *drop, tiles),
         "layer_norm": (x, *norm),
         "add_layer_norm": (x, normal(9, 32), *norm, *drop),
         "add_layer_norm_backward": (normal(9, 32), x, normal(9, 32), norm[0], norm[2], *drop),

@@ -118,12 +118,12 @@ def test_beats() -> None:
 def test_what_fails_is_dropped_with_its_reason() -> None:
     """Where it would have been the best, too."""
     problem = pick("attention")
-    rig = Arithmetic(steps_away, fails=lambda config: "wrong numbers" if config.num_warps == 8 else None)
+    rig = Arithmetic(steps_away, fails=lambda config: "wrong numbers" if config.block_m == 64 else None)
     search = Search([problem], rig)
     search.run(time.monotonic() + 60)
-    assert search.best(problem).num_warps != 8
+    assert search.best(problem).block_m != 64
     assert search.dropped
-    assert all(c.config.num_warps == 8 and why == "wrong numbers" for c, why in search.dropped)
+    assert all(c.config.block_m == 64 and why == "wrong numbers" for c, why in search.dropped)
     said = list(tune.lines(search))
     assert sum("wrong numbers" in line for line in said) == len(search.dropped)
     report = tune.report(search, MADE_FOR)

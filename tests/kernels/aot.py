@@ -48,7 +48,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastbert.kernels import attention, linear
+from fastbert.kernels import attention, launch, linear
 from fastbert.kernels.cross_entropy import cross_entropy_backward_kernel, cross_entropy_kernel
 from fastbert.kernels.embedding import embedding_backward_kernel, embedding_kernel
 from fastbert.kernels.launch import (
@@ -142,6 +142,8 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
             "cu_seqlens_ptr": "*i32" if layout == "packed" else None,
             "key_mask_ptr": "*i1" if layout == "masked" else None,
             "seed_ptr": "*i64" if drops else None,
+            "tiles_ptr": "*i32" if layout == "packed" else None,
+            "heads": 16,
             "rows": 4096,
             "max_seqlen": 512,
             "threshold": 6554,
@@ -159,12 +161,14 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
         stats: bool = False,
         drops: bool = False,
         bias: bool = False,
+        longest: int = 512,
     ) -> Spec:
-        config = attention_config(table(arch), dtype, head_dim)
+        config = launch.of_length(attention_config(table(arch), dtype, head_dim), longest)
         strides = {f"stride_{x}{axis}": 3 * 1024 if axis == "t" else head_dim for x in "qkv" for axis in "th"}
         return Spec(
             variant=f"{layout} {precision} d{head_dim}"
-            + "".join(f" {name}" for name, there in (("stats", stats), ("dropout", drops), ("bias", bias)) if there),
+            + "".join(f" {name}" for name, there in (("stats", stats), ("dropout", drops), ("bias", bias)) if there)
+            + (" short" if longest <= launch.SHORT else ""),
             kernel=attention.attention_kernel,
             arguments={
                 **common(dtype, head_dim, layout, precision, drops),
@@ -204,6 +208,13 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
                 config=config,
             )
 
+    yield Spec(
+        variant="tiles",
+        kernel=attention.tiles_kernel,
+        arguments={"cu_seqlens_ptr": "*i32", "tiles_ptr": "*i32", "sequences": 128, "entries": 300, "BLOCK": 64},
+        config=Config(64, 64, 0, 4, 3),
+        matrix=False,
+    )
     layouts = ("packed", "dense", "masked")
     if full:
         for head_dim in (16, 32, 40, 64, 80, 96, 128):
@@ -211,6 +222,8 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
                 for dtype in TYPE_NAMES:
                     yield spec(dtype, head_dim, layout)
                 yield spec(torch.float32, head_dim, layout, "tf32")
+                for drops in (False, True):
+                    yield spec(torch.bfloat16, head_dim, layout, "ieee", drops, drops, longest=launch.SHORT)
                 for dtype in TYPE_NAMES:
                     yield spec(dtype, head_dim, layout, bias=True)
                     for drops in (False, True):
@@ -219,6 +232,7 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
                 yield from backward(torch.float32, head_dim, layout, "tf32")
     else:
         yield spec(torch.bfloat16, 64, "packed", "ieee", True, True)
+        yield spec(torch.bfloat16, 64, "packed", longest=launch.SHORT)
         yield from backward(torch.bfloat16, 64, "packed")
         yield from backward(torch.float16, 128, "masked", drops=False)
         yield from backward(torch.float32, 64, "masked")
@@ -708,7 +722,7 @@ def compile_one(op: str, arch: str, spec: Spec) -> dict[str, Any]:
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options: dict[str, Any] = dict(launch.options(config))
     if spec.kernel.debug:
         options |= {"debug": True, "sanitize_overflow": False}
     try:

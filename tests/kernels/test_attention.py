@@ -248,11 +248,85 @@ def test_reference_packed_is_each_sequence_alone() -> None:
         start += length
 
 
+LENGTHS = [
+    [1],
+    [128, 129, 0, 300, 5, 129, 127],
+    [64] * 70,
+    [*range(150, 80, -1)],
+    [0, 0],
+]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=lambda lengths: str(len(lengths)))
+def test_tiles_are_all_rows_the_longest_sequences_first(lengths: list[int], device: str) -> None:
+    cu_seqlens, rows = cumulative(lengths, device), sum(lengths)
+    tiles = kernel.attention_tiles(cu_seqlens, rows)
+    assert torch.equal(tiles, reference.attention_tiles(cu_seqlens, rows))
+    expected = [
+        [sum(lengths[:i]), lengths[i], start, i]
+        for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+        for start in range(0, lengths[i], 128)
+    ]
+    assert tiles.dtype == torch.int32
+    assert tiles.tolist() == expected + [[0] * 4] * (rows // 128 + len(lengths) - len(expected))
+
+
+@pytest.mark.parametrize("dtype", kernel_dtypes)
+def test_tiles_change_no_bit(dtype: torch.dtype, device: str) -> None:
+    """Forward, in inference and in training, and backward."""
+    lengths, heads, scale = [3, 0, 130], 2, 0.25
+    q, k, v = make_qkv(sum(lengths), heads, 16, dtype, device)
+    sequences = (cumulative(lengths, device), None, max(lengths), scale)
+    tiles = kernel.attention_tiles(sequences[0], sum(lengths))
+    qkv, drop = torch.stack((q, k, v), 1), (0.3, torch.tensor([SEED], device=device))
+    found = [
+        (
+            kernel.attention(q, k, v, *sequences, None, each),
+            *(trained := kernel.attention_forward(qkv, *sequences, *drop, each)),
+            kernel.attention_backward(q, qkv, *trained, *sequences, *drop, each),
+        )
+        for each in (None, tiles)
+    ]
+    assert all(map(torch.equal, *found))
+
+
+def test_tiles_are_checked(device: str) -> None:
+    q, k, v = make_qkv(8, 2, 16, torch.float32, device)
+    cu_seqlens = cumulative([3, 5], device)
+    tiles = kernel.attention_tiles(cu_seqlens, 8)
+    for starts, wrong in ((cu_seqlens, tiles[:1]), (cu_seqlens, tiles.long()), (None, tiles)):
+        with pytest.raises(ValueError, match="tiles"):
+            kernel.attention(q, k, v, starts, None, 8, 1.0, None, wrong)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_short_tiles_give_the_same_bits(dtype: torch.dtype) -> None:
+    """A short sequence alone, and beside a long one, which sets the tile; what fails here leaves `SHORT_TILES`."""
+    q, k, v = make_qkv(launch.SHORT + 513, 4, 64, dtype, "cuda")
+    for length in (1, 37, launch.SHORT):
+        lengths = [length, 513]
+        many = sum(lengths)
+        both = kernel.attention(q[:many], k[:many], v[:many], cumulative(lengths, "cuda"), None, 513, 0.125)
+        alone = kernel.attention(q[:length], k[:length], v[:length], cumulative([length], "cuda"), None, length, 0.125)
+        assert torch.equal(both[:length], alone)
+
+
+def test_short_tiles_differ_in_the_rows_of_a_program_alone() -> None:
+    for usual, short in launch.SHORT_TILES.items():
+        assert usual.block_n == short.block_n
+        for config in (usual, short):
+            assert config.block_m == 16 * config.num_warps
+        assert launch.of_length(usual, launch.SHORT) == short
+        assert launch.of_length(usual, launch.SHORT + 1) == usual
+    assert launch.attention_config("sm_90", torch.float16, 64) in launch.SHORT_TILES
+
+
 def test_configuration_is_the_table_of_the_architecture_or_portable() -> None:
     portable = launch.attention_config("portable", torch.float16, 64)
     assert launch.attention_config("sm_120", torch.float16, 64) == portable
     assert launch.attention_config("sm_90", torch.float16, 64) != portable
-    assert launch.attention_config("sm_90", torch.bfloat16, 33) == launch.attention_config("sm_90", torch.float16, 64)
+    assert launch.attention_config("sm_80", torch.bfloat16, 33) == launch.attention_config("sm_80", torch.float16, 64)
 
 
 SEED = 0x1234567890
