@@ -15,7 +15,7 @@ help:
 	@echo "make test      the tests"
 	@echo "make test-all  the tests, the slow ones too; DATA=FOLDER: and those that train on SST-2 and WNUT-17, found there"
 	@echo "make hf-suite  Hugging Face's own tests, stock and fused, under three versions of transformers; slow"
-	@echo "make compat    tests under the oldest and newest supported versions of triton and transformers; slow"
+	@echo "make compat    tests under each version of triton and transformers that is tried; slow"
 	@echo "make lint      ruff and mypy"
 	@echo "make gpu       GPU tests, then the benchmarks, with \$$(PYTHON) as it is: nothing is installed"
 	@echo "make bench     the benchmarks on this machine, in .venv"

@@ -1,4 +1,4 @@
-"""The dependency ranges of setup.py, tried: the oldest, the reference and the newest version of each.
+"""The dependency ranges of setup.py, tried: the oldest version of each, the reference and the newest.
 
     python -m tests.compat.matrix [--only triton transformers] [--versions 3.6.0 ...]
 
