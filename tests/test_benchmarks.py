@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -78,6 +79,15 @@ def test_encode(tmp_path: Path) -> None:
     assert [(r["what"].split(", ")[1], r["candidate"]) for r in found] == ways
     assert all(r["ideal_ratio"] > 1 and r["repeats"] == 3 for r in found)
     assert found[0]["ideal_ratio"] < found[2]["ideal_ratio"]  # sorted by length there is less padding
+
+
+@pytest.mark.slow
+def test_embed() -> None:
+    """The command and its bare encoder take turns, to the end; a run this short says nothing about their ratio."""
+    command = [sys.executable, "benchmarks/embed.py", "--size", "minilm", "--lines", "300"]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode in (0, 1), done.stderr
+    assert re.match(r"300 rows, 27,957 tokens, float32, cpu, .* of the bare encoder's .* resident ", done.stdout)
 
 
 @pytest.fixture
