@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import threading
 from collections import Counter
 from collections.abc import Mapping
@@ -41,8 +42,20 @@ _IDS = ("input_ids", "token_type_ids", "position_ids", "task_type_ids")
 _Module: Any = nn.Module if TYPE_CHECKING else object
 
 
+# Of all counts: held for an addition. A process that is forked meanwhile would wait for it forever.
+_COUNTING = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _COUNTING
+    _COUNTING = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
 class Counts:
-    """How many forwards ran which way; safe to share between threads, to copy and to pickle."""
+    """How many forwards ran which way; safe to share between threads, to fork, to copy and to pickle."""
 
     def __init__(self) -> None:
         self.fused: Counter[str] = Counter()
@@ -51,20 +64,12 @@ class Counts:
         """Forwards that ran stock, by reason."""
         self.graphs: Counter[str] = Counter()
         """What came of CUDA graphs, of those that ran fused where they are asked for."""
-        self._lock = threading.Lock()
 
     def add(self, which: Counter[str], key: str) -> None:
         """Counts one forward; a call being compiled is not counted."""
         if not torch.compiler.is_compiling():
-            with self._lock:
+            with _COUNTING:
                 which[key] += 1
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"fused": self.fused, "stock": self.stock, "graphs": self.graphs}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__()  # type: ignore[misc]
-        self.__dict__.update(state)
 
 
 class Settings:

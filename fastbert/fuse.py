@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -89,7 +91,8 @@ def fuse(
         The same object.
 
     Raises:
-        UnsupportedModelError: nothing in `model` could be fused, or not in this `precision`; nothing was changed.
+        UnsupportedModelError: nothing in `model` could be fused, or not in this `precision`; nothing was changed:
+            whatever fails, or is interrupted, leaves the model as it was.
         ValueError: `padding` or `precision` is none of those; what the config says of 8 bits doesn't fit the model.
         TypeError: `model` is not a torch.nn.Module, or `cuda_graphs` not a bool.
     """
@@ -106,14 +109,50 @@ def fuse(
         raise UnsupportedModelError(
             f"nothing in this {type(model).__name__} can be fused: {why or 'it holds no encoder of a supported family'}"
         )
-    states = [
-        _fp8(name, base, family) if precision == "fp8" and reason is None else None
-        for (name, base, family), reason in zip(found, reasons, strict=True)
-    ]
-    for (_, base, family), reason, fp8 in zip(found, reasons, states, strict=True):
+    supported = []
+    for (name, base, family), reason in zip(found, reasons, strict=True):
         if reason is None:
-            _fuse_base(base, family, Settings(padding, loss_only, cuda_graphs, fp8))
-    fused = {id(base) for (_, base, _), reason in zip(found, reasons, strict=True) if reason is None}
+            fp8 = _fp8(name, base, family) if precision == "fp8" else None
+            supported.append((base, family, Settings(padding, loss_only, cuda_graphs, fp8)))
+    with _all_or_nothing(model):
+        _fuse(model, supported, loss_only)
+    return model
+
+
+@contextlib.contextmanager
+def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Puts every module back as it was where what is done within breaks off, by Ctrl-C too."""
+    names = ("fastbert", "_old_forward")
+    before = [
+        (
+            m,
+            type(m),
+            {name: m.__dict__[name] for name in names if name in m.__dict__},
+            m._forward_pre_hooks.copy(),
+            m._forward_pre_hooks_with_kwargs.copy(),
+        )
+        for m in model.modules()
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, kind, attributes, hooks, with_kwargs in before:
+            if type(module) is not kind:
+                module.__class__ = kind
+            for name in names:
+                module.__dict__.pop(name, None)
+            module.__dict__.update(attributes)
+            module._forward_pre_hooks.clear()  # the very object: handles of hooks refer to it
+            module._forward_pre_hooks.update(hooks)
+            module._forward_pre_hooks_with_kwargs.clear()
+            module._forward_pre_hooks_with_kwargs.update(with_kwargs)
+        raise
+
+
+def _fuse(model: nn.Module, supported: list[tuple[Any, Any, Settings]], loss_only: bool) -> None:
+    for base, family, settings in supported:
+        _fuse_base(base, family, settings)
+    fused = {id(base) for base, _, _ in supported}
     families = _families()
     for module in model.modules():
         for family in families:
@@ -127,7 +166,6 @@ def fuse(
                         _add_hook(module, hook)
             if loss_only and type(module) in family.LOSS_HEADS and id(module.base_model) in fused:
                 _become(module, family.LOSS_HEADS[type(module)])
-    return model
 
 
 def _fp8(name: str, base: Any, family: Any) -> Fp8:
@@ -169,7 +207,14 @@ def _add_hook(module: nn.Module, hook: Any) -> None:
 
 def unfuse(model: Model) -> Model:
     """Restores the stock forward of everything `fuse` changed inside `model`, in place; returns the same object."""
-    for _, base, family in _base_models(model):
+    found = _base_models(model)
+    with _all_or_nothing(model):
+        _unfuse(model, found)
+    return model
+
+
+def _unfuse(model: nn.Module, found: list[tuple[str, nn.Module, Any]]) -> None:
+    for _, base, family in found:
         if not hasattr(encoder_of(base), "fastbert"):
             continue
         stock = {fused: plain for plain, fused in family.CLASSES.items()}
@@ -186,7 +231,6 @@ def unfuse(model: Model) -> Model:
             for plain, fused in family.LOSS_HEADS.items():
                 if type(module) is fused:
                     _become(module, plain)
-    return model
 
 
 def _remove_hook(module: nn.Module, hook: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .support import encoder_of, is_asked, is_hooked, is_plain
+from .support import encoder_of, is_asked, is_hooked, is_plain, needs_stock
 
 
 class Vocabulary(NamedTuple):
@@ -33,6 +33,8 @@ def takes_labelled_rows(model: Any, vocabulary: Vocabulary, call: Mapping[str, A
     if settings is None or not settings.loss_only or call.get("labels") is None or torch.compiler.is_compiling():
         return False
     if any(map(is_hooked, vocabulary.modules)) or not is_plain(vocabulary.decoder, nn.Linear):
+        return False
+    if needs_stock(vocabulary.decoder.weight):  # type: ignore[arg-type]
         return False
     return not is_asked(model, call, "output_attentions")
 

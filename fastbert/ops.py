@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -132,14 +133,33 @@ def _on_cpu(name: str) -> Callable[..., Any]:
     return run
 
 
+def _is_of_the_compiler(error: BaseException) -> bool:
+    """Whether an error came up as a kernel was compiled or loaded: triton's, ptxas', of a missing C compiler."""
+    places = {frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return any(place.startswith(("triton.compiler", "triton.runtime.build")) for place in places)
+
+
+def _run_kernel(name: str, args: Sequence[Any]) -> Any:
+    try:
+        return _kernel(name)(*args)
+    except Exception as error:
+        if not _is_of_the_compiler(error):
+            raise
+        first = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise RuntimeError(
+            f"the kernel of fastbert::{name} could not be compiled for {args[0].device} ({args[0].dtype}): {first}; "
+            "FASTBERT_DISABLE=1 in the environment, or fastbert.unfuse(model), runs the stock code"
+        ) from error
+
+
 def _on_cuda(name: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         _refuse_gradients(name, args)
         device = args[0].device
         if device.index == torch.cuda.current_device() and not torch.is_autocast_enabled("cuda"):
-            return _kernel(name)(*args)
+            return _run_kernel(name, args)
         with torch.cuda.device(device), torch.autocast("cuda", enabled=False):
-            return _kernel(name)(*args)
+            return _run_kernel(name, args)
 
     return run
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 import os
 import sys
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,10 +33,41 @@ _ROWWISE_LINEARS = {f"peft.tuners.{name}.layer" for name in _ADAPTERS}
 _ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Tanh, nn.Sigmoid)
 
 
-@functools.cache
-def has_triton() -> bool:
-    """Whether the kernels can be compiled here."""
-    return importlib.util.find_spec("triton") is not None
+# What the kernels are compiled and tested for: the oldest triton, and the oldest NVIDIA GPU, which has bfloat16.
+OLDEST_TRITON = (3, 6)
+OLDEST_GPU = (8, 0)
+
+
+def triton_is_unsuitable() -> str | None:
+    """Why the kernels can't be compiled here."""
+    try:
+        version = importlib.import_module("triton").__version__
+    except ModuleNotFoundError:
+        return "triton is not installed"
+    except (ImportError, OSError) as error:  # built for another Python, or for another system
+        return f"triton can't be imported: {error}"
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        return f"triton {version} is older than {'.'.join(map(str, OLDEST_TRITON))}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def gpu_is_unsuitable(index: int) -> str | None:
+    """Why the kernels can't run on a GPU; a warning says so, the first time."""
+    return _gpu_is_unsuitable(index)
+
+
+@functools.cache  # by a function of its own: torch.compile would look through it
+def _gpu_is_unsuitable(index: int) -> str | None:
+    reason = triton_is_unsuitable()
+    if reason is None and torch.cuda.is_available() and not torch.version.hip:
+        capability = torch.cuda.get_device_capability(index)
+        if capability < OLDEST_GPU:
+            older, oldest = (".".join(map(str, pair)) for pair in (capability, OLDEST_GPU))
+            reason = f"a GPU of compute capability {older}; the kernels take {oldest} or newer"
+    if reason is not None:
+        warnings.warn(f"fastbert runs the stock code on cuda:{index}: {reason}", RuntimeWarning, stacklevel=3)
+    return reason
 
 
 # Hooks that neither read nor change what a module computes: transformers' output capturing, FSDP's gathering of
@@ -228,8 +260,8 @@ def needs_stock(sample: Tensor) -> str | None:
         return f"torch.autocast to {dtype}"
     if sample.dtype not in DTYPES:
         return f"dtype {sample.dtype}"
-    if device == "cuda" and not has_triton():
-        return "triton is not installed"
+    if device == "cuda" and (reason := gpu_is_unsuitable(sample.device.index or 0)):
+        return reason
     if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
         return "tracing for export"
     if module_globals._has_any_global_hook():

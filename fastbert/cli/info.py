@@ -17,7 +17,7 @@ import fastbert
 
 from .. import tuned
 from ..kernels import launch
-from ..support import DTYPES, has_triton
+from ..support import DTYPES, gpu_is_unsuitable, triton_is_unsuitable
 from . import UsageError
 
 PACKAGES = ("torch", "triton", "transformers")
@@ -43,9 +43,9 @@ def backend(device: torch.device) -> str:
     """What computes the operators for tensors on `device`."""
     if device.type == "cpu":
         return "reference (plain PyTorch)"
-    if has_triton():
-        return "Triton" if tuned.apply() is None else "Triton, tuned launch configurations"
-    return "none: triton is not installed, so forwards run stock"
+    if reason := gpu_is_unsuitable(device.index or 0):
+        return f"none: forwards run stock: {reason}"
+    return "Triton" if tuned.apply() is None else "Triton, tuned launch configurations"
 
 
 def device_name(device: torch.device) -> str:
@@ -108,7 +108,7 @@ def configurations(device: torch.device) -> str:
     shipped = f"shipped for {arch}, " + (
         f"measured on {launch.MEASURED[arch]}" if arch in launch.MEASURED else "not measured"
     )
-    found = tuned.apply() if device.type == "cuda" and has_triton() else None
+    found = tuned.apply() if device.type == "cuda" and triton_is_unsuitable() is None else None
     if found is None:
         return shipped
     file, entries = found
