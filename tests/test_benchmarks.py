@@ -263,3 +263,22 @@ def test_ending_the_suite_ends_its_step(tmp_path: Path) -> None:
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 130
+
+
+def test_the_sanitizer_is_asked_for_the_kernels_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in that notes what it is given; without it, or a GPU, the step says so and is done."""
+    spec = importlib.util.spec_from_file_location("sanitize", ROOT / "benchmarks" / "sanitize.py")
+    assert spec is not None
+    assert spec.loader is not None
+    sanitize = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sanitize)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert sanitize.main([]) == 0
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f'#!/bin/sh\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING $@" > {tmp_path}/given\nexit {sanitize.FAULT}\n')
+    tool.chmod(0o755)
+    monkeypatch.setattr(sanitize.torch.cuda, "is_available", lambda: True)
+    assert sanitize.main(["tests/kernels"]) == sanitize.FAULT
+    given = (tmp_path / "given").read_text().split()
+    assert given[:3] == ["1", "--tool", "memcheck"]
+    assert given[-3:] == ["-m", "gpu", "tests/kernels"]

@@ -16,6 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import fastbert
+from tests.mutations import FAULTS, plant
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -219,6 +220,7 @@ from transformers.utils.import_utils import is_kernels_available
 print(is_kernels_available())
 before = set(sys.modules)
 import fastbert
+from tests.mutations import FAULTS, plant
 fastbert.BertModel(BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
 """
 
@@ -263,6 +265,7 @@ def test_fastbert_runs_without_triton_and_leaves_the_gpu_alone() -> None:
 import sys
 sys.modules["triton"] = None  # import triton raises ImportError
 import fastbert
+from tests.mutations import FAULTS, plant
 import torch
 from transformers import BertConfig
 from types import FunctionType
@@ -304,3 +307,11 @@ def test_no_paths_of_one_machine() -> None:
         if path.is_file():
             found = pattern.search(path.read_text(encoding="utf-8"))
             assert not found, f"{name}: {found}"
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_can_be_planted(name: str, tmp_path: Path) -> None:
+    """Those of `make mutants`: where the line has changed, so must the fault."""
+    (tmp_path / FAULTS[name].file).parent.mkdir()
+    shutil.copy(ROOT / FAULTS[name].file, tmp_path / FAULTS[name].file)
+    plant(FAULTS[name], tmp_path)

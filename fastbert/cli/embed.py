@@ -74,7 +74,10 @@ def read_recipe(folder: Path) -> Recipe:
     """
 
     def load(*path: str) -> Any:
-        file = folder.joinpath(*path)
+        name = os.path.normpath(os.path.join(*path))
+        if os.path.isabs(name) or name.startswith(".."):
+            raise UsageError(f"--model {folder}: names a file outside of it, {name}")
+        file = folder / name
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
     modules = load("modules.json")
@@ -123,7 +126,7 @@ def _begin_worker(path: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is told to all; the parent sees to it
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     logging.set_verbosity_error()
-    _tokenizer = AutoTokenizer.from_pretrained(path)
+    _tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 def _tokenise(texts: list[str], max_length: int) -> Tokens:
@@ -378,7 +381,7 @@ def _load_tokenizer(path: str) -> Any:
     if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
         raise UsageError(f"--model {path}: no such folder")
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever reading files and asking the hub raises: to a user it is one thing
         raise UsageError(f"--model {path}: {' '.join(str(error).split())}") from error
 
@@ -394,7 +397,7 @@ def _load(arguments: argparse.Namespace, tokenizer: Any, device: torch.device) -
     )
     dtype = "auto" if arguments.dtype is None else getattr(torch, arguments.dtype)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         model = AutoModel.from_pretrained(path, config=config, dtype=dtype).to(device).eval()
     except Exception as error:  # as above
         raise UsageError(f"--model {path}: {' '.join(str(error).split())}") from error

@@ -386,7 +386,7 @@ def _config(arguments: argparse.Namespace) -> Any:
     if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
         raise UsageError(f"--model {path}: no such folder")
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever reading files and asking the hub raises: to a user it is one thing
         raise UsageError(f"--model {path}: {' '.join(str(error).split())}") from error
 
@@ -403,7 +403,9 @@ def _models(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
         stock = build(arguments.size or "large", dtype, device)
     else:
         try:
-            stock = AutoModel.from_pretrained(arguments.model, dtype=dtype or "auto").to(device)
+            stock = AutoModel.from_pretrained(arguments.model, trust_remote_code=False, dtype=dtype or "auto").to(
+                device
+            )
         except Exception as error:  # as above
             raise UsageError(f"--model {arguments.model}: {' '.join(str(error).split())}") from error
     try:

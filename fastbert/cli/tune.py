@@ -459,7 +459,7 @@ def sizes(arguments: argparse.Namespace) -> Sizes:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(arguments.model)
+        config = AutoConfig.from_pretrained(arguments.model, trust_remote_code=False)
         wide = config.hidden_dim if hasattr(config, "hidden_dim") else config.intermediate_size  # DistilBERT's name
         return Sizes(config.hidden_size, wide, config.num_attention_heads)
     except (OSError, ValueError, AttributeError) as error:

@@ -43,12 +43,15 @@ def load(path: str) -> tuple[Any, Any]:
     if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
         raise UsageError(f"--model {path}: no such folder")
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         name = (config.architectures or ["AutoModel"])[0]
         kind = getattr(transformers, name, None)
         if kind is None:
             raise UsageError(f"--model {path}: transformers has no class {name}, which its config names")
-        model, tokenizer = kind.from_pretrained(path, dtype="auto"), AutoTokenizer.from_pretrained(path)
+        model, tokenizer = (
+            kind.from_pretrained(path, dtype="auto"),
+            AutoTokenizer.from_pretrained(path, trust_remote_code=False),
+        )
     except UsageError:
         raise
     except Exception as error:  # whatever reading files and checking repositories raises: to a user it is one thing

@@ -18,31 +18,33 @@ from hypothesis import strategies as st
 
 FEW = settings(max_examples=max(8, settings().max_examples // 3))  # the interpreter takes a second for each
 
+pytestmark = pytest.mark.usefixtures("device")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = st.sampled_from([torch.float32, torch.float16])
 LENGTHS = st.lists(st.integers(0, 40) | st.sampled_from([64, 65]), min_size=1, max_size=3).filter(any)
 HEAD_DIMS = st.sampled_from([16, 24, 32, 40, 64])
 
 
 def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def integers(seed: int, *shape: int) -> Tensor:
     """-3 to 3: their products and sums of some hundred are exact in float32, and their sums in float16."""
-    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).float()
+    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).float().to(DEVICE)
 
 
 def walled(x: Tensor, after: int) -> Tensor:
     """`x` with NaN before and after it, and after each of its rows: what is read beyond it shows."""
     rows = x.flatten(1)
-    buffer = torch.full((rows.shape[0] + 2, rows.shape[1] + after), math.nan, dtype=x.dtype)
+    buffer = torch.full((rows.shape[0] + 2, rows.shape[1] + after), math.nan, dtype=x.dtype, device=DEVICE)
     inner = buffer[1:-1, : rows.shape[1]]
     inner.copy_(rows)
     return inner.unflatten(1, x.shape[1:]) if x.dim() > 2 else inner
 
 
 def starts_of(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).int()
+    return torch.tensor([0, *lengths]).cumsum(0).int().to(DEVICE)
 
 
 @given(st.integers(1, 70), st.integers(1, 90), st.integers(1, 90), DTYPES, st.booleans(), st.integers(0, 9))
@@ -66,8 +68,8 @@ def test_attention_of_a_sequence_hangs_on_nothing_else(
     bias = normal(seed + 1, heads, 2 * 80 - 1) if with_bias else None
     longest = max(lengths)
     packed = attention.attention(*walled(qkv, gap).unbind(1), starts_of(lengths), None, longest, scale, bias)
-    mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
-    padded = torch.full((len(lengths), longest, 3, heads, head_dim), 7.0, dtype=dtype)
+    mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).to(DEVICE)
+    padded = torch.full((len(lengths), longest, 3, heads, head_dim), 7.0, dtype=dtype, device=DEVICE)
     padded[mask] = qkv
     dense = attention.attention(*padded.flatten(0, 1).unbind(1), None, mask, longest, scale, bias)
     assert torch.equal(packed, dense[mask.flatten()])
@@ -88,9 +90,9 @@ def test_gradients_of_attention_stay_in_their_sequence(
 ) -> None:
     """A gradient that enters one sequence leaves by it alone; a second time, by the same numbers."""
     qkv, scale, which = normal(0, sum(lengths), 3, 2, head_dim), head_dim**-0.5, lengths.index(max(lengths))
-    starts, longest, seeds = starts_of(lengths), max(lengths), torch.tensor([seed])
+    starts, longest, seeds = starts_of(lengths), max(lengths), torch.tensor([seed], device=DEVICE)
     out, stats = attention.attention_forward(qkv, starts, None, longest, scale, dropout, seeds)
-    inside = torch.zeros(len(qkv), dtype=torch.bool)
+    inside = torch.zeros(len(qkv), dtype=torch.bool, device=DEVICE)
     inside[int(starts[which]) : int(starts[which + 1])] = True
     grad = normal(1, *out.shape) * inside[:, None, None]
     found = [
@@ -122,7 +124,7 @@ def test_a_row_is_normalized_by_itself(rows: int, width: int, dtype: torch.dtype
 
 @given(st.data(), DTYPES)
 def test_packing_and_back(data: Any, dtype: torch.dtype) -> None:
-    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=1, max_size=60)))
+    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=1, max_size=60)), device=DEVICE)
     x = normal(0, len(mask), data.draw(st.integers(1, 40))).to(dtype)
     indices = mask.nonzero().flatten()
     inverse = torch.where(mask, mask.cumsum(0) - 1, -1)

@@ -1,0 +1,130 @@
+"""Ten deliberate faults, planted one at a time in a copy of the tree: is each caught, and by which test?
+
+    make mutants        # or: python -m tests.mutations [NAME ...]
+
+Each is run against the part of `make test` beside it, until its first failure. Exit status: 0 all caught, 1 not. That
+every fault can still be planted is checked by `make test` itself (tests/test_house.py).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+LIFE = "tests/fastbert/test_life.py"
+KERNELS = "tests/kernels/test_properties.py"
+
+
+class Fault(NamedTuple):
+    """What stands in a file, once, and what is put in its place; the tests that are to notice."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+FAULTS = {
+    "a dropped mask": Fault(
+        "kernels/attention.py",
+        "    if key_mask is None:\n        return batch, None, None\n",
+        "    return batch, None, None\n",
+        KERNELS,
+    ),
+    "a swapped stride": Fault(
+        "kernels/attention.py",
+        "        q.stride(0),\n        q.stride(1),\n",
+        "        q.stride(1),\n        q.stride(0),\n",
+        KERNELS,
+    ),
+    "scale off by sqrt(2)": Fault(
+        "fastbert/layer.py",
+        'return float(getattr(attention, "scaling"',
+        'return 2**0.5 * float(getattr(attention, "scaling"',
+        LIFE,
+    ),
+    "eps wrong": Fault(
+        "fastbert/layer.py",
+        "return ops.add_layer_norm(added, x, norm.weight, norm.bias, norm.eps,",
+        "return ops.add_layer_norm(added, x, norm.weight, norm.bias, 1e-5,",
+        LIFE,
+    ),
+    "one sequence leaks into the next": Fault(
+        "kernels/attention.py",
+        "length = (tl.load(cu_seqlens_ptr + sequence + 1) - row).to(tl.int32)",
+        "length = (tl.load(cu_seqlens_ptr + sequence + 1) - row + 1).to(tl.int32)",
+        KERNELS,
+    ),
+    "dropout's scale": Fault(
+        "kernels/dropout.py",
+        "return 0.0 if dropout == 1 else 1 / (1 - dropout)",
+        "return 0.0 if dropout == 1 else 1.0",
+        "tests/kernels/test_dropout.py tests/kernels/test_layer_norm.py",
+    ),
+    "tanh for erf": Fault("fastbert/layer.py", '("gelu", "none")', '("gelu", "tanh")', LIFE),
+    "stale fused weights": Fault(
+        "fastbert/layer.py",
+        "ops.qkv_linear(x, query.weight,",
+        'ops.qkv_linear(x, query.__dict__.setdefault("_kept", query.weight.detach().clone()),',
+        LIFE,
+    ),
+    "LoRA ignored": Fault(
+        "fastbert/layer.py",
+        "torch.stack([p(x) for p in projections], 1)",
+        'torch.stack([getattr(p, "base_layer", p)(x) for p in projections], 1)',
+        LIFE,
+    ),
+    "a length off by one": Fault(
+        "fastbert/packing.py",
+        "packing = Packing(batch, seqlen, longest, cu_seqlens,",
+        "packing = Packing(batch, seqlen, longest - 1, cu_seqlens,",
+        "tests/fastbert/test_packing.py",
+    ),
+}
+
+
+def plant(fault: Fault, root: Path) -> None:
+    """Puts a fault into the tree at `root`; raises ValueError where it can't be."""
+    file = root / fault.file
+    text = file.read_text(encoding="utf-8")
+    if text.count(fault.old) != 1:
+        raise ValueError(f"{fault.file} holds {fault.old!r} {text.count(fault.old)} times; expected once")
+    file.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
+
+
+def caught_by(fault: Fault) -> str | None:
+    """The first test that fails with a fault, or None where all pass."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "tree"
+        ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", "results", ".*_cache", ".hypothesis")
+        shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
+        plant(fault, copy)
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-rf", *fault.tests.split()]
+        environment = {**os.environ, "PYTHONPATH": str(copy)}
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    found = re.search(r"^FAILED (\S+)", done.stdout, re.MULTILINE)
+    if done.returncode == 1 and found:
+        return found[1]
+    if done.returncode:
+        raise RuntimeError(f"pytest ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+    return None
+
+
+def main(names: list[str]) -> int:
+    missed = 0
+    for name in names or FAULTS:
+        test = caught_by(FAULTS[name])
+        missed += test is None
+        print(f"{name:<34}{FAULTS[name].file:<24}{test or 'NOT CAUGHT'}", flush=True)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
