@@ -252,7 +252,7 @@ _ATTENTION_BACKWARD: dict[str, dict[tuple[int, int], Config]] = {
         (4, 16): Config(32, 16, 0, 4, 1),
         (4, 32): Config(32, 32, 0, 8, 1),
         (4, 64): Config(16, 32, 0, 4, 1),
-        (4, 128): Config(16, 16, 0, 2, 1),
+        (4, 128): Config(16, 16, 0, 8, 1),
     },
     "sm_90": {
         **_HALF_BACKWARD,
@@ -264,7 +264,7 @@ _ATTENTION_BACKWARD: dict[str, dict[tuple[int, int], Config]] = {
     "sm_100": {
         **_HALF_BACKWARD,
         (2, 64): Config(64, 32, 0, 4, 3),  # with two stages ptxas stops at 96 registers and spills
-        (4, 16): Config(32, 32, 0, 8, 1),
+        (4, 16): Config(16, 32, 0, 4, 1),
         (4, 32): Config(32, 32, 0, 8, 1),
         (4, 64): Config(32, 32, 0, 8, 1),
         (4, 128): Config(16, 16, 0, 8, 1),
