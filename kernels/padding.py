@@ -120,7 +120,9 @@ def gather_rows_kernel(
     tl.device_assert((row >= FIRST) & (row < rows), "indices: a row index is out of range")
     cols = tl.arange(0, BLOCK_H)
     mask = cols < width
-    value = tl.load(x_ptr + row * stride_xm + cols, mask=mask & (row >= 0) & (row < rows), other=0.0)
+    # As a number of columns: in a mask, triton 3.9's interpreter takes no condition that is a scalar.
+    present = tl.where((row >= 0) & (row < rows), width, 0)
+    value = tl.load(x_ptr + row * stride_xm + cols, mask=cols < present, other=0.0)
     tl.store(out_ptr + out_row * width + cols, value, mask=mask)
 
 
