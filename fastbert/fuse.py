@@ -193,10 +193,13 @@ def _fuse_base(base: Any, family: Any, settings: Settings) -> None:
 
 
 def _become(module: Any, kind: Any) -> None:
-    """Makes `module` one of another class; where accelerate calls its forward, that is the new one's, too."""
-    held = module.__dict__.get("_old_forward")
-    if getattr(held, "__func__", None) is type(module).forward:
-        module._old_forward = MethodType(kind.forward, module)
+    """Makes `module` one of another class; where accelerate holds its forward, that is the new one's, too.
+
+    It does as `_old_forward` while it calls it, and as `forward` once its hooks are removed.
+    """
+    for name in ("_old_forward", "forward"):
+        if getattr(module.__dict__.get(name), "__func__", None) is type(module).forward:
+            setattr(module, name, MethodType(kind.forward, module))
     module.__class__ = kind
 
 

@@ -86,12 +86,13 @@ def _is_harmless(hook: Any, called: bool) -> bool:
 def is_placed(module: nn.Module) -> bool:
     """Whether accelerate has replaced the forward of `module` alone to move its inputs to where its weights are.
 
-    So it does where a model is spread over devices (`device_map`); what it offloads has its weights elsewhere.
+    So it does where a model is spread over devices (`device_map`); what it offloads has its weights elsewhere, and a
+    hook of one's own, derived from accelerate's, may change anything.
     """
     attributes = module.__dict__
     hook, forward = attributes.get("_hf_hook"), attributes.get("forward")
     ours = isinstance(forward, functools.partial) and forward.func.__module__ == "accelerate.hooks"
-    if not ours or not _is_a(hook, "accelerate.hooks", "AlignDevicesHook") or hook.offload:
+    if not ours or type(hook) is not sys.modules["accelerate.hooks"].AlignDevicesHook or hook.offload or hook.no_grad:
         return False
     return getattr(attributes.get("_old_forward"), "__func__", None) is type(module).forward
 

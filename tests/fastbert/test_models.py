@@ -147,6 +147,42 @@ def test_a_model_spread_over_devices_runs_fused(first: str, padding: str) -> Non
     assert model.encoder.layer[1]._old_forward.__func__ is hf.BertLayer.forward
 
 
+@pytest.mark.parametrize("path", ["encoder.layer.0.output.dense", "encoder.layer.0.attention.self", "embeddings"])
+def test_a_hook_derived_from_accelerates_own_is_called(path: str) -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+
+    class Doubling(hooks.AlignDevicesHook):  # type: ignore[misc, name-defined]
+        def post_forward(self, module: Any, output: Any) -> Any:
+            output = super().post_forward(module, output)
+            return (output[0] * 2, *output[1:]) if isinstance(output, tuple) else output * 2
+
+    stock = models.seeded()
+    model = fastbert.fuse(copy.deepcopy(stock))
+    for which in (stock, model):
+        hooks.add_hook_to_module(which.get_submodule(path), Doubling(execution_device="cpu"))
+    call = {"input_ids": models.ids(3, 11)}
+    with torch.no_grad():
+        torch.testing.assert_close(model(**call).last_hidden_state, stock(**call).last_hidden_state)
+
+
+@pytest.mark.parametrize("fused_when_removed", [True, False])
+def test_unfused_once_accelerates_hooks_are_removed(fused_when_removed: bool) -> None:
+    """They leave on each module the forward that it had."""
+    accelerate = pytest.importorskip("accelerate")
+    stock = models.seeded()
+    model = copy.deepcopy(stock)
+    accelerate.dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    if fused_when_removed:
+        fastbert.fuse(model)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    call = {"input_ids": models.ids(3, 11)}
+    with torch.no_grad():
+        expected = stock(**call).last_hidden_state
+        for _ in range(2):
+            torch.testing.assert_close(fastbert.fuse(model)(**call).last_hidden_state, expected)
+            assert torch.equal(fastbert.unfuse(model)(**call).last_hidden_state, expected)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("padding", ["packed", "dense"])
