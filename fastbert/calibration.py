@@ -95,6 +95,8 @@ def calibrate(
     inner = inner_model(model)
     tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
     batches = list(batches_of(inner, inputs, tokenizer, batch_size))
+    if not all(real_tokens(batch).any() for batch in batches):
+        raise ValueError("inputs: a batch without a real token; expected one at least in each")
     working = twin(inner, inner.device)  # shares its weights
     working.config.fastbert = None
     base = working.base_model

@@ -135,7 +135,9 @@ class FusedEncoder(_Module):
             stock = super().forward(hidden_states, *args, **kwargs)
             return stock
         packing, settings = plan.packing, self.fastbert
-        fp8 = settings.fp8 if settings.fp8 is not None and settings.fp8.runs(hidden_states) else None
+        fp8 = settings.fp8
+        if fp8 is not None and (plan.seeds is not None or not fp8.runs(self.layer, hidden_states)):
+            fp8 = None
         result = None
         if settings.graphs is not None and not torch.compiler.is_compiling():
             result = settings.graphs.run(self, hidden_states, plan, fp8)
@@ -163,10 +165,25 @@ class FusedEncoder(_Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """As torch's `.to`, `.half` and others call it. Graphs and 8 bits would keep the memory that is being left."""
+        self._drop()
+        return super()._apply(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Any:
+        """As `.eval` calls it, too: between training and inference weights may have been written to unseen.
+
+        By an optimizer that writes to `weight.data`; by PEFT, which may merge an adapter before there is another call:
+        the modules of one come in training mode, and are put into the model's.
+        """
+        in_8_bits = hasattr(self, "fastbert") and self.fastbert.fp8 is not None
+        if in_8_bits and any(module.training != mode for module in self.modules()):
+            self._drop()
+        return super().train(mode)
+
+    def _drop(self) -> None:
+        """Frees graphs and weights in 8 bits; they are made again where they are needed."""
         for kept in (self.fastbert.graphs, self.fastbert.fp8) if hasattr(self, "fastbert") else ():
             if kept is not None:
                 kept.drop()
-        return super()._apply(*args, **kwargs)
 
     def relative_bias(self, length: int) -> Tensor:
         """`Packing.bias` for sequences of `length` tokens at most."""

@@ -199,9 +199,10 @@ class Fp8:
         return made.products
 
     @staticmethod
-    def runs(sample: Tensor) -> bool:
-        """Whether 8 bits are for a forward at this moment, over activations like `sample`."""
+    def runs(layers: Sequence[Any], sample: Tensor) -> bool:
+        """Whether 8 bits are for a forward of `layers` at this moment, over activations like `sample`."""
         off = torch.is_grad_enabled() or torch.is_autocast_enabled(sample.device.type) or torch.compiler.is_compiling()
+        off = off or any(layer.training for layer in layers)
         return not off and type(sample) in (Tensor, nn.Parameter) and fp8_is_unsupported(sample.device) is None
 
     def plan(self, layers: Sequence[Any], stock: Sequence[bool]) -> list[Callable[..., Tensor] | None]:
@@ -210,7 +211,7 @@ class Fp8:
         `stock` says which layers run their stock code.
         """
         products: list[Products] = [
-            (None,) * 4 if is_stock or layer.training else self.products(i, layer, len(layers))
+            (None,) * 4 if is_stock else self.products(i, layer, len(layers))
             for i, (layer, is_stock) in enumerate(zip(layers, stock, strict=True))
         ]
         # A layer quantizes its result for the next one; where somebody may change that in between, it doesn't.
@@ -273,7 +274,7 @@ def _infer(
         del rows
     q, k, v = projected.unbind(1)
     sequences = packing.cu_seqlens, packing.key_mask, packing.max_seqlen
-    attended = ops.attention(q, k, v, *sequences, layer.scale(), packing.bias).flatten(1)
+    attended = ops.attention(q, k, v, *sequences, layer.scale(), packing.bias, packing.tiles).flatten(1)
     del projected, q, k, v
     close = child(layer, *shape.context), child(layer, *shape.context_norm)
     x, rows_up = _close(context, *close, attended, None, x, up)

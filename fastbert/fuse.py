@@ -350,8 +350,8 @@ def _explain_fp8(encoder: Any, family: Any) -> tuple[str | None, dict[str, str]]
     if settings.fp8 is None:
         return None, {}
     sample = next(encoder.parameters())
-    if not settings.fp8.runs(sample):
-        why = fp8_is_unsupported(sample.device) or "gradients are enabled, or it is autocast or torch.compile's"
+    if not settings.fp8.runs(layers, sample):
+        why = fp8_is_unsupported(sample.device) or "gradients are enabled, or it is training, autocast or torch.compile"
         return f"off: {why}", {}
     reasons = settings.fp8.reasons(layers, family.CLASSES)
     products = len(PRODUCTS) * len(layers)

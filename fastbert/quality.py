@@ -52,9 +52,11 @@ def _of_use(outputs: Outputs, real: Tensor) -> dict[str, Tensor]:
     if "start_logits" in outputs:
         ends = [outputs[name].double().cpu().flatten().split(lengths) for name in ("start_logits", "end_logits")]
         spans = [[x.argmax() for x in pair if x.numel()] for pair in zip(*ends, strict=True)]
-        return {"spans": torch.stack([torch.stack(span) for span in spans if span])}
+        rows = [torch.stack(span) for span in spans if span]
+        return {"spans": torch.stack(rows)} if rows else {}
     hidden = outputs["last_hidden_state"].double().cpu().split(lengths)
-    return {"embeddings": torch.stack([F.normalize(x.mean(0), dim=0) for x in hidden if len(x)])}
+    rows = [F.normalize(x.mean(0), dim=0) for x in hidden if len(x)]
+    return {"embeddings": torch.stack(rows)} if rows else {}
 
 
 def _same(candidate: Tensor, truth: Tensor) -> float:

@@ -20,7 +20,7 @@ from transformers.models.distilbert import modeling_distilbert as distil
 from transformers.models.mpnet import modeling_mpnet as mpnet
 
 import fastbert
-from fastbert import fp8, fuse, graphs, ops, support
+from fastbert import fp8, fuse, graphs, ops, packing, support
 from fastbert.kernels import linear_fp8, quantize_fp8, reference_fp8
 from fastbert.models.bert import BertModel
 from fastbert.numerics import as_fp8, assert_within_policy, relative_error
@@ -159,8 +159,12 @@ def test_without_inference_it_is_the_model_in_its_own_dtype() -> None:
         trained = model.train()(**given).last_hidden_state
         torch.manual_seed(0)
         assert torch.equal(trained, plain.train()(**given).last_hidden_state)
-    (encoder,) = fastbert.explain(model).encoders
-    assert encoder.fp8 == "off: gradients are enabled, or it is autocast or torch.compile's"
+        assert not_in_8_bits(model) == {}
+        model.eval().encoder.layer[1].output.dropout.train()  # dropout to sample from
+        model(**given)
+    (encoder,) = fastbert.explain(model.train()).encoders
+    assert encoder.fused_calls == {"packed": 4, "packed, fp8": 1}
+    assert encoder.fp8 == "off: gradients are enabled, or it is training, autocast or torch.compile"
     assert encoder.precision == "fp8"
 
 
@@ -214,6 +218,37 @@ def test_weights_are_quantized_once_and_again_when_they_change(monkeypatch: pyte
         model.encoder.layer[1].attention.self.key.bias.add_(1.0)
     model.encoder.layer[1].output.dense.weight.data = torch.randn(128, 256)
     assert torch.equal(run(model), run(fuse(fastbert.unfuse(copy.deepcopy(model)), precision="fp8")))
+
+
+@pytest.mark.parametrize("how", ["trained", "merged"])
+def test_what_goes_around_versions_is_seen_after_a_change_of_mode(how: str) -> None:
+    model = fuse(models.seeded(), precision="fp8")
+    before = run(model)
+    if how == "trained":
+        model.train()
+        model.encoder.layer[1].output.dense.weight.data.mul_(3.0)  # as some optimizers do
+        model.eval()
+    else:
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(target_modules=["query"], init_lora_weights=False)
+        model = peft.get_peft_model(model, config).eval().merge_and_unload()
+    assert not torch.equal(run(model), before)
+    assert torch.equal(run(model), run(fuse(fastbert.unfuse(copy.deepcopy(model)), precision="fp8")))
+    made = model.encoder.fastbert.fp8._made[0]
+    model.eval()  # as sentence-transformers calls it before every batch
+    assert model.encoder.fastbert.fp8._made[0] is made
+
+
+def test_attention_goes_by_the_list_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is one on a GPU alone."""
+    given = []
+    attention = ops.CPU_BACKEND["attention"]
+    monkeypatch.setattr(packing, "_tiles", ops.attention_tiles)
+    monkeypatch.setitem(ops.CPU_BACKEND, "attention", lambda *args: given.append(args[8]) or attention(*args))
+    for precision in (None, "fp8"):
+        run(fuse(models.seeded(), precision=precision))
+    assert len(given) == 4
+    assert all(isinstance(tiles, Tensor) for tiles in given)
 
 
 def test_a_new_weight_at_an_old_address_is_seen() -> None:
@@ -435,6 +470,10 @@ def test_calibration_refuses_what_it_cannot_use() -> None:
         fastbert.calibrate(model, BATCHES, batch_size=0)
     with pytest.raises(ValueError, match=r"^tokenizer is missing"):
         fastbert.calibrate(model, ["a text"])
+    padding = {"input_ids": models.ids(2, 5), "attention_mask": torch.zeros(2, 5, dtype=torch.int64)}
+    with pytest.raises(ValueError, match=r"^inputs: a batch without a real token"):
+        fastbert.calibrate(model, [*BATCHES, padding])
+    assert fastbert.verify(model, [padding], precision="fp8").quality == []
     with torch.no_grad():
         model.encoder.layer[0].output.dense.bias[3] = math.inf
     with pytest.raises(ValueError, match=r"^inputs: what the model multiplies on them is not finite"):
