@@ -129,6 +129,8 @@ class FusedEncoder(_Module):
             stock: ModelOutput = super().forward(hidden_states, *args, **kwargs)
             return stock
         counts = self.fastbert.counts
+        if self.fastbert.fp8 is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._drop()  # the step that comes of gradients may leave no version: that of torch's fused optimizers
         if not isinstance(plan, Plan):
             if plan or not self.relative:  # there its model has counted
                 counts.add(counts.stock, plan or "called past the forward of its model")

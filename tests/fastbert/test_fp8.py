@@ -220,14 +220,19 @@ def test_weights_are_quantized_once_and_again_when_they_change(monkeypatch: pyte
     assert torch.equal(run(model), run(fuse(fastbert.unfuse(copy.deepcopy(model)), precision="fp8")))
 
 
-@pytest.mark.parametrize("how", ["trained", "merged"])
-def test_what_goes_around_versions_is_seen_after_a_change_of_mode(how: str) -> None:
+@pytest.mark.parametrize("how", ["trained", "in evaluation", "merged"])
+def test_what_leaves_no_version_is_seen_after_training(how: str) -> None:
     model = fuse(models.seeded(), precision="fp8")
     before = run(model)
     if how == "trained":
         model.train()
         model.encoder.layer[1].output.dense.weight.data.mul_(3.0)  # as some optimizers do
         model.eval()
+    elif how == "in evaluation":
+        model(**call()).last_hidden_state.square().sum().backward()
+        versions = [p._version for p in model.encoder.parameters()]
+        torch.optim.AdamW(model.parameters(), fused=True).step()
+        assert [p._version for p in model.encoder.parameters()] == versions  # else this shows nothing
     else:
         peft = pytest.importorskip("peft")
         config = peft.LoraConfig(target_modules=["query"], init_lora_weights=False)
