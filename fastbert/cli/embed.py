@@ -130,8 +130,10 @@ def _begin_worker(path: str) -> None:
 
 
 def _tokenise(texts: list[str], max_length: int) -> Tokens:
-    found = _tokenizer(texts, add_special_tokens=True, return_attention_mask=False, return_token_type_ids=False)
-    rows = found["input_ids"]
+    rows: list[list[int]] = []
+    if texts:  # a tokenizer refuses none: where every row of a shard has a problem
+        found = _tokenizer(texts, add_special_tokens=True, return_attention_mask=False, return_token_type_ids=False)
+        rows = found["input_ids"]
     cut = {i: len(row) for i, row in enumerate(rows) if len(row) > max_length}
     for i in cut:
         rows[i] = _tokenizer(texts[i], truncation=True, max_length=max_length)["input_ids"]

@@ -196,6 +196,17 @@ def test_rows_with_problems_are_told(form: str, tiny: Path, tmp_path: Path, monk
 
 
 @pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("form", ["npy", "parquet"])
+def test_a_shard_without_a_text(form: str, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "one"}\n{"text": "two"}\nnull\n{"text": null}\n{"text": "three"}\n')
+    run(tiny, tmp_path / "out", "--format", form, "--shard-rows", "2", str(tmp_path / "in.jsonl"))
+    ids, embeddings = read(tmp_path / "out")
+    assert ids == [0, 1, 4]
+    assert embeddings.shape[0] == 3
+    assert len((tmp_path / "out" / "part-00001.problems.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.usefixtures("here")
 def test_a_row_of_a_csv_with_too_many_fields_is_told(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text('key,text\na,one\nb,not quoted, though it has a comma\nc,"quoted, it has"\nd\n')
     run(tiny, tmp_path / "out", str(tmp_path / "in.csv"), "--id-column", "key")
