@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .fp8 import Fp8
-from .packing import Packing
+from .packing import Packing, tiles_of
 from .support import is_hooked
 
 MAX_TOKENS = 8192
@@ -372,7 +372,8 @@ class Graphs:
                 self._buffers = rows, torch.zeros(most, dtype=torch.int32, device=x.device), steps
             rows, cu_seqlens, _ = self._buffers
             whole = rows[: bucket.tokens]
-            layout = Packing(1, bucket.tokens, bucket.longest, cu_seqlens[: bucket.sequences + 1])
+            starts = cu_seqlens[: bucket.sequences + 1]
+            layout = Packing(1, bucket.tokens, bucket.longest, starts)
 
             # Quantized weights are made before the capture, and kept: they are memory that the graph reads.
             infers: Any = [None] * len(layers) if fp8 is None else fp8.plan(list(layers), [False] * len(layers))
@@ -380,8 +381,9 @@ class Graphs:
 
             def run() -> None:
                 hidden_states = whole[None]
+                tiled = layout._replace(tiles=tiles_of(starts, bucket.tokens))  # at each replay: lengths differ
                 for layer, infer in zip(layers, infers, strict=True):
-                    hidden_states = layer(hidden_states, packing=layout, infer=infer)
+                    hidden_states = layer(hidden_states, packing=tiled, infer=infer)
                 whole.copy_(hidden_states[0])
 
             while len(self._graphs) >= MAX_GRAPHS:

@@ -84,12 +84,13 @@ def pack_mask(mask: Tensor, labels: Tensor | None = None) -> Selection:
     batch, seqlen = mask.shape
     cu_seqlens, indices, inverse, totals = ops.mask_layout(mask, labels)
     tokens, longest, starts_real, at_padding, has_holes = host_integers(totals)
-    tiles = _tiles(cu_seqlens, tokens)
+    tiles = tiles_of(cu_seqlens, tokens)
     packing = Packing(batch, seqlen, longest, cu_seqlens, None, indices[:tokens], inverse, None, tiles)
     return Selection(packing, tokens, bool(starts_real), bool(at_padding), bool(has_holes))
 
 
-def _tiles(cu_seqlens: Tensor, tokens: int) -> Tensor | None:
+def tiles_of(cu_seqlens: Tensor, tokens: int) -> Tensor | None:
+    """`Packing.tiles` of a packed layout."""
     return ops.attention_tiles(cu_seqlens, tokens) if cu_seqlens.is_cuda else None
 
 
@@ -117,7 +118,7 @@ def flattened(cu_seqlens: Tensor, tokens: int, keys: Tensor | None = None) -> Pa
             f"to the number of tokens, {tokens}"
         )
     starts = cu_seqlens.to(torch.int32)
-    return Packing(len(starts) - 1, tokens, longest, starts, tiles=_tiles(starts, tokens))
+    return Packing(len(starts) - 1, tokens, longest, starts, tiles=tiles_of(starts, tokens))
 
 
 def isolating_mask(cu_seqlens: Tensor, tokens: int) -> Tensor:

@@ -27,12 +27,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dependent import wait_for_previous
 from .dropout import checked_seed, draw_threshold, keep_scale, keep_tile, keep_tile_transposed
 from .launch import (
     SHORT,
     architecture,
     attention_backward_config,
     attention_config,
+    dependent,
     input_precision,
     of_length,
     options,
@@ -135,7 +137,9 @@ def attention_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,  # power of two, HEAD_DIM or more
     INPUT_PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
+    wait_for_previous(DEPENDENT)
     head, sequence, row, length, start_m = locate(cu_seqlens_ptr, tiles_ptr, heads, max_seqlen, BLOCK_M)
     if start_m >= length:
         return
@@ -559,6 +563,7 @@ def _launch_forward(
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         INPUT_PRECISION=input_precision(q.dtype),
         **options(config),
+        **dependent(q.device),
     )
     return out
 

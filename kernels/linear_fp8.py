@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .dependent import wait_for_previous
 from .linear import gelu_erf, gelu_erf_16, gelu_tanh, load_bias
 from .quantize_fp8 import INTERPRETED, from_e4m3, to_e4m3
 
@@ -46,7 +47,9 @@ def linear_fp8_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
+    wait_for_previous(DEPENDENT)
     tiles_m = tl.cdiv(m, BLOCK_M)
     tiles_n = tl.cdiv(n, BLOCK_N)
     pid = tl.program_id(0)
@@ -172,6 +175,7 @@ def _launch(
         GROUP_M=config.group_m,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **launch.dependent(x.device),
     )
     return out
 

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .dependent import wait_for_previous
 from .layer_norm import normalize
 
 # The interpreter truncates where it should round to e4m3, makes a number of its NaN, and multiplies no 8-bit numbers:
@@ -70,7 +71,9 @@ def quantize_fp8_kernel(
     eps,
     inverse_scale,  # where it is given
     BLOCK_H: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
+    wait_for_previous(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_H)
     mask = cols < width
@@ -115,6 +118,7 @@ def _launch(
             1.0 if scale is None else 1 / scale,
             BLOCK_H=config.block_n,
             num_warps=config.num_warps,
+            **launch.dependent(x.device),
         )
     return normal, out, scales
 
