@@ -143,5 +143,5 @@ def main(arguments: argparse.Namespace) -> int:
     print(f"\nlaunch table, {found['architecture']}:")
     for row in [dict(zip(table[0], table[0], strict=True)), *table]:
         cells = list(map(str, row.values()))
-        print(f"  {cells[0]:<12}{cells[1]:<24}{cells[2]:<10}" + "".join(cell.rjust(12) for cell in cells[3:]))
+        print(f"  {cells[0]:<12}{cells[1]:<24}{cells[2]:<10}" + "".join(cell.rjust(14) for cell in cells[3:]))
     return 0
