@@ -104,7 +104,10 @@ class Shards:
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{manifest}: is not a manifest of `fastbert embed`") from error
         names = sorted(name for name in {*there, *self._settings} if there.get(name) != self._settings.get(name))
-        if names:
+        others = {path for path in self.folder.glob("rank-*.lock") if path != self._lock_path}
+        if names and self.world == 1 and not holds_shards and not others:  # left by a run that got nowhere
+            self._put("manifest.json", _json({"settings": self._settings, "complete": False}))
+        elif names:
             differ = "; ".join(f"{name} {there.get(name)!r}, not {self._settings.get(name)!r}" for name in names)
             raise UsageError(f"--output {self.folder}: holds shards made with {differ}; expected another folder")
 

@@ -469,6 +469,20 @@ def test_goes_on_where_it_stopped(tiny: Path, tmp_path: Path, capsys: pytest.Cap
     assert contents(tmp_path / "out") == whole
 
 
+@pytest.mark.usefixtures("here")
+def test_a_command_that_got_nowhere_is_corrected(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.csv").write_text("key,body\na,one\n")
+    run(tiny, tmp_path / "out", str(tmp_path / "in.csv"), code=2)
+    assert "no such column" in capsys.readouterr().err
+    (tmp_path / "out" / "rank-1.lock").touch()  # as if another rank were beginning
+    run(tiny, tmp_path / "out", str(tmp_path / "in.csv"), "--column", "body", code=2)
+    (tmp_path / "out" / "rank-1.lock").unlink()
+    run(tiny, tmp_path / "out", str(tmp_path / "in.csv"), "--column", "body")
+    assert read(tmp_path / "out")[0] == [0]
+
+
 def test_a_killed_run_goes_on(tiny: Path, tmp_path: Path) -> None:
     """Killed at random moments, with the processes it started; then left to finish."""
     (tmp_path / "in.txt").write_text("\n".join(sentences(600)))

@@ -248,7 +248,7 @@ def test_attention_goes_by_the_list_of_tiles(monkeypatch: pytest.MonkeyPatch) ->
     """There is one on a GPU alone."""
     given = []
     attention = ops.CPU_BACKEND["attention"]
-    monkeypatch.setattr(packing, "_tiles", ops.attention_tiles)
+    monkeypatch.setattr(packing, "tiles_of", ops.attention_tiles)
     monkeypatch.setitem(ops.CPU_BACKEND, "attention", lambda *args: given.append(args[8]) or attention(*args))
     for precision in (None, "fp8"):
         run(fuse(models.seeded(), precision=precision))
