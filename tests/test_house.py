@@ -243,7 +243,11 @@ importlib.metadata.version = version
 """
     available, added = run(sys.executable, "-c", hide + TRANSFORMERS + ADDED, cwd=ROOT).splitlines()[-2:]
     assert available == "False"
-    assert ast.literal_eval(added) == ["fastbert.kernels", "fastbert.kernels.reference", "fastbert.kernels.reference_fp8"]
+    assert ast.literal_eval(added) == [
+        "fastbert.kernels",
+        "fastbert.kernels.reference",
+        "fastbert.kernels.reference_fp8",
+    ]
 
 
 def test_transformers_imports_from_the_root_with_the_distribution_kernels(tmp_path: Path) -> None:
