@@ -85,7 +85,8 @@ def calibrate(
         What was found; str() renders it.
 
     Raises:
-        ValueError: an argument is out of range, empty, or lacks what it needs; what the model computes isn't finite.
+        ValueError: an argument is out of range, empty, or lacks what it needs; ids are not of the model; what the model
+            computes isn't finite.
         UnsupportedModelError: the model can't run in 8 bits on its device.
     """
     if not 0 < tolerance < math.inf:
@@ -115,7 +116,7 @@ def calibrate(
 
     with torch.inference_mode():
         largest = _observe(base, batches, products, {})
-        smallest = {key: 2.0 ** math.ceil(math.log2(value / 448)) if value else 1.0 for key, value in largest.items()}
+        smallest = {key: _least_scale(value) for key, value in largest.items()}
         errors = _observe(base, batches, products, smallest)
         scales = {key: smallest[key] * _room(errors, key) for key in smallest}
 
@@ -149,6 +150,11 @@ def calibrate(
         sum(mask.shape[0] for mask in tokens),
         sum(int(mask.sum()) for mask in tokens),
     )
+
+
+def _least_scale(largest: float) -> float:
+    """The least power of two in which a magnitude fits into e4m3, among those `fuse` takes."""
+    return 2.0 ** max(-126, math.ceil(math.log2(largest / 448))) if largest else 1.0
 
 
 def _call(base: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

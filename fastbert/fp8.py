@@ -10,7 +10,6 @@ pickle. They are made where they are first needed, and again once a weight is an
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -90,7 +89,11 @@ def calibrated(config: Any) -> list[Scales] | None:
 
 
 def _is_scale(value: Any) -> bool:
-    return value is None or (isinstance(value, (int, float)) and 0 < value < math.inf)
+    """Whether kernels can take it, and its inverse, in float32, where what is below `least` may count as zero."""
+    if value is None:
+        return True
+    least = torch.finfo(torch.float32).tiny
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= 1 / least
 
 
 def linears(layer: Any, shape: Shape) -> tuple[tuple[Any, ...], ...]:

@@ -23,12 +23,19 @@ from transformers import PreTrainedModel
 
 from . import numerics
 from .fuse import explain, fuse, unfuse
+from .layer import first_position
 from .quality import Measure, Quality
 from .support import encoder_of
 
 LAYOUTS = ("packed", "dense")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ARGUMENTS = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
+_TABLES = {
+    "input_ids": "word_embeddings",
+    "token_type_ids": "token_type_embeddings",
+    "position_ids": "position_embeddings",
+}
+"""Of the embeddings: what is looked up where."""
 _ONE_A_TOKEN = ("start_logits", "end_logits")
 
 Outputs = Mapping[str, Tensor]
@@ -242,7 +249,8 @@ def verify(
         The report: `.ok`, `.rows`, `.first_departure`, `.ran`, `str()`, `.to_dict()`, `.to_json()`.
 
     Raises:
-        ValueError: an argument is out of range, empty, or lacks what it needs; the weights hold NaN or infinity.
+        ValueError: an argument is out of range, empty, all padding, or lacks what it needs; ids are not of the model;
+            the weights hold NaN or infinity.
         UnsupportedModelError: nothing in `model` could be fused, or not in this precision.
     """
     if isinstance(layouts, str) or not layouts or any(layout not in LAYOUTS for layout in layouts):
@@ -260,6 +268,8 @@ def verify(
     for batch in batches:
         if "inputs_embeds" in batch:
             batch["inputs_embeds"] = batch["inputs_embeds"].to(dtype)
+    if not any(real_tokens(batch).any() for batch in batches):
+        raise ValueError("inputs: 'attention_mask' is 0 everywhere, nothing would be compared; expected a real token")
 
     working = twin(inner, device, dtype)
     bounding = working
@@ -372,7 +382,7 @@ def batches_of(model: PreTrainedModel, inputs: Any, tokenizer: Any, batch_size: 
         yield from _tokenized(model, inputs, tokenizer, batch_size)
     elif all(isinstance(item, Mapping) for item in inputs):
         for item in inputs:
-            yield _checked(item)
+            yield _checked(model, item)
     else:
         raise ValueError("inputs mixes kinds; expected all texts or all mappings of tensors")
 
@@ -382,17 +392,17 @@ def _tokenized(
 ) -> Iterator[dict[str, Tensor]]:
     if tokenizer is None:
         raise ValueError("tokenizer is missing; inputs holds texts")
-    limit = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    limit = min(tokenizer.model_max_length, _positions(model)[0] or 512)  # a model without them is refused later
     for start in range(0, len(texts), batch_size):
         part = list(texts[start : start + batch_size])
         encoding = tokenizer(part, padding=True, truncation=True, max_length=limit, return_tensors="pt")
         batch = {name: encoding[name] for name in _ARGUMENTS if name in encoding}
         if type(model).__name__.endswith("ForMultipleChoice"):
             batch = {name: tensor.unsqueeze(1) for name, tensor in batch.items()}  # one choice each
-        yield _checked(batch)
+        yield _checked(model, batch)
 
 
-def _checked(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+def _checked(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     for name, tensor in batch.items():
         if name not in _ARGUMENTS:
             raise ValueError(f"inputs: {name!r} is not compared; expected {', '.join(_ARGUMENTS)}")
@@ -402,10 +412,42 @@ def _checked(batch: Mapping[str, Any]) -> dict[str, Tensor]:
             raise ValueError(f"inputs: {name!r} is empty, of shape {tuple(tensor.shape)}")
     if ("input_ids" in batch) == ("inputs_embeds" in batch):
         raise ValueError("inputs: expected either input_ids or inputs_embeds in every mapping")
-    mask, shape = batch.get("attention_mask"), _shape(batch)
-    if mask is not None and mask.shape != shape:
-        raise ValueError(f"inputs: 'attention_mask' has shape {tuple(mask.shape)}; expected {tuple(shape)}")
+    shape = _shape(batch)
+    if len(shape) not in (2, 3):
+        raise ValueError(f"inputs: has shape {tuple(shape)}; expected (batch, tokens) or (batch, choices, tokens)")
+    for name in ("attention_mask", "token_type_ids"):
+        if name in batch and batch[name].shape != shape:
+            raise ValueError(f"inputs: {name!r} has shape {tuple(batch[name].shape)}; expected {tuple(shape)}")
+    embeddings = getattr(model.base_model, "embeddings", None)
+    for name, table in _TABLES.items():
+        rows = getattr(getattr(embeddings, table, None), "num_embeddings", None)
+        if name in batch and rows is not None:
+            _check_ids(name, batch[name], rows)
+    limit, first = _positions(model)
+    if limit is not None and "position_ids" not in batch:
+        # Where there is a position for padding, tokens of its id have that one, however many they are.
+        counted = batch["input_ids"] != embeddings.padding_idx if first and "input_ids" in batch else None
+        tokens = shape[-1] if counted is None else int(counted.sum(-1).max())
+        if tokens > limit:
+            raise ValueError(f"inputs: a sequence of {tokens} tokens; the model has positions for {limit}")
     return dict(batch)
+
+
+def _check_ids(name: str, ids: Tensor, rows: int) -> None:
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"inputs: {name!r} is of {ids.dtype}; expected torch.int64 or torch.int32")
+    low, high = (int(x) for x in ids.aminmax())
+    if low < 0 or high >= rows:
+        told = f"holds {low if low < 0 else high}; expected 0 to {rows - 1}, by the model's embeddings"
+        raise ValueError(f"inputs: {name!r} {told}")
+
+
+def _positions(model: PreTrainedModel) -> tuple[int | None, int]:
+    """How many tokens a sequence may have, None where that can't be told; and the position of the first."""
+    embeddings = getattr(model.base_model, "embeddings", None)
+    there = getattr(embeddings, "position_ids", None)
+    first = first_position(embeddings)
+    return None if there is None else there.shape[-1] - first, first
 
 
 def _shape(batch: Mapping[str, Tensor]) -> torch.Size:

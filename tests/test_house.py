@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"encoder", "fuse", "graphs", "heads", "layer"},
     "quality": set(),
     "calibration": {"fp8", "fuse", "support", "verify"},
-    "verify": {"encoder", "fuse", "numerics", "quality", "support"},
+    "verify": {"encoder", "fuse", "layer", "numerics", "quality", "support"},
     "__init__": {"calibration", "fuse", "models", "verify"},
     "cli": {
         "__init__",

@@ -20,7 +20,7 @@ from transformers.models.distilbert import modeling_distilbert as distil
 from transformers.models.mpnet import modeling_mpnet as mpnet
 
 import fastbert
-from fastbert import fp8, fuse, graphs, ops, packing, support
+from fastbert import calibration, fp8, fuse, graphs, ops, packing, support
 from fastbert.kernels import linear_fp8, quantize_fp8, reference_fp8
 from fastbert.models.bert import BertModel
 from fastbert.numerics import as_fp8, assert_within_policy, relative_error
@@ -319,6 +319,12 @@ def test_it_is_refused_before_anything_changes(monkeypatch: pytest.MonkeyPatch) 
         model.config.fastbert = {"fp8": bad}
         with pytest.raises(ValueError, match=r"^model.config.fastbert\['fp8'\]"):
             fuse(model, precision="fp8")
+    for bad in (True, 0, 1e-320, 1e-39, 1e39, math.inf, math.nan, 10**400, "1"):  # or their inverse is not a float32
+        model.config.fastbert = {"fp8": {"layers": [KEPT, {**KEPT, "up": bad}]}}
+        with pytest.raises(
+            ValueError, match=r"^model.config.fastbert\['fp8'\]: expected what fastbert.calibrate writes"
+        ):
+            fuse(model, precision="fp8")
     del model.config.fastbert
     narrow = models.seeded(hidden_size=100, num_attention_heads=4, intermediate_size=100)
     with pytest.raises(
@@ -478,12 +484,22 @@ def test_calibration_refuses_what_it_cannot_use() -> None:
     padding = {"input_ids": models.ids(2, 5), "attention_mask": torch.zeros(2, 5, dtype=torch.int64)}
     with pytest.raises(ValueError, match=r"^inputs: a batch without a real token"):
         fastbert.calibrate(model, [*BATCHES, padding])
-    assert fastbert.verify(model, [padding], precision="fp8").quality == []
+    with pytest.raises(ValueError, match=r"^inputs: 'input_ids' holds 211; expected 0 to 210"):
+        fastbert.calibrate(model, [*BATCHES, {"input_ids": torch.tensor([[1, 211]])}])
+    assert fastbert.verify(model, [*BATCHES, padding], precision="fp8").ok
     with torch.no_grad():
         model.encoder.layer[0].output.dense.bias[3] = math.inf
     with pytest.raises(ValueError, match=r"^inputs: what the model multiplies on them is not finite"):
         fastbert.calibrate(model, BATCHES)
     assert not hasattr(model.config, "fastbert")
+
+
+def test_the_least_scale_of_calibration_is_one_that_fuse_takes() -> None:
+    model = models.seeded()
+    for largest, least in ((0.0, 1.0), (1e-44, 2.0**-126), (448.0, 1.0), (449.0, 2.0)):
+        assert calibration._least_scale(largest) == least
+        model.config.fastbert = {"fp8": {"layers": [{**KEPT, "up": least}] * 2}}
+        assert fuse(model, precision="fp8").encoder.fastbert.fp8.scales[0]["up"] == least
 
 
 def test_calibration_of_heads_and_choices() -> None:

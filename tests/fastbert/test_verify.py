@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import RobertaConfig, RobertaModel
 from transformers.models.bert import modeling_bert as hf
 
 import fastbert
@@ -179,6 +180,31 @@ def test_layer_that_runs_stock_is_named() -> None:
     assert list(report.stock_parts) == ["layer.1"]
 
 
+def test_positions_after_that_of_padding() -> None:
+    """Padding doesn't count, however long; texts are cut to what is left."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 256}
+    model = RobertaModel(RobertaConfig(vocab_size=211, max_position_embeddings=12, **sizes)).eval()
+    padded = torch.full((2, 30), 1)
+    padded[:, :10] = 2 + ids(2, 10, high=209)
+    report = fastbert.verify(model, {"input_ids": padded, "attention_mask": (padded != 1).long()})
+    assert report.ok, str(report)
+    padded[1, 10] = 7
+    with pytest.raises(ValueError, match=r"^inputs: a sequence of 11 tokens; the model has positions for 10$"):
+        fastbert.verify(model, {"input_ids": padded})
+    taken = []
+
+    class Tokenizer:
+        model_max_length = 10**30
+
+        def __call__(self, texts: list[str], max_length: int, **_: Any) -> dict[str, Tensor]:
+            taken.append(max_length)
+            return {"input_ids": 2 + ids(len(texts), max_length, high=209)}
+
+    assert fastbert.verify(model, ["a text"], tokenizer=Tokenizer()).ok
+    assert taken == [10]
+
+
 def test_wrapper_and_inputs_embeds() -> None:
     embeds = torch.randn(2, 7, 128, generator=torch.Generator().manual_seed(0))
     report = fastbert.verify(nn.Sequential(seeded()), {"inputs_embeds": embeds}, dtype=torch.bfloat16)
@@ -220,6 +246,16 @@ def test_weights_that_are_not_finite_are_named() -> None:
         ({"inputs": {"input_ids": [[1, 2]]}}, "inputs: 'input_ids' is a list"),
         ({"inputs": {"input_ids": ids(2, 4), "labels": ids(2, 4)}}, "inputs: 'labels' is not compared"),
         ({"inputs": {"input_ids": ids(2, 4), "attention_mask": ids(2, 3)}}, "inputs: 'attention_mask' has shape"),
+        ({"inputs": {"input_ids": ids(2, 4), "token_type_ids": ids(2, 3)}}, "inputs: 'token_type_ids' has shape"),
+        ({"inputs": {"input_ids": ids(1, 4)[0]}}, r"inputs: has shape \(4,\); expected \(batch, tokens\)"),
+        ({"inputs": {"input_ids": torch.tensor([[1, 211]])}}, "inputs: 'input_ids' holds 211; expected 0 to 210"),
+        ({"inputs": {"input_ids": torch.tensor([[-1, 7]])}}, "inputs: 'input_ids' holds -1; expected 0 to 210"),
+        ({"inputs": {"input_ids": torch.ones(1, 2)}}, "inputs: 'input_ids' is of torch.float32; expected torch.int64"),
+        ({"inputs": [*inputs(), {**inputs()[0], "token_type_ids": 2 * inputs()[0]["token_type_ids"]}]}, "holds 2; exp"),
+        ({"inputs": {"input_ids": ids(1, 2), "position_ids": torch.tensor([[0, 160]])}}, "'position_ids' holds 160"),
+        ({"inputs": {"input_ids": ids(1, 161)}}, "inputs: a sequence of 161 tokens; the model has positions for 160"),
+        ({"inputs": {"inputs_embeds": torch.ones(1, 161, 128)}}, "a sequence of 161 tokens"),
+        ({"inputs": {"input_ids": ids(2, 4), "attention_mask": 0 * ids(2, 4)}}, "'attention_mask' is 0 everywhere"),
         ({"inputs": ["a text", {"input_ids": ids(2, 4)}]}, "inputs mixes kinds"),
         ({"inputs": ["a text"]}, "tokenizer is missing"),
         ({"dtype": torch.float64}, "dtype is torch.float64"),
