@@ -2,6 +2,37 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 
 class UsageError(Exception):
     """What the user asked for can't be done; the message, one line, says why."""
+
+
+def in_a_line(error: Exception) -> str:
+    """What an error says, in one line, without the number that the system gives it."""
+    told = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(told.split()) or type(error).__name__
+
+
+def check_file(option: str, name: str | None) -> None:
+    """Raises UsageError where the file an option names can't be written: now, not after the work."""
+    if name is None:
+        return
+    file = Path(name)
+    try:
+        existed = os.path.lexists(file)
+        file.open("ab").close()
+        if not existed:
+            file.unlink()
+    except OSError as error:
+        raise UsageError(f"{option} {name}: {in_a_line(error)}; expected a file that can be written") from error
+
+
+def write_text(option: str, name: str, text: str) -> None:
+    """Writes the file an option names; raises UsageError where that fails."""
+    try:
+        Path(name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{option} {name}: {in_a_line(error)}") from error

@@ -1,11 +1,15 @@
-"""Arguments and exit statuses of `fastbert`: 0 done, 1 the numbers are not right, 2 bad usage, 130 interrupted."""
+"""Arguments of `fastbert`, and its exit statuses: 0 done; 1 the numbers are not right, or something is slower, or
+failed; 2 bad usage; 130 interrupted; 141 whoever read the output has closed it."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
 import importlib.util
+import io
+import os
 import sys
 import tempfile
 import textwrap
@@ -13,7 +17,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import UsageError
+from .. import __version__
+from . import UsageError, in_a_line
 
 DTYPES = ("float32", "bfloat16", "float16")
 SIZES = ("large", "base", "minilm")
@@ -77,8 +82,9 @@ def parser() -> argparse.ArgumentParser:
         prog="fastbert",
         description="The fused BERT encoder: is it right, is it fast, what is it.",
         epilog="Exit status: 0 done; 1 the numbers are not right, or something is slower, or failed; 2 bad usage; "
-        "130 interrupted.",
+        "130 interrupted; 141 whoever read the output has closed it.",
     )
+    top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     top.add_argument(
         "--print-completion",
         action=_PrintCompletion,
@@ -257,13 +263,27 @@ def _json_on_stdout(arguments: argparse.Namespace) -> Iterator[None]:
             print(file.read_text(encoding="utf-8"), end="")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit status. argparse itself exits on arguments it refuses, with status 2."""
-    arguments = parser().parse_args(argv)
-    command = importlib.import_module(f".{arguments.command}", __package__)  # torch and transformers load only here
+def _drop_output() -> None:
+    """Sends what an output didn't take nowhere: Python writes it once more as it ends, and would fail again."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
+        arguments = parser().parse_args(argv)
+    finally:  # argparse exits by itself after --help and --version
+        print(end="", flush=True)
+    try:
+        command = importlib.import_module(f".{arguments.command}", __package__)
         with _json_on_stdout(arguments):
             status: int = command.main(arguments)
+        print(end="", flush=True)
     except UsageError as error:
         print(f"fastbert {arguments.command}: {error}", file=sys.stderr)
         return 2
@@ -271,6 +291,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastbert {arguments.command}: interrupted", file=sys.stderr)
         return 130
     return status
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status. argparse itself exits on arguments it refuses, with status 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error has it: names may be in any script
+    try:
+        return _run(argv)
+    except BrokenPipeError:
+        _drop_output()
+        return 141  # 128 + SIGPIPE, as of a program that the signal ended
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _drop_output()
+        print(f"fastbert: {in_a_line(error)}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

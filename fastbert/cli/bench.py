@@ -26,7 +26,7 @@ from transformers import BertModel
 
 from .. import explain, fuse, numerics
 from ..verify import stock_in_fp8, twin
-from . import UsageError, cold, counts, records, report
+from . import UsageError, check_file, cold, counts, in_a_line, records, report
 from .cases import SEED, Workload, build, workload
 from .info import backend, default_device, device_name
 from .machine import Machine, Rates, environment, peak_growth, timed
@@ -55,7 +55,7 @@ class _Candidate:
         except AssertionError as error:
             self.status = f"FAILED: {error}"
         except Exception as error:  # out of memory, a kernel that doesn't compile: reported as this candidate's result
-            self.status = f"ERROR: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            self.status = f"ERROR: {type(error).__name__}: {in_a_line(error)[:300]}"
         self.samples.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -304,14 +304,15 @@ def main(arguments: argparse.Namespace) -> int:
     batches = arguments.batch or [16 if device.type == "cpu" else 128]
     if min(batches) <= 0:
         raise UsageError(f"--batch is {min(batches)}; expected more than 0")
-    places = {"output": arguments.output, "json": arguments.json and Path(arguments.json).parent}
-    for option, folder in places.items():
+    for option, name in (("--output", arguments.output), ("--json", arguments.json)):
         try:  # now, not after minutes of measuring
-            if folder is not None:
-                Path(folder).mkdir(parents=True, exist_ok=True)
+            if name is not None and not records.is_special(Path(name)):
+                folder = Path(name) if option == "--output" else Path(name).parent
+                folder.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            raise UsageError(f"--{option}: {error}") from error
+            raise UsageError(f"{option} {name}: {in_a_line(error)}; expected a folder that can be written") from error
+    check_file("--json", arguments.json)
     names = arguments.dtype or (["float32"] if device.type == "cpu" else ["bfloat16", "float16"])
     dtypes = [getattr(torch, name) for name in names]
     items = [workload(name, batch) for name in arguments.workload for batch in batches]
@@ -330,10 +331,13 @@ def main(arguments: argparse.Namespace) -> int:
     for record in measured:
         found.append(record)
         print(line(record), flush=True)
-        if arguments.output is not None:
-            records.write(records.path_in(Path(arguments.output), found[0]), found)
-        if arguments.json is not None:
-            records.write(Path(arguments.json), found)
+        try:
+            if arguments.output is not None:
+                records.write(records.path_in(Path(arguments.output), found[0]), found)
+            if arguments.json is not None:
+                records.write(Path(arguments.json), found)
+        except OSError as error:
+            raise UsageError(f"{error.filename}: {in_a_line(error)}") from error
     expected = len(items) * len(arguments.size) * len(names)
     if (done := len({(r["workload"], r["size"], r["dtype"]) for r in found})) < expected:
         print(f"out of time: {expected - done} of {expected} cases were not begun; see --minutes", file=sys.stderr)
@@ -343,7 +347,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _compare(old: str, new: str) -> int:
     verdicts = []
-    for verdict, text in records.compare(records.load(old), records.load(new)):
+    for verdict, text in records.compare(*(records.load("--compare", file) for file in (old, new))):
         verdicts.append(verdict)
         print(text)
     if not {"same", "slower", "faster", "broken"} & set(verdicts):

@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -38,7 +39,8 @@ from .. import fuse
 from ..fuse import explain
 from ..layer import first_position
 from ..support import MAX_SEQUENCES
-from . import UsageError
+from . import UsageError, in_a_line
+from .checkpoints import load_tokenizer
 from .info import default_device
 from .rows import Input, Row
 from .shards import Shards
@@ -238,12 +240,9 @@ class Progress:
             self._first = span[0] if self._first is None else self._first  # what was there before took no time
             seconds = int(passed * (1 - span[1]) / max(span[1] - self._first, 1e-9))
             left = f", {span[1]:.0%}, {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
-        print(
-            f"\r{self.rows:,} rows, {self.tokens / passed:,.0f} tokens/s{left}\033[K",
-            end="",
-            file=sys.stderr,
-            flush=True,
-        )
+        line = f"{self.rows:,} rows, {self.tokens / passed:,.0f} tokens/s{left}"
+        width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be written over
+        print(f"\r{line[:width]}\033[K", end="", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._shown and self.rows:
@@ -379,19 +378,14 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(told.encode()).hexdigest()
 
 
-def _load_tokenizer(path: str) -> Any:
-    if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
-        raise UsageError(f"--model {path}: no such folder")
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # whatever reading files and asking the hub raises: to a user it is one thing
-        raise UsageError(f"--model {path}: {' '.join(str(error).split())}") from error
-
-
 def _load(arguments: argparse.Namespace, tokenizer: Any, device: torch.device) -> tuple[Any, Recipe, int]:
     """The fused model, what is done with its output, and the most tokens of a text."""
     path = arguments.model
-    recipe = read_recipe(Path(path)) if Path(path).is_dir() else Recipe()
+    try:
+        recipe = read_recipe(Path(path)) if Path(path).is_dir() else Recipe()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        told = f"{type(error).__name__}: {in_a_line(error)}"
+        raise UsageError(f"--model {path}: its modules are not as sentence-transformers writes them: {told}") from error
     given = {"pooling": arguments.pooling, "normalize": arguments.normalize, "prompt": arguments.prompt}
     recipe = Recipe(
         **{name: getattr(recipe, name) if value is None else value for name, value in given.items()},
@@ -401,19 +395,19 @@ def _load(arguments: argparse.Namespace, tokenizer: Any, device: torch.device) -
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         model = AutoModel.from_pretrained(path, config=config, dtype=dtype).to(device).eval()
-    except Exception as error:  # as above
-        raise UsageError(f"--model {path}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # whatever reading files and asking the hub raises: to a user it is one thing
+        raise UsageError(f"--model {path}: {in_a_line(error)}") from error
     try:
         model = fuse(model)
     except ValueError as error:  # UnsupportedModelError is one
-        raise UsageError(f"--model {path}: {' '.join(str(error).split())}") from error
+        raise UsageError(f"--model {path}: {in_a_line(error)}") from error
     with torch.inference_mode():
         if reason := explain(model).encoders[0].reason:
             raise UsageError(f"--model {path}: runs stock ({reason}); expected a model that runs fused")
     if tokenizer.cls_token_id is None and recipe.pooling == "cls":
         raise UsageError("--pooling cls: the tokenizer has no such token")
     longest = model.embeddings.position_ids.shape[1] - first_position(model.embeddings)
-    limit = min(longest, recipe.max_length or longest)
+    limit = longest if recipe.max_length is None else min(longest, recipe.max_length)
     least = tokenizer.num_special_tokens_to_add() + 1
     if limit < least:
         raise UsageError(f"--max-length is {limit}; expected at least {least}, of which {least - 1} are special tokens")
@@ -442,13 +436,15 @@ def main(arguments: argparse.Namespace) -> int:
     for option, least in (("batch_tokens", 1), ("shard_rows", 1), ("workers", 1)):
         if (value := getattr(arguments, option)) is not None and value < least:
             raise UsageError(f"--{option.replace('_', '-')} is {value}; expected at least {least}")
+    if os.path.exists(arguments.output) and not os.path.isdir(arguments.output):
+        raise UsageError(f"--output {arguments.output}: is a file; expected a folder")
     source = Input(arguments.input, arguments.column, arguments.id_column)
     rank, world, local = _place()
     if world > 1 and "-" in arguments.input:
         raise UsageError(f"- is given to {world} ranks; each would read a part of standard input, expected files")
     name = arguments.device or (f"cuda:{local}" if torch.cuda.is_available() else None)
     device = default_device(name)
-    tokenizer = _load_tokenizer(arguments.model)
+    tokenizer = load_tokenizer(arguments.model)
     batch_tokens = _batch_tokens(arguments, device)
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(
@@ -490,9 +486,15 @@ def main(arguments: argparse.Namespace) -> int:
     elif summary is None:
         print(f"rank {rank} of {world}: done in {passed:.0f} s; others are not")
     else:
+        rejected, cut = summary["rejected"], summary["truncated"]
+        told = f"{_count(rejected, 'row')} rejected, {cut:,} cut to {_count(max_length, 'token')}"
         print(
-            f"{summary['rows']:,} rows in {summary['shards']} shards, {summary['tokens']:,} tokens; "
-            f"{summary['rejected']} rows rejected, {summary['truncated']} cut to {max_length} tokens "
-            f"(see part-*.problems.jsonl); {passed:.0f} s"
+            f"{_count(summary['rows'], 'row')} in {_count(summary['shards'], 'shard')}, "
+            f"{_count(summary['tokens'], 'token')}; "
+            f"{f'{told} (see part-*.problems.jsonl)' if rejected or cut else 'none rejected or cut'}; {passed:.0f} s"
         )
     return 0
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -33,8 +33,9 @@ from transformers import AutoConfig, AutoModel, BertConfig
 from transformers.utils import logging
 
 from .. import explain, fuse
-from . import UsageError, counts
+from . import UsageError, check_file, counts, in_a_line, write_text
 from .cases import SHAPES, Workload, build, workload
+from .checkpoints import check_folder
 from .counts import Cost
 from .info import backend, default_device, device_name
 from .machine import Machine, Rates, environment, peak_growth, timed
@@ -354,24 +355,15 @@ def _item(arguments: argparse.Namespace) -> tuple[str, Workload]:
 
 def _check_outputs(arguments: argparse.Namespace) -> None:
     """Raises UsageError naming the first output that can't be written: now, not after measuring."""
-    for option in ("json", "trace"):
-        if (name := getattr(arguments, option)) is None:
-            continue
-        file = Path(name)
-        try:
-            existed = file.exists()
-            file.open("ab").close()
-            if not existed:
-                file.unlink()
-        except OSError as error:
-            raise UsageError(f"--{option} {name}: {error.strerror}") from error
+    check_file("--json", arguments.json)
+    check_file("--trace", arguments.trace)
     if arguments.plot is not None:
         if importlib.util.find_spec("matplotlib") is None:
             raise UsageError("--plot needs matplotlib, which is not installed: pip install 'fastbert[bench]'")
         try:
             Path(arguments.plot).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UsageError(f"--plot {arguments.plot}: {error.strerror}") from error
+            raise UsageError(f"--plot {arguments.plot}: {in_a_line(error)}; expected a folder") from error
 
 
 def _config(arguments: argparse.Namespace) -> Any:
@@ -383,12 +375,11 @@ def _config(arguments: argparse.Namespace) -> Any:
     path = arguments.model
     if path is None:
         return BertConfig(**SHAPES[arguments.size or "large"])
-    if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
-        raise UsageError(f"--model {path}: no such folder")
+    check_folder(path)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever reading files and asking the hub raises: to a user it is one thing
-        raise UsageError(f"--model {path}: {' '.join(str(error).split())}") from error
+        raise UsageError(f"--model {path}: {in_a_line(error)}") from error
 
 
 def _models(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -407,11 +398,11 @@ def _models(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
                 device
             )
         except Exception as error:  # as above
-            raise UsageError(f"--model {arguments.model}: {' '.join(str(error).split())}") from error
+            raise UsageError(f"--model {arguments.model}: {in_a_line(error)}") from error
     try:
         fused = fuse(share(stock))
     except ValueError as error:  # UnsupportedModelError is one
-        raise UsageError(f"--model {arguments.model}: {' '.join(str(error).split())}") from error
+        raise UsageError(f"--model {arguments.model}: {in_a_line(error)}") from error
     return {"fused": fused, **({"stock": stock} if arguments.compare else {})}
 
 
@@ -455,7 +446,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.compare:
         print(f"\nx stock                {record['ratio_to_stock']:.2f}")
     if arguments.json is not None:
-        Path(arguments.json).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_text("--json", arguments.json, json.dumps(record, indent=1, allow_nan=False) + "\n")
     if arguments.plot is not None:
         for run in runs:
             prefix = "" if run["run"] == "fused" else f"{run['run']}-"

@@ -7,6 +7,7 @@ is a list of them from one run.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import statistics
@@ -16,19 +17,24 @@ from typing import Any
 
 import torch
 
-from . import UsageError
+from . import UsageError, in_a_line
 from .counts import Cost
 from .machine import Rates, datasheet
 
-FIELDS = frozenset(
+TEXTS = frozenset(
     {
-        *("what", "candidate", "status", "workload", "size", "shape", "dtype", "real_tokens", "padded_tokens"),
-        *("repeats", "median_s", "p20_s", "p80_s", "tokens_per_s", "ratio_to_stock", "ideal_ratio", "error"),
-        *("flops", "bytes", "peak_flops_per_s", "peak_bytes_per_s", "fraction_of_floor", "mfu", "peak_memory_bytes"),
-        *("device", "device_name", "driver", "torch", "triton", "transformers", "backend", "num_threads"),
-        *("commit", "date"),
+        *("what", "candidate", "status", "workload", "size", "dtype", "device", "device_name", "torch"),
+        *("transformers", "backend", "commit", "date"),
     }
 )
+TIMES = frozenset({"median_s", "p20_s", "p80_s"})
+NUMBERS = TIMES | {
+    *("real_tokens", "padded_tokens", "repeats", "tokens_per_s", "ratio_to_stock", "ideal_ratio", "error"),
+    *("flops", "bytes", "peak_flops_per_s", "peak_bytes_per_s", "fraction_of_floor", "mfu", "peak_memory_bytes"),
+    "num_threads",
+}
+"""Each may be None."""
+FIELDS = TEXTS | NUMBERS | {"shape", "driver", "triton"}
 CASE = ("device_name", "what", "size", "dtype", "workload")
 """What two runs of one case have in common."""
 
@@ -97,11 +103,20 @@ def _quantiles(samples: Sequence[float]) -> list[float | None]:
     return found
 
 
+def is_special(path: Path) -> bool:
+    """Whether it is a pipe or a device, as /dev/null, which a file must not replace."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def write(path: Path, records: Sequence[dict[str, Any]]) -> None:
     """Replaces `path` at once, so that whoever reads it or interrupts sees whole records."""
+    text = json.dumps(list(records), indent=1, allow_nan=False) + "\n"
+    if is_special(path):
+        path.write_text(text, encoding="utf-8")
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(list(records), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
@@ -116,22 +131,40 @@ def device_folder(device_name: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", device_name).strip("-").lower()
 
 
-def load(file: str | Path) -> list[dict[str, Any]]:
-    """The records in a file.
+def load(option: str, file: str | Path) -> list[dict[str, Any]]:
+    """The records in a file that an option names.
 
     Raises:
         UsageError: it can't be read, or holds something else.
     """
+
+    def refused(why: str) -> UsageError:
+        return UsageError(f"{option} {file}: {why}; expected a file that `fastbert bench` wrote")
+
     try:
         found = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(str(error)) from error
+    except OSError as error:
+        raise refused(in_a_line(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise refused(f"not JSON: {in_a_line(error)}") from error
     if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
-        raise UsageError(f"{file} holds no records of `fastbert bench`")
+        raise refused("holds no records")
     for record in found:
         if missing := FIELDS - set(record):
-            raise UsageError(f"{file} holds a record without {', '.join(sorted(missing))}")
+            raise refused(f"holds a record without {', '.join(sorted(missing))}")
+        if wrong := sorted(name for name in FIELDS if not _is_right(name, record[name])):
+            raise refused(f"holds a record whose {wrong[0]} is {record[wrong[0]]!r}"[:200])
     return found
+
+
+def _is_right(name: str, value: Any) -> bool:
+    """Whether a field of a record can have this value."""
+    if name in TEXTS:
+        return isinstance(value, str)
+    if name not in NUMBERS or value is None:
+        return True
+    is_number = isinstance(value, (int, float)) and math.isfinite(value)
+    return is_number and (value > 0 or name not in TIMES)
 
 
 def latest(records: Iterable[dict[str, Any]]) -> dict[tuple[str, ...], dict[str, dict[str, Any]]]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import UsageError
+from . import UsageError, in_a_line
 from .records import device_folder, latest, load
 
 MARKERS = ("<!-- table:begin -->", "<!-- table:end -->")
@@ -222,7 +222,7 @@ def splice(text: str, table: str) -> str:
 def main(files: Sequence[str], document: str) -> int:
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--report needs matplotlib, which is not installed: pip install 'fastbert[bench]'")
-    records = [record for file in files for record in load(file)]
+    records = [record for file in files for record in load("--report", file)]
     path = Path(document)
     try:
         text = splice(path.read_text(encoding="utf-8"), readme(records))
@@ -233,5 +233,5 @@ def main(files: Sequence[str], document: str) -> int:
         for device in sorted({record["device_name"] for record in records if record["what"].startswith(MODEL)}):
             plot(records, device, docs / f"{device_folder(device)}.svg")
     except (OSError, ValueError) as error:
-        raise UsageError(f"--readme {document}: {error}") from error
+        raise UsageError(f"--readme {document}: {in_a_line(error)}") from error
     return 0

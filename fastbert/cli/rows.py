@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import UsageError
+from . import UsageError, in_a_line
 
 LONGEST = 2**24
 """Characters of a line, or of a field of a .csv: more are not read into memory, whatever the file holds."""
@@ -97,7 +97,7 @@ class Input:
                     yield Row(number, own, None if problem else value, problem)
                     number += 1
             except (OSError, EOFError, zlib.error) as error:
-                raise UsageError(f"{path}: {error}") from error
+                raise UsageError(f"{path}: {in_a_line(error)}") from error
             self._done += size
             self._position = int
 
@@ -186,8 +186,9 @@ class Input:
 def _kind(path: str) -> str:
     if path == "-":
         return "txt"
-    if not Path(path).is_file():
-        raise UsageError(f"{path}: no such file")
+    if not os.path.isfile(path):
+        other = "is not a file; expected one, or - for standard input"
+        raise UsageError(f"{path}: {other if os.path.exists(path) else 'no such file'}")
     suffixes = Path(path.removesuffix(".gz")).suffix.lower()
     kind = KINDS.get(suffixes)
     if kind is None or (kind == "parquet" and path.endswith(".gz")):

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from . import UsageError
+from . import UsageError, in_a_line
 
 FORMATS = ("parquet", "npy")
 _TOTALS = ("rows", "rejected", "truncated", "tokens")
@@ -53,7 +53,7 @@ class Shards:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = self._hold()
         except OSError as error:
-            raise UsageError(f"--output: {error}") from error
+            raise UsageError(f"--output {folder}: {in_a_line(error)}; expected a folder that can be written") from error
         try:
             for left in folder.glob("*.partial"):
                 owner = re.match(r"part-(\d+)\.|manifest\.json\.(\d+)-", left.name)
@@ -63,7 +63,7 @@ class Shards:
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):
-                raise UsageError(f"--output: {error}") from error
+                raise UsageError(f"--output {folder}: {in_a_line(error)}") from error
             raise
 
     def close(self) -> None:
@@ -151,7 +151,7 @@ class Shards:
             hashes = {file: hashlib.sha256(data).hexdigest() for file, data in files.items()}
             self._put(f"{name}.json", _json({"files": hashes, **about}))
         except OSError as error:
-            raise UsageError(f"--output: {error}") from error
+            raise UsageError(f"--output {self.folder}: {in_a_line(error)}") from error
 
     def finish(self, count: int) -> dict[str, Any] | None:
         """The totals of `count` shards, put into the manifest; None while another rank's are still missing."""
@@ -167,7 +167,7 @@ class Shards:
                 for lock in self.folder.glob("rank-*.lock"):  # of processes that were killed
                     lock.unlink(missing_ok=True)
         except OSError as error:
-            raise UsageError(f"--output: {error}") from error
+            raise UsageError(f"--output {self.folder}: {in_a_line(error)}") from error
         return summary
 
     def _put(self, name: str, data: bytes, new: bool = False) -> None:

@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from .. import numerics, tuned
 from ..kernels import launch
 from ..kernels.launch import Config
 from ..support import fp8_is_unsupported
-from . import UsageError
+from . import UsageError, check_file, in_a_line, write_text
 from .cases import SHAPES
 from .info import default_device
 from .problems import Problem, Sizes, listed, problems
@@ -463,7 +464,7 @@ def sizes(arguments: argparse.Namespace) -> Sizes:
         wide = config.hidden_dim if hasattr(config, "hidden_dim") else config.intermediate_size  # DistilBERT's name
         return Sizes(config.hidden_size, wide, config.num_attention_heads)
     except (OSError, ValueError, AttributeError) as error:
-        raise UsageError(f"--model {arguments.model}: {' '.join(str(error).split())[:300]}") from error
+        raise UsageError(f"--model {arguments.model}: {in_a_line(error)[:300]}") from error
 
 
 class _Bar:
@@ -480,7 +481,8 @@ class _Bar:
             spent = time.monotonic() - self.start
             full = min(30, int(30 * spent / self.seconds))
             bar = f"[{'#' * full}{'.' * (30 - full)}] {spent:.0f} of {self.seconds:.0f} s, {self.count} steps: {what}"
-            print(f"\r\x1b[K{bar[:110]}", end="", file=sys.stderr, flush=True)
+            width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be written over
+            print(f"\r\x1b[K{bar[:width]}", end="", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leaves the line empty."""
@@ -542,6 +544,7 @@ def tune(
 def main(arguments: argparse.Namespace) -> int:
     if not arguments.minutes > 0:
         raise UsageError(f"--minutes is {arguments.minutes}; expected more than 0")
+    check_file("--json", arguments.json)
     device = default_device(None)
     if device.type != "cuda":
         raise UsageError("there is no GPU here, and on a CPU nothing is launched that could be tuned")
@@ -564,7 +567,7 @@ def main(arguments: argparse.Namespace) -> int:
     if search.settled:
         print(f"written to {file}")
     if arguments.json is not None:
-        Path(arguments.json).write_text(json.dumps(report(search, made_for), indent=1) + "\n", encoding="utf-8")
+        write_text("--json", arguments.json, json.dumps(report(search, made_for), indent=1) + "\n")
     if interrupted:
         raise KeyboardInterrupt
     return 0

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 from transformers.utils import logging
 
 from .. import verify
 from ..verify import LAYOUTS
-from . import UsageError
+from . import UsageError, check_file, in_a_line, write_text
+from .checkpoints import check_folder, load_tokenizer
 from .info import backend, default_device
 
 # Lengths from a few tokens to a hundred, so that a batch has padding.
@@ -40,40 +41,32 @@ def load(path: str) -> tuple[Any, Any]:
     Raises:
         UsageError: there is no such checkpoint, or transformers can't load it.
     """
-    if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
-        raise UsageError(f"--model {path}: no such folder")
+    check_folder(path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         name = (config.architectures or ["AutoModel"])[0]
         kind = getattr(transformers, name, None)
         if kind is None:
             raise UsageError(f"--model {path}: transformers has no class {name}, which its config names")
-        model, tokenizer = (
-            kind.from_pretrained(path, dtype="auto"),
-            AutoTokenizer.from_pretrained(path, trust_remote_code=False),
-        )
+        model = kind.from_pretrained(path, dtype="auto")
     except UsageError:
         raise
     except Exception as error:  # whatever reading files and checking repositories raises: to a user it is one thing
-        raise UsageError(f"--model {path}: {_one_line(error)}") from error
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes up where there is none
-        raise UsageError(f"--model {path}: holds no tokenizer")
-    return model, tokenizer
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"--model {path}: {in_a_line(error)}") from error
+    return model, load_tokenizer(path)
 
 
 def main(arguments: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     device = default_device(arguments.device)
+    check_file("--json", arguments.json)
     texts = list(TEXTS)
     if arguments.texts is not None:
         try:
             texts = [line for line in Path(arguments.texts).read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--texts {arguments.texts}: {_one_line(error)}") from error
+            told = f"{in_a_line(error)}; expected UTF-8, a text a line"
+            raise UsageError(f"--texts {arguments.texts}: {told}") from error
         if not texts:
             raise UsageError(f"--texts {arguments.texts}: holds no text")
     model, tokenizer = load(arguments.model)
@@ -88,13 +81,10 @@ def main(arguments: argparse.Namespace) -> int:
             precision=arguments.precision,
         )
     except ValueError as error:  # UnsupportedModelError is one
-        raise UsageError(f"--model {arguments.model}: {_one_line(error)}") from error
+        raise UsageError(f"--model {arguments.model}: {in_a_line(error)}") from error
     print(f"fused forwards by {backend(device)}\n{report}")
     if arguments.json is not None:
-        try:
-            Path(arguments.json).write_text(report.to_json() + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"--json {arguments.json}: {_one_line(error)}") from error
+        write_text("--json", arguments.json, report.to_json() + "\n")
     if not report.ok:
         print(f"fastbert verify: {arguments.model} is not verified", file=sys.stderr)
     return 0 if report.ok else 1

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import io
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -17,6 +19,7 @@ import torch
 from transformers import AutoTokenizer
 from transformers.models.bert import modeling_bert as hf
 
+import fastbert
 from fastbert import ops, tuned
 from fastbert.cli import bench, cases, cold, counts, info, machine, records, report
 from fastbert.cli.__main__ import main, parser
@@ -59,11 +62,66 @@ def bad_usage(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_runs_as_a_module() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "fastbert.cli", "nonsense"], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 2
-    assert "invalid choice: 'nonsense'" in done.stderr
+    """And ends quietly where nobody reads its output, which Python writes once more as it ends."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "fastbert.cli", "--help"]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, env=environment, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_no_such_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["nonsense"])
+    assert ended.value.code == 2
+    assert "invalid choice: 'nonsense'" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["info", "--json"],
+        ["verify", "--model", "{checkpoint}", "--device", "cpu", "--padding", "packed", "--json", "-"],
+        ["bench", "--size", "minilm", "--repeats", "3", "--device", "cpu", "--workload", "dense128", "--batch", "1"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_closed_output_ends_a_command(
+    arguments: list[str], buffered: bool, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w", encoding="utf-8") as stream:  # which fails as it is closed where anything is left to write
+        stream.reconfigure(write_through=not buffered)
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main([argument.format(checkpoint=checkpoint) for argument in arguments]) == 141
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_an_output_that_is_full(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with open("/dev/full", "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main(["info"]) == 2
+        assert capsys.readouterr().err == "fastbert: No space left on device\n"
+
+
+def test_an_output_that_takes_ascii_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(taken, "ascii"))
+    monkeypatch.setattr(info, "device_name", lambda device: "prôcesseur")
+    assert main(["info"]) == 0
+    assert b"name:           pr\\xf4cesseur\n" in taken.getvalue()
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"fastbert {fastbert.__version__}\n"
 
 
 def commands() -> dict[str, Any]:
@@ -81,7 +139,8 @@ def test_help_has_examples_that_parse_and_says_exit_statuses() -> None:
             line = re.sub(r"^torchrun .* -m fastbert.cli", "fastbert", line.strip())
             assert line.startswith(f"fastbert {name}")
             parser().parse_args(shlex.split(line)[1:])
-    assert "130 interrupted" in parser().format_help()
+    said = " ".join(parser().format_help().split())
+    assert "130 interrupted; 141 whoever read the output has closed it" in said
 
 
 def test_completion_in_a_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,6 +195,9 @@ def test_verify_refuses(checkpoint: Path, tmp_path: Path, capsys: pytest.Capture
     assert "--model" in bad_usage(capsys, "verify", "--model", "no/such-model-anywhere")
     model = ("verify", "--model", str(checkpoint))
     assert "--texts" in bad_usage(capsys, *model, "--texts", str(tmp_path / "nowhere"))
+    said = bad_usage(capsys, *model, "--json", str(tmp_path))
+    assert said == f"fastbert verify: --json {tmp_path}: Is a directory; expected a file that can be written\n"
+    assert "--device meta: expected cpu or cuda" in bad_usage(capsys, *model, "--device", "meta")
     (tmp_path / "empty").write_text("\n")
     assert "holds no text" in bad_usage(capsys, *model, "--texts", str(tmp_path / "empty"))
     assert "--device" in bad_usage(capsys, *model, "--device", "nonsense")
@@ -149,6 +211,9 @@ def test_verify_refuses_a_checkpoint(tokenizer: Any, tmp_path: Path, capsys: pyt
     command = ("verify", "--model", str(tmp_path), "--device", "cpu")
     assert "holds no tokenizer" in bad_usage(capsys, *command)
     tokenizer.save_pretrained(tmp_path)
+    assert re.search(r"inputs: 'input_ids' holds \d+; expected 0 to 210, by the model's", bad_usage(capsys, *command))
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path)
     assert "'pooler.dense.bias' holds NaN or infinity" in bad_usage(capsys, *command)
 
 
@@ -306,8 +371,24 @@ def test_bench_refuses_too_few_repeats(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_bench_refuses_places_it_can_not_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
-    assert "--output: " in bad_usage(capsys, "bench", "--output", str(tmp_path / "file"))
-    assert "--json: " in bad_usage(capsys, "bench", "--json", str(tmp_path / "file" / "records.json"))
+    (tmp_path / "folder").mkdir()
+    for option, name, why in (
+        ("--output", "file", "File exists; expected a folder that can be written"),
+        ("--json", "file/records.json", "File exists; expected a folder that can be written"),
+        ("--json", "folder", "Is a directory; expected a file that can be written"),
+    ):
+        given = option, str(tmp_path / name)
+        assert bad_usage(capsys, "bench", *given) == f"fastbert bench: {option} {tmp_path / name}: {why}\n"
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["file", "folder"]
+
+
+def test_bench_does_not_replace_a_device(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    records.write(tmp_path / "pipe", [{"a": 1}])
+    assert json.loads(os.read(reader, 100)) == [{"a": 1}]
+    os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def measured(candidate: str = "fused", **fields: Any) -> dict[str, Any]:
@@ -421,7 +502,9 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_documents_are_rendered_from_the_records(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parent.parent.parent
     found = [
-        record for file in sorted((root / "benchmarks" / "results").glob("*/*.json")) for record in records.load(file)
+        record
+        for file in sorted((root / "benchmarks" / "results").glob("*/*.json"))
+        for record in records.load("--report", file)
     ]
     assert found
     assert all(set(record) == records.FIELDS for record in found)
@@ -506,9 +589,26 @@ def test_rates_are_those_of_the_machine() -> None:
         (["--minutes", "0"], "--minutes is 0.0; expected more than 0"),
         (["--batch", "4", "0"], "--batch is 0; expected more than 0"),
         (["--cold", "--train"], "--cold is given with --train"),
-        (["--output", "{file}"], "--output: "),
+        (["--output", "{file}"], "--output {file}: File exists; expected a folder"),
         (["--report", "{file}"], "holds a record without backend, "),
-        (["--compare", "{file}", "nowhere"], "holds a record without backend, "),
+        (["--compare", "{file}", "nowhere"], "--compare {file}: holds a record without backend, "),
+        (
+            ["--compare", "{folder}/nowhere", "{file}"],
+            "--compare {folder}/nowhere: No such file or directory; expected a file that `fastbert bench` wrote",
+        ),
+        (["--compare", "{folder}", "{file}"], "--compare {folder}: Is a directory; expected"),
+        (["--compare", "{folder}/text", "{file}"], "--compare {folder}/text: not JSON: Expecting value"),
+        (["--compare", "{folder}/deep", "{file}"], "--compare {folder}/deep: not JSON: maximum recursion"),
+        (["--compare", "{folder}/object", "{file}"], "--compare {folder}/object: holds no records; expected"),
+        (
+            ["--compare", "{folder}/zero", "{file}"],
+            "--compare {folder}/zero: holds a record whose p20_s is 0; expected",
+        ),
+        (
+            ["--compare", "{folder}/null", "{file}"],
+            "--compare {folder}/null: holds a record whose date is None; expected",
+        ),
+        (["--report", "{folder}/nowhere"], "--report {folder}/nowhere: No such file or directory; expected"),
     ],
 )
 def test_bench_refuses_before_it_measures(
@@ -516,6 +616,10 @@ def test_bench_refuses_before_it_measures(
 ) -> None:
     file = tmp_path / "file"
     file.write_text("[{}]")
-    assert main(["bench", *(argument.format(file=file) for argument in arguments)]) == 2
-    assert message in capsys.readouterr().err
+    given = {"text": "slower", "deep": "[" * 100_000, "object": "{}"}
+    given |= {"zero": json.dumps([measured(p20_s=0)]), "null": json.dumps([measured(date=None)])}
+    for name, text in given.items():
+        (tmp_path / name).write_text(text)
+    places = {"file": file, "folder": tmp_path}
+    assert message.format(**places) in bad_usage(capsys, "bench", *(each.format(**places) for each in arguments))
     assert file.read_text() == "[{}]"

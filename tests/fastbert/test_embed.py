@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -273,6 +274,19 @@ def test_what_fails_is_told_and_gone_on_with(
     monkeypatch.setattr(place, attribute, right)
     run(tiny, tmp_path / "out", *arguments)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("here")
+def test_the_summary_tells_what_there_is(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in.txt").write_text("one\n")
+    run(tiny, tmp_path / "one", str(tmp_path / "in.txt"))
+    said = capsys.readouterr().out
+    assert said.startswith("1 row in 1 shard, 3 tokens; none rejected or cut; ")
+    (tmp_path / "in.jsonl").write_text('{"text": "one two"}\n{"text": "two"}\nnull\n')
+    run(tiny, tmp_path / "more", str(tmp_path / "in.jsonl"), "--shard-rows", "2", "--max-length", "3")
+    said = capsys.readouterr().out
+    told = "1 row rejected, 1 cut to 3 tokens (see part-*.problems.jsonl); "
+    assert said.startswith(f"2 rows in 2 shards, 6 tokens; {told}")
 
 
 @pytest.mark.usefixtures("here")
@@ -566,7 +580,7 @@ def test_recipes(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["{folder}/nowhere.txt"], "{folder}/nowhere.txt: no such file"),
-        (["{folder}/model"], "{folder}/model: no such file"),
+        (["{folder}/model"], "{folder}/model: is not a file; expected one, or - for standard input"),
         (["{folder}/in.xml"], "{folder}/in.xml: expected a name that ends in .txt, "),
         (["{folder}/in.csv"], "--column text: {folder}/in.csv has no such column; it has other"),
         (["{folder}/in.parquet"], "{folder}/in.parquet: "),
@@ -578,9 +592,22 @@ def test_recipes(tmp_path: Path) -> None:
         (["{folder}/in.txt", "--shard-rows", "0"], "--shard-rows is 0; expected at least 1"),
         (["{folder}/in.txt", "--max-length", "2"], "--max-length is 2; expected at least 3, of which 2 are special"),
         (["{folder}/in.txt", "--max-length", "161"], "--max-length is 161; the model has positions for 160"),
-        (["{folder}/in.txt", "--output", "{folder}/in.txt"], "--output: "),
+        (["{folder}/in.txt", "--max-length", "0"], "--max-length is 0; expected at least 3, of which 2 are special"),
+        (
+            ["{folder}/in.txt", "--output", "{folder}/in.txt"],
+            "--output {folder}/in.txt: is a file; expected a folder",
+        ),
+        (
+            ["{folder}/in.txt", "--output", "{folder}/in.txt/out"],
+            "--output {folder}/in.txt/out: Not a directory; expected a folder that can be written",
+        ),
         (["{folder}/in.txt", "--output", "{folder}/other"], "--output {folder}/other: holds shards without a manifest"),
         (["{folder}/in.txt", "--model", "{folder}/nowhere"], "--model {folder}/nowhere: no such folder"),
+        (["{folder}/in.txt", "--model", "{folder}/words"], "--model {folder}/words: holds no tokenizer"),
+        (
+            ["{folder}/in.txt", "--model", "{folder}/modules"],
+            "--model {folder}/modules: its modules are not as sentence-transformers writes them: JSONDecodeError: ",
+        ),
     ],
 )
 @pytest.mark.usefixtures("here")
@@ -592,6 +619,12 @@ def test_refuses(
     for name in ("in.txt", "in.xml", "in.parquet", "broken.jsonl.gz", "other/part-00000.parquet"):
         (tmp_path / name).write_text("one\n")
     (tmp_path / "in.csv").write_text("other\n1\n")
+    if "{folder}/words" in arguments:
+        models.seeded().save_pretrained(tmp_path / "words")
+    if "{folder}/modules" in arguments:
+        shutil.copytree(tiny, tmp_path / "modules")
+        (tmp_path / "modules" / "modules.json").write_text("not JSON")
+    capsys.readouterr()
     damaged = bytearray(gzip.compress(b'{"text": "one"}\n' * 1000))
     damaged[20:30] = b"\xff" * 10
     (tmp_path / "damaged.jsonl.gz").write_bytes(damaged)
@@ -610,7 +643,7 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shards.os, "fsync", full)
-    with pytest.raises(shards.UsageError, match=r"^--output: .*No space left on device"):
+    with pytest.raises(shards.UsageError, match=r"^--output .*/out: No space left on device$"):
         found.commit(0, [0], np.zeros((1, 4), np.float32), [], {})
     assert found.committed(0) is None
 
