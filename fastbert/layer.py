@@ -231,6 +231,11 @@ def first_position(embeddings: Any) -> int:
     return 0 if padding_idx is None else int(padding_idx) + 1
 
 
+def positions(embeddings: Any) -> int:
+    """How many tokens a sequence may have."""
+    return int(embeddings.position_ids.shape[1]) - first_position(embeddings)
+
+
 def default_positions(embeddings: Any, input_ids: Tensor | None, seqlen: int) -> Tensor:
     """Position ids of a call that gives none, as the family's stock embeddings have them.
 

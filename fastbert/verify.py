@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from . import numerics
 from .fuse import explain, fuse, unfuse
-from .layer import first_position
+from .layer import first_position, positions
 from .quality import Measure, Quality
 from .support import encoder_of
 
@@ -392,7 +392,7 @@ def _tokenized(
 ) -> Iterator[dict[str, Tensor]]:
     if tokenizer is None:
         raise ValueError("tokenizer is missing; inputs holds texts")
-    limit = min(tokenizer.model_max_length, _positions(model)[0] or 512)  # a model without them is refused later
+    limit = min(tokenizer.model_max_length, _limit(model) or 512)
     for start in range(0, len(texts), batch_size):
         part = list(texts[start : start + batch_size])
         encoding = tokenizer(part, padding=True, truncation=True, max_length=limit, return_tensors="pt")
@@ -423,11 +423,11 @@ def _checked(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Tens
         rows = getattr(getattr(embeddings, table, None), "num_embeddings", None)
         if name in batch and rows is not None:
             _check_ids(name, batch[name], rows)
-    limit, first = _positions(model)
+    limit = _limit(model)
     if limit is not None and "position_ids" not in batch:
         # Where there is a position for padding, tokens of its id have that one, however many they are.
-        counted = batch["input_ids"] != embeddings.padding_idx if first and "input_ids" in batch else None
-        tokens = shape[-1] if counted is None else int(counted.sum(-1).max())
+        by_id = first_position(embeddings) and "input_ids" in batch
+        tokens = int((batch["input_ids"] != embeddings.padding_idx).sum(-1).max()) if by_id else shape[-1]
         if tokens > limit:
             raise ValueError(f"inputs: a sequence of {tokens} tokens; the model has positions for {limit}")
     return dict(batch)
@@ -442,12 +442,10 @@ def _check_ids(name: str, ids: Tensor, rows: int) -> None:
         raise ValueError(f"inputs: {name!r} {told}")
 
 
-def _positions(model: PreTrainedModel) -> tuple[int | None, int]:
-    """How many tokens a sequence may have, None where that can't be told; and the position of the first."""
+def _limit(model: PreTrainedModel) -> int | None:
+    """How many tokens a sequence may have; None of a model that is refused later."""
     embeddings = getattr(model.base_model, "embeddings", None)
-    there = getattr(embeddings, "position_ids", None)
-    first = first_position(embeddings)
-    return None if there is None else there.shape[-1] - first, first
+    return positions(embeddings) if hasattr(embeddings, "position_ids") else None
 
 
 def _shape(batch: Mapping[str, Tensor]) -> torch.Size:

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import io
 import os
+import shutil
 import sys
 import tempfile
 import textwrap
@@ -238,9 +239,10 @@ def parser() -> argparse.ArgumentParser:
         "Exit status: 0 done, 2 bad usage.",
     )
     info.add_argument("--json", action="store_true", help="the same as JSON")
+    width = max(20, min(100, shutil.get_terminal_size().columns - 2))  # the last two are argparse's margin
     for name, command in commands.choices.items():
         command.formatter_class = argparse.RawDescriptionHelpFormatter
-        command.description = textwrap.fill(command.description or "", 100)
+        command.description = textwrap.fill(command.description or "", width)
         command.epilog = "\n  ".join(("examples:", *EXAMPLES[name]))
         for action in command._actions:
             if action.metavar in _PATHS:

@@ -27,7 +27,7 @@ from transformers import BertModel
 from .. import explain, fuse, numerics
 from ..verify import stock_in_fp8, twin
 from . import UsageError, check_file, cold, counts, in_a_line, records, report
-from .cases import SEED, Workload, build, workload
+from .cases import SEED, Workload, build, check_batch, workload
 from .info import backend, default_device, device_name
 from .machine import Machine, Rates, environment, peak_growth, timed
 from .peers import IN_FP8, INFERENCE_ONLY, KEEP_MEMORY, PEERS, Unavailable, share
@@ -302,8 +302,8 @@ def main(arguments: argparse.Namespace) -> int:
         raise UsageError("--cold is given with --train; expected one of them")
     device = default_device(arguments.device)
     batches = arguments.batch or [16 if device.type == "cpu" else 128]
-    if min(batches) <= 0:
-        raise UsageError(f"--batch is {min(batches)}; expected more than 0")
+    for batch in batches:
+        check_batch(batch)
     for option, name in (("--output", arguments.output), ("--json", arguments.json)):
         try:  # now, not after minutes of measuring
             if name is not None and not records.is_special(Path(name)):

@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
+from ..support import MAX_SEQUENCES
+from . import UsageError
+
 SHAPES: dict[str, dict[str, int]] = {
     "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
@@ -48,6 +51,12 @@ class Workload:
         ids = torch.randint(1000, 30000, shape, generator=generator)
         mask = (torch.arange(shape[1]) < torch.tensor(self.lengths)[:, None]).long()
         return {"input_ids": (ids * mask).to(device), "attention_mask": mask.to(device)}
+
+
+def check_batch(batch: int) -> None:
+    """Raises UsageError where no forward takes so many sequences."""
+    if not 1 <= batch <= MAX_SEQUENCES:
+        raise UsageError(f"--batch is {batch}; expected 1 to {MAX_SEQUENCES}")
 
 
 def draw(*parts: tuple[str, int]) -> tuple[int, ...]:

@@ -37,7 +37,7 @@ from transformers.utils import logging
 
 from .. import fuse
 from ..fuse import explain
-from ..layer import first_position
+from ..layer import first_position, positions
 from ..support import MAX_SEQUENCES
 from . import UsageError, in_a_line
 from .checkpoints import load_tokenizer
@@ -98,7 +98,10 @@ def read_recipe(folder: Path) -> Recipe:
         raise UsageError(f"--model {folder}: pools by {config}; expected one of {', '.join(POOLINGS)}, prompt included")
     whole = load("config_sentence_transformers.json")
     prompt = (whole.get("prompts") or {}).get(whole.get("default_prompt_name"), "") or ""
-    return Recipe(pooling, len(kinds) > 2, prompt, load("sentence_bert_config.json").get("max_seq_length"))
+    longest = load("sentence_bert_config.json").get("max_seq_length")
+    if not isinstance(longest, int | None):
+        raise TypeError(f"max_seq_length is {longest!r}")
+    return Recipe(pooling, len(kinds) > 2, prompt, longest)
 
 
 class Tokens(NamedTuple):
@@ -191,6 +194,9 @@ class Encoder:
         begins = np.concatenate([[0], tokens.lengths.cumsum()])
         result = np.empty((len(tokens.lengths), self.model.config.hidden_size), np.float32)
         device = self.model.device
+        rows = self.model.get_input_embeddings().num_embeddings
+        if (largest := int(tokens.ids.max(initial=0))) >= rows:
+            raise UsageError(f"--model: its tokenizer gives token {largest}, its embeddings have 0 to {rows - 1}")
         for chosen in self.batches(tokens.lengths):
             lengths = tokens.lengths[chosen]
             cu_seqlens = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
@@ -406,7 +412,7 @@ def _load(arguments: argparse.Namespace, tokenizer: Any, device: torch.device) -
             raise UsageError(f"--model {path}: runs stock ({reason}); expected a model that runs fused")
     if tokenizer.cls_token_id is None and recipe.pooling == "cls":
         raise UsageError("--pooling cls: the tokenizer has no such token")
-    longest = model.embeddings.position_ids.shape[1] - first_position(model.embeddings)
+    longest = positions(model.embeddings)
     limit = longest if recipe.max_length is None else min(longest, recipe.max_length)
     least = tokenizer.num_special_tokens_to_add() + 1
     if limit < least:

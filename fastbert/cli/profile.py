@@ -33,8 +33,9 @@ from transformers import AutoConfig, AutoModel, BertConfig
 from transformers.utils import logging
 
 from .. import explain, fuse
+from ..layer import positions
 from . import UsageError, check_file, counts, in_a_line, write_text
-from .cases import SHAPES, Workload, build, workload
+from .cases import SHAPES, Workload, build, check_batch, workload
 from .checkpoints import check_folder
 from .counts import Cost
 from .info import backend, default_device, device_name
@@ -335,8 +336,8 @@ def _item(arguments: argparse.Namespace) -> tuple[str, Workload]:
         UsageError: lengths that are none, or arguments that don't go together.
     """
     batch = arguments.batch
-    if batch is not None and batch <= 0:
-        raise UsageError(f"--batch is {batch}; expected more than 0")
+    if batch is not None:
+        check_batch(batch)
     if arguments.lengths is None:
         name = arguments.workload or "squad"
         return f"--workload {name}", workload(name) if batch is None else workload(name, batch)
@@ -416,6 +417,9 @@ def main(arguments: argparse.Namespace) -> int:
     if limit is not None and max(item.lengths) > limit:
         raise UsageError(f"{given}: holds {max(item.lengths)}; expected at most max_position_embeddings, {limit}")
     models = _models(arguments, device)
+    longest = positions(models["fused"].embeddings)
+    if max(item.lengths) > longest:  # a family whose first positions are that of padding
+        raise UsageError(f"{given}: holds {max(item.lengths)}; the model has positions for {longest}")
     dtype, config = models["fused"].dtype, models["fused"].config
     rates = Machine(device).rates(dtype)
     what = "training step" if arguments.train else "forward"

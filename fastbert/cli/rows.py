@@ -185,6 +185,8 @@ class Input:
 
 def _kind(path: str) -> str:
     if path == "-":
+        if sys.stdin is None:
+            raise UsageError("-: standard input is closed")
         return "txt"
     if not os.path.isfile(path):
         other = "is not a file; expected one, or - for standard input"

@@ -130,7 +130,7 @@ def commands() -> dict[str, Any]:
     return found
 
 
-def test_help_has_examples_that_parse_and_says_exit_statuses() -> None:
+def test_help_has_examples_that_parse_and_says_exit_statuses(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, command in commands().items():
         said = command.format_help()
         examples = said.split("examples:\n")[1].splitlines()
@@ -139,6 +139,9 @@ def test_help_has_examples_that_parse_and_says_exit_statuses() -> None:
             line = re.sub(r"^torchrun .* -m fastbert.cli", "fastbert", line.strip())
             assert line.startswith(f"fastbert {name}")
             parser().parse_args(shlex.split(line)[1:])
+    monkeypatch.setenv("COLUMNS", "40")
+    told = commands()["profile"].format_help().split("\n\n")[1]  # after what wraps at no place, the options' choices
+    assert told.startswith("Traces the fused model") and max(map(len, told.splitlines())) <= 40
     said = " ".join(parser().format_help().split())
     assert "130 interrupted; 141 whoever read the output has closed it" in said
 
@@ -587,7 +590,8 @@ def test_rates_are_those_of_the_machine() -> None:
     ("arguments", "message"),
     [
         (["--minutes", "0"], "--minutes is 0.0; expected more than 0"),
-        (["--batch", "4", "0"], "--batch is 0; expected more than 0"),
+        (["--batch", "4", "0"], "--batch is 0; expected 1 to 65535"),
+        (["--batch", "99999999999999"], "--batch is 99999999999999; expected 1 to 65535"),
         (["--cold", "--train"], "--cold is given with --train"),
         (["--output", "{file}"], "--output {file}: File exists; expected a folder"),
         (["--report", "{file}"], "holds a record without backend, "),

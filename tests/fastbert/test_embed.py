@@ -566,6 +566,10 @@ def test_recipes(tmp_path: Path) -> None:
     (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(prompts))
     assert recipe("Transformer", "Pooling", pooling_mode="cls") == embed.Recipe("cls", False, "d: ")
     assert recipe("Transformer", "Pooling", pooling_mode=["mean_sqrt_len_tokens"]).pooling == "mean_sqrt_len"
+    (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": "256"}')
+    with pytest.raises(TypeError, match="max_seq_length is '256'"):
+        recipe("Transformer", "Pooling")
+    (tmp_path / "sentence_bert_config.json").unlink()
     for kinds, pooling, message in (
         (("Transformer", "Pooling", "Dense"), {}, "has modules Transformer, Pooling, Dense"),
         (("Transformer", "Pooling"), {"pooling_mode": ["cls", "mean"]}, "pools by"),
@@ -605,6 +609,10 @@ def test_recipes(tmp_path: Path) -> None:
         (["{folder}/in.txt", "--model", "{folder}/nowhere"], "--model {folder}/nowhere: no such folder"),
         (["{folder}/in.txt", "--model", "{folder}/words"], "--model {folder}/words: holds no tokenizer"),
         (
+            ["{folder}/in.txt", "--model", "{folder}/small"],
+            "--model: its tokenizer gives token 2028, its embeddings have 0 to 210",
+        ),
+        (
             ["{folder}/in.txt", "--model", "{folder}/modules"],
             "--model {folder}/modules: its modules are not as sentence-transformers writes them: JSONDecodeError: ",
         ),
@@ -621,6 +629,9 @@ def test_refuses(
     (tmp_path / "in.csv").write_text("other\n1\n")
     if "{folder}/words" in arguments:
         models.seeded().save_pretrained(tmp_path / "words")
+    if "{folder}/small" in arguments:
+        models.seeded().save_pretrained(tmp_path / "small")
+        AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "small")
     if "{folder}/modules" in arguments:
         shutil.copytree(tiny, tmp_path / "modules")
         (tmp_path / "modules" / "modules.json").write_text("not JSON")
@@ -634,6 +645,12 @@ def test_refuses(
     assert said.startswith(f"fastbert embed: {message.format(folder=tmp_path)}")
     assert said.count("\n") == 1
     assert not list((tmp_path / "out").glob("part-*")) if (tmp_path / "out").exists() else True
+
+
+def test_standard_input_that_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(rows.UsageError, match=r"^-: standard input is closed$"):
+        rows.Input(["-"], "text")
 
 
 def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import numpy
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DistilBertConfig, DistilBertModel
+from transformers import DistilBertConfig, DistilBertModel, RobertaConfig, RobertaModel
 from transformers.models.bert import modeling_bert as hf
 from transformers.models.distilbert import modeling_distilbert
 
@@ -287,7 +287,8 @@ def test_a_trace_of_a_gpu() -> None:
         (["--lengths", "12,x"], "--lengths 12,x: expected integers between commas"),
         (["--lengths", "12,513"], "--lengths 12,513: holds 513; expected at most max_position_embeddings, 512"),
         (["--batch", "2", "--lengths", "3,4"], "--batch is given with 2 --lengths"),
-        (["--batch", "0", "--lengths", "3"], "--batch is 0; expected more than 0"),
+        (["--batch", "0", "--lengths", "3"], "--batch is 0; expected 1 to 65535"),
+        (["--batch", "99999999999999", "--lengths", "3"], "--batch is 99999999999999; expected 1 to 65535"),
         (["--device", "nonsense"], "--device nonsense: "),
         (["--json", "{file}/no/where.json"], "--json {file}/no/where.json: Not a directory"),
         (["--trace", "{folder}/nowhere/trace.json"], "--trace {folder}/nowhere/trace.json: No such file"),
@@ -336,6 +337,16 @@ def test_refuses_a_model_that_is_none_of_ours(tmp_path: Path, capsys: pytest.Cap
     )
     assert main(["profile", "--model", str(tmp_path), "--lengths", "3", "--device", "cpu"]) == 2
     assert f"fastbert profile: --model {tmp_path}: " in capsys.readouterr().err
+
+
+def test_positions_after_that_of_padding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    RobertaModel(RobertaConfig(vocab_size=50, max_position_embeddings=12, **sizes)).save_pretrained(tmp_path)
+    capsys.readouterr()
+    command = ["profile", "--model", str(tmp_path), "--device", "cpu", "--lengths"]
+    assert main([*command, "11"]) == 2
+    assert "--lengths 11: holds 11; the model has positions for 10" in capsys.readouterr().err
+    assert main([*command, "10,3"]) == 0
 
 
 def test_says_which_extra_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
