@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import io
 import os
+import select
 import shutil
 import sys
 import tempfile
@@ -265,6 +266,15 @@ def _json_on_stdout(arguments: argparse.Namespace) -> Iterator[None]:
             print(file.read_text(encoding="utf-8"), end="")
 
 
+def _is_closed(stream: Any) -> bool:
+    """Whether a standard stream is a pipe, or a socket, that nobody reads any more."""
+    if stream is None:
+        return False
+    poll = select.poll()
+    poll.register(stream.fileno(), select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
 def _drop_output() -> None:
     """Sends what an output didn't take nowhere: Python writes it once more as it ends, and would fail again."""
     for stream in (sys.stdout, sys.stderr):
@@ -302,6 +312,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(argv)
     except BrokenPipeError:
+        if not (_is_closed(sys.stdout) or _is_closed(sys.stderr)):
+            raise  # it is another pipe that broke, as one to a process that died
         _drop_output()
         return 141  # 128 + SIGPIPE, as of a program that the signal ended
     except OSError as error:

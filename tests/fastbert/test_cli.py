@@ -101,6 +101,15 @@ def test_a_closed_output_ends_a_command(
         assert main([argument.format(checkpoint=checkpoint) for argument in arguments]) == 141
 
 
+def test_another_pipe_that_breaks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(arguments: Any) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(info, "main", broken)
+    with pytest.raises(BrokenPipeError):
+        main(["info"])
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_an_output_that_is_full(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with open("/dev/full", "w") as stream:
