@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -34,8 +34,8 @@ class Config:
     programs: int = 0
     """Programs an SM, each of which walks through tiles; 0: one program a tile."""
     max_registers: int = 0
-    """Registers a thread that the compiler may take, where left alone it takes as many as no second program has room
-    for and gains nothing; 0: all there are. NVIDIA only."""
+    """Registers a thread that the compiler may take: where left alone it takes as many as no second program has room
+    for and gains nothing, or stops at fewer and spills; 0: its choice. NVIDIA only."""
 
 
 MEASURED: dict[str, str] = {}
@@ -166,11 +166,11 @@ _ATTENTION: dict[str, dict[tuple[int, int], Config]] = {
     "sm_80": {
         (2, 16): Config(64, 64, 0, 4, 3),
         (2, 32): Config(64, 64, 0, 4, 3),
-        (2, 64): Config(64, 64, 0, 4, 3),
+        (2, 64): Config(64, 64, 0, 4, 2),  # 168 registers: three programs an SM; a third stage spills
         (2, 128): Config(64, 32, 0, 4, 3),  # 190 registers; 64 keys spill
         (4, 16): Config(32, 32, 0, 8, 1),
         (4, 32): Config(32, 32, 0, 8, 1),
-        (4, 64): Config(32, 32, 0, 8, 1),
+        (4, 64): Config(32, 32, 0, 8, 1, max_registers=128),
         (4, 128): Config(16, 32, 0, 8, 1),
     },
     "sm_90": {
@@ -182,8 +182,8 @@ _ATTENTION: dict[str, dict[tuple[int, int], Config]] = {
         (2, 64): Config(128, 64, 0, 8, 3, max_registers=128),
         (2, 128): Config(64, 64, 0, 4, 2),  # 184 registers and 80 KiB: two programs an SM
         (4, 16): Config(32, 32, 0, 8, 1),
-        (4, 32): Config(32, 32, 0, 8, 1),
-        (4, 64): Config(32, 32, 0, 8, 1),
+        (4, 32): Config(32, 32, 0, 8, 1, max_registers=128),
+        (4, 64): Config(32, 32, 0, 8, 1, max_registers=168),
         (4, 128): Config(16, 32, 0, 8, 1),
     },
     "portable": {
@@ -249,7 +249,7 @@ _HALF_BACKWARD = {
 _ATTENTION_BACKWARD: dict[str, dict[tuple[int, int], Config]] = {
     "sm_80": {
         **_HALF_BACKWARD,
-        (4, 16): Config(32, 16, 0, 4, 1),
+        (4, 16): Config(32, 16, 0, 4, 1, max_registers=255),
         (4, 32): Config(32, 32, 0, 8, 1),
         (4, 64): Config(16, 32, 0, 4, 1),
         (4, 128): Config(16, 16, 0, 8, 1),
@@ -257,9 +257,9 @@ _ATTENTION_BACKWARD: dict[str, dict[tuple[int, int], Config]] = {
     "sm_90": {
         **_HALF_BACKWARD,
         (4, 16): Config(32, 32, 0, 4, 1),
-        (4, 32): Config(32, 32, 0, 4, 1),
+        (4, 32): Config(32, 32, 0, 4, 1, max_registers=255),
         (4, 64): Config(32, 32, 0, 8, 1),
-        (4, 128): Config(16, 16, 0, 8, 1),
+        (4, 128): Config(16, 16, 0, 8, 1, max_registers=255),
     },
     "sm_100": {
         **_HALF_BACKWARD,
@@ -286,7 +286,9 @@ _ATTENTION_BACKWARD: dict[str, dict[tuple[int, int], Config]] = {
 def attention_backward_config(arch: str, dtype: torch.dtype, head_dim: int) -> Config:
     """The tiles of attention's backward: `block_m` rows held, `block_n` walked. Arguments as `attention_config`'s."""
     padded = max(16, 1 << (head_dim - 1).bit_length())
-    return _ATTENTION_BACKWARD.get(arch, _ATTENTION_BACKWARD["portable"])[dtype.itemsize, padded]
+    config = _ATTENTION_BACKWARD.get(arch, _ATTENTION_BACKWARD["portable"])[dtype.itemsize, padded]
+    # There, the masks of columns that pad a head leave no registers for a second stage.
+    return replace(config, num_stages=1) if arch == "sm_80" and head_dim != padded else config
 
 
 # Linear layers: by architecture and bytes an element, (n below which it applies, configuration). Not measured yet:
