@@ -95,20 +95,24 @@ def gelu_tanh_backward(x):
 
 
 @triton.jit
+def order_tiles(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """The row and the column, in tiles, of tile `index`: GROUP_M rows of tiles go column by column."""
+    tiles_in_group = GROUP_M * tiles_n
+    first_m = index // tiles_in_group * GROUP_M
+    group_m = tl.minimum(tiles_m - first_m, GROUP_M)
+    return first_m + index % tiles_in_group % group_m, index % tiles_in_group // group_m
+
+
+@triton.jit
 def place_tile(
     index, m, n, SEGMENTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr
 ):
-    """Where a tile is: (first row, first column of its segment, segment). GROUP_M rows of tiles go column by column.
+    """Where a tile is: (first row, first column of its segment, segment).
 
     A tile lies in one segment of the columns; tiles are counted per segment where n is no multiple of BLOCK_N.
     """
-    tiles_m = tl.cdiv(m, BLOCK_M)
     tiles_n = tl.cdiv(n, BLOCK_N)
-    tiles_in_group = GROUP_M * SEGMENTS * tiles_n
-    first_m = index // tiles_in_group * GROUP_M
-    group_m = tl.minimum(tiles_m - first_m, GROUP_M)
-    tile_m = first_m + index % tiles_in_group % group_m
-    tile_n = index % tiles_in_group // group_m
+    tile_m, tile_n = order_tiles(index, tl.cdiv(m, BLOCK_M), SEGMENTS * tiles_n, GROUP_M)
     return tile_m * BLOCK_M, tile_n % tiles_n * BLOCK_N, tile_n // tiles_n
 
 
@@ -494,14 +498,7 @@ def linear_gelu_backward_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    tiles_m = tl.cdiv(m, BLOCK_M)
-    tiles_n = tl.cdiv(n, BLOCK_N)
-    pid = tl.program_id(0)
-    first_m = pid // (GROUP_M * tiles_n) * GROUP_M
-    group_m = tl.minimum(tiles_m - first_m, GROUP_M)
-    tile_m = first_m + pid % (GROUP_M * tiles_n) % group_m
-    tile_n = pid % (GROUP_M * tiles_n) // group_m
-
+    tile_m, tile_n = order_tiles(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP_M)
     start_m = tile_m * BLOCK_M
     start_n = tile_n * BLOCK_N
     offs_m = tl.arange(0, BLOCK_M)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import launch
 from .dependent import wait_for_previous
-from .linear import gelu_erf, gelu_erf_16, gelu_tanh, load_bias
+from .linear import gelu_erf, gelu_erf_16, gelu_tanh, load_bias, order_tiles
 from .quantize_fp8 import INTERPRETED, from_e4m3, to_e4m3
 
 
@@ -50,13 +50,7 @@ def linear_fp8_kernel(
     DEPENDENT: tl.constexpr = False,
 ):
     wait_for_previous(DEPENDENT)
-    tiles_m = tl.cdiv(m, BLOCK_M)
-    tiles_n = tl.cdiv(n, BLOCK_N)
-    pid = tl.program_id(0)
-    first_m = pid // (GROUP_M * tiles_n) * GROUP_M
-    group_m = tl.minimum(tiles_m - first_m, GROUP_M)
-    tile_m = first_m + pid % (GROUP_M * tiles_n) % group_m
-    tile_n = pid % (GROUP_M * tiles_n) // group_m
+    tile_m, tile_n = order_tiles(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP_M)
 
     # The tile's corner in int64; offsets within the tile fit int32. Rows past the end repeat the last one.
     start_m = tile_m * BLOCK_M
