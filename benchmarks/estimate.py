@@ -130,7 +130,7 @@ def _attention(name: str, lengths: Sequence[int], moved: int, products: int) -> 
 def layer(lengths: Sequence[int], precision: str) -> list[Launch]:
     """The seven launches of a layer in inference. In fp8 all four products take 8 bits.
 
-    LayerNorm and GELU make them of their results; what attention returns takes a launch of its own.
+    LayerNorm, GELU and, as after calibration, attention make them of their results.
     """
     t, h, i = sum(lengths), HIDDEN, WIDE
     b = 1 if precision == "fp8" else 2
@@ -138,8 +138,7 @@ def layer(lengths: Sequence[int], precision: str) -> list[Launch]:
     norm = Launch("LayerNorm", "rows", 2 * row * 2 + 2 * h * 2 + (row if precision == "fp8" else 0))
     return [
         _product("qkv", t, 3 * h, h, b, 3 * row * 2 + 3 * h * 2),
-        _attention("attention", lengths, 4 * row * 2 + starts, 2),
-        *([Launch("quantize", "rows", 3 * row)] if precision == "fp8" else []),
+        _attention("attention", lengths, 3 * row * 2 + row * b + starts, 2),
         _product("projection + residual", t, h, h, b, 2 * row * 2 + h * 2),
         norm,
         _product("up + GELU", t, i, h, b, t * i * b + i * 2),

@@ -277,11 +277,17 @@ def _infer(
         del rows
     q, k, v = projected.unbind(1)
     sequences = packing.cu_seqlens, packing.key_mask, packing.max_seqlen
-    attended = ops.attention(q, k, v, *sequences, layer.scale(), packing.bias, packing.tiles).flatten(1)
+    rest = *sequences, layer.scale(), packing.bias, packing.tiles
+    rows_context: Rows | None = None
+    if context is None or context.scale is None:
+        attended = ops.attention(q, k, v, *rest).flatten(1)
+    else:
+        attended = ops.attention_fp8(q, k, v, *rest, context.scale).flatten(1)
+        rows_context = attended, None
     del projected, q, k, v
     close = child(layer, *shape.context), child(layer, *shape.context_norm)
-    x, rows_up = _close(context, *close, attended, None, x, up)
-    del attended
+    x, rows_up = _close(context, *close, attended, rows_context, x, up)
+    del attended, rows_context
 
     dense, activation = child(layer, *shape.up), layer.activation()
     approximate = GELU.get(type(activation))

@@ -42,6 +42,10 @@ _OPERATORS = {
         "quantize_fp8",
         "(Tensor x, Tensor weight, Tensor bias, float eps, float? scale) -> (Tensor, Tensor, Tensor)",
     ),
+    "attention_fp8": (
+        "attention",
+        f"(Tensor q, Tensor k, Tensor v, {_SEQUENCES}, Tensor? bias, Tensor? tiles, float out_scale) -> Tensor",
+    ),
     "linear_fp8": ("linear_fp8", f"({_FP8}, ScalarType dtype) -> Tensor"),
     "linear_gelu_fp8": ("linear_fp8", f"({_FP8}, ScalarType dtype, str approximate, float? scale) -> Tensor"),
     "linear_add_fp8": ("linear_fp8", f"({_FP8}, Tensor residual) -> Tensor"),
@@ -225,6 +229,7 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     ),
     "quantize_fp8": _fp8,
     "layer_norm_fp8": lambda x, weight, bias, eps, scale: (_like(x, *x.shape), *_fp8(x, scale)),
+    "attention_fp8": lambda q, *rest: q.new_empty(q.shape, dtype=torch.float8_e4m3fn),
     "linear_fp8": lambda x, row_scale, weight, col_scale, bias, dtype: _fp8_product(x, weight, dtype),
     "linear_gelu_fp8": lambda x, row_scale, weight, col_scale, bias, dtype, approximate, scale: _fp8_product(
         x, weight, dtype if scale is None else torch.float8_e4m3fn
@@ -266,6 +271,7 @@ def _callable(name: str) -> Callable[..., Any]:
 
 quantize_fp8: Callable[..., tuple[Tensor, Tensor]] = _callable("quantize_fp8")
 layer_norm_fp8: Callable[..., tuple[Tensor, Tensor, Tensor]] = _callable("layer_norm_fp8")
+attention_fp8: Callable[..., Tensor] = _callable("attention_fp8")
 linear_fp8: Callable[..., Tensor] = _callable("linear_fp8")
 linear_gelu_fp8: Callable[..., Tensor] = _callable("linear_gelu_fp8")
 linear_add_fp8: Callable[..., Tensor] = _callable("linear_add_fp8")

@@ -15,6 +15,8 @@ In training, dropout zeroes probabilities after the softmax, and what normalises
 computes the probabilities again from that, in two kernels without atomics: one holds queries and walks the keys for
 dQ, one holds keys and walks the queries for dK and dV.
 
+`attention_fp8` writes what `quantize_fp8` would make of the result: in inference, where a scale is given.
+
 The recurrence and the backward are those of FlashAttention-2 (Dao, 2023, https://arxiv.org/abs/2307.08691).
 """
 
@@ -39,6 +41,7 @@ from .launch import (
     of_length,
     options,
 )
+from .quantize_fp8 import to_e4m3
 
 # Rows of an entry of the list of tiles: every block of rows that a program holds divides it.
 TILE_ROWS = tl.constexpr(128)
@@ -111,7 +114,7 @@ def attention_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    out_ptr,
+    out_ptr,  # of the dtype of the others, or e4m3 in units of a scale
     stats_ptr,  # (planes, heads, rows) float32, as `attention_forward` returns; or None
     cu_seqlens_ptr,  # None: every sequence has max_seqlen rows
     key_mask_ptr,  # None: every key takes part
@@ -132,6 +135,7 @@ def attention_kernel(
     kept_scale,
     bias_span,  # of a bias alone, as is the next
     inverse_scale,
+    out_inverse_scale,  # of an e4m3 result alone
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -219,7 +223,12 @@ def attention_kernel(
     stride_ot = heads * HEAD_DIM
     out_tile_ptr = out_ptr + (row + start_m) * stride_ot + head * HEAD_DIM
     out_offs = offs_m[:, None] * stride_ot + offs_d[None, :]
-    tl.store(out_tile_ptr + out_offs, acc.to(out_ptr.dtype.element_ty), mask=mask_q)
+    out = acc.to(q_ptr.dtype.element_ty)
+    if out_ptr.dtype.element_ty == tl.float8e4nv:  # of the rounded result, as it is where that comes from memory
+        out = to_e4m3(out.to(tl.float32) * out_inverse_scale)
+        # Compared anew: for the layout that 8 bits are stored in, a mask from above would be carried through the loop.
+        mask_q = (offs_m[:, None] < length - start_m) & mask_d
+    tl.store(out_tile_ptr + out_offs, out, mask=mask_q)
 
 
 @triton.jit(do_not_specialize=["heads", "rows", "max_seqlen", "threshold"])
@@ -430,6 +439,39 @@ def attention(
             another shape; rows that don't divide by `max_seqlen` in the dense one; `scale` not positive; `bias` or
             `tiles` of another shape or dtype.
     """
+    _check_inference(q, k, v, max_seqlen, bias)
+    return _launch_forward(q, k, v, None, cu_seqlens, key_mask, max_seqlen, scale, 0.0, None, tiles, bias)
+
+
+def attention_fp8(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    bias: Tensor | None,
+    tiles: Tensor | None,
+    out_scale: float,
+) -> Tensor:
+    """`attention(...)`, rounded to its dtype, in units of `out_scale` as float8_e4m3fn, saturated; in the same launch.
+
+    Returns:
+        (T, heads, head_dim), contiguous: bitwise what `quantize_fp8` makes of attention's result, by `out_scale`.
+
+    Raises:
+        ValueError: as `attention`; `out_scale` is not positive.
+    """
+    _check_inference(q, k, v, max_seqlen, bias)
+    if not out_scale > 0:
+        raise ValueError(f"out_scale is {out_scale}; expected a positive number")
+    sequences = cu_seqlens, key_mask, max_seqlen
+    return _launch_forward(q, k, v, None, *sequences, scale, 0.0, None, tiles, bias, out_scale)
+
+
+def _check_inference(q: Tensor, k: Tensor, v: Tensor, max_seqlen: int, bias: Tensor | None) -> None:
+    """Raises ValueError as `attention` says of its tensors."""
     if bias is not None:
         heads, least = q.shape[1], 2 * max_seqlen - 1
         fits = bias.dim() == 2 and bias.shape[0] == heads and bias.shape[1] % 2 and bias.shape[1] >= least
@@ -444,7 +486,6 @@ def attention(
                 f"{name} has shape {tuple(x.shape)} and strides {x.stride()}; "
                 f"expected shape {tuple(q.shape)}, contiguous in the last dimension"
             )
-    return _launch_forward(q, k, v, None, cu_seqlens, key_mask, max_seqlen, scale, 0.0, None, tiles, bias)
 
 
 def _checked(
@@ -525,10 +566,12 @@ def _launch_forward(
     seed: Tensor | None,
     tiles: Tensor | None,
     bias: Tensor | None = None,
+    out_scale: float | None = None,
 ) -> Tensor:
     rows, heads, head_dim = q.shape
     batch, key_mask, tiles = _checked(rows, cu_seqlens, key_mask, max_seqlen, scale, tiles)
-    out = torch.empty((rows, heads, head_dim), dtype=q.dtype, device=q.device)
+    dtype = q.dtype if out_scale is None else torch.float8_e4m3fn
+    out = torch.empty((rows, heads, head_dim), dtype=dtype, device=q.device)
     if rows == 0:
         return out
     config = of_length(attention_config(architecture(q.device), q.dtype, head_dim), max_seqlen)
@@ -557,6 +600,7 @@ def _launch_forward(
         keep_scale(dropout),
         0 if bias is None else (bias.shape[1] + 1) // 2,
         1 / scale,
+        1.0 if out_scale is None else 1 / out_scale,
         HEAD_DIM=head_dim,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

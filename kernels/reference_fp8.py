@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import layer_norm
+from .reference import attention, layer_norm
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
 
@@ -56,6 +56,27 @@ def layer_norm_fp8(
     """`layer_norm(x, weight, bias, eps)`, (T, H), in the dtype of x, and `quantize_fp8` of that."""
     normal = layer_norm(x, weight, bias, eps)
     return normal, *quantize_fp8(normal, scale)
+
+
+def attention_fp8(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    bias: Tensor | None,
+    tiles: Tensor | None,
+    out_scale: float,
+) -> Tensor:
+    """`attention(...)`, rounded to its dtype, in units of `out_scale` as float8_e4m3fn, saturated.
+
+    Returns:
+        (T, heads, head_dim), contiguous: bitwise what `quantize_fp8` makes of attention's result, by `out_scale`.
+    """
+    out = attention(q, k, v, cu_seqlens, key_mask, max_seqlen, scale, bias, tiles)
+    return to_e4m3(out.float() * (1 / out_scale))
 
 
 def _affine(

@@ -80,7 +80,7 @@ _FLOPS: dict[str, Callable[..., int]] = {
     "qkv_linear": lambda x, q_weight, *rest: 3 * _linear(x, q_weight),
     "feed_forward": lambda x, weight1, bias1, weight2, *rest: _linear(x, weight1) + _linear(x, weight2),
     "linear_gelu_backward": _linear,
-    "attention": lambda q, k, v, *sequences: _attention(q, sequences, 2),
+    **dict.fromkeys(("attention", "attention_fp8"), lambda q, k, v, *sequences: _attention(q, sequences, 2)),
     "attention_forward": lambda qkv, *sequences: _attention(qkv, sequences, 2),
     "attention_backward": lambda grad, qkv, out, stats, *sequences: _attention(qkv, sequences, 5),
     "linear_cross_entropy": _linear,

@@ -81,6 +81,7 @@ def test_bytes(dtype: torch.dtype) -> None:
         "linear_cross_entropy_backward": (2 * (rows + weight + 48), 4 * 9 + 8 * 9 + 4 * 9),
         "quantize_fp8": (rows, rows + 4 * 9),
         "layer_norm_fp8": (2 * rows + 2 * 32, rows),
+        "attention_fp8": (3 * rows, rows + starts + tiles),
         "linear_fp8": (48 + wide, rows + weight + 4 * (9 + 48)),
         "linear_gelu_fp8": (48, rows + weight + 4 * (9 + 48) + wide),
         "linear_add_fp8": (48 + 2 * wide, rows + weight + 4 * 48),  # one scale for all rows

@@ -21,12 +21,14 @@ from transformers.models.mpnet import modeling_mpnet as mpnet
 
 import fastbert
 from fastbert import calibration, fp8, fuse, graphs, ops, packing, support
-from fastbert.kernels import linear_fp8, quantize_fp8, reference_fp8
+from fastbert.kernels import attention, linear_fp8, quantize_fp8, reference_fp8
 from fastbert.models.bert import BertModel
 from fastbert.numerics import as_fp8, assert_within_policy, relative_error
 from tests import models
+from tests.fastbert.test_encoder import launches
 from tests.fastbert.test_graphs import StandIn
 
+SMALL = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 96}
 KEPT = {"qkv": 0.0625, "context": 0.03125, "up": None, "down": 0.0625}
 
 
@@ -114,22 +116,69 @@ def test_in_16_bits(dtype: torch.dtype) -> None:
     assert relative_error(out[real], wide[real].double()) < relative_error(out[real], truth[real]) < 0.2
 
 
-def test_kernels_run_a_model(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+def small(calibrated: bool) -> Any:
+    model = models.seeded(**SMALL)
+    if calibrated:
+        model.config.fastbert = {"fp8": {"layers": [{**KEPT, "up": 0.0625}] * 2}}
+    return model
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_kernels_run_a_model(calibrated: bool, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """The whole layer through the kernels (in the interpreter, without a GPU) is what their twins make of it."""
-    model = fuse(
-        models.seeded(num_hidden_layers=2, hidden_size=64, num_attention_heads=2, intermediate_size=96).to(device),
-        precision="fp8",
-    )
+    model = fuse(small(calibrated).to(device), precision="fp8")
     given = {name: x.to(device) for name, x in call(2, 9).items()}
-    for module in (quantize_fp8, linear_fp8):
+    for module in (attention, quantize_fp8, linear_fp8):
         for name in {*ops.CPU_BACKEND} & {*vars(module)}:
             monkeypatch.setitem(ops.CPU_BACKEND, name, getattr(module, name))
     out = run(model, **given).cpu()
     monkeypatch.undo()
-    wide = fuse(
-        models.seeded(num_hidden_layers=2, hidden_size=64, num_attention_heads=2, intermediate_size=96), precision="fp8"
-    )
-    assert relative_error(out, run(wide, **call(2, 9)).double()) < 2e-3  # a number close to a tie, and what follows
+    wide = run(fuse(small(calibrated), precision="fp8"), **call(2, 9)).double()
+    assert relative_error(out, wide) < 2e-3  # a number close to a tie, and what follows
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_operators_of_a_layer(calibrated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is one launch; by the first layer's alone what embeddings return is quantized."""
+    model, names = fuse(small(calibrated), precision="fp8"), launches(monkeypatch)
+    run(model)
+    layer = [
+        "linear_fp8",
+        *(["attention_fp8"] if calibrated else ["attention", "quantize_fp8"]),
+        "linear_add_fp8",
+        "layer_norm_fp8",
+        "linear_gelu_fp8",
+        *([] if calibrated else ["quantize_fp8"]),
+        "linear_add_fp8",
+        "layer_norm_fp8",
+    ]
+    start = names.index("linear_fp8")
+    end = start + 2 * len(layer)
+    assert names[start:end] == [*layer, *layer[:-1], "layer_norm"]
+    assert names[start - 1] == "quantize_fp8"
+    assert not any(name.endswith("_fp8") for name in names[end:])
+
+
+@pytest.mark.parametrize("padding", ["packed", "dense"])
+@pytest.mark.parametrize("kind", [hf.BertModel, mpnet.MPNetModel])
+def test_attention_that_writes_8_bits_changes_no_bit(kind: Any, padding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the model: beside attention in the model's dtype, quantized by a launch of its own."""
+    torch.manual_seed(0)
+    model = kind(kind.config_class(vocab_size=models.VOCABULARY, **SMALL, num_hidden_layers=2)).eval().bfloat16()
+    model.config.fastbert = {"fp8": {"layers": [{**KEPT, "context": 2**-16}, KEPT]}}  # the first saturates
+    real = call()["attention_mask"].bool()
+    out = run(fuse(model, precision="fp8", padding=padding))[real]
+    saturated = []
+
+    def apart(*args: Any) -> Tensor:
+        attended = ops.CPU_BACKEND["attention"](*args[:-1])
+        values, _ = ops.CPU_BACKEND["quantize_fp8"](attended.flatten(1), args[-1])
+        saturated.append(bool((values.float().abs() == 448).any()))
+        return values.view(attended.shape)
+
+    monkeypatch.setitem(ops.CPU_BACKEND, "attention_fp8", apart)
+    assert torch.equal(run(model)[real], out)
+    assert saturated == [True, False]
 
 
 def test_a_sequence_is_the_same_in_any_batch() -> None:
@@ -247,12 +296,13 @@ def test_what_leaves_no_version_is_seen_after_training(how: str) -> None:
 def test_attention_goes_by_the_list_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """There is one on a GPU alone."""
     given = []
-    attention = ops.CPU_BACKEND["attention"]
     monkeypatch.setattr(packing, "tiles_of", ops.attention_tiles)
-    monkeypatch.setitem(ops.CPU_BACKEND, "attention", lambda *args: given.append(args[8]) or attention(*args))
-    for precision in (None, "fp8"):
-        run(fuse(models.seeded(), precision=precision))
-    assert len(given) == 4
+    for name in ("attention", "attention_fp8"):
+        right = ops.CPU_BACKEND[name]
+        monkeypatch.setitem(ops.CPU_BACKEND, name, lambda *args, _right=right: given.append(args[8]) or _right(*args))
+    for model, precision in ((small(False), None), (small(False), "fp8"), (small(True), "fp8")):
+        run(fuse(model, precision=precision))
+    assert len(given) == 6
     assert all(isinstance(tiles, Tensor) for tiles in given)
 
 
@@ -406,7 +456,6 @@ def outliers(**changes: Any) -> Any:
     return model
 
 
-SMALL = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 96}
 BATCHES = [call(4, 23), call(3, 17)]
 
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastbert import autograd, ops
 
-FP8 = ("quantize_fp8", "layer_norm_fp8", "linear_fp8", "linear_gelu_fp8", "linear_add_fp8")
+FP8 = ("quantize_fp8", "layer_norm_fp8", "attention_fp8", "linear_fp8", "linear_gelu_fp8", "linear_add_fp8")
 WITHOUT_NUMBERS = ("mask_layout", "attention_tiles")  # of real kind: nothing to differentiate
 INFERENCE_ONLY = ("linear_gelu", "linear_add", "attention", "layer_norm", *FP8)
 
@@ -63,6 +63,7 @@ def arguments(
         "linear_cross_entropy_backward": (normal(9).float(), *losses, ops.linear_cross_entropy(*losses)[1]),
         "quantize_fp8": (x, None),
         "layer_norm_fp8": (x, *norm, 0.25),
+        "attention_fp8": (*qkv.unbind(1), *sequences, None, tiles, 0.25),
         "linear_fp8": (*fp8, dtype),
         "linear_gelu_fp8": (*fp8, dtype, "tanh", 0.25),
         "linear_add_fp8": (fp8[0], None, *fp8[2:], normal(9, 48)),

@@ -177,6 +177,7 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
                 "bias_ptr": "*fp32" if bias else None,
                 "bias_span": 512,
                 "inverse_scale": 8.0,
+                "out_inverse_scale": 1.0,
                 "scale_log2e": 0.18,
                 **strides,
                 "BLOCK_M": config.block_m,
@@ -246,6 +247,17 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
         yield spec(torch.float32, 64, "masked", bias=True)
         yield spec(torch.float32, 64, "packed", "tf32")
         yield spec(torch.float32, 128, "masked", "tf32")
+
+
+@specializations("attention_fp8")
+def _attention_fp8(arch: str, full: bool) -> Iterator[Spec]:
+    """Attention in inference, its result in 8 bits."""
+    for spec in _attention(arch, full):
+        given = spec.arguments
+        if spec.kernel is not attention.attention_kernel or given["stats_ptr"] is not None:
+            continue
+        if full or given["q_ptr"] == "*bf16" or given["HEAD_DIM"] == 40:
+            yield replace(spec, arguments={**given, "out_ptr": "*fp8e4nv", "out_inverse_scale": 4.0})
 
 
 @specializations("linear")

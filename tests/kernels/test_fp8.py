@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbert.kernels import launch, linear_fp8, quantize_fp8, reference, reference_fp8
+from fastbert.kernels import attention, launch, linear_fp8, quantize_fp8, reference, reference_fp8
 from fastbert.numerics import assert_within_policy
 from tests.conftest import kernel_dtypes
 
@@ -121,6 +121,48 @@ def test_layer_norm(scale: float | None, dtype: torch.dtype, device: str) -> Non
     )
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered", "ignore:invalid value encountered in matmul")
+@pytest.mark.parametrize("twin", [True, False], ids=["reference_fp8", "kernel"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "head_dim", "biased"),
+    [("packed", 40, True), ("packed", 64, False), ("dense", 64, True), ("dense", 40, False), ("masked", 64, True)],
+)
+def test_attention_to_8_bits(
+    layout: str, head_dim: int, biased: bool, dtype: torch.dtype, twin: bool, device: str
+) -> None:
+    """Bitwise `quantize_fp8` of `attention`'s result, in bfloat16, too: what an interpreter makes wrong, both have.
+
+    Among the rows are some that saturate, one that is not finite, a sequence with infinity and one without a key.
+    """
+    lengths, heads = {"packed": [70, 1, 37], "dense": [70, 70], "masked": [70, 70, 70]}[layout], 2
+    qkv = normal(sum(lengths), 3, heads, head_dim)
+    qkv[:, 2] *= torch.logspace(-3, 1, sum(lengths), dtype=torch.float64)[:, None, None]
+    qkv[5, 0], qkv[-3, 2, 0, 1] = math.nan, math.inf
+    q, k, v = qkv.to(device, dtype).unbind(1)
+    starts = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32) if layout == "packed" else None
+    mask = None
+    if layout == "masked":
+        mask = (torch.arange(70) < torch.tensor([70, 0, 50])[:, None]).to(device)
+    bias = normal(heads, 2 * 70 - 1, seed=1).float().to(device) if biased else None
+    tiles = None if starts is None or twin else attention.attention_tiles(starts, sum(lengths))
+    arguments = (q, k, v, starts, mask, 70, head_dim**-0.5, bias, tiles)
+    plain = (reference if twin else attention).attention(*arguments)
+    out_scale = float(plain[plain.isfinite()].abs().max()) / 1000
+    out = (reference_fp8 if twin else attention).attention_fp8(*arguments, out_scale)
+    assert out.dtype == torch.float8_e4m3fn
+    assert out.shape == plain.shape
+    assert out.is_contiguous()
+    expected, _ = quantize(reference_fp8 if twin else None, plain.flatten(1), out_scale)
+    assert same_codes(out.flatten(1), expected)
+    if dtype != torch.bfloat16 or twin or device == "cuda":
+        assert out[5].float().isnan().all()
+        assert out[-3, 0, 1].float().isnan()
+        assert torch.equal(out.float().isnan(), ~plain.isfinite())
+        if mask is not None:
+            assert not out[70:140].float().any()
+
+
 def product_args(t: int, n: int, k: int, device: str, scale: float | None, bias: bool = True) -> list[Any]:
     """x and a weight, quantized, such that results have a deviation around 1; and a bias in float32."""
     x, row_scale = reference_fp8.quantize_fp8(normal(t, k).float(), scale)
@@ -226,6 +268,9 @@ def test_bad_arguments_are_named(device: str) -> None:
     for scale in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match=r"^scale is .*; expected a positive number"):
             quantize_fp8.quantize_fp8(torch.zeros(2, 16, device=device), scale)
+        q = torch.zeros(2, 1, 16, device=device)
+        with pytest.raises(ValueError, match=r"^out_scale is .*; expected a positive number"):
+            attention.attention_fp8(q, q, q, None, None, 2, 1.0, None, None, scale)
 
 
 def test_every_architecture_has_tiles() -> None:
