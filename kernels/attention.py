@@ -38,6 +38,7 @@ from .launch import (
     attention_config,
     dependent,
     input_precision,
+    of_bias,
     of_length,
     options,
 )
@@ -574,7 +575,10 @@ def _launch_forward(
     out = torch.empty((rows, heads, head_dim), dtype=dtype, device=q.device)
     if rows == 0:
         return out
-    config = of_length(attention_config(architecture(q.device), q.dtype, head_dim), max_seqlen)
+    arch = architecture(q.device)
+    config = of_length(attention_config(arch, q.dtype, head_dim), max_seqlen)
+    if bias is not None:
+        config = of_bias(config, arch)
     attention_kernel[_grid(config.block_m, max_seqlen, heads, batch, tiles)](
         q,
         k,

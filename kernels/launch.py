@@ -197,6 +197,11 @@ _ATTENTION: dict[str, dict[tuple[int, int], Config]] = {
         (4, 128): Config(16, 32, 0, 8, 1),
     },
 }
+_ATTENTION["sm_89"] = {
+    **_ATTENTION["portable"],
+    (4, 32): Config(32, 32, 0, 8, 1, max_registers=128),
+    (4, 128): Config(16, 32, 0, 8, 1, max_registers=128),
+}
 _ATTENTION["sm_100"] = {  # the same shared memory, and it compiles to tcgen05
     **_ATTENTION["sm_90"],
     (2, 64): Config(64, 64, 0, 4, 3),
@@ -237,6 +242,11 @@ def of_length(config: Config, max_seqlen: int) -> Config:
     return SHORT_TILES.get(config, config) if max_seqlen <= SHORT else config
 
 
+def of_bias(config: Config, arch: str) -> Config:
+    """`config` as attention with a bias runs it: on sm_100, where with four warps it spills in 16 bits, with eight."""
+    return replace(config, num_warps=8) if arch == "sm_100" else config
+
+
 # The backward of attention: `block_m` rows held, keys in one kernel and queries in the other, `block_n` walked at once.
 # Unmeasured, as above: dK and dV of the held rows and two tiles of scores at once are what fills the registers. Those
 # of float32 are what of many tiles didn't spill, in any layout and head dimension.
@@ -252,7 +262,7 @@ _ATTENTION_BACKWARD: dict[str, dict[tuple[int, int], Config]] = {
         (4, 16): Config(32, 16, 0, 4, 1, max_registers=255),
         (4, 32): Config(32, 32, 0, 8, 1),
         (4, 64): Config(16, 32, 0, 4, 1),
-        (4, 128): Config(16, 16, 0, 8, 1),
+        (4, 128): Config(16, 16, 0, 8, 1, max_registers=255),
     },
     "sm_90": {
         **_HALF_BACKWARD,
@@ -279,6 +289,10 @@ _ATTENTION_BACKWARD: dict[str, dict[tuple[int, int], Config]] = {
         (4, 64): Config(32, 16, 0, 8, 1),
         (4, 128): Config(16, 16, 0, 8, 1),
     },
+}
+_ATTENTION_BACKWARD["sm_89"] = {
+    **_ATTENTION_BACKWARD["portable"],
+    (4, 16): Config(32, 32, 0, 8, 1, max_registers=255),
 }
 
 

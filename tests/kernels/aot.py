@@ -164,6 +164,7 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
         longest: int = 512,
     ) -> Spec:
         config = launch.of_length(attention_config(table(arch), dtype, head_dim), longest)
+        config = launch.of_bias(config, table(arch)) if bias else config
         strides = {f"stride_{x}{axis}": 3 * 1024 if axis == "t" else head_dim for x in "qkv" for axis in "th"}
         return Spec(
             variant=f"{layout} {precision} d{head_dim}"
