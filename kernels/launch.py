@@ -243,8 +243,8 @@ def of_length(config: Config, max_seqlen: int) -> Config:
 
 
 def of_bias(config: Config, arch: str) -> Config:
-    """`config` as attention with a bias runs it: on sm_100, where with four warps it spills in 16 bits, with eight."""
-    return replace(config, num_warps=8) if arch == "sm_100" else config
+    """`config` as attention with a bias runs it: with eight warps where with four it spills in 16 bits."""
+    return replace(config, num_warps=8) if arch in ("sm_89", "sm_100") else config
 
 
 # The backward of attention: `block_m` rows held, keys in one kernel and queries in the other, `block_n` walked at once.
