@@ -277,7 +277,7 @@ _ATTENTION_BACKWARD: dict[str, dict[tuple[int, int], Config]] = {
         (4, 16): Config(16, 32, 0, 4, 1),
         (4, 32): Config(32, 32, 0, 8, 1),
         (4, 64): Config(32, 32, 0, 8, 1),
-        (4, 128): Config(16, 16, 0, 8, 1),
+        (4, 128): Config(16, 16, 0, 8, 1, max_registers=255),
     },
     "portable": {
         (2, 16): Config(64, 32, 0, 4, 1),
