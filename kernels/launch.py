@@ -182,7 +182,7 @@ _ATTENTION: dict[str, dict[tuple[int, int], Config]] = {
         (2, 64): Config(128, 64, 0, 8, 3, max_registers=128),
         (2, 128): Config(64, 64, 0, 4, 2),  # 184 registers and 80 KiB: two programs an SM
         (4, 16): Config(32, 32, 0, 8, 1),
-        (4, 32): Config(32, 32, 0, 8, 1, max_registers=128),
+        (4, 32): Config(32, 32, 0, 8, 1, max_registers=168),
         (4, 64): Config(32, 32, 0, 8, 1, max_registers=168),
         (4, 128): Config(16, 32, 0, 8, 1),
     },

@@ -26,6 +26,10 @@ TRIED = {
     "triton": ("3.6.0", "3.7.1"),
 }
 
+# Heads that transformers itself can't run, by its version: they read a pooler that they leave out. Any test that goes
+# over all heads would end there.
+BROKEN_HEADS = {"5.4.0": ("XLMRobertaForMultipleChoice", "CamembertForMultipleChoice")}
+
 # Which pins of constraints.txt don't hold where a package is of another version.
 FREE = {"transformers": ("transformers", "tokenizers", "huggingface_hub"), "triton": ("triton", "numpy")}
 

@@ -12,6 +12,7 @@ import unittest
 from typing import Any
 
 import torch
+from environments import BROKEN_HEADS
 from huggingface_tests.generation.test_utils import GenerationTesterMixin
 from huggingface_tests.test_modeling_common import ModelTesterMixin, global_rng, ids_tensor, random_attention_mask
 from huggingface_tests.test_training_mixin import TrainingTesterMixin
@@ -21,10 +22,6 @@ import fastbert
 from fastbert.fuse import FAMILIES
 
 NO_TYPES = {"distilbert", "mpnet"}
-
-# Heads that stock itself can't run: they read a pooler that they leave out. Every test that goes over all heads would
-# end there.
-BROKEN = {"XLMRobertaForMultipleChoice", "CamembertForMultipleChoice"} if __version__.startswith("5.4.") else set()
 
 
 class Tester:
@@ -83,7 +80,7 @@ def _tests_of(family: str) -> type[unittest.TestCase]:
     begin, ends = fastbert._MODELS[family]
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     names = [begin + end for end in ("Model", *(end for end in ends if end != "Model"))]
-    kinds = tuple(getattr(module, name) for name in names if name not in BROKEN)
+    kinds = tuple(getattr(module, name) for name in names if name not in BROKEN_HEADS.get(__version__, ()))
     # Hugging Face's tests ask for this class, empty here, wherever a model can generate.
     generates = (GenerationTesterMixin,) if any(kind.can_generate() for kind in kinds) else ()
     bases = (FamilyTests, *generates, unittest.TestCase)
