@@ -16,13 +16,18 @@ def in_a_line(error: Exception) -> str:
     return " ".join(told.split()) or type(error).__name__
 
 
+def is_special(file: Path) -> bool:
+    """Whether it is a pipe or a device, as /dev/null: a file must not replace it, and it may be read only once."""
+    return file.exists() and not file.is_file() and not file.is_dir()
+
+
 def check_file(option: str, name: str | None) -> None:
     """Raises UsageError where the file an option names can't be written: now, not after the work."""
-    if name is None:
+    if name is None or is_special(Path(name)):
         return
-    file = Path(name)
+    file = Path(os.path.realpath(name))  # of a link, what it leads to
     try:
-        existed = os.path.lexists(file)
+        existed = file.exists()
         file.open("ab").close()
         if not existed:
             file.unlink()

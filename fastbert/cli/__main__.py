@@ -320,7 +320,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno != errno.ENOSPC:
             raise
         _drop_output()
-        print(f"fastbert: {in_a_line(error)}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # standard error may be what is full
+            print(f"fastbert: {in_a_line(error)}", file=sys.stderr)
         return 2
 
 

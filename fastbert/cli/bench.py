@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import random
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from transformers import BertModel
 
 from .. import explain, fuse, numerics
 from ..verify import stock_in_fp8, twin
-from . import UsageError, check_file, cold, counts, in_a_line, records, report
+from . import UsageError, check_file, cold, counts, in_a_line, is_special, records, report
 from .cases import SEED, Workload, build, check_batch, workload
 from .info import backend, default_device, device_name
 from .machine import Machine, Rates, environment, peak_growth, timed
@@ -306,8 +307,8 @@ def main(arguments: argparse.Namespace) -> int:
         check_batch(batch)
     for option, name in (("--output", arguments.output), ("--json", arguments.json)):
         try:  # now, not after minutes of measuring
-            if name is not None and not records.is_special(Path(name)):
-                folder = Path(name) if option == "--output" else Path(name).parent
+            if name is not None and not (option == "--json" and is_special(Path(name))):
+                folder = Path(name) if option == "--output" else Path(os.path.realpath(name)).parent
                 folder.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
@@ -328,21 +329,28 @@ def main(arguments: argparse.Namespace) -> int:
         limits = {"repeats": arguments.repeats, "minutes": arguments.minutes}
         measured = run(items, arguments.size, dtypes, device=device, peers=peers, train=arguments.train, **limits)
     print(f"{device_name(device)}, fused by {backend(device)}\n{HEADER}", flush=True)
+    once = arguments.json is not None and is_special(Path(arguments.json))
     for record in measured:
         found.append(record)
         print(line(record), flush=True)
-        try:
-            if arguments.output is not None:
-                records.write(records.path_in(Path(arguments.output), found[0]), found)
-            if arguments.json is not None:
-                records.write(Path(arguments.json), found)
-        except OSError as error:
-            raise UsageError(f"{error.filename}: {in_a_line(error)}") from error
+        _keep(found, arguments.output, None if once else arguments.json)
+    if once:
+        _keep(found, None, arguments.json)
     expected = len(items) * len(arguments.size) * len(names)
     if (done := len({(r["workload"], r["size"], r["dtype"]) for r in found})) < expected:
         print(f"out of time: {expected - done} of {expected} cases were not begun; see --minutes", file=sys.stderr)
     ours = [r["status"] for r in found if r["candidate"] == "stock" or r["candidate"].startswith("fused")]
     return 1 if any(status.startswith(("FAILED", "ERROR")) for status in ours) else 0
+
+
+def _keep(found: Sequence[dict[str, Any]], output: str | None, json: str | None) -> None:
+    try:
+        if output is not None:
+            records.write(records.path_in(Path(output), found[0]), found)
+        if json is not None:
+            records.write(Path(json), found)
+    except OSError as error:
+        raise UsageError(f"{error.filename or json}: {in_a_line(error)}") from error
 
 
 def _compare(old: str, new: str) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import UsageError, in_a_line
+from . import UsageError, in_a_line, is_special
 from .counts import Cost
 from .machine import Rates, datasheet
 
@@ -103,17 +103,13 @@ def _quantiles(samples: Sequence[float]) -> list[float | None]:
     return found
 
 
-def is_special(path: Path) -> bool:
-    """Whether it is a pipe or a device, as /dev/null, which a file must not replace."""
-    return path.exists() and not path.is_file() and not path.is_dir()
-
-
 def write(path: Path, records: Sequence[dict[str, Any]]) -> None:
     """Replaces `path` at once, so that whoever reads it or interrupts sees whole records."""
     text = json.dumps(list(records), indent=1, allow_nan=False) + "\n"
     if is_special(path):
         path.write_text(text, encoding="utf-8")
         return
+    path = Path(os.path.realpath(path))  # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(text, encoding="utf-8")

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import select
 import shlex
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from transformers.models.bert import modeling_bert as hf
 
 import fastbert
 from fastbert import ops, tuned
-from fastbert.cli import bench, cases, cold, counts, info, machine, records, report
+from fastbert.cli import bench, cases, check_file, cold, counts, info, machine, records, report
 from fastbert.cli.__main__ import main, parser
 from fastbert.kernels import launch
 from tests.models import seeded
@@ -386,6 +387,7 @@ def test_bench_refuses_places_it_can_not_write(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "folder").mkdir()
     for option, name, why in (
         ("--output", "file", "File exists; expected a folder that can be written"),
+        ("--output", "/dev/null", "File exists; expected a folder that can be written"),
         ("--json", "file/records.json", "File exists; expected a folder that can be written"),
         ("--json", "folder", "Is a directory; expected a file that can be written"),
     ):
@@ -401,6 +403,36 @@ def test_bench_does_not_replace_a_device(tmp_path: Path) -> None:
     assert json.loads(os.read(reader, 100)) == [{"a": 1}]
     os.close(reader)
     assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_pipe_is_opened_once(tmp_path: Path) -> None:
+    """Whoever reads it takes what comes first for all: with a second opening both would wait for good."""
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    poll = select.poll()
+    poll.register(reader, select.POLLIN)
+    check_file("--json", str(tmp_path / "pipe"))
+    assert not poll.poll(0)  # it would tell of a writer that has come and gone
+    case = ["--size", "minilm", "--repeats", "3", "--device", "cpu", "--workload", "dense128", "--batch", "1"]
+    assert main(["bench", *case, "--json", str(tmp_path / "pipe")]) == 0
+    assert {record["candidate"] for record in json.loads(os.read(reader, 1 << 16))} == {"stock", "fused"}
+    os.close(reader)
+
+
+def test_a_link_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("file")
+    check_file("--json", str(tmp_path / "link"))
+    assert [file.name for file in tmp_path.iterdir()] == ["link"]  # nothing is made where the work may yet fail
+    records.write(tmp_path / "link", [{"a": 1}])
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads((tmp_path / "file").read_text()) == [{"a": 1}]
+
+
+def test_a_full_standard_error_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    with io.TextIOWrapper(open("/dev/full", "wb", buffering=0), write_through=True) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert main(["verify", "--model", "./nowhere"]) == 2
 
 
 def measured(candidate: str = "fused", **fields: Any) -> dict[str, Any]:
