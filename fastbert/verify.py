@@ -493,7 +493,8 @@ def _recorded(module: nn.Module, name: str, outputs: dict[str, Tensor], real: Te
     class Recorder(kind):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             result = super().forward(*args, **kwargs)
-            outputs[name] = at_real_tokens(result, real)
+            hidden = result[0] if isinstance(result, tuple) else result  # a tuple of MPNet's stock layers
+            outputs[name] = at_real_tokens(hidden, real)
             return result
 
     module.__class__ = Recorder

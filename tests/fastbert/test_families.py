@@ -436,7 +436,11 @@ def test_decoders_stay_stock() -> None:
 
 
 def test_verify_knows_them() -> None:
-    for family, name in (("distilbert", "DistilBertForSequenceClassification"), ("xlm_roberta", "XLMRobertaModel")):
+    for family, name in (
+        ("distilbert", "DistilBertForSequenceClassification"),
+        ("xlm_roberta", "XLMRobertaModel"),
+        ("mpnet", "MPNetForSequenceClassification"),
+    ):
         call, real = calls(family, name)[2]
         report = fastbert.verify(seeded(family, name), {"input_ids": call["input_ids"], "attention_mask": real.long()})
         assert report.ok, str(report)
