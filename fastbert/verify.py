@@ -415,12 +415,15 @@ def _checked(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Tens
     shape = _shape(batch)
     if len(shape) not in (2, 3):
         raise ValueError(f"inputs: has shape {tuple(shape)}; expected (batch, tokens) or (batch, choices, tokens)")
-    for name in ("attention_mask", "token_type_ids"):
-        if name in batch and batch[name].shape != shape:
-            raise ValueError(f"inputs: {name!r} has shape {tuple(batch[name].shape)}; expected {tuple(shape)}")
+    for name in ("attention_mask", "token_type_ids", "position_ids"):
+        found = batch[name].shape if name in batch else shape
+        fits = name != "attention_mask" and found[-1:] == shape[-1:]  # ids of one sequence are for all
+        if found != shape and not (fits and found[:-1].numel() in (1, shape[:-1].numel())):
+            raise ValueError(f"inputs: {name!r} has shape {tuple(found)}; expected {tuple(shape)}")
     embeddings = getattr(model.base_model, "embeddings", None)
-    for name, table in _TABLES.items():
-        rows = getattr(getattr(embeddings, table, None), "num_embeddings", None)
+    for name, place in _TABLES.items():
+        table = getattr(embeddings, place, None)
+        rows = getattr(getattr(table, "base_layer", table), "num_embeddings", None)  # that of PEFT's adapters
         if name in batch and rows is not None:
             _check_ids(name, batch[name], rows)
     limit = _limit(model)

@@ -205,6 +205,21 @@ def test_positions_after_that_of_padding() -> None:
     assert taken == [10]
 
 
+def test_ids_of_one_sequence_for_all() -> None:
+    given = {"input_ids": ids(3, 7), "token_type_ids": torch.tensor([[0, 0, 0, 1, 1, 1, 1]])}
+    for positions in (torch.arange(7), torch.arange(7)[None], torch.arange(7).expand(3, -1)):
+        assert fastbert.verify(seeded(), {**given, "position_ids": positions}).ok
+
+
+def test_ids_of_embeddings_with_an_adapter() -> None:
+    import peft
+
+    adapted = peft.get_peft_model(seeded(), peft.LoraConfig(target_modules=["word_embeddings", "query"]))
+    assert fastbert.verify(adapted, {"input_ids": ids(2, 7)}).ok
+    with pytest.raises(ValueError, match=r"^inputs: 'input_ids' holds 211; expected 0 to 210"):
+        fastbert.verify(adapted, {"input_ids": torch.tensor([[1, 211]])})
+
+
 def test_wrapper_and_inputs_embeds() -> None:
     embeds = torch.randn(2, 7, 128, generator=torch.Generator().manual_seed(0))
     report = fastbert.verify(nn.Sequential(seeded()), {"inputs_embeds": embeds}, dtype=torch.bfloat16)
@@ -247,6 +262,8 @@ def test_weights_that_are_not_finite_are_named() -> None:
         ({"inputs": {"input_ids": ids(2, 4), "labels": ids(2, 4)}}, "inputs: 'labels' is not compared"),
         ({"inputs": {"input_ids": ids(2, 4), "attention_mask": ids(2, 3)}}, "inputs: 'attention_mask' has shape"),
         ({"inputs": {"input_ids": ids(2, 4), "token_type_ids": ids(2, 3)}}, "inputs: 'token_type_ids' has shape"),
+        ({"inputs": {"input_ids": ids(2, 4), "position_ids": ids(1, 3)}}, "inputs: 'position_ids' has shape"),
+        ({"inputs": {"input_ids": ids(4, 4), "token_type_ids": 0 * ids(2, 4)}}, "inputs: 'token_type_ids' has shape"),
         ({"inputs": {"input_ids": ids(1, 4)[0]}}, r"inputs: has shape \(4,\); expected \(batch, tokens\)"),
         ({"inputs": {"input_ids": torch.tensor([[1, 211]])}}, "inputs: 'input_ids' holds 211; expected 0 to 210"),
         ({"inputs": {"input_ids": torch.tensor([[-1, 7]])}}, "inputs: 'input_ids' holds -1; expected 0 to 210"),
