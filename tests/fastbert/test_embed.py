@@ -484,6 +484,17 @@ def test_goes_on_where_it_stopped(tiny: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.usefixtures("here")
+def test_goes_on_with_a_checkpoint_without_a_pooler(tiny: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny, tmp_path / "model")
+    models.seeded(modeling_bert.BertForMaskedLM, vocab_size=len(AutoTokenizer.from_pretrained(tiny))).save_pretrained(
+        model
+    )
+    (tmp_path / "in.txt").write_text("\n".join(sentences(9)))
+    for _ in range(2):
+        run(model, tmp_path / "out", str(tmp_path / "in.txt"))
+
+
+@pytest.mark.usefixtures("here")
 def test_a_command_that_got_nowhere_is_corrected(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
