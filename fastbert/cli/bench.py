@@ -355,7 +355,7 @@ def _keep(found: Sequence[dict[str, Any]], output: str | None, json: str | None)
 
 def _compare(old: str, new: str) -> int:
     verdicts = []
-    for verdict, text in records.compare(*(records.load("--compare", file) for file in (old, new))):
+    for verdict, text in records.compare(*(records.load(file, "--compare") for file in (old, new))):
         verdicts.append(verdict)
         print(text)
     if not {"same", "slower", "faster", "broken"} & set(verdicts):

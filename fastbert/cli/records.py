@@ -127,8 +127,8 @@ def device_folder(device_name: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", device_name).strip("-").lower()
 
 
-def load(option: str, file: str | Path) -> list[dict[str, Any]]:
-    """The records in a file that an option names.
+def load(file: str | Path, option: str = "records") -> list[dict[str, Any]]:
+    """The records in a file; `option` is what named it.
 
     Raises:
         UsageError: it can't be read, or holds something else.

@@ -222,7 +222,7 @@ def splice(text: str, table: str) -> str:
 def main(files: Sequence[str], document: str) -> int:
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--report needs matplotlib, which is not installed: pip install 'fastbert[bench]'")
-    records = [record for file in files for record in load("--report", file)]
+    records = [record for file in files for record in load(file, "--report")]
     path = Path(document)
     try:
         text = splice(path.read_text(encoding="utf-8"), readme(records))

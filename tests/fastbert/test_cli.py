@@ -548,7 +548,7 @@ def test_the_documents_are_rendered_from_the_records(tmp_path: Path) -> None:
     found = [
         record
         for file in sorted((root / "benchmarks" / "results").glob("*/*.json"))
-        for record in records.load("--report", file)
+        for record in records.load(file, "--report")
     ]
     assert found
     assert all(set(record) == records.FIELDS for record in found)
