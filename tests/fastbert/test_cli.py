@@ -562,7 +562,9 @@ def test_the_documents_are_rendered_from_the_records(tmp_path: Path) -> None:
         drawn = (root / "docs" / name).read_text(encoding="utf-8")
         if f"Matplotlib v{importlib.metadata.version('matplotlib')}," in drawn:  # another version draws otherwise
             report.plot(found, device, tmp_path / name)
-            assert (tmp_path / name).read_text(encoding="utf-8") == drawn
+            again = (tmp_path / name).read_text(encoding="utf-8")
+            # A clip's name hashes its corners unrounded, whose last bits are this CPU's.
+            assert re.sub(r"p[0-9a-f]{10}", "clip", again) == re.sub(r"p[0-9a-f]{10}", "clip", drawn)
 
 
 @pytest.mark.usefixtures("tiny")
