@@ -27,17 +27,38 @@ def check_file(option: str, name: str | None) -> None:
         return
     file = Path(os.path.realpath(name))  # of a link, what it leads to
     try:
-        existed = file.exists()
-        file.open("ab").close()
-        if not existed:
-            file.unlink()
+        for tried in (file, _partial(file)):
+            existed = tried.exists()
+            tried.open("ab").close()
+            if not existed:
+                tried.unlink()
     except OSError as error:
         raise UsageError(f"{option} {name}: {in_a_line(error)}; expected a file that can be written") from error
+
+
+def _partial(file: Path) -> Path:
+    """What is written in its place until it is whole."""
+    return file.with_name(file.name + ".partial")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replaces a file at once: who reads it, interrupts or fills the disk finds the old one or the new one, whole."""
+    if is_special(path):
+        path.write_text(text, encoding="utf-8")
+        return
+    path = Path(os.path.realpath(path))  # a link stays one
+    partial = _partial(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_text(option: str, name: str, text: str) -> None:
     """Writes the file an option names; raises UsageError where that fails."""
     try:
-        Path(name).write_text(text, encoding="utf-8")
+        replace_text(Path(name), text)
     except OSError as error:
         raise UsageError(f"{option} {name}: {in_a_line(error)}") from error

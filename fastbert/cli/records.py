@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 
-from . import UsageError, in_a_line, is_special
+from . import UsageError, in_a_line, replace_text
 from .counts import Cost
 from .machine import Rates, datasheet
 
@@ -105,15 +104,8 @@ def _quantiles(samples: Sequence[float]) -> list[float | None]:
 
 def write(path: Path, records: Sequence[dict[str, Any]]) -> None:
     """Replaces `path` at once, so that whoever reads it or interrupts sees whole records."""
-    text = json.dumps(list(records), indent=1, allow_nan=False) + "\n"
-    if is_special(path):
-        path.write_text(text, encoding="utf-8")
-        return
-    path = Path(os.path.realpath(path))  # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    replace_text(path, json.dumps(list(records), indent=1, allow_nan=False) + "\n")
 
 
 def path_in(folder: Path, about: dict[str, Any]) -> Path:

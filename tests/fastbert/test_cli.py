@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import resource
 import select
 import shlex
 import subprocess
@@ -22,7 +23,7 @@ from transformers.models.bert import modeling_bert as hf
 
 import fastbert
 from fastbert import ops, tuned
-from fastbert.cli import bench, cases, check_file, cold, counts, info, machine, records, report
+from fastbert.cli import UsageError, bench, cases, check_file, cold, counts, info, machine, records, report, write_text
 from fastbert.cli.__main__ import main, parser
 from fastbert.kernels import launch
 from tests.models import seeded
@@ -427,6 +428,22 @@ def test_a_link_stays_one(tmp_path: Path) -> None:
     records.write(tmp_path / "link", [{"a": 1}])
     assert (tmp_path / "link").is_symlink()
     assert json.loads((tmp_path / "file").read_text()) == [{"a": 1}]
+
+
+def test_a_disk_that_fills_leaves_the_old_report(tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    file.write_text("the old one")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(UsageError, match=r"^--json .*/report.json: File too large$"):
+            write_text("--json", str(file), "new" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    assert file.read_text() == "the old one"
+    write_text("--json", str(file), "new")
+    assert file.read_text() == "new"
 
 
 def test_a_full_standard_error_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
