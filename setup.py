@@ -21,7 +21,7 @@ TEST = [
     "sentence-transformers",
     "shtab",
     # CUDA and ROCm builds of torch bring the triton made for them; the interpreter and the compiler tests need one too.
-    "triton>=3.6,<3.8; sys_platform == 'linux'",
+    "triton>=3.6,<3.10; sys_platform == 'linux'",
     "hypothesis",
     "pytest-cov",
     "pytest-xdist",

@@ -19,16 +19,18 @@ CACHE = ROOT / "build" / "compat"
 # The versions tried: the oldest supported, that of constraints.txt, the newest. setup.py supports what lies between
 # them, and no more, but for a newer torch, which it leaves where it is. torch is tried as it is: here as
 # constraints.txt pins it, by `make gpu` as the machine has it.
-# triton 3.9.0 is not among them: of its interpreter, the tests of LayerNorm, embedding and padding alone have passed.
 TRIED = {
     "torch": ("2.11.0", "2.13.0"),
     "transformers": ("5.4.0", "5.17.0", "5.23.0"),
-    "triton": ("3.6.0", "3.7.1"),
+    "triton": ("3.6.0", "3.7.1", "3.9.0"),
 }
 
 # Heads that transformers itself can't run, by its version: they read a pooler that they leave out. Any test that goes
 # over all heads would end there.
 BROKEN_HEADS = {"5.4.0": ("XLMRobertaForMultipleChoice", "CamembertForMultipleChoice")}
+
+# Versions of transformers whose masks torch.jit.trace can't record, nor torch.onnx.export by it: of stock models, too.
+BROKEN_TRACES = ("5.4.0",)
 
 # Which pins of constraints.txt don't hold where a package is of another version.
 FREE = {"transformers": ("transformers", "tokenizers", "huggingface_hub"), "triton": ("triton", "numpy")}

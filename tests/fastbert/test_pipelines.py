@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.export import Dim, export
 from transformers import AutoTokenizer, pipeline
@@ -21,6 +22,7 @@ import fastbert
 from fastbert import encoder
 from fastbert.numerics import assert_within_policy
 from tests import models
+from tests.compat.environments import BROKEN_TRACES
 
 TEXTS = [
     "The drummer keeps time a little behind the beat.",
@@ -238,6 +240,11 @@ def test_traced_models_are_stock(way: str, tmp_path: Path) -> None:
     wrapped = Hidden(fastbert.fuse(copy.deepcopy(stock)))
     example = tuple(call(3, 17).values())
     run: Any
+    if transformers.__version__ in BROKEN_TRACES and not way.endswith("dynamo"):
+        for module in (Hidden(stock), wrapped):
+            with torch.no_grad(), pytest.raises(IndexError, match="tuple index out of range"):
+                torch.jit.trace(module, example, check_trace=False)
+        return
     with torch.no_grad():
         if way == "torch.jit.trace":
             run = torch.jit.trace(wrapped, example, check_trace=False)
