@@ -43,7 +43,7 @@ setup(
     python_requires=">=3.10",
     # What `make compat`, `make hf-suite` and `make gpu` try, and no more: tests/compat/environments.py.
     # No newest torch: asked for an older one, pip would replace the build for the user's own device.
-    install_requires=["torch>=2.11", "transformers>=5.4,<5.24"],
+    install_requires=["torch>=2.11", "transformers>=5.4,<5.25"],
     extras_require={
         "test": TEST,
         "bench": BENCH,

@@ -25,6 +25,7 @@ from .graphs import Graphs
 from .layer import default_positions, first_position
 from .packing import Packing, flattened, host_integers, isolating_mask, pack_mask
 from .support import (
+    CACHES,
     call_is_unsupported,
     encoder_of,
     is_asked,
@@ -423,7 +424,7 @@ def _check(model: Any, call: Mapping[str, Any]) -> None:
         weight = getattr(getattr(tables, f"{table}_embeddings", None), "weight", None)
         if call.get(name) is not None and isinstance(weight, Tensor):  # a quantized table has a method of that name
             _check_ids(name, call[name], (batch, seqlen), weight)
-    if call.get("past_key_values") is not None:
+    if any(call.get(name) is not None for name in CACHES):
         return  # a cache changes which lengths are right
     if call.get("position_ids") is None:
         _check_length(tables, ids, given, seqlen)

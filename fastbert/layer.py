@@ -264,13 +264,13 @@ class FusedEmbeddings(_Module):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        past_key_values_length: int = 0,
         **kwargs: Any,
     ) -> Tensor:
         """Ids (B, S) -> embeddings (B, S, H); stock where the kernels don't apply."""
-        if input_ids is None or past_key_values_length or embeddings_are_unsupported(self):
+        cached = kwargs.get("past_key_values_length") or kwargs.get("cache_length")  # before transformers 5.24; since
+        if input_ids is None or cached or embeddings_are_unsupported(self):
             given = {"token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
-            stock: Tensor = super().forward(input_ids, **given, past_key_values_length=past_key_values_length, **kwargs)
+            stock: Tensor = super().forward(input_ids, **given, **kwargs)
             return stock
         shape = input_ids.shape
         if position_ids is None:

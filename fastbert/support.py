@@ -37,6 +37,9 @@ _ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Mish, nn.H
 OLDEST_TRITON = (3, 6)
 OLDEST_GPU = (8, 0)
 
+CACHES = ("past_key_values", "cache")
+"""What calls name a cache of keys and values: before transformers 5.24, and since."""
+
 
 def triton_is_unsuitable() -> str | None:
     """Why the kernels can't be compiled here."""
@@ -309,7 +312,7 @@ def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
         return "it is a decoder (config.is_decoder or config.add_cross_attention)"
     if is_asked(model, call, "output_attentions"):
         return "output_attentions"
-    for name in ("past_key_values", "encoder_hidden_states", "encoder_attention_mask"):
+    for name in (*CACHES, "encoder_hidden_states", "encoder_attention_mask"):
         if call.get(name) is not None:
             return name
     mask = call.get("attention_mask")

@@ -67,6 +67,7 @@ OPERATIONS: dict[str, _Operation] = {}
 """What the functions below choose for, by name: "linear" is `linear_config`."""
 _tuned: dict[tuple[Any, ...], Config] = {}
 _Choose = TypeVar("_Choose", bound=Callable[..., Config])
+_Table = TypeVar("_Table")
 
 
 def _tunable(*free: str) -> Callable[[_Choose], _Choose]:
@@ -125,6 +126,18 @@ def architecture(device: torch.device) -> str:
 def multiprocessors(device: torch.device) -> int:
     """SMs of `device`; 1 where it is no GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+LIKE = {"sm_86": "sm_89", "sm_103": "sm_100", "sm_120": "sm_89", "sm_121": "sm_89"}
+"""Architectures that go by another's tables, where a table doesn't have them: of its shared memory and instructions.
+
+Consumer Blackwell (sm_120, sm_121) multiplies by mma.sync out of 99 KiB, as Ada does, without wgmma or tcgen05.
+"""
+
+
+def _of(tables: Mapping[str, _Table], arch: str) -> _Table:
+    """The architecture's own table, that of the one it is like, or "portable"."""
+    return tables[next(name for name in (arch, LIKE.get(arch, "portable"), "portable") if name in tables)]
 
 
 DEPENDENT: set[str] = set()
@@ -232,7 +245,7 @@ def attention_config(arch: str, dtype: torch.dtype, head_dim: int) -> Config:
     if not 1 <= head_dim <= 128:
         raise ValueError(f"head_dim is {head_dim}; expected 1 to 128")
     padded = max(16, 1 << (head_dim - 1).bit_length())
-    config = _ATTENTION.get(arch, _ATTENTION["portable"])[dtype.itemsize, padded]
+    config = _of(_ATTENTION, arch)[dtype.itemsize, padded]
     # Columns that pad a head take registers for their masks: too many for the larger tile.
     return config if head_dim == padded else SHORT_TILES.get(config, config)
 
@@ -244,7 +257,7 @@ def of_length(config: Config, max_seqlen: int) -> Config:
 
 def of_bias(config: Config, arch: str) -> Config:
     """`config` as attention with a bias runs it: with eight warps where with four it spills in 16 bits."""
-    return replace(config, num_warps=8) if arch in ("sm_89", "sm_100") else config
+    return replace(config, num_warps=8) if LIKE.get(arch, arch) in ("sm_89", "sm_100") else config
 
 
 # The backward of attention: `block_m` rows held, keys in one kernel and queries in the other, `block_n` walked at once.
@@ -300,7 +313,7 @@ _ATTENTION_BACKWARD["sm_89"] = {
 def attention_backward_config(arch: str, dtype: torch.dtype, head_dim: int) -> Config:
     """The tiles of attention's backward: `block_m` rows held, `block_n` walked. Arguments as `attention_config`'s."""
     padded = max(16, 1 << (head_dim - 1).bit_length())
-    config = _ATTENTION_BACKWARD.get(arch, _ATTENTION_BACKWARD["portable"])[dtype.itemsize, padded]
+    config = _of(_ATTENTION_BACKWARD, arch)[dtype.itemsize, padded]
     # There, the masks of columns that pad a head leave no registers for a second stage.
     return replace(config, num_stages=1) if arch == "sm_80" and head_dim != padded else config
 
@@ -328,7 +341,7 @@ _LINEAR: dict[str, dict[int, tuple[tuple[float, Config], ...]]] = {
         4: ((_ANY, Config(128, 128, 32, 8, 3)),),  # with smaller tiles ptxas stops at 64 registers and spills
     },
     "portable": {
-        2: ((_ANY, Config(128, 128, 32, 4, 3)),),  # in 64 KiB of LDS (gfx942) and 99 KiB (sm_86, sm_89, sm_120)
+        2: ((_ANY, Config(128, 128, 32, 4, 3)),),  # in 64 KiB of LDS (gfx942)
         4: ((_ANY, Config(64, 128, 32, 8, 3)),),
     },
 }
@@ -358,12 +371,13 @@ FEW_ROWS: dict[str, tuple[int, tuple[Config, ...]]] = {
         ),
     ),
 }
-FEW_ROWS["sm_89"] = (107, FEW_ROWS["sm_80"][1])
+for _arch, _enough in (("sm_86", 63), ("sm_89", 107), ("sm_120", 127), ("sm_121", 36)):
+    FEW_ROWS[_arch] = _enough, FEW_ROWS["sm_80"][1]
 """Smaller tiles of 16-bit products for few rows, largest first, by architecture, and how many tiles are enough.
 
-Enough are three quarters of the SMs of an A100, of an H100 or H200, and of an L40S. The smallest keep some 80 KiB in
-flight; all leave room for a second program on their SM. Not measured yet. An architecture that is not here has one tile
-a weight.
+Enough are three quarters of the SMs: of an A100, an H100 or H200, an A40, an L40S, an RTX 5090 and a GB10. The smallest
+keep some 80 KiB in flight; all leave room for a second program on their SM. Not measured yet. An architecture that is
+not here has one tile a weight.
 
 This is as independent of the batch as one tile is if the matrix instruction is. All tiles of an architecture add up k
 in one chain of the same one, mma.m16n8k16 or wgmma.m64nNk16, 16 elements a step (the ahead-of-time tests hold that);
@@ -409,7 +423,7 @@ def linear_config(arch: str, dtype: torch.dtype, n: int, k: int, segments: int =
     """
     if n % 16 or k % 16:
         return _LINEAR_UNALIGNED
-    table = _LINEAR.get(arch, _LINEAR["portable"])[dtype.itemsize]
+    table = _of(_LINEAR, arch)[dtype.itemsize]
     largest = next(config for below, config in table if n < below)
     if dtype.itemsize != 2 or arch not in FEW_ROWS:
         return largest
@@ -447,7 +461,7 @@ def linear_backward_config(arch: str, dtype: torch.dtype, n: int, k: int) -> Con
 # registers and shared memory a program, as the ahead-of-time compilation reports them. With exact sums (below) a tile
 # is held twice: 128 x 256 spills.
 _LINEAR_FP8: dict[str, tuple[tuple[float, Config], ...]] = {
-    "sm_89": ((_ANY, Config(128, 128, 64, 8, 3)),),  # 32 KiB and 128 registers: two programs an SM
+    "portable": ((_ANY, Config(128, 128, 64, 8, 3)),),  # 32 KiB and 128 registers: two programs an SM (sm_89)
     "sm_90": ((_ANY, Config(128, 128, 128, 8, 4)),),  # 128 KiB: one program an SM, two warp groups
     "sm_100": ((_ANY, Config(128, 128, 128, 8, 4)),),
 }
@@ -466,7 +480,7 @@ def linear_fp8_config(arch: str, n: int, k: int, rows: int = MANY_ROWS) -> Confi
     """The tiles of a product of 8-bit numbers with a weight of shape (n, k). Arguments as `linear_config`'s."""
     if n % 16:
         return _LINEAR_FP8_UNALIGNED
-    table = _LINEAR_FP8.get(arch, _LINEAR_FP8["sm_89"])
+    table = _of(_LINEAR_FP8, arch)
     largest = next(config for below, config in table if n < below)
     enough, smaller = FEW_ROWS_FP8.get(arch, (0, ()))
     return _filling((largest, *smaller), rows, n, enough)

@@ -21,7 +21,7 @@ CACHE = ROOT / "build" / "compat"
 # constraints.txt pins it, by `make gpu` as the machine has it.
 TRIED = {
     "torch": ("2.11.0", "2.13.0"),
-    "transformers": ("5.4.0", "5.17.0", "5.23.0"),
+    "transformers": ("5.4.0", "5.17.0", "5.24.0"),
     "triton": ("3.6.0", "3.7.1", "3.9.0"),
 }
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from transformers.models.bert import modeling_bert as hf
 
 import fastbert
+from fastbert.support import CACHES
 from tests import models
 
 
@@ -168,7 +169,7 @@ def stock_cases() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     return {
         "output_attentions": ({"attn_implementation": "eager"}, {"output_attentions": True}),
         "an attention_mask that is not 2-D": ({}, {"attention_mask": four}),
-        "past_key_values": ({}, {"past_key_values": "cache"}),
+        **{name: ({}, {name: "a new one for each model"}) for name in CACHES},
         "encoder_hidden_states": ({}, {"encoder_hidden_states": torch.zeros(5, 3, 128)}),
     }
 
@@ -182,8 +183,7 @@ def test_a_call_not_covered_runs_stock(reason: str) -> None:
     fused = fastbert.fuse(copy.deepcopy(stock))
     results = []
     for model in (fused, stock):
-        if "past_key_values" in arguments:
-            arguments["past_key_values"] = DynamicCache(config=model.config)
+        arguments |= {name: DynamicCache(config=model.config) for name in CACHES if name in arguments}
         with torch.no_grad():
             results.append(model(**{**call(), **arguments}))
     # The embeddings may still be fused, and round differently.

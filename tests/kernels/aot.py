@@ -75,16 +75,19 @@ from tests.kernels.main_loop import main_loop, matrix
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
     "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_103": GPUTarget("cuda", 103, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "sm_121": GPUTarget("cuda", 121, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED_LIMIT = {  # bytes a program
     "sm_80": 163 * 1024,
-    "sm_89": 99 * 1024,
-    "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024,
+    **dict.fromkeys(("sm_86", "sm_89", "sm_120", "sm_121"), 99 * 1024),
+    **dict.fromkeys(("sm_90", "sm_100", "sm_103"), 227 * 1024),
     "gfx942": 64 * 1024,
 }
 TYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -108,12 +111,14 @@ class Spec:
 def targets(op: str, everything: bool) -> tuple[str, ...]:
     """The architectures an op is compiled for: those that have 8-bit numbers, for ops of them.
 
-    sm_89 only for those, but for `everything`: for all else its instructions are those of sm_80.
+    But for `everything`: none of those that go by another's tables, and sm_89 only for 8 bits, as for all else its
+    instructions are those of sm_80.
     """
     fp8 = op.endswith("_fp8")
-    return tuple(
-        arch for arch in TARGETS if (arch not in ("sm_80", "gfx942") if fp8 else everything or arch != "sm_89")
-    )
+    without = {"sm_80", "sm_86", "gfx942"} if fp8 else set()
+    if not everything:
+        without |= {*launch.LIKE} | ({"sm_89"} if not fp8 else set())
+    return tuple(arch for arch in TARGETS if arch not in without)
 
 
 Specializations = Callable[[str, bool], Iterator[Spec]]
@@ -694,7 +699,10 @@ def _hip_usage(assembly: str) -> dict[str, int]:
 
 # Of these, what the loop of a kernel that streams is made of, besides arithmetic and branches.
 STREAM = {
-    **dict.fromkeys(("sm_80", "sm_89"), re.compile(r"mma\.m16n8k(16|32)|cp\.async\.16|ldmatrix\.shared|other")),
+    **dict.fromkeys(
+        ("sm_80", "sm_86", "sm_89", "sm_120", "sm_121"),
+        re.compile(r"mma\.m16n8k(16|32)|cp\.async\.16|ldmatrix\.shared|other"),
+    ),
     "sm_90": re.compile(r"wgmma\.m64n\d+k(16|32)|cp\.async\.16|tma|other"),
 }
 

@@ -324,7 +324,16 @@ def test_short_tiles_differ_in_the_rows_of_a_program_alone() -> None:
 
 def test_configuration_is_the_table_of_the_architecture_or_portable() -> None:
     portable = launch.attention_config("portable", torch.float16, 64)
-    assert launch.attention_config("sm_120", torch.float16, 64) == portable
+    assert launch.attention_config("sm_75", torch.float16, 64) == portable
+    for arch, like in launch.LIKE.items():
+        for dtype in (torch.float32, torch.float16):
+            config = launch.attention_config(arch, dtype, 128)
+            assert config == launch.attention_config(like, dtype, 128)
+            assert launch.of_bias(config, arch) == launch.of_bias(config, like)
+            assert launch.attention_backward_config(arch, dtype, 16) == launch.attention_backward_config(
+                like, dtype, 16
+            )
+            assert launch.linear_config(arch, dtype, 4096, 1024) == launch.linear_config(like, dtype, 4096, 1024)
     assert launch.attention_config("sm_90", torch.float16, 64) != portable
     assert launch.attention_config("sm_80", torch.bfloat16, 33) == launch.attention_config("sm_80", torch.float16, 64)
 
