@@ -516,5 +516,5 @@ def row_backward_config(dtype: torch.dtype, width: int) -> Config:
 VOCABULARY_BLOCK = 4096
 """Columns of the vocabulary that a program of `cross_entropy` takes at a time, in four warps. Unmeasured."""
 
-MASK_LAYOUT = Config(1, 2048, 0, 8, 1)
-"""The one program that lays out a mask takes `block_n` rows at a time: twice as many spill on gfx942. Unmeasured."""
+MASK_LAYOUT = Config(1, 1024, 0, 8, 1)
+"""The one program that lays out a mask takes `block_n` rows at a time: twice as many spill on sm_120. Unmeasured."""
