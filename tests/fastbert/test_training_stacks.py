@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import itertools
 import pickle
 import subprocess
@@ -465,6 +466,11 @@ def test_other_adapters(name: str) -> None:
         return several(adapted(model, config))
 
     found = trio()
+    if name == "prefix" and "past_key_values" not in inspect.signature(hf.BertModel.forward).parameters:
+        for model in found:  # what peft looks for has another name since transformers 5.24, stock too
+            with pytest.raises(ValueError, match="Model does not support past key values"):
+                run(model)
+        return
     results = [run(model) for model in found]
     if runs_fused:
         judge(results[0], results[1], results[2])
