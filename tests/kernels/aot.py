@@ -111,13 +111,10 @@ class Spec:
 def targets(op: str, everything: bool) -> tuple[str, ...]:
     """The architectures an op is compiled for: those that have 8-bit numbers, for ops of them.
 
-    But for `everything`: none of those that go by another's tables, and sm_89 only for 8 bits, as for all else its
-    instructions are those of sm_80.
+    sm_89 only for those, but for `everything`: for all else its instructions are those of sm_80.
     """
     fp8 = op.endswith("_fp8")
-    without = {"sm_80", "sm_86", "gfx942"} if fp8 else set()
-    if not everything:
-        without |= {*launch.LIKE} | ({"sm_89"} if not fp8 else set())
+    without = {"sm_80", "sm_86", "gfx942"} if fp8 else set() if everything else {"sm_89"}
     return tuple(arch for arch in TARGETS if arch not in without)
 
 
@@ -788,7 +785,9 @@ def _table_line(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.kernels.aot", description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", nargs="+", choices=TARGETS)
+    parser.add_argument(
+        "--arch", nargs="+", choices=TARGETS, help="default: all but those that go by the tables of another"
+    )
     parser.add_argument("--op", nargs="+", choices=SPECIALIZATIONS, default=list(SPECIALIZATIONS))
     parser.add_argument("--full", action="store_true", help="every specialization, not a representative set")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes to compile in")
@@ -796,7 +795,7 @@ def main(argv: list[str] | None = None) -> int:
 
     jobs = [
         (op, arch, options.full, index)
-        for arch in options.arch or TARGETS
+        for arch in options.arch or [arch for arch in TARGETS if arch not in launch.LIKE]
         for op in options.op
         if arch in targets(op, everything=options.full or bool(options.arch))
         for index, _ in enumerate(specs(op, arch, options.full))
