@@ -69,6 +69,7 @@ def versions() -> dict[str, str | None]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
+    found["torch"] = torch.__version__  # which tells CUDA's builds apart, as a wheel's metadata may not
     return found
 
 

@@ -111,10 +111,11 @@ class Spec:
 def targets(op: str, everything: bool) -> tuple[str, ...]:
     """The architectures an op is compiled for: those that have 8-bit numbers, for ops of them.
 
-    sm_89 only for those, but for `everything`: for all else its instructions are those of sm_80.
+    sm_89 only for those, but for `everything`: for all else its instructions are those of sm_80. sm_121 has them, but
+    Triton (3.7.1) multiplies them there in 16 bits.
     """
     fp8 = op.endswith("_fp8")
-    without = {"sm_80", "sm_86", "gfx942"} if fp8 else set() if everything else {"sm_89"}
+    without = {"sm_80", "sm_86", "sm_121", "gfx942"} if fp8 else set() if everything else {"sm_89"}
     return tuple(arch for arch in TARGETS if arch not in without)
 
 
