@@ -255,22 +255,23 @@ def default_positions(embeddings: Any, input_ids: Tensor | None, seqlen: int) ->
     return real.cumsum(1) * real + embeddings.padding_idx
 
 
+_TABLES = ("input_ids", "token_type_ids", "position_ids")
+
+
 class FusedEmbeddings(_Module):
     """Three embedding tables and their LayerNorm in one launch."""
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Ids (B, S) -> embeddings (B, S, H); stock where the kernels don't apply."""
-        cached = kwargs.get("past_key_values_length") or kwargs.get("cache_length")  # before transformers 5.24; since
-        if input_ids is None or cached or embeddings_are_unsupported(self):
-            given = {"token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
-            stock: Tensor = super().forward(input_ids, **given, **kwargs)
+    names: ClassVar[tuple[str, ...]]
+    """Of the parameters of the stock forward, in its order."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Ids (B, S) -> embeddings (B, S, H); stock where the kernels don't apply, and where it would complain."""
+        call = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        input_ids, token_type_ids, position_ids = (call.get(name) for name in _TABLES)
+        odd = len(call) < len(args) + len(kwargs) or any(name not in self.names for name in kwargs)
+        cached = call.get("past_key_values_length") or call.get("cache_length")  # before transformers 5.24; since
+        if odd or input_ids is None or cached or embeddings_are_unsupported(self):
+            stock: Tensor = super().forward(*args, **kwargs)
             return stock
         shape = input_ids.shape
         if position_ids is None:

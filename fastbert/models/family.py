@@ -59,9 +59,9 @@ def encoder(kind: type[T], module: str, **attributes: Any) -> type[T]:
     return _derive(kind, module, FusedEncoder, **attributes)
 
 
-def embeddings(kind: type[T], module: str) -> type[T]:
+def embeddings(kind: Any, module: str) -> Any:
     """The fused embeddings of a family."""
-    return _derive(kind, module, FusedEmbeddings)
+    return _derive(kind, module, FusedEmbeddings, names=parameter_names(kind))
 
 
 def base_model(kind: Any, module: str, own: Callable[..., Any] | None = None) -> Any:

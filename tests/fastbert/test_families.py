@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import pickle
 from pathlib import Path
 from typing import Any
@@ -293,6 +294,28 @@ def test_positions_count_real_tokens(family: str, side: str) -> None:
     compare(model, [(call, mask[:, inner].bool())], torch.float32, "packed")
     with pytest.raises(ValueError, match=r"^input_ids has 20 tokens a sequence; expected at most 19, max_position"):
         fused(input_ids=torch.full((1, 20), 5))
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("distilbert", "mpnet")])
+def test_embeddings_are_called_as_stock(family: str) -> None:
+    """By position in the family's own order, up to how much a cache holds; what stock refuses, with stock's words."""
+    model = seeded(family, adapter(family).BASE.__name__)
+    stock, fused = model.embeddings, fastbert.fuse(copy.deepcopy(model)).embeddings
+    names = list(inspect.signature(stock.forward).parameters)
+    ids, zeros = models.ids(2, 7), torch.zeros(2, 7, dtype=torch.int64)
+    given = {"input_ids": ids, "token_type_ids": zeros, "task_type_ids": zeros, "position_ids": zeros + 9}
+    for cached in (0, 3):
+        lengths = dict.fromkeys(("past_key_values_length", "cache_length"), cached)
+        call = [({**given, **lengths} if not cached else {"input_ids": ids, **lengths}).get(each) for each in names]
+        for end in range(1, len(call) + 1):
+            torch.testing.assert_close(fused(*call[:end]), stock(*call[:end]), atol=1e-5, rtol=1e-5)
+    for args, more in (((ids,), {"input_ids": ids}), ((ids,), {"nonsense": 1}), ((ids, *[None] * 8), {})):
+        said = []
+        for module in (stock, fused):
+            with pytest.raises(TypeError) as error:
+                module(*args, **more)
+            said.append(str(error.value))
+        assert said[0] == said[1]
 
 
 @pytest.mark.parametrize("family", COUNTING[:-1])
