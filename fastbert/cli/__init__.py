@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import secrets
+import stat
 from pathlib import Path
 
 
@@ -23,37 +26,55 @@ def is_special(file: Path) -> bool:
 
 def check_file(option: str, name: str | None) -> None:
     """Raises UsageError where the file an option names can't be written: now, not after the work."""
-    if name is None or is_special(Path(name)):
+    if name is None:
         return
-    file = Path(os.path.realpath(name))  # of a link, what it leads to
     try:
-        for tried in (file, _partial(file)):
-            existed = tried.exists()
-            tried.open("ab").close()
-            if not existed:
-                tried.unlink()
-    except OSError as error:
+        if is_special(Path(name)):
+            return
+        file = Path(os.path.realpath(name))  # of a link, what it leads to
+        existed = file.exists()
+        file.open("ab").close()
+        if not existed:
+            file.unlink()
+    except (OSError, ValueError) as error:
         raise UsageError(f"{option} {name}: {in_a_line(error)}; expected a file that can be written") from error
 
 
-def _partial(file: Path) -> Path:
-    """What is written in its place until it is whole."""
-    return file.with_name(file.name + ".partial")
+# In a folder one may not write to; of a file that is a mount point, or somebody else's.
+_IN_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EINVAL)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replaces a file at once: who reads it, interrupts or fills the disk finds the old one or the new one, whole."""
-    if is_special(path):
-        path.write_text(text, encoding="utf-8")
-        return
-    path = Path(os.path.realpath(path))  # a link stays one
-    partial = _partial(path)
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    """Replaces a file at once: who reads it, interrupts or fills the disk finds the old one or the new one, whole.
+
+    Its owner and its mode stay. What can be written but not replaced is written in place.
+    """
+    if not is_special(path):
+        path = Path(os.path.realpath(path))  # a link stays one
+        try:
+            _replace(path, text)
+            return
+        except OSError as error:
+            if error.errno not in _IN_PLACE:
+                raise
+    path.write_text(text, encoding="utf-8")
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{secrets.token_hex(8)}.partial")  # no two processes' alike
+    with partial.open("x", encoding="utf-8") as file:
+        try:
+            if path.exists():
+                now, own = path.stat(), partial.stat()
+                if (now.st_uid, now.st_gid) != (own.st_uid, own.st_gid):
+                    os.chown(partial, now.st_uid, now.st_gid)
+                partial.chmod(stat.S_IMODE(now.st_mode))
+            file.write(text)
+            file.close()
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink()
+            raise
 
 
 def write_text(option: str, name: str, text: str) -> None:

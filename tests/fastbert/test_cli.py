@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import importlib.util
 import io
@@ -11,8 +12,10 @@ import re
 import resource
 import select
 import shlex
+import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -444,6 +447,66 @@ def test_a_disk_that_fills_leaves_the_old_report(tmp_path: Path) -> None:
     assert file.read_text() == "the old one"
     write_text("--json", str(file), "new")
     assert file.read_text() == "new"
+
+
+def test_a_replaced_file_keeps_its_mode(tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    for mode in (0o600, 0o640, 0o664):
+        file.write_text("the old one")
+        file.chmod(mode)
+        write_text("--json", str(file), "new")
+        assert (file.read_text(), stat.S_IMODE(file.stat().st_mode)) == ("new", mode)
+    umask = os.umask(0o027)
+    try:
+        write_text("--json", str(tmp_path / "another.json"), "new")
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE((tmp_path / "another.json").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY])
+def test_a_file_that_can_not_be_replaced_is_written(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one in a folder of somebody else, or one that is mounted alone."""
+
+    def fails(*given: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    file = tmp_path / "report.json"
+    file.write_text("a longer one, of before")
+    monkeypatch.setattr(os, "replace", fails)
+    check_file("--json", str(file))
+    write_text("--json", str(file), "new")
+    assert file.read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_any_name_a_file_can_have_will_do(tmp_path: Path) -> None:
+    (tmp_path / "report.json.partial").mkdir()
+    for name in ("report.json", "x" * 255):
+        check_file("--json", str(tmp_path / name))
+        write_text("--json", str(tmp_path / name), "new")
+        assert (tmp_path / name).read_text() == "new"
+    for name in ("/", "x" * 256, "a\0b"):
+        with pytest.raises(UsageError, match=r"^--json .*; expected a file that can be written$"):
+            check_file("--json", name)
+
+
+def test_two_may_write_one_file_at_once(tmp_path: Path) -> None:
+    """The one that is done last wins; neither fails after its work, nor mixes its report with the other's."""
+    file = tmp_path / "report.json"
+
+    def write(letter: str) -> set[str]:
+        found = set()
+        for _ in range(100):
+            write_text("--json", str(file), letter * 5000)
+            found.add(file.read_text())
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        seen = set().union(*pool.map(write, "ab"))
+    assert seen <= {"a" * 5000, "b" * 5000}
 
 
 def test_a_full_standard_error_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
