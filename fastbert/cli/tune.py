@@ -104,10 +104,10 @@ def neighbours(problem: Problem, config: Config) -> list[Config]:
 
 def seeds(problem: Problem, others: Iterable[Problem]) -> list[Config]:
     """What tables have for the problem, and for others of its operation, on any architecture; the shipped one first."""
-    operation, architectures = problem.key[0], ("sm_80", "sm_90", "sm_100", "portable")
+    operation, architectures = problem.key[0], ("sm_80", "sm_89", "sm_90", "sm_100", "portable")
     choose, _, free = launch.OPERATIONS[operation]
     known = [
-        choose(*(arch if value in architectures else value for value in other.key[1:]))
+        choose(*(arch if isinstance(value, str) else value for value in other.key[1:]))
         for other in others
         for arch in architectures
         if other.key[0] == operation
