@@ -27,7 +27,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/python examples/demo.py
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -q -n auto --dist loadgroup
+	$(VENV)/bin/python -m pytest -q -n auto --dist loadfile
 
 test-all: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -q --slow $(if $(DATA),--data $(DATA))
@@ -39,7 +39,7 @@ compat: $(INSTALLED)
 	$(VENV)/bin/python -m tests.compat.matrix $(ARGS)
 
 coverage: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -q -n auto --dist loadgroup --cov=fastbert --cov-branch --cov-report=term-missing:skip-covered
+	$(VENV)/bin/python -m pytest -q -n auto --dist loadfile --cov=fastbert --cov-branch --cov-report=term-missing:skip-covered
 
 mutants: $(INSTALLED)
 	$(VENV)/bin/python -m tests.mutations

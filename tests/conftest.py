@@ -34,9 +34,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU, or runs on one where there is one; `-m gpu` selects these")
     config.addinivalue_line("markers", "slow: takes minutes; runs only with --slow")
-    config.addinivalue_line(
-        "markers", "xdist_group(name): shares a costly fixture; one pytest-xdist worker runs them all"
-    )
     if importlib.util.find_spec("hypothesis"):
         from hypothesis import HealthCheck, Phase, settings
 

@@ -706,7 +706,6 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.xdist_group("two processes")  # the fixture takes half a minute
 @pytest.mark.parametrize("mode", distributed_steps.MODES)
 def test_two_processes(mode: str, two_processes: dict[str, Any]) -> None:
     """As near to what one process reaches in float64, on both shares of each batch, as stock is."""

@@ -50,7 +50,6 @@ def assert_clean(rows: list[dict[str, Any]]) -> None:
     assert not bad, "\n".join(bad)
 
 
-@pytest.mark.xdist_group("ahead of time")  # the fixture takes minutes
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_compiles_without_spills_within_shared_memory(rows: list[dict[str, Any]], arch: str) -> None:
     chosen = [row for row in rows if row["arch"] == arch]
@@ -60,7 +59,6 @@ def test_compiles_without_spills_within_shared_memory(rows: list[dict[str, Any]]
     assert_clean(chosen)
 
 
-@pytest.mark.xdist_group("ahead of time")
 def test_every_kernel_is_among_them(rows: list[dict[str, Any]]) -> None:
     """A kernel is a function launched over a grid, `name[grid](...)`; its file is the op it goes by.
 
