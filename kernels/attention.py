@@ -50,7 +50,7 @@ TILE_ROWS = tl.constexpr(128)
 TILES_BLOCK = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "entries"])
 def tiles_kernel(
     cu_seqlens_ptr,  # (sequences + 1,)
     tiles_ptr,  # (entries, 4) int32

@@ -10,22 +10,15 @@ met at.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import os
 from typing import Any
-
-if os.environ.get("TRITON_INTERPRET", "0") != "0":
-    raise RuntimeError("TRITON_INTERPRET is set: the interpreter compiles nothing")
 
 import torch
 from transformers import BertConfig
 from transformers.models.bert import modeling_bert as hf
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 import fastbert
-from fastbert import ops
+from benchmarks import stub
 from fastbert.kernels import launch
 from tests.kernels.aot import TARGETS
 
@@ -45,72 +38,29 @@ SHAPES = [
 ]
 
 
-class Driver:
-    """A device that nothing runs on."""
-
-    def __init__(self, arch: str) -> None:
-        self.arch = arch
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        return TARGETS[self.arch]
-
-
-class Compiled:
-    """In place of a compiled kernel."""
-
-    function = packed_metadata = None
-
-    def launch_metadata(self, *args: Any) -> None:
-        pass
-
-    def run(self, *args: Any) -> None:
-        pass
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--arch", default="sm_90", choices=TARGETS)
     parser.add_argument("--dependent", action="store_true", help="with programmatic dependent launch")
     given = parser.parse_args()
-    arch = given.arch
     if given.dependent:
-        launch.DEPENDENT.add(arch)
-    shape: tuple[int, ...] = ()
-
-    def compile_none(
-        self: Any, key: Any, signature: Any, device: int, constexprs: Any, options: Any, *rest: Any
-    ) -> Any:
-        values = {str(self.arg_names[path[0]]): str(value) for path, value in constexprs.items()}
-        configuration = {"num_warps": options.num_warps, "num_stages": options.num_stages}
-        row = {"kernel": self.__name__, "constexprs": {**values, **configuration}, "dependent": options.launch_pdl}
-        print(json.dumps({**row, "shape": shape}))
-        compiled = self.device_caches[device][0][key] = Compiled()
-        return compiled
-
-    driver.set_active(Driver(arch))
-    JITFunction._do_compile = compile_none
-    for name, (file, _) in ops._OPERATORS.items():
-        module = importlib.import_module(f"fastbert.kernels.{file}")
-        for place in (launch, module):
-            if hasattr(place, "architecture"):
-                place.architecture = lambda device: arch
-        ops.CPU_BACKEND[name] = getattr(module, name)
+        launch.DEPENDENT.add(given.arch)
     sizes = {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096, "num_hidden_layers": 1}
     model = fastbert.fuse(hf.BertModel(BertConfig(vocab_size=64, **sizes)).eval().bfloat16())
     generator = torch.Generator().manual_seed(0)
-    with torch.inference_mode():
+    with torch.inference_mode(), stub.device(given.arch) as gpu:
         for shape in SHAPES:
             ids = torch.ones(shape, dtype=torch.int64)
             lengths = torch.randint(1, shape[1] + 1, (shape[0], 1), generator=generator)
             masks: list[Any] = [None, (torch.arange(shape[1]) < lengths).long(), torch.zeros_like(ids)]
             for mask in masks:
                 model(ids, attention_mask=mask)
+                for found in gpu.compilations:
+                    options = found.options
+                    configuration = {"num_warps": options.num_warps, "num_stages": options.num_stages}
+                    row = {"kernel": found.kernel, "constexprs": {**found.constexprs, **configuration}}
+                    print(json.dumps({**row, "dependent": options.launch_pdl, "shape": shape}))
+                gpu.compilations.clear()
 
 
 if __name__ == "__main__":

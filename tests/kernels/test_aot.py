@@ -25,7 +25,8 @@ def run_module(name: str, *options: str) -> list[dict[str, Any]]:
     done = subprocess.run(
         [sys.executable, "-m", name, *options], cwd=ROOT, env=environment, capture_output=True, text=True
     )
-    assert done.returncode in (0, 1), done.stderr
+    violations = {0, 1} if name == "tests.kernels.aot" else {0}
+    assert done.returncode in violations, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert rows, done.stderr
     return rows
@@ -117,7 +118,7 @@ def test_nothing_compiles_anew_for_another_batch_shape() -> None:
     for i, row in enumerate(found):
         same = [other for other in found[:i] if {**other, "shape": 0} == {**row, "shape": 0}]
         assert not same, f"{row} of a batch of {row['shape']} is compiled again, after {same[0]['shape']}"
-    assert sum(row["shape"] == [1, 1] for row in found) <= 8  # what the first forward waits for
+    assert sum(row["shape"] == [1, 1] for row in found) <= 9  # what the first forward waits for
 
 
 def test_a_kernel_launched_before_the_last_has_ended_waits_for_it() -> None:
