@@ -1,0 +1,114 @@
+"""Archives of a run: what is in them, what is left out and said to be, what comes back of them, at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import archive
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def fill(output: Path) -> dict[str, bytes]:
+    """What a run leaves behind."""
+    group = {"child_paths": {"k.cubin": f"{output}/cache/triton/KEY/k.cubin", "k.json": f"{output}/x/KEY/k.json"}}
+    found = {
+        "progress.json": b'{"steps": {}}',
+        "gates.jsonl": b'\n{"check": "a"}\n',
+        "nvidia-h100/2026-11-27T000000-abc.json": b"[]",
+        "profile-squad.json": b"{}",
+        "logs/first.log": b"said\n",
+        "cache/shipped/fastbert/tuned.json": b"{}",
+        "cache/triton/KEY/k.cubin": bytes(range(256)),
+        "cache/triton/KEY/k.json": b"{}",
+        "cache/triton/KEY/__grp__k.json": json.dumps(group).encode(),
+        "cache/triton/KEY/k.ptx": b"to be read",
+        "cache/triton/KEY/tmp.pid_1_x/k.cubin": b"half writ",
+    }
+    for name, content in found.items():
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_bytes(content)
+    return found
+
+
+def test_two_archives_hold_all_of_a_run(tmp_path: Path) -> None:
+    here, there, folder = tmp_path / "here", tmp_path / "there", tmp_path / "out"
+    found = fill(here)
+    assert archive.pack(here, folder) == []
+    assert sorted(path.name for path in folder.iterdir()) == ["caches.tar.gz", "measured.tar.gz"]
+    archive.restore(folder, there)
+    back = {path.relative_to(there).as_posix(): path.read_bytes() for path in there.rglob("*") if path.is_file()}
+    del found["cache/triton/KEY/k.ptx"], found["cache/triton/KEY/tmp.pid_1_x/k.cubin"]
+    moved = "cache/triton/KEY/__grp__k.json"
+    assert {name: content for name, content in back.items() if name != moved} == {
+        name: content for name, content in found.items() if name != moved
+    }
+    # Triton goes by absolute paths, and has another place now.
+    paths = json.loads(back[moved])["child_paths"]
+    assert paths == {name: str(there / "cache/triton/KEY" / name) for name in ("k.cubin", "k.json")}
+
+
+def test_what_is_there_already_is_not_replaced(tmp_path: Path) -> None:
+    fill(tmp_path / "here")
+    archive.pack(tmp_path / "here", tmp_path / "out")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "progress.json").write_text("newer")
+    assert "progress.json" not in archive.restore(tmp_path / "out", tmp_path / "there")
+    assert (tmp_path / "there" / "progress.json").read_text() == "newer"
+    assert archive.restore(tmp_path / "nothing", tmp_path / "there") == []
+
+
+def test_an_archive_has_a_limit_and_says_what_it_left_out(tmp_path: Path) -> None:
+    here, folder = tmp_path / "here", tmp_path / "out"
+    fill(here)
+    noise = random.Random(0)
+    for i in range(20):
+        kernel = here / "cache" / "triton" / f"K{i:02}" / "k.cubin"
+        kernel.parent.mkdir()
+        kernel.write_bytes(noise.randbytes(20_000))
+        os.utime(kernel.parent, (i + 1, i + 1))
+    (here / "logs" / "long.log").write_bytes(noise.randbytes(archive.LOG_BYTES) + b"the end")
+    limit = 200_000
+    left_out = archive.pack(here, folder, limit=limit)
+    assert all((folder / name).stat().st_size < limit for name in (archive.MEASURED, archive.CACHES))
+    with tarfile.open(folder / archive.CACHES) as packed:
+        names = packed.getnames()
+        said = packed.extractfile("caches.tar.gz.LEFT_OUT.txt")
+        assert said is not None
+        assert "cache/triton/K00/k.cubin: 20,000 bytes" in said.read().decode().splitlines()
+    assert "cache/shipped/fastbert/tuned.json" in names
+    kept = [name for name in names if name.endswith("k.cubin")]
+    assert "cache/triton/K19/k.cubin" in kept  # the newest
+    assert len(kept) < 12
+    with tarfile.open(folder / archive.MEASURED) as packed:
+        assert {"progress.json", "gates.jsonl", "profile-squad.json", "logs/first.log"} <= set(packed.getnames())
+        assert "logs/long.log" not in packed.getnames()
+    assert any(line.startswith("logs/long.log: its first 7 bytes") for line in left_out)
+
+
+@pytest.mark.parametrize("seconds", [0.3, 0.6])
+def test_killed_while_packing_the_last_archive_is_whole(seconds: float, tmp_path: Path) -> None:
+    here, folder = tmp_path / "here", tmp_path / "out"
+    fill(here)
+    (here / "big").write_bytes(random.Random(0).randbytes(4_000_000))
+    code = (
+        "import sys, pathlib; from benchmarks.archive import pack\nwhile True: pack(*map(pathlib.Path, sys.argv[1:]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", code, str(here), str(folder)], env=environment)
+    while not (folder / archive.CACHES).exists():
+        time.sleep(0.01)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert "big" in archive.restore(folder, tmp_path / "there")
