@@ -36,7 +36,7 @@ READ_BY_PEOPLE = frozenset({".ttir", ".ttgir", ".llir", ".ptx", ".source", ".amd
 
 
 def pack(output: Path, folder: Path, names: Iterable[str] = (MEASURED, CACHES), limit: int = LIMIT) -> list[str]:
-    """Packs `output`, a folder of benchmarks/suite.py, into archives in `folder`; returns what was left out, a line each.
+    """Packs `output`, a folder of benchmarks/suite.py, into archives in `folder`; returns what it left out, by line.
 
     Files that others write, replace or remove meanwhile are taken as they are found.
     """
