@@ -6,27 +6,28 @@ In this order, each with a deadline of its own:
 
     gates      every operation in bfloat16 at BERT-large's shapes and 128, 2,048 and 21,222 rows, against float64
     rates      what the device does at best: a product of 8192 x 8192, a copy
-    forwards   BERT-large: SQuAD's lengths and dense 512 at batch 128, then one text of 128 tokens. Stock on sdpa, fused,
-               fused with CUDA graphs, stock packed by torch's varlen attention
+    forwards   BERT-large: SQuAD's lengths and dense 512 at batch 128, then one text of 128 tokens. Stock on sdpa,
+               fused, fused with CUDA graphs, stock packed by torch's varlen attention
     operators  every product of BERT-large at 21,222, 65,536 and 128 rows: cuBLAS, shipped, persistent, tiles of
                128 x 128; attention against sdpa and varlen
     training   the gates of what only training runs; its rows are benchmarks/suite.py's
 
-A process that never touches the device starts another that does, and ends it where a step outlasts its deadline, hung in
-a CUDA call or not; the next goes on behind that step. So it is after a crash. What was found is appended to
-OUTPUT/first.jsonl as it goes: gates to OUTPUT/gates.jsonl, which tests add to (benchmarks/gates.py); records, of the form of
-`fastbert bench`, to OUTPUT/<device>/<date>-<commit>.json, too. A red gate closes the rows that need it and no others. The
-same command goes on where it was stopped; where sources or the device changed it starts over.
+A process that never touches the device starts another that does, and ends it where a step outlasts its deadline, hung
+in a CUDA call or not; the next goes on behind that step. So it is after a crash. What was found is appended to
+OUTPUT/first.jsonl as it goes: gates to OUTPUT/gates.jsonl, which tests add to (benchmarks/gates.py); records, of the
+form of `fastbert bench`, to OUTPUT/<device>/<date>-<commit>.json, too. A red gate closes the rows that need it and no
+others. The same command goes on where it was stopped; where sources or the device changed it starts over.
 
 With OUT in the environment, OUTPUT is packed into that folder as it goes (benchmarks/archive.py); archives found in
-build/gpu-cache are unpacked first: kernels compiled before, by benchmarks/prebuild.py. `--dry`: tiny sizes, on a CPU, too.
-Exit status: 0 all done, 1 a step failed or a gate is red, 3 out of time.
+build/gpu-cache are unpacked first: kernels compiled before, by benchmarks/prebuild.py. `--dry`: tiny sizes, on a CPU,
+too. Exit status: 0 all done, 1 a step failed or a gate is red, 3 out of time.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -104,10 +105,8 @@ class Child:
 
     def end(self) -> None:
         """Ends it, with all that it started, whatever it does."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
 
 
@@ -141,7 +140,9 @@ def watch(given: argparse.Namespace, arguments: Sequence[str]) -> int:
             why = ""
             while not why:
                 now = time.monotonic()
-                left = min(limit, deadline, *([entered + LIMITS[section] - spent.get(section, 0.0)] * (section in LIMITS)))
+                left = min(limit, deadline)
+                if section in LIMITS:
+                    left = min(left, entered + LIMITS[section] - spent.get(section, 0.0))
                 try:
                     said = child.said.get(timeout=max(0.0, min(left - now, PACKED_EVERY_S)))
                 except queue.Empty:
@@ -199,9 +200,19 @@ class Steps:
     def __init__(self, output: Path, key: str, spent: dict[str, float]) -> None:
         self.events, self.key, self.spent = output / "first.jsonl", key, spent
         found = [line for line in lines(self.events) if line.get("key") == key]
-        self.begun = {(line["section"], line["step"]) for line in found if line["event"] in ("step", "ended")}
+        self.begun: set[tuple[str, str]] = set()
+        self.wrong: set[tuple[str, str]] = set()
+        """Of those begun, the ones that failed, or hung, or ended their process."""
+        for line in found:
+            if line["event"] in ("step", "ended"):
+                self._note(line["section"], line["step"], line.get("status", "ended"))
         self.out = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)  # whatever else is printed goes into the log
+
+    def _note(self, section: str, step: str, status: str) -> None:
+        self.begun.add((section, step))
+        if status != "ok":
+            self.wrong.add((section, step))
 
     def tell(self, text: str) -> None:
         """A line for who watches."""
@@ -217,7 +228,7 @@ class Steps:
         line = {"event": "step", "section": section, "step": step, "status": status, "seconds": seconds, **more}
         append(self.events, {**line, "key": self.key})
         self.tell(f"{section}: {step}: {status}, {seconds:.1f} s")
-        self.begun.add((section, step))
+        self._note(section, step, status)
 
     def run(self, section: str, step: str, call: Callable[[], Any], limit_s: float | None = None) -> Any:
         """What `call` returns, or None where the step was begun before or fails. Raises Poisoned."""
@@ -227,14 +238,17 @@ class Steps:
         since, status, result = time.monotonic(), "ok", None
         try:
             result = call()
-        except AssertionError as error:
-            status = f"FAILED: {' '.join(str(error).split())[:300]}"
         except Exception as error:  # out of memory, a kernel that doesn't compile: this step's result
-            status = f"ERROR: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            status = _status(error)
         self.end(section, step, status, since)
         if status != "ok":
             _check_device()
         return result
+
+
+def _status(error: Exception) -> str:
+    text = " ".join(str(error).split())[:300]
+    return f"FAILED: {text}" if isinstance(error, AssertionError) else f"ERROR: {type(error).__name__}: {text}"
 
 
 def _check_device() -> None:
@@ -252,6 +266,7 @@ def _check_device() -> None:
 class Case(NamedTuple):
     """One call of an operation, and what PyTorch runs in its place, which in float64 is the truth."""
 
+    name: str
     operation: str
     arguments: Callable[[], tuple[Any, ...]]
     stock: Callable[..., Any]
@@ -291,47 +306,60 @@ def cases(shape: dict[str, int], rows: int, device: Any, train: bool) -> Iterato
         packing = pack_mask(mask()).packing
         return normal(rows if unpacks else mask().numel(), h), packing.indices, packing.inverse
 
+    qkv = (rows, 3, sizes.heads, h // sizes.heads)
+
+    def attended() -> tuple[Any, ...]:
+        given = normal(*qkv), *sequences(), 0.0, None
+        found = ops.attention_forward(*given)
+        return normal(rows, *qkv[2:]), given[0], *found, *given[1:]
+
     def attend(qkv: Any, *rest: Any) -> Any:
         return reference.attention(*qkv.unbind(1), *rest[:4])
 
-    arch, found = launch.architecture(device), set()
-    for problem in problems(sizes, dtype, arch, train):
-        of_training = "backward" in problem.name
-        if of_training == train and problem.name.partition(",")[0] not in found or of_training:
-            found.add(problem.name.partition(",")[0])
-            yield Case(problem.function, functools.partial(problem.arguments, rows, device), problem.peer)
+    found: set[str] = set()
+    for problem in problems(sizes, dtype, launch.architecture(device), train):
+        name = problem.name.partition(", ")[0] if problem.same_bits else problem.name
+        if ("backward" in name) == train and name not in found:
+            found.add(name)
+            back = problem.function == "attention_backward"
+            arguments = attended if back else functools.partial(problem.arguments, rows, device)
+            yield Case(name, problem.function, arguments, problem.peer)
     if not train:
-        yield Case("attention_tiles", lambda: (starts(), rows), reference.attention_tiles)
-        yield Case("embedding_layer_norm", lambda: (*ids(), normal(h), EPS, 0, -1), reference.embedding_layer_norm)
-        yield Case("mask_layout", lambda: (mask(), None), reference.mask_layout)
-        yield Case("pack", lambda: moved(False), reference.pack)
-        yield Case("unpack", lambda: moved(True), reference.unpack)
+        tables = reference.embedding_layer_norm
+        yield Case("tiles", "attention_tiles", lambda: (starts(), rows), reference.attention_tiles)
+        yield Case("embeddings", "embedding_layer_norm", lambda: (*ids(), normal(h), EPS, 0, -1), tables)
+        yield Case("mask", "mask_layout", lambda: (mask(), None), reference.mask_layout)
+        yield Case("packing", "pack", lambda: moved(False), reference.pack)
+        yield Case("unpacking", "unpack", lambda: moved(True), reference.unpack)
         return
-    linear = lambda n, k: (normal(n, k, scale=k**-0.5), normal(n))  # noqa: E731
-    yield Case("linear", lambda: (normal(rows, h), *linear(h, h)), F.linear)
+
+    def plain(n: int, k: int) -> tuple[Any, ...]:
+        return normal(n, k, scale=k**-0.5), normal(n)
+
+    def added() -> tuple[Any, ...]:
+        return normal(rows, h), normal(rows, h), normal(h), normal(h), EPS, 0.0, None
+
+    feed_forward = reference.feed_forward
+    yield Case("linear", "linear", lambda: (normal(rows, h), *plain(h, h)), F.linear)
+    yield Case("added LayerNorm", "add_layer_norm", added, reference.add_layer_norm)
     yield Case(
-        "add_layer_norm",
-        lambda: (normal(rows, h), normal(rows, h), normal(h), normal(h), EPS, 0.0, None),
-        reference.add_layer_norm,
+        "feed-forward", "feed_forward", lambda: (normal(rows, h), *plain(i, h), *plain(h, i), "none"), feed_forward
     )
-    yield Case("feed_forward", lambda: (normal(rows, h), *linear(i, h), *linear(h, i), "none"), reference.feed_forward)
-    qkv = (rows, 3, sizes.heads, h // sizes.heads)
-    yield Case("attention_forward", lambda: (normal(*qkv), *sequences(), 0.0, None), attend, 1)
-    yield Case(
-        "embedding_layer_norm_backward", lambda: (normal(rows, h), *ids(), EPS), reference.embedding_layer_norm_backward
-    )
+    yield Case("attention", "attention_forward", lambda: (normal(*qkv), *sequences(), 0.0, None), attend, 1)
+    back = reference.embedding_layer_norm_backward
+    yield Case("embeddings, backward", back.__name__, lambda: (normal(rows, h), *ids(), EPS), back)
     if rows <= 2048:  # of labelled tokens there are few
 
         def labelled() -> tuple[Any, ...]:
-            return normal(rows, h), *linear(words, h), torch.randint(0, words, (rows,), device=device)
+            return normal(rows, h), *plain(words, h), torch.randint(0, words, (rows,), device=device)
 
-        def backward() -> tuple[Any, ...]:
+        def labelled_backward() -> tuple[Any, ...]:
             given = labelled()
-            grad = torch.rand(rows, device=device)
-            return grad, *given, ops.linear_cross_entropy(*given)[1]
+            return torch.rand(rows, device=device), *given, ops.linear_cross_entropy(*given)[1]
 
-        yield Case("linear_cross_entropy", labelled, reference.linear_cross_entropy)
-        yield Case("linear_cross_entropy_backward", backward, reference.linear_cross_entropy_backward)
+        loss, back = reference.linear_cross_entropy, reference.linear_cross_entropy_backward
+        yield Case("loss", loss.__name__, labelled, loss)
+        yield Case("loss, backward", back.__name__, labelled_backward, back)
 
 
 def _normal(*shape: int, device: Any, dtype: Any, scale: float = 1.0) -> Any:
@@ -351,7 +379,7 @@ def judge(case: Case) -> None:
     from fastbert import numerics, ops
 
     torch.manual_seed(0)
-    with torch.inference_mode():
+    with torch.no_grad():
         given = case.arguments()
         fused = _listed(getattr(ops, case.operation)(*given), case.results)
         stock = _listed(case.stock(*given), case.results)
@@ -365,22 +393,22 @@ def judge(case: Case) -> None:
 
 
 def gate(steps: Steps, section: str, shape: dict[str, int], rows: Sequence[int], device: Any, output: Path) -> None:
-    """Judges every operation at every number of rows; all are launched once before, which compiles them side by side."""
+    """Judges every operation at every number of rows; all are launched before, which compiles them side by side."""
     import torch
 
     from benchmarks import gates
     from fastbert import ops
 
     found = {
-        f"{number}: {case.operation}, {count} rows": case
+        f"{case.name}: {case.operation}, {count} rows": case
         for count in rows
-        for number, case in enumerate(cases(shape, count, device, section == "training"))
+        for case in cases(shape, count, device, section == "training")
     }
     log = gates.Log(output / "gates.jsonl", section, Path(__file__))
     log.plan({name: [f"{case.operation}.bfloat16"] for name, case in found.items()})
 
     def launched(case: Case) -> None:
-        with torch.inference_mode():
+        with torch.no_grad():
             getattr(ops, case.operation)(*case.arguments())
 
     def compile_all() -> None:
@@ -388,13 +416,20 @@ def gate(steps: Steps, section: str, shape: dict[str, int], rows: Sequence[int],
             for each in [pool.submit(launched, case) for case in found.values()]:
                 each.exception()  # its own step will tell
 
+    def judged(name: str, case: Case) -> None:
+        since, outcome = time.monotonic(), gates.FAILED
+        try:
+            judge(case)
+            outcome = gates.PASSED
+        finally:  # before the step is said to be done: a kill between the two repeats it
+            log.note(name, outcome, seconds=time.monotonic() - since)
+
+    for name in found:
+        if (section, name) in steps.wrong:  # hung, perhaps, or ended its process
+            log.note(name, gates.FAILED)
     steps.run(section, "compile", compile_all, STEP_S["compile"])
     for name, case in found.items():
-        if (section, name) in steps.begun:
-            continue
-        since = time.monotonic()
-        right = steps.run(section, name, lambda case=case: judge(case) or True)
-        log.note(name, gates.PASSED if right else gates.FAILED, seconds=time.monotonic() - since)
+        steps.run(section, name, functools.partial(judged, name, case))
 
 
 def forwards(steps: Steps, size: str, batch: int, device: Any, keep: Callable[[dict[str, Any]], None]) -> None:
@@ -404,27 +439,210 @@ def forwards(steps: Steps, size: str, batch: int, device: Any, keep: Callable[[d
     from fastbert.cli import bench
     from fastbert.cli.cases import workload
 
-    items = [workload("squad", batch), workload("dense512", batch), workload("dense128", 1)]
-    for peers in (("graphs", "torch-varlen"), ()):
-        names = [item.name + ("" if peers else ", fused alone") for item in items]
-        left = [item for item, name in zip(items, names, strict=True) if ("forwards", name) not in steps.begun]
-        if not left:
-            return
-        names = [name for name in names if ("forwards", name) not in steps.begun]
+    found = workload("squad", batch), workload("dense512", batch), workload("dense128", 1)
+    items = {item.name: item for item in found}
+    for peers, suffix in ((("graphs", "torch-varlen"), ""), ((), ", fused alone")):
+        names = [name for name in items if ("forwards", name + suffix) not in steps.begun]
+        names = [name for name in names if not suffix or ("forwards", name) in steps.wrong]
         minutes = 0.8 * (LIMITS["forwards"] - steps.spent.get("forwards", 0.0)) / 60
-        since = time.monotonic()
-        steps.begin("forwards", names[0], STEP_S["forwards"])
-        for record in bench.run(left, [size], [torch.bfloat16], device=device, minutes=minutes, peers=peers):
-            if not record["workload"] == left[len(left) - len(names)].name:
-                since = _next(steps, names, since)
+        measured = bench.run(
+            [items[name] for name in names], [size], [torch.bfloat16], device=device, minutes=minutes, peers=peers
+        )
+        record = None
+        for name in names:
+            steps.begin("forwards", name + suffix, STEP_S["forwards"])
+            since, status = time.monotonic(), "ok"
+            try:
+                record = record or next(measured)
+                while record is not None and record["workload"] == name:
+                    keep(record)
+                    steps.tell(bench.line(record))
+                    record = next(measured, None)
+            except StopIteration:
+                status = "ERROR: out of time"
+            except Exception as error:  # out of memory, say: this step's result
+                status = _status(error)
+            steps.end("forwards", name + suffix, status, since)
+            if status != "ok":
+                _check_device()
+
+
+def operators(
+    steps: Steps, size: str, rows: Sequence[int], device: Any, rates: Any, about: Any, keep: Callable[[Any], None]
+) -> None:
+    """Every product at every number of rows, the largest first, and attention; by ways of `benchmarks/variants.py`."""
+    import torch
+
+    from benchmarks import variants
+    from fastbert import ops
+    from fastbert.cli import counts, records
+    from fastbert.cli.cases import SHAPES
+    from fastbert.cli.problems import Sizes, problems
+    from fastbert.cli.tune import OK, OTHER_BITS, Candidate, Checker, Gpu
+    from fastbert.kernels import launch
+
+    shape, dtype = SHAPES[size], torch.bfloat16
+    sizes = Sizes(shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"])
+    work = [p for p in problems(sizes, dtype, launch.architecture(device)) if p.key[0] in ("linear", "attention")]
+    rig, checker = Gpu(device, sizes, dtype), Checker(work, device)
+    chosen = {problem.name: configurations(problem) for problem in work}
+
+    def compile_all() -> None:
+        """A round for each configuration: what `launch.use` is given is for the whole process."""
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            for round_ in itertools.zip_longest(*chosen.values()):
+                launch.use({p.key: config for p, config in zip(work, round_, strict=True) if config is not None})
+                jobs = [pool.submit(launched, problem) for problem, config in zip(work, round_, strict=True) if config]
+                for job in jobs:
+                    job.exception()  # its own step will tell
+        launch.use({})
+
+    def launched(problem: Any) -> None:
+        with torch.no_grad():
+            problem.call(*problem.arguments(problem.rows[0], device))
+
+    def measure(problem: Any, count: int) -> None:
+        arguments = rig.sets(problem, count)[0]
+        cost = counts.cost(problem.function, arguments, ops._SHAPES[problem.function](*arguments))
+        case = {
+            "what": f"variant {problem.name.split(',')[0]}",
+            "workload": f"{count} rows",
+            "size": size,
+            "shape": {
+                name: str(value)
+                for name, value in zip(launch.OPERATIONS[problem.key[0]].parameters(), problem.key[1:], strict=True)
+            },
+            "real_tokens": count,
+            "padded_tokens": count,
+        }
+        checked = []
+        for config in chosen[problem.name]:
+            library = config.variant == launch.LIBRARY
+            checked.append((Candidate(problem, config), OK if library else checker.check(problem.name, config)))
+        stock: list[float] = []
+        for name, call, status in variants.ways(problem, count, rig, checked):
+            samples: list[float] = []
+            if status == OK or status.startswith(OTHER_BITS):
+                samples, status = call(), "ok"
+            stock = samples if name == "stock" else stock
+            record = records.make(about, case, name, dtype, samples, stock, cost, rates, status)
             keep(record)
-            steps.tell(bench.line(record))
-        _next(steps, names, since)
-        return
+            if samples:
+                steps.tell(f"{problem.name}, {count} rows, {name}: {1e6 * record['median_s']:.0f} us")
+
+    steps.run("operators", "compile", compile_all, STEP_S["compile"])
+    with torch.no_grad():
+        for count in sorted(rows, reverse=True):
+            for problem, _ in variants.cases(work, [count]):
+                steps.run("operators", f"{problem.name}: {count} rows", functools.partial(measure, problem, count))
 
 
-def _next(steps: Steps, names: list[str], since: float) -> float:
-    steps.end("forwards", names.pop(0), "ok", since)
-    if names:
-        steps.begin("forwards", names[0], STEP_S["forwards"])
-    return time.monotonic()
+def configurations(problem: Any) -> list[Any]:
+    """What a product is compared in: shipped, cuBLAS, tiles of 128 x 128, persistent; attention as shipped."""
+    from fastbert.kernels import launch
+
+    shipped = problem.shipped()
+    if problem.key[0] != "linear":
+        return [shipped]
+    arch = problem.key[1]
+    found = [shipped, dataclasses.replace(shipped, variant=launch.LIBRARY)]
+    found += [c for c in launch.FEW_ROWS.get(arch, (0, ()))[1] if (c.block_m, c.block_n) == (128, 128)]
+    return list(dict.fromkeys([*found, *launch.LINEAR_CANDIDATES.get(arch, ())]))
+
+
+def measure(given: argparse.Namespace) -> int:
+    """All sections, in a process that touches the device. Returns the exit status."""
+    import torch
+
+    from benchmarks import gates
+    from fastbert.cli import cases as models
+    from fastbert.cli import records
+    from fastbert.cli.info import default_device
+    from fastbert.cli.machine import Machine, Rates, environment
+
+    output, device = given.output.resolve(), default_device(None)
+    steps = Steps(output, gates.key(Path(__file__)), json.loads(given.spent))
+    size, rows, batch, many = "large", (21222, 2048, 128), 128, (21222, 65536, 128)
+    if given.dry:
+        size, rows, batch, many = "tiny", (128, 37), 2, (2048, 128)
+        models.SHAPES["tiny"] = {
+            **{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+        }
+    found = [line for line in lines(steps.events) if line["event"] == "record" and line.get("key") == steps.key]
+    about = found[0]["record"] if found else environment(device)  # of one run all records have one date
+    about = {name: about[name] for name in environment(device)}
+    kept = [line["record"] for line in found]
+
+    def keep(record: dict[str, Any]) -> None:
+        record |= about
+        append(steps.events, {"event": "record", "key": steps.key, "record": record})
+        kept.append(record)
+        records.write(records.path_in(output, about), kept)
+
+    steps.tell(f"{about['device_name']}, driver {about['driver']}, torch {about['torch']}, triton {about['triton']}")
+    steps.tell(tell_prebuilt(output))
+
+    def measure_rates() -> None:
+        rates = Machine(device).rates(torch.bfloat16)
+        append(steps.events, {"event": "rates", "key": steps.key, "rates": list(rates)})
+        steps.tell(f"{rates.flops_per_s / 1e12:.1f} TFLOP/s, {rates.bytes_per_s / 1e12:.2f} TB/s")
+
+    try:
+        for section in given.sections:
+            if steps.spent.get(section, 0.0) >= LIMITS[section]:
+                continue
+            if section in ("gates", "training"):
+                gate(steps, section, models.SHAPES[size], rows, device, output)
+            elif section == "rates":
+                steps.run(section, "rates", measure_rates)
+            elif section == "forwards":
+                os.environ["FASTBERT_GATES"] = json.dumps(gates.verdicts(output / "gates.jsonl"))
+                forwards(steps, size, batch, device, keep)
+            elif device.type == "cuda":
+                told = [line["rates"] for line in lines(steps.events) if line["event"] == "rates"]
+                operators(steps, size, many, device, Rates(*told[-1]) if told else None, about, keep)
+    except Poisoned as error:
+        print(f"the device has failed: {error}", file=sys.stderr)
+        return 4
+    return 0
+
+
+def tell_prebuilt(output: Path) -> str:
+    """Whether kernels that were compiled elsewhere can be found here: Triton's wheel has to be the same."""
+    told = output / archive.CACHE / "prebuilt.json"
+    if not told.exists():
+        return "no prebuilt kernels: everything is compiled here"
+    from triton.runtime.cache import triton_key
+
+    wanted = json.loads(told.read_text(encoding="utf-8"))
+    if wanted["triton_key"] == triton_key():
+        return f"{wanted['kernels']} prebuilt kernels, of this very Triton"
+    return f"prebuilt kernels are of another Triton ({wanted['triton']}, Python {wanted['python']}): compiled here"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--minutes", type=float, default=5.0, help="for all of it; default: 5")
+    parser.add_argument("--sections", nargs="+", choices=list(LIMITS), default=list(LIMITS), metavar="NAME")
+    parser.add_argument(
+        "--restore", type=Path, metavar="FOLDER", help="with archives of an earlier call, to go on from"
+    )
+    parser.add_argument("--dry", action="store_true", help="tiny sizes")
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--spent", default="{}", help=argparse.SUPPRESS)
+    given = parser.parse_args(argv)
+    if given.measure:
+        return measure(given)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)  # so that what measures ends, too, and all is packed
+    os.environ["TRITON_CACHE_DIR"] = str(given.output.resolve() / archive.CACHE / "triton")
+    os.environ["XDG_CACHE_HOME"] = str(given.output.resolve() / archive.CACHE / "shipped")
+    return watch(given, sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,155 @@
+"""The first half hour on a GPU, without one: what is measured is kept, whatever hangs, fails or is killed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import archive, first, gates
+from fastbert.cli import records, report
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "OUT")}
+
+MEASURES = """
+import json, os, sys, time
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from benchmarks import first
+given = sys.argv[1:]
+spent = json.loads(given[given.index("--spent") + 1])
+steps = first.Steps(Path({output!r}), "k", spent)
+def hang():
+    time.sleep(600)
+def crash():
+    os._exit(7)
+def fail():
+    raise AssertionError("wrong")
+for section, name, call in [{steps}]:
+    if steps.spent.get(section, 0.0) < first.LIMITS[section]:
+        steps.run(section, name, call, 0.5 if call is hang else 20.0)
+"""
+
+
+def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: str, minutes: float = 1.0) -> tuple[int, Any]:
+    """The exit status of a run whose process takes those steps, and how each ended."""
+    script = tmp_path / "measure.py"
+    script.write_text(MEASURES.format(root=str(ROOT), output=str(tmp_path), steps=steps))
+    monkeypatch.setattr(first, "__file__", str(script))
+    monkeypatch.setattr(first, "PREBUILT", tmp_path / "none")
+    status = first.watch(argparse.Namespace(output=tmp_path, minutes=minutes, restore=None), [])
+    found = first.lines(tmp_path / "first.jsonl")
+    return status, {line["step"]: line.get("status", line.get("why")) for line in found if "step" in line}
+
+
+def test_what_hangs_or_crashes_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = (
+        "('gates', 'a', list), ('gates', 'b', hang), ('gates', 'c', crash), ('gates', 'd', fail), ('rates', 'e', list)"
+    )
+    status, found = watched(tmp_path, monkeypatch, steps)
+    ends = {"a": "ok", "b": "no end in the step's time", "c": "ended its process, status 7", "d": "FAILED: wrong"}
+    assert (status, found) == (1, ends | {"e": "ok"})
+    monkeypatch.setattr(first, "Child", None)  # none may be started: the same command has nothing left to do
+
+
+def test_a_section_has_a_deadline_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(first.LIMITS, "gates", 1.0)
+    slow = "lambda: time.sleep(0.7)"
+    steps = ", ".join(f"('gates', '{i}', {slow})" for i in range(6)) + ", ('rates', 'r', list)"
+    status, found = watched(tmp_path, monkeypatch, steps)
+    assert (status, found["0"], found["r"]) == (1, "ok", "ok")
+    assert "no end in its section's time" in found.values()
+    assert len(found) < 5
+
+
+def test_out_of_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    status, found = watched(tmp_path, monkeypatch, "('gates', 'a', list), ('gates', 'b', lambda: time.sleep(60))", 0.1)
+    assert (status, found) == (3, {"a": "ok", "b": "out of time"})
+    with tarfile.open(tmp_path / "out" / archive.MEASURED) as packed:
+        assert "first.jsonl" in packed.getnames()
+
+
+def command(output: Path, *more: str) -> list[str]:
+    return [sys.executable, str(ROOT / "benchmarks" / "first.py"), "--dry", "--output", str(output), *more]
+
+
+def started(output: Path, *more: str) -> subprocess.Popen[str]:
+    environment = {**ENVIRONMENT, "OUT": str(output / "out"), "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command(output, *more), env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_killed_at_any_second_it_goes_on(tmp_path: Path) -> None:
+    """On a CPU at tiny sizes: gates, rates and whole models; killed in the middle."""
+    sections = ["--sections", "gates", "rates", "forwards"]
+    for least in (20,):
+        run = started(tmp_path, *sections)
+        while run.poll() is None and len(first.lines(tmp_path / "first.jsonl")) < least:
+            time.sleep(0.02)
+        run.send_signal(signal.SIGTERM)
+        run.wait(60)
+        assert (tmp_path / "out" / archive.MEASURED).is_file()
+    before = first.lines(tmp_path / "first.jsonl")
+    said = started(tmp_path, *sections).communicate(timeout=300)[0]
+    found = first.lines(tmp_path / "first.jsonl")
+    assert found[: len(before)] == before
+    steps = [(line["section"], line["step"]) for line in found if line["event"] == "step"]
+    assert len(steps) == len(set(steps))  # nothing was done twice
+    assert {section for section, _ in steps} == {"gates", "rates", "forwards"}
+    assert "0 not right" in said
+    verdicts = gates.verdicts(tmp_path / "gates.jsonl")
+    assert set(verdicts.values()) == {gates.GREEN}
+    assert {"qkv_linear.bfloat16", "attention.bfloat16", "mask_layout.bfloat16"} <= set(verdicts)
+    (file,) = tmp_path.glob("*/*.json")
+    kept = records.load(file)
+    assert [line["record"] for line in found if line["event"] == "record"] == kept
+    workloads = ("squad b2", "dense512 b2", "dense128 b1")
+    timed = {(r["workload"], r["candidate"]) for r in kept if r["status"] == "ok"}
+    assert timed == {(name, way) for name in workloads for way in ("stock", "fused")}
+    assert len({(r["workload"], r["candidate"]) for r in kept}) == len(kept) == 12
+    assert all(f"| {name} |" in report.readme(kept) for name in workloads)
+    with tarfile.open(tmp_path / "out" / archive.MEASURED) as packed:
+        assert {"first.jsonl", "gates.jsonl", f"{file.parent.name}/{file.name}"} <= set(packed.getnames())
+
+
+def test_gates_cover_every_operation_but_fp8() -> None:
+    from fastbert import ops
+
+    found = set()
+    for train in (False, True):
+        shape = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128}
+        found |= {case.operation for case in first.cases(shape, 37, first_device(), train)}
+    assert {name for name in ops._OPERATORS if not name.endswith("_fp8")} <= found
+
+
+def first_device() -> Any:
+    import torch
+
+    return torch.device("cpu")
+
+
+def test_a_wrong_operation_is_a_red_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from fastbert import ops
+    from fastbert.kernels import reference
+
+    layer_norm = reference.layer_norm
+    monkeypatch.setitem(ops.CPU_BACKEND, "layer_norm", lambda *args: layer_norm(*args) * 1.01)
+    shape = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128}
+    steps = first.Steps(tmp_path, "k", {})
+    first.gate(steps, "gates", shape, (37,), torch.device("cpu"), tmp_path)
+    verdicts = gates.verdicts(tmp_path / "gates.jsonl")
+    red = {gate for gate, verdict in verdicts.items() if verdict == gates.RED}
+    assert red == {"layer_norm.bfloat16"}
+    assert json.loads((tmp_path / "first.jsonl").read_text().splitlines()[0])["status"] == "ok"
