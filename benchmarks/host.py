@@ -23,7 +23,7 @@ from transformers import BertConfig
 from transformers.models.bert import modeling_bert as hf
 
 import fastbert
-from fastbert import encoder, graphs, ops, support
+from fastbert import encoder, graphs, ops
 
 
 class Replay:
@@ -111,7 +111,8 @@ def main() -> None:
                 timed(what, functools.partial(model, ids, **given), options.calls)
         layers, fingerprint = model.encoder.layer, model.encoder.fastbert.graphs._fingerprint
         timed("of it: whether anything has changed", lambda: fingerprint.holds(layers), options.calls)
-        timed("without graphs: whether layers are covered", lambda: [*map(support.layer_is_unsupported, layers)], 50)
+        coverage = model.encoder.fastbert.coverage
+        timed("without graphs: whether layers are covered", lambda: coverage.look(model), options.calls)
 
 
 if __name__ == "__main__":

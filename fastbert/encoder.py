@@ -20,6 +20,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, ModelOutput
 
 from . import ops
+from .coverage import Coverage, Seen, before_layers
 from .fp8 import Fp8
 from .graphs import Graphs
 from .layer import default_positions, first_position
@@ -31,7 +32,6 @@ from .support import (
     is_asked,
     is_hooked,
     is_transformed,
-    layer_is_unsupported,
     relative_is_unsupported,
 )
 
@@ -83,6 +83,7 @@ class Settings:
         self.fp8 = fp8
         self.opaque_head = False
         self.counts = Counts()
+        self.coverage = Coverage()
 
 
 class Plan(NamedTuple):
@@ -95,6 +96,8 @@ class Plan(NamedTuple):
     """(layers, 3) int64, of the dropouts of each layer, drawn from torch's generator; None where none drops."""
     watched: bool = False
     """Whether something sees the hidden states between embeddings and output."""
+    weights: tuple[Any, ...] | None = None
+    """`Seen.weights`."""
     assumed: bool = False
     """Whether the layers were not looked at, but taken to be as they were: see `fastbert.graphs`."""
     config: Any = None
@@ -159,11 +162,13 @@ class FusedEncoder(_Module):
             )
         seeds = (None,) * len(plan.stock_layers) if plan.seeds is None else plan.seeds.unbind(0)
         infers: Any = [None] * len(seeds) if fp8 is None else fp8.plan(self.layer, plan.stock_layers)
-        for layer, stock, own_seeds, infer in zip(self.layer, plan.stock_layers, seeds, infers, strict=True):
+        known = plan.weights or (None,) * len(seeds)
+        every = zip(self.layer, plan.stock_layers, seeds, infers, known, strict=True)
+        for layer, stock, own_seeds, infer, weights in every:
             if stock:
                 hidden_states = layer(hidden_states, stock_mask, **kwargs)
             else:
-                hidden_states = layer(hidden_states, packing=packing, seeds=own_seeds, infer=infer)
+                hidden_states = layer(hidden_states, packing=packing, seeds=own_seeds, infer=infer, weights=weights)
         return self.output(last_hidden_state=packing.unpack(hidden_states))
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
@@ -183,8 +188,9 @@ class FusedEncoder(_Module):
         return super().train(mode)
 
     def _drop(self) -> None:
-        """Frees graphs and weights in 8 bits; they are made again where they are needed."""
-        for kept in (self.fastbert.graphs, self.fastbert.fp8) if hasattr(self, "fastbert") else ():
+        """Frees graphs, weights in 8 bits and what was found of layers; they are made again where they are needed."""
+        settings = getattr(self, "fastbert", None)
+        for kept in (settings.graphs, settings.fp8, settings.coverage) if settings is not None else ():
             if kept is not None:
                 kept.drop()
 
@@ -223,17 +229,19 @@ def plan_call(
     reason = call_is_unsupported(model, call)
     graphs = encoder.fastbert.graphs
     assumed = assumes and reason is None and graphs is not None and graphs.expects() and _is_repeatable(model, call)
-    reasons: list[str | None] = [None] * len(encoder.layer)
+    layers = len(encoder.layer)
+    seen = Seen((None,) * layers, (False,) * layers, (None,) * layers, False)
     if reason is None and not assumed:
-        reasons = [layer_is_unsupported(layer) for layer in encoder.layer]
-        if all(reasons):
-            reason = f"no layer can run fused: {reasons[0]}"
+        seen = encoder.fastbert.coverage.look(model)
+        if all(seen.stock):
+            reason = f"no layer can run fused: {seen.reasons[0]}"
+    mixed = any(seen.stock)
     if reason is None and encoder.relative:
-        reason = relative_is_unsupported(model, call, any(reasons))
+        reason = relative_is_unsupported(model, call, mixed)
     cu_seqlens = call.get("cu_seq_lens_q")
     if cu_seqlens is not None:
         packing = flattened(cu_seqlens, _shape(call)[1], call.get("cu_seq_lens_k"))
-        if reason is None and any(reasons):
+        if reason is None and mixed:
             reason = "a flattened call of a model with a layer that runs stock"
     if reason is None and _has_empty_sequence(model, call.get("attention_mask")):
         reason = "a sequence without a real token, under eager attention"
@@ -244,22 +252,22 @@ def plan_call(
             # Stock code would let the sequences of a flattened call attend to each other.
             call["attention_mask"] = _stock_isolation(model, cu_seqlens, _shape(call)[1], reason)
         return (), call
-    watched = not assumed and (cu_seqlens is None or graphs is not None) and _is_watched(model, call)
+    watched = seen.watched or (not assumed and is_asked(model, call, "output_hidden_states"))
     if cu_seqlens is None:
-        keeps_shape = any(reasons) or watched
+        keeps_shape = mixed or watched
         packing = _lay_out(model, call, reads._replace(reads_padding=keeps_shape or reads.reads_padding))
-    seeds = None if assumed else _draw_seeds(encoder.layer, reasons)
-    config = model.config if any(reasons) else None
-    call["plan"] = Plan(packing, tuple(map(bool, reasons)), seeds, watched, assumed, config)
+    seeds = None if assumed else _draw_seeds(encoder.layer, seen.stock)
+    config = model.config if mixed else None
+    call["plan"] = Plan(packing, seen.stock, seeds, watched, None if watched else seen.weights, assumed, config)
     return (), call
 
 
-def _draw_seeds(layers: Any, reasons: list[str | None]) -> Tensor | None:
+def _draw_seeds(layers: Any, stock: tuple[bool, ...]) -> Tensor | None:
     """Seeds for all dropouts of one forward, or None where none drops.
 
     Drawn once, and handed to the layers as arguments: one computed again for its gradients drops the same.
     """
-    fused = [layer for layer, reason in zip(layers, reasons, strict=True) if reason is None]
+    fused = [layer for layer, is_stock in zip(layers, stock, strict=True) if not is_stock]
     if not any(rate for layer in fused for rate in layer.dropouts()):
         return None
     device = next(layers.parameters()).device
@@ -344,25 +352,11 @@ def _stock_isolation(model: Any, cu_seqlens: Tensor, tokens: int, reason: str) -
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
-def _is_watched(model: Any, call: Mapping[str, Any]) -> bool:
-    """Whether something sees the hidden states between embeddings and output, and expects stock's shape."""
-    if is_asked(model, call, "output_hidden_states"):
-        return True
-    modules = (*_before_layers(model), *encoder_of(model).layer)
-    return any(is_hooked(module, called=True) for module in modules)
-
-
-def _before_layers(model: Any) -> list[nn.Module]:
-    """The modules that make the first hidden states."""
-    between = [module for name, module in model.named_children() if name == "embeddings_project"]  # ELECTRA's
-    return [*model.embeddings.modules(), *between]
-
-
 def _is_repeatable(model: Any, call: Mapping[str, Any]) -> bool:
     """Whether what runs before the layers can run twice and nobody sees it: without hooks, without dropout."""
     if is_asked(model, call, "output_hidden_states"):
         return False
-    return not any(module.training or is_hooked(module) for module in _before_layers(model))
+    return not any(module.training or is_hooked(module) for module in before_layers(model))
 
 
 def _lay_out(model: Any, call: dict[str, Any], reads: Reads) -> Packing:

@@ -64,6 +64,30 @@ class Shape(NamedTuple):
     """The method that computes the feed-forward."""
 
 
+Linear = tuple[Tensor, Tensor | None]
+"""A linear layer's weight and bias."""
+Norm = tuple[Tensor, Tensor, float]
+"""A LayerNorm's weight, bias and eps."""
+
+
+class Weights(NamedTuple):
+    """All that a layer reads in inference, looked up once: see `fastbert.coverage`."""
+
+    query: Linear
+    key: Linear
+    value: Linear
+    head_dim: int
+    scale: float
+    """Of attention's scores."""
+    context: Linear
+    context_norm: Norm
+    up: Linear
+    approximate: str
+    """As torch.nn.functional.gelu has it."""
+    down: Linear
+    down_norm: Norm
+
+
 class FusedLayer(_Module):
     """A layer of BERT's kind in seven launches."""
 
@@ -101,6 +125,20 @@ class FusedLayer(_Module):
         """Whether parameters say all that it computes in inference: no adapters, no activation with a state."""
         return type(self.activation()) in GELU and all(is_plain(linear, nn.Linear) for _, linear in self.linears())
 
+    def weights(self) -> Weights | None:
+        """All that it reads in inference, as it is now; None where it calls a submodule. It must be covered."""
+        if not self.is_static():
+            return None
+        linears: list[Any] = [linear for _, linear in self.linears()]
+        norms: list[Any] = [norm for _, norm in self.norms()]
+        query, key, value, context, up, down = ((linear.weight, linear.bias) for linear in linears)
+        context_norm, down_norm = ((norm.weight, norm.bias, norm.eps) for norm in norms)
+        head_dim = child(self, *self.shape.attention).attention_head_size
+        approximate = GELU[type(self.activation())]
+        return Weights(
+            query, key, value, head_dim, self.scale(), context, context_norm, up, approximate, down, down_norm
+        )
+
     def replaced_chunk(self) -> str | None:
         """The name of the method of the feed-forward, where somebody has replaced it on this layer."""
         *holder, name = self.shape.chunk
@@ -130,12 +168,13 @@ class FusedLayer(_Module):
         packing: Packing | None = None,
         seeds: Tensor | None = None,
         infer: Callable[[Any, Tensor, Packing], Tensor] | None = None,
+        weights: Weights | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """hidden_states (1, T, H) or (B, S, H), as `packing` lays out -> the same; stock without a `packing`.
 
         `seeds`, (3,) int64, are those of the three dropouts; None where none drops anything. `infer` runs in place of
-        `_infer`, given the layer as its first argument.
+        `_infer`, given the layer as its first argument. `weights` are its own, looked up already, or None.
         """
         if packing is None:
             stock: Tensor = super().forward(hidden_states, *args, **kwargs)
@@ -145,11 +184,13 @@ class FusedLayer(_Module):
         if trains or torch.is_autocast_enabled(x.device.type):
             x = self._train(x, packing, seeds)
         else:
-            x = self._infer(x, packing) if infer is None else infer(self, x, packing)
+            x = self._infer(x, packing, weights) if infer is None else infer(self, x, packing)
         return x.view_as(hidden_states)
 
-    def _infer(self, x: Tensor, packing: Packing) -> Tensor:
+    def _infer(self, x: Tensor, packing: Packing, weights: Weights | None) -> Tensor:
         """Seven launches, nothing kept."""
+        if weights is not None:
+            return _infer(weights, x, packing)
         shape = self.shape
         q, k, v = self.project(x).unbind(1)  # [T, heads, head_dim]
         sequences = packing.cu_seqlens, packing.key_mask, packing.max_seqlen
@@ -209,6 +250,22 @@ class FusedLayer(_Module):
             qkv = torch.stack([p(x) for p in projections], 1)
         head_dim = child(self, *shape.attention).attention_head_size
         return qkv.view(x.shape[0], 3, qkv.shape[2] // head_dim, head_dim)
+
+
+def _infer(weights: Weights, x: Tensor, packing: Packing) -> Tensor:
+    """`FusedLayer._infer` of a layer that calls no submodule."""
+    query, key, value, head_dim, scale, context, context_norm, up, approximate, down, down_norm = weights
+    qkv = ops.qkv_linear(x, *query, *key, *value)
+    q, k, v = qkv.view(x.shape[0], 3, qkv.shape[2] // head_dim, head_dim).unbind(1)
+    del qkv
+    attended = ops.attention(
+        q, k, v, packing.cu_seqlens, packing.key_mask, packing.max_seqlen, scale, packing.bias, packing.tiles
+    )
+    del q, k, v
+    x = ops.layer_norm(ops.linear_add(attended.flatten(1), *context, x), *context_norm)
+    del attended
+    expanded = ops.linear_gelu(x, *up, approximate)
+    return ops.layer_norm(ops.linear_add(expanded, *down, x), *down_norm)
 
 
 def _linear(linear: Any, x: Tensor) -> Tensor:

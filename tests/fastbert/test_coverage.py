@@ -1,0 +1,199 @@
+"""What was found of layers once, and whether a change since then is seen."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastbert
+from fastbert import coverage
+from tests import models
+
+from .test_graphs import CHANGES, SMALL
+
+
+def last(model: Any, **arguments: Any) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(input_ids=models.ids(3, 11), **arguments)[0]
+    return result
+
+
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Of every time that layers are looked at anew from now on, the model."""
+    seen: list[Any] = []
+    look = coverage.look
+    monkeypatch.setattr(coverage, "look", lambda model: (seen.append(model), look(model))[1])
+    return seen
+
+
+# More than graphs have to see: what decides whether a layer is covered at all.
+
+
+def doubled_context(model: Any, layer: Any) -> None:
+    layer.attention.output.dense.weight.data = layer.attention.output.dense.weight.data.double()
+    layer.attention.output.dense.forward = lambda x: (
+        2 * nn.functional.linear(x, layer.attention.output.dense.weight.float(), layer.attention.output.dense.bias)
+    )
+
+
+def parametrized(model: Any, layer: Any) -> None:
+    nn.utils.parametrizations.weight_norm(layer.output.dense)
+    with torch.no_grad():
+        layer.output.dense.parametrizations.weight.original0.mul_(3)
+
+
+def hook_brings_weights(model: Any, layer: Any) -> None:
+    """At each call, after layers were looked at: as offloading of one's own does."""
+
+    def bring(module: Any, args: Any) -> None:
+        module.output.dense.weight = nn.Parameter(module.output.dense.weight.detach() * 0.9)
+
+    layer.register_forward_pre_hook(bring)
+
+
+def attention_of_ones_own(model: Any, layer: Any) -> None:
+    class Halved(type(layer.attention)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().forward(*args, **kwargs)
+            return (out[0] * 0.5, *out[1:])
+
+    layer.attention.__class__ = Halved
+
+
+def new_attributes(model: Any, layer: Any) -> None:
+    """All of a module's, in a dictionary that equals the old one until it is changed."""
+    dense = layer.output.dense
+    dense.__dict__ = dict(dense.__dict__)
+    dense._forward_hooks = type(dense._forward_hooks)()
+    last(model)
+    dense.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def embeddings_hooked(model: Any, layer: Any) -> None:
+    model.embeddings.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+MORE = [
+    doubled_context,
+    parametrized,
+    hook_brings_weights,
+    attention_of_ones_own,
+    new_attributes,
+    embeddings_hooked,
+]
+
+
+@pytest.mark.parametrize("change", [c for c in CHANGES if c.__name__ != "unfused_and_fused"] + MORE)
+def test_no_change_goes_unnoticed(change: Callable[[Any, Any], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = models.seeded(**SMALL)
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    before = last(fused)
+    seen = looks(monkeypatch)
+    assert torch.equal(last(fused), before)
+    assert not seen
+    for model in (stock, fused):
+        with torch.no_grad():
+            change(model, model.encoder.layer[0])
+    expected = last(stock)
+    assert not torch.allclose(expected, before, atol=1e-3)  # the change is one that tells
+    torch.testing.assert_close(last(fused), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(last(fused), last(stock), rtol=1e-4, atol=1e-5)
+
+
+def test_a_hook_that_moves_from_a_layer_into_it_is_seen() -> None:
+    """Harmless where it was, as another sees the hidden states there; not where it is now."""
+    stock = models.seeded(**SMALL)
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    hook = lambda module, args, out: None  # noqa: E731
+    handle = fused.encoder.layer[0].register_forward_hook(hook)
+    last(fused), last(fused)
+    assert not fused.encoder.fastbert.coverage.look(fused).stock[0]
+    handle.remove()
+    fused.encoder.layer[0].attention.register_forward_hook(hook)
+    assert fused.encoder.fastbert.coverage.look(fused).stock[0]
+
+
+def test_written_weights_are_read_and_nothing_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = models.seeded(**SMALL)
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    last(fused)
+    seen = looks(monkeypatch)
+    for model in (stock, fused):
+        model.encoder.layer[1].output.dense.weight.data.mul_(2)
+        model.requires_grad_(False)
+        torch.manual_seed(0)
+        model.encoder.layer[0].output.LayerNorm.bias.data = torch.randn(32)
+    torch.testing.assert_close(last(fused), last(stock))
+    assert not seen
+
+
+def test_parameters_that_are_others_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Are right, and soon no longer compared."""
+    stock = models.seeded(**SMALL)
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    ids = {"input_ids": models.ids(3, 11)}
+    snapshots: list[Any] = []
+    snapshot = coverage.Snapshot
+    monkeypatch.setattr(coverage, "Snapshot", lambda groups: (snapshots.append(1), snapshot(groups))[1])
+    for i in range(20):
+        new = {name: p.detach() * (1 + 0.01 * i) for name, p in stock.named_parameters()}
+        with torch.no_grad():
+            found, expected = (torch.func.functional_call(m, new, (), ids)[0] for m in (fused, stock))
+        torch.testing.assert_close(found, expected)
+    assert len(snapshots) < 6
+    for _ in range(20):
+        torch.testing.assert_close(last(fused), last(stock))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_reads_its_own_weights(copied: Callable[[Any], Any]) -> None:
+    fused = fastbert.fuse(models.seeded(**SMALL))
+    before = last(fused)
+    twin = copied(fused)
+    with torch.no_grad():
+        twin.encoder.layer[0].output.dense.weight.mul_(2)
+    assert torch.equal(last(fused), before)
+    assert not torch.allclose(last(twin), before)
+
+
+def test_what_is_gone_is_not_kept() -> None:
+    """A model; and after a move, or with unfuse, weights that were replaced."""
+    fused = fastbert.fuse(models.seeded(**SMALL))
+    last(fused)
+    weight = weakref.ref(fused.encoder.layer[0].output.dense.weight)
+    fused.encoder.layer[0].output.dense.weight = nn.Parameter(torch.ones(32, 64))
+    fused.to(torch.float32)
+    assert weight() is None
+    last(fused)
+    weight = weakref.ref(fused.encoder.layer[0].output.dense.weight)
+    gc.disable()
+    try:
+        fused.encoder.layer[0].output.dense.weight = nn.Parameter(torch.ones(32, 64))
+        fastbert.unfuse(fused)
+        assert weight() is None
+        fastbert.fuse(fused)
+        last(fused)
+        weight = weakref.ref(fused.encoder.layer[0].output.dense.weight)
+    finally:
+        gc.enable()
+    del fused
+    gc.collect()
+    assert weight() is None
+
+
+def test_modules_of_torch_jit_are_looked_at_each_time() -> None:
+    fused = fastbert.fuse(models.seeded(**SMALL))
+    expected = last(fused)
+    dense = fused.encoder.layer[0].output.dense
+    fused.encoder.layer[0].output.dense = torch.jit.trace(dense, torch.ones(1, 64), check_trace=False)
+    for _ in range(2):
+        torch.testing.assert_close(last(fused), expected)
+    assert "output.dense" in fastbert.explain(fused).encoders[0].layers[0]
