@@ -34,7 +34,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fastbert import encoder, ops, packing
-from fastbert.kernels import reference
+from fastbert.kernels import compiled, reference
 
 MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 142, "sm_90": 132, "sm_100": 148, "sm_103": 160, "sm_120": 170}
 """Of an A100, A40, L40S, H100 or H200, B200, B300 and RTX 5090; of others, 48 as a GB10 has."""
@@ -136,12 +136,11 @@ class Compiled:
 
 def _forget() -> None:
     """Makes every kernel forget what it was compiled to, and for which device."""
+    compiled.forget()
     for module in _kernels():
         for value in vars(module).values():
             if isinstance(value, JITFunction):
                 value.device_caches.clear()
-            elif hasattr(value, "forget_launches"):
-                value.forget_launches()
 
 
 def _kernels() -> list[Any]:
@@ -175,8 +174,8 @@ def device(arch: str = "sm_90", compiles: bool = False) -> Iterator[Gpu]:
         gpu.compilations.append(Compilation(self.__name__, values, options, key))
         if compiles:
             return compile_it(self, key, signature, device, constexprs, options, *rest)
-        compiled = self.device_caches[device][0][key] = Compiled(gpu)
-        return compiled
+        kernel = self.device_caches[device][0][key] = Compiled(gpu)
+        return kernel
 
     stubs = {"architecture": lambda _: known_as, "multiprocessors": lambda _: MULTIPROCESSORS.get(arch, 48)}
     places: list[tuple[Any, str, Any]] = [

@@ -23,24 +23,30 @@ The recurrence and the backward are those of FlashAttention-2 (Dao, 2023, https:
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .compiled import Constants, run
 from .dependent import wait_for_previous
 from .dropout import checked_seed, draw_threshold, keep_scale, keep_tile, keep_tile_transposed
 from .launch import (
     SHORT,
+    Config,
     architecture,
     attention_backward_config,
     attention_config,
+    contiguous,
     dependent,
     input_precision,
+    is_dependent,
     of_bias,
     of_length,
     options,
+    planned,
 )
 from .quantize_fp8 import to_e4m3
 
@@ -48,9 +54,11 @@ from .quantize_fp8 import to_e4m3
 TILE_ROWS = tl.constexpr(128)
 # Sequences that a program of `tiles_kernel` takes at a time.
 TILES_BLOCK = 64
+TILES = Constants(BLOCK=TILES_BLOCK, num_warps=4)
+LOG2E = math.log2(math.e)
 
 
-@triton.jit(do_not_specialize=["sequences", "entries"])
+@triton.jit(do_not_specialize=["sequences", "entries"], do_not_specialize_on_alignment=["cu_seqlens_ptr"])
 def tiles_kernel(
     cu_seqlens_ptr,  # (sequences + 1,)
     tiles_ptr,  # (entries, 4) int32
@@ -88,9 +96,11 @@ def tiles_kernel(
 def locate(cu_seqlens_ptr, tiles_ptr, heads, max_seqlen, BLOCK: tl.constexpr):
     """Of the rows of a program: the head, the sequence, its first row and length, and where in it they start."""
     if tiles_ptr is None:
-        start = tl.program_id(0) * BLOCK
-        head = tl.program_id(1).to(tl.int64)
-        sequence = tl.program_id(2).to(tl.int64)
+        # All in one axis of the grid: the others end at 65,535.
+        blocks = tl.cdiv(max_seqlen, BLOCK)
+        start = tl.program_id(0) % blocks * BLOCK
+        head = (tl.program_id(0) // blocks % heads).to(tl.int64)
+        sequence = (tl.program_id(0) // blocks // heads).to(tl.int64)
         if cu_seqlens_ptr is None:
             row = sequence * max_seqlen
             length = max_seqlen
@@ -110,7 +120,13 @@ def locate(cu_seqlens_ptr, tiles_ptr, heads, max_seqlen, BLOCK: tl.constexpr):
     return head, sequence, row, length, start
 
 
-@triton.jit(do_not_specialize=["heads", "max_seqlen", "rows", "threshold", "bias_span"])
+@triton.jit(
+    do_not_specialize=[
+        *("heads", "max_seqlen", "rows", "threshold", "bias_span"),
+        *("scale_log2e", "kept_scale", "inverse_scale", "out_inverse_scale"),
+    ],
+    do_not_specialize_on_alignment=["cu_seqlens_ptr", "key_mask_ptr", "seed_ptr"],
+)
 def attention_kernel(
     q_ptr,
     k_ptr,
@@ -121,7 +137,7 @@ def attention_kernel(
     key_mask_ptr,  # None: every key takes part
     seed_ptr,  # of dropout, or None
     bias_ptr,  # (heads, 2 * bias_span - 1) float32, by how far the key is from the query; or None
-    tiles_ptr,  # (entries, 4) int32, as `attention_tiles` returns; None: the grid is of blocks, heads and sequences
+    tiles_ptr,  # (entries, 4) int32, as `attention_tiles` returns; None: programs are sequences x heads x blocks
     heads,
     max_seqlen,
     scale_log2e,  # scale * log2(e)
@@ -232,7 +248,13 @@ def attention_kernel(
     tl.store(out_tile_ptr + out_offs, out, mask=mask_q)
 
 
-@triton.jit(do_not_specialize=["heads", "rows", "max_seqlen", "threshold"])
+@triton.jit(
+    do_not_specialize=[
+        *("heads", "rows", "max_seqlen", "threshold"),
+        *("kept_scale", "keep_rate", "scale", "scale_log2e"),
+    ],
+    do_not_specialize_on_alignment=["cu_seqlens_ptr", "key_mask_ptr", "seed_ptr"],
+)
 def attention_backward_q_kernel(
     qkv_ptr,  # (rows, 3, heads, HEAD_DIM), rows stride_qt apart
     grad_ptr,  # (rows, heads, HEAD_DIM), contiguous
@@ -317,7 +339,10 @@ def attention_backward_q_kernel(
     tl.store(out_tile_ptr + out_offs, dq.to(dqkv_ptr.dtype.element_ty), mask=mask_q)
 
 
-@triton.jit(do_not_specialize=["heads", "rows", "max_seqlen", "threshold"])
+@triton.jit(
+    do_not_specialize=["heads", "rows", "max_seqlen", "threshold", "kept_scale", "scale", "scale_log2e"],
+    do_not_specialize_on_alignment=["cu_seqlens_ptr", "key_mask_ptr", "seed_ptr"],
+)
 def attention_backward_kv_kernel(
     qkv_ptr,  # all as in attention_backward_q_kernel
     grad_ptr,
@@ -523,7 +548,7 @@ def _checked(
             f"key_mask has shape {tuple(key_mask.shape)} and dtype {key_mask.dtype}; "
             f"expected {(batch, max_seqlen)} and torch.bool"
         )
-    return batch, key_mask.contiguous(), None
+    return batch, contiguous(key_mask), None
 
 
 def attention_tiles(cu_seqlens: Tensor, rows: int) -> Tensor:
@@ -542,16 +567,36 @@ def attention_tiles(cu_seqlens: Tensor, rows: int) -> Tensor:
     entries = rows // TILE_ROWS.value + sequences
     tiles = torch.empty((entries, 4), dtype=torch.int32, device=cu_seqlens.device)
     if sequences:
-        grid = (triton.cdiv(sequences, TILES_BLOCK),)
-        tiles_kernel[grid](cu_seqlens, tiles, sequences, entries, BLOCK=TILES_BLOCK, num_warps=4)
+        programs = -(-sequences // TILES_BLOCK)
+        run(tiles_kernel, (programs, 1, 1), (cu_seqlens, tiles, sequences, entries), TILES)
     return tiles
 
 
-def _grid(block: int, max_seqlen: int, heads: int, batch: int, tiles: Tensor | None) -> tuple[int, ...]:
+def _grid(block: int, max_seqlen: int, heads: int, batch: int, tiles: Tensor | None) -> tuple[int, int, int]:
     """Of programs of `block` rows, as `locate` reads it."""
     if tiles is not None:
-        return (tiles.shape[0] * (TILE_ROWS.value // block) * heads,)
-    return triton.cdiv(max_seqlen, block), heads, batch
+        return tiles.shape[0] * (TILE_ROWS.value // block) * heads, 1, 1
+    return -(-max_seqlen // block) * heads * batch, 1, 1
+
+
+@planned
+def _plan(
+    choose: Any, arch: str, dtype: torch.dtype, head_dim: int, short: bool, biased: bool, precision: str, early: bool
+) -> tuple[Config, Constants]:
+    """The configuration of `attention_kernel` and its constants; `short`: no sequence is longer than SHORT."""
+    config: Config = of_length(choose(arch, dtype, head_dim), SHORT if short else SHORT + 1)
+    if biased:
+        config = of_bias(config, arch)
+    constants = {
+        "HEAD_DIM": head_dim,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "INPUT_PRECISION": precision,
+        **options(config),
+        **dependent(arch),
+    }
+    return config, Constants(constants)
 
 
 def _launch_forward(
@@ -571,15 +616,17 @@ def _launch_forward(
 ) -> Tensor:
     rows, heads, head_dim = q.shape
     batch, key_mask, tiles = _checked(rows, cu_seqlens, key_mask, max_seqlen, scale, tiles)
-    dtype = q.dtype if out_scale is None else torch.float8_e4m3fn
-    out = torch.empty((rows, heads, head_dim), dtype=dtype, device=q.device)
+    if out_scale is None:
+        out = q.new_empty((rows, heads, head_dim))
+    else:
+        out = q.new_empty((rows, heads, head_dim), dtype=torch.float8_e4m3fn)
     if rows == 0:
         return out
-    arch = architecture(q.device)
-    config = of_length(attention_config(arch, q.dtype, head_dim), max_seqlen)
-    if bias is not None:
-        config = of_bias(config, arch)
-    attention_kernel[_grid(config.block_m, max_seqlen, heads, batch, tiles)](
+    arch, dtype, short = architecture(q.device), q.dtype, max_seqlen <= SHORT
+    precision, early = input_precision(dtype), is_dependent(arch)
+    config, constants = _plan(attention_config, arch, dtype, head_dim, short, bias is not None, precision, early)
+    (stride_qt, stride_qh, _), (stride_kt, stride_kh, _), (stride_vt, stride_vh, _) = q.stride(), k.stride(), v.stride()
+    arguments = (
         q,
         k,
         v,
@@ -592,27 +639,21 @@ def _launch_forward(
         tiles,
         heads,
         max_seqlen,
-        scale * math.log2(math.e),
-        q.stride(0),
-        q.stride(1),
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
+        scale * LOG2E,
+        stride_qt,
+        stride_qh,
+        stride_kt,
+        stride_kh,
+        stride_vt,
+        stride_vh,
         rows,
         draw_threshold(dropout),
         keep_scale(dropout),
         0 if bias is None else (bias.shape[1] + 1) // 2,
         1 / scale,
         1.0 if out_scale is None else 1 / out_scale,
-        HEAD_DIM=head_dim,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        INPUT_PRECISION=input_precision(q.dtype),
-        **options(config),
-        **dependent(q.device),
     )
+    run(attention_kernel, _grid(config.block_m, max_seqlen, heads, batch, tiles), arguments, constants)
     return out
 
 
@@ -661,6 +702,22 @@ def attention_forward(
     return out, stats
 
 
+@planned
+def _backward_plan(
+    choose: Any, arch: str, dtype: torch.dtype, head_dim: int, precision: str
+) -> tuple[Config, Constants, Constants]:
+    """The configuration of the backward, and the constants of its two kernels: who holds block_m walks block_n."""
+    config: Config = choose(arch, dtype, head_dim)
+    shared = {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "INPUT_PRECISION": precision,
+        **options(config),
+    }
+    by_queries = Constants({**shared, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n})
+    return config, by_queries, Constants({**shared, "BLOCK_N": config.block_m, "BLOCK_M": config.block_n})
+
+
 def attention_backward(
     grad: Tensor,
     qkv: Tensor,
@@ -689,35 +746,16 @@ def attention_backward(
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     if rows == 0:
         return dqkv
-    grad, out, stats = grad.contiguous(), out.contiguous(), stats.contiguous()
+    grad, out, stats = contiguous(grad), contiguous(out), contiguous(stats)
     delta = torch.empty(heads, rows, dtype=torch.float32, device=qkv.device)
-    config = attention_backward_config(architecture(qkv.device), qkv.dtype, head_dim)
+    arch, dtype = architecture(qkv.device), qkv.dtype
+    config, by_queries, by_keys = _backward_plan(
+        attention_backward_config, arch, dtype, head_dim, input_precision(dtype)
+    )
     grid = _grid(config.block_m, max_seqlen, heads, batch, tiles)
-    layout = (cu_seqlens, key_mask, seed, tiles, heads, rows, max_seqlen, draw_threshold(dropout), keep_scale(dropout))
-    scales = (scale, scale * math.log2(math.e))
-    constants = {
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "INPUT_PRECISION": input_precision(qkv.dtype),
-        **options(config),
-    }
-    attention_backward_q_kernel[grid](
-        *(qkv, grad, out, stats, delta, dqkv),
-        *layout,
-        1 - dropout,
-        *scales,
-        qkv.stride(0),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        **constants,
-    )
-    attention_backward_kv_kernel[grid](
-        *(qkv, grad, stats, delta, dqkv),
-        *layout,
-        *scales,
-        qkv.stride(0),
-        BLOCK_N=config.block_m,
-        BLOCK_M=config.block_n,
-        **constants,
-    )
+    layout = cu_seqlens, key_mask, seed, tiles, heads, rows, max_seqlen, draw_threshold(dropout), keep_scale(dropout)
+    last = float(scale), scale * LOG2E, qkv.stride(0)
+    queries = (qkv, grad, out, stats, delta, dqkv, *layout, 1.0 - dropout, *last)
+    run(attention_backward_q_kernel, grid, queries, by_queries)
+    run(attention_backward_kv_kernel, grid, (qkv, grad, stats, delta, dqkv, *layout, *last), by_keys)
     return dqkv

@@ -15,15 +15,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .compiled import Constants, run
 from .launch import VOCABULARY_BLOCK
 from .reference import matmul
 
 # Rows whose logits are held at once: for a vocabulary of 30,522 in 16 bits, 125 MB.
 ROWS = 2048
+BACKWARD = Constants(BLOCK_N=VOCABULARY_BLOCK, num_warps=4)
+# debug also turns on a check of every integer addition; the assertion below is the only one wanted.
+FORWARD = Constants(BACKWARD, sanitize_overflow=False)
 
 
 # debug: the device assertion is compiled in.
-@triton.jit(debug=True)
+@triton.jit(debug=True, do_not_specialize_on_alignment=["labels_ptr", "loss_ptr", "lse_ptr"])
 def cross_entropy_kernel(
     logits_ptr,  # (R, width), contiguous
     labels_ptr,  # (R,) int64
@@ -54,7 +58,7 @@ def cross_entropy_kernel(
     tl.store(lse_ptr + row, lse)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["labels_ptr", "lse_ptr", "grad_ptr"])
 def cross_entropy_backward_kernel(
     logits_ptr,  # (R, width), contiguous: logits, and then their gradients
     labels_ptr,  # (R,) int64
@@ -114,17 +118,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, labels:
     for start in range(0, x.shape[0], ROWS):
         rows = slice(start, start + ROWS)
         logits = _logits(x[rows], weight, bias)
-        cross_entropy_kernel[(logits.shape[0],)](
-            logits,
-            labels[rows],
-            loss[rows],
-            lse[rows],
-            logits.shape[1],
-            BLOCK_N=VOCABULARY_BLOCK,
-            num_warps=4,
-            # debug also turns on a check of every integer addition; the assertion above is the only one wanted.
-            sanitize_overflow=False,
-        )
+        arguments = logits, labels[rows], loss[rows], lse[rows], logits.shape[1]
+        run(cross_entropy_kernel, (logits.shape[0], 1, 1), arguments, FORWARD)
     return loss, lse
 
 
@@ -148,9 +143,8 @@ def linear_cross_entropy_backward(
     for start in range(0, x.shape[0], ROWS):
         rows = slice(start, start + ROWS)
         logits = _logits(x[rows], rounded, offset)
-        cross_entropy_backward_kernel[(logits.shape[0],)](
-            logits, labels[rows], lse[rows], grad[rows], logits.shape[1], BLOCK_N=VOCABULARY_BLOCK, num_warps=4
-        )
+        arguments = logits, labels[rows], lse[rows], grad[rows], logits.shape[1]
+        run(cross_entropy_backward_kernel, (logits.shape[0], 1, 1), arguments, BACKWARD)
         if bias is not None:
             dbias += logits.sum(0, dtype=torch.float32)
         dx[rows] = matmul(logits, rounded, x.dtype)

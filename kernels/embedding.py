@@ -10,13 +10,16 @@ out of bounds in any case, and where assertions do nothing (the interpreter) the
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .layer_norm import normalize, normalize_backward
+from .compiled import Constants, run
+from .layer_norm import _backward_plan, normalize, normalize_backward
 
 
 @triton.jit
@@ -50,7 +53,11 @@ def _embed(
 
 
 # debug: device assertions are compiled in.
-@triton.jit(debug=True)
+@triton.jit(
+    debug=True,
+    do_not_specialize=["eps"],
+    do_not_specialize_on_alignment=["input_ids_ptr", "token_type_ids_ptr", "position_ids_ptr"],
+)
 def embedding_kernel(
     input_ids_ptr,  # (T,) int64
     token_type_ids_ptr,  # (T,) int64
@@ -98,7 +105,10 @@ def embedding_kernel(
     tl.store(out_ptr + row * width + cols, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(
+    do_not_specialize=["rows", "eps"],
+    do_not_specialize_on_alignment=["input_ids_ptr", "token_type_ids_ptr", "position_ids_ptr"],
+)
 def embedding_backward_kernel(
     grad_ptr,  # (rows, width), contiguous
     input_ids_ptr,  # (rows,) int64, as are the next two; within their tables, or the forward had failed
@@ -154,6 +164,13 @@ def embedding_backward_kernel(
     tl.store(dbias_ptr + offs, dbias, mask=mask)
 
 
+@launch.planned
+def _plan(choose: Any, dtype: torch.dtype, width: int) -> Constants:
+    config = choose(dtype, width)
+    # debug also turns on a check of every integer addition; the assertions above are the only ones wanted.
+    return Constants(BLOCK_H=config.block_n, num_warps=config.num_warps, sanitize_overflow=False)
+
+
 def _check(
     input_ids: Tensor,
     token_type_ids: Tensor,
@@ -202,27 +219,10 @@ def embedding_layer_norm(
     out = torch.empty(rows, width, dtype=word.dtype, device=word.device)
     if out.numel() == 0:
         return out
-    config = launch.row_config(word.dtype, width)
-    embedding_kernel[(rows,)](
-        input_ids.contiguous(),
-        token_type_ids.contiguous(),
-        position_ids.contiguous(),
-        word.contiguous(),
-        token_type.contiguous(),
-        position.contiguous(),
-        weight.contiguous(),
-        bias.contiguous(),
-        out,
-        word.shape[0],
-        token_type.shape[0],
-        position.shape[0],
-        width,
-        eps,
-        BLOCK_H=config.block_n,
-        num_warps=config.num_warps,
-        # debug also turns on a check of every integer addition; the assertions above are the only ones wanted.
-        sanitize_overflow=False,
-    )
+    tensors = input_ids, token_type_ids, position_ids, word, token_type, position, weight, bias
+    numbers = word.shape[0], token_type.shape[0], position.shape[0], width, float(eps)
+    constants = _plan(launch.row_config, word.dtype, width)
+    run(embedding_kernel, (rows, 1, 1), (*map(launch.contiguous, tensors), out, *numbers), constants)
     return out
 
 
@@ -247,30 +247,12 @@ def embedding_layer_norm_backward(
     if grad.shape != (rows, width):
         raise ValueError(f"grad has shape {tuple(grad.shape)}; expected {(rows, width)}")
     dtotal = torch.empty(rows, width, dtype=word.dtype, device=word.device)
-    config = launch.row_backward_config(word.dtype, width)
-    programs = triton.cdiv(rows, config.block_m)
+    config, constants = _backward_plan(launch.row_backward_config, word.dtype, width)
+    programs = -(-rows // config.block_m)
     dweight, dbias = (torch.empty(programs, width, dtype=torch.float32, device=word.device) for _ in range(2))
     if dtotal.numel():
-        embedding_backward_kernel[(programs,)](
-            grad.contiguous(),
-            input_ids.contiguous(),
-            token_type_ids.contiguous(),
-            position_ids.contiguous(),
-            word.contiguous(),
-            token_type.contiguous(),
-            position.contiguous(),
-            weight.contiguous(),
-            dtotal,
-            dweight,
-            dbias,
-            rows,
-            word.shape[0],
-            token_type.shape[0],
-            position.shape[0],
-            width,
-            eps,
-            ROWS=config.block_m,
-            BLOCK_H=config.block_n,
-            num_warps=config.num_warps,
-        )
+        tensors = grad, input_ids, token_type_ids, position_ids, word, token_type, position, weight
+        numbers = rows, word.shape[0], token_type.shape[0], position.shape[0], width, float(eps)
+        arguments = (*map(launch.contiguous, tensors), dtotal, dweight, dbias, *numbers)
+        run(embedding_backward_kernel, (programs, 1, 1), arguments, constants)
     return dtotal, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(weight.dtype)

@@ -66,7 +66,9 @@ class _Operation(NamedTuple):
 OPERATIONS: dict[str, _Operation] = {}
 """What the functions below choose for, by name: "linear" is `linear_config`."""
 _tuned: dict[tuple[Any, ...], Config] = {}
+_plans: list[Any] = []
 _Choose = TypeVar("_Choose", bound=Callable[..., Config])
+_Plan = TypeVar("_Plan", bound=Callable[..., Any])
 _Table = TypeVar("_Table")
 
 
@@ -89,6 +91,16 @@ def _tunable(*free: str) -> Callable[[_Choose], _Choose]:
     return decorate
 
 
+def planned(plan: _Plan) -> _Plan:
+    """Caches a function of hashable arguments that makes ready what launches of one kind share, until `use` is called.
+
+    What it calls to choose a configuration is among its arguments: tests have others choose.
+    """
+    cached = functools.cache(plan)
+    _plans.append(cached)
+    return cached  # type: ignore[return-value]
+
+
 def use(configurations: Mapping[tuple[Any, ...], Config]) -> None:
     """From now on these come before the tables, in place of what an earlier call gave; {} is the tables alone.
 
@@ -100,6 +112,8 @@ def use(configurations: Mapping[tuple[Any, ...], Config]) -> None:
     _tuned = dict(configurations)
     for operation in OPERATIONS.values():
         operation.choice.cache_clear()
+    for plan in _plans:
+        plan.cache_clear()
 
 
 def in_use() -> dict[tuple[Any, ...], Config]:
@@ -145,19 +159,34 @@ DEPENDENT: set[str] = set()
 Unmeasured, and so none."""
 
 
-def dependent(device: torch.device) -> dict[str, bool]:
-    """What a launch adds to its arguments for programmatic dependent launch; nothing where that is off."""
-    on = architecture(device) in DEPENDENT if DEPENDENT else False
-    return {"DEPENDENT": True, "launch_pdl": True} if on else {}
+def is_dependent(arch: str) -> bool:
+    """Whether `arch` has programmatic dependent launch on."""
+    return arch in DEPENDENT
+
+
+def dependent(arch: str) -> dict[str, bool]:
+    """What a launch adds to its constants for programmatic dependent launch; nothing where that is off."""
+    return {"DEPENDENT": True, "launch_pdl": True} if is_dependent(arch) else {}
+
+
+def float32_precision() -> str:
+    """How PyTorch multiplies float32 on NVIDIA GPUs: "tf32", or another word, by which it is IEEE.
+
+    Whatever set it: `torch.set_float32_matmul_precision`, `torch.backends.cuda.matmul.allow_tf32`, or `fp32_precision`
+    of `torch.backends` and what is below; each of their own getters fails where another has been used.
+    """
+    precision: str = torch.backends.cuda.matmul.fp32_precision
+    return precision
 
 
 def input_precision(dtype: torch.dtype) -> str:
     """How the products of a kernel's matrix multiplications are taken: "ieee" or, for float32 where allowed, "tf32".
 
-    As stock does: float32 follows `torch.get_float32_matmul_precision()`, on NVIDIA GPUs.
+    As stock does: by `float32_precision`, on NVIDIA GPUs.
     """
-    exact = dtype != torch.float32 or torch.version.hip or torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if exact else "tf32"
+    if dtype is not torch.float32 or torch.version.hip or float32_precision() != "tf32":
+        return "ieee"
+    return "tf32"
 
 
 def options(config: Config) -> dict[str, int]:
@@ -169,6 +198,16 @@ def options(config: Config) -> dict[str, int]:
 def contiguous_rows(x: Tensor) -> Tensor:
     """`x` itself, whose rows may be any distance apart, or a copy where its rows aren't contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def contiguous(x: Tensor) -> Tensor:
+    """`Tensor.contiguous`, which takes several times as long to give a contiguous tensor back."""
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x`, contiguous and in `dtype`: itself where it is."""
+    return contiguous(x if x.dtype is dtype else x.to(dtype))
 
 
 # Attention: by architecture, then (bytes of an element, head_dim rounded up to a power of two). Not measured yet: the
@@ -517,4 +556,4 @@ VOCABULARY_BLOCK = 4096
 """Columns of the vocabulary that a program of `cross_entropy` takes at a time, in four warps. Unmeasured."""
 
 MASK_LAYOUT = Config(1, 1024, 0, 8, 1)
-"""The one program that lays out a mask takes `block_n` rows at a time: twice as many spill on sm_120. Unmeasured."""
+"""A program that lays out a mask takes `block_n` rows at a time: twice as many spill on sm_120. Unmeasured."""

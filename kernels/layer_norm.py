@@ -8,12 +8,15 @@ statistics and dropout again, a few rows a program, and adds up the gradients of
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .compiled import Constants, run
 from .dependent import wait_for_previous
 from .dropout import checked_seed, draw_threshold, keep_row, keep_scale
 
@@ -64,7 +67,10 @@ def _total(x_ptr, residual_ptr, row, cols, mask, stride_xm, stride_rm, keep, kep
     return x
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(
+    do_not_specialize=["eps", "threshold", "kept_scale"],
+    do_not_specialize_on_alignment=["seed_ptr"],
+)
 def layer_norm_kernel(
     x_ptr,  # (T, width), rows stride_xm apart
     residual_ptr,  # (T, width), rows stride_rm apart, or None
@@ -94,7 +100,10 @@ def layer_norm_kernel(
     tl.store(out_ptr + row * width + cols, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "threshold"])
+@triton.jit(
+    do_not_specialize=["rows", "eps", "threshold", "kept_scale"],
+    do_not_specialize_on_alignment=["seed_ptr"],
+)
 def add_layer_norm_backward_kernel(
     grad_ptr,  # (rows, width), contiguous
     x_ptr,  # (rows, width), rows stride_xm apart
@@ -155,35 +164,36 @@ def _check(x: Tensor, residual: Tensor | None, *vectors: tuple[str, Tensor]) -> 
         raise ValueError(f"residual has shape {tuple(residual.shape)}; expected {(rows, width)}, the shape of x")
 
 
+@launch.planned
+def _plan(choose: Any, arch: str, dtype: torch.dtype, width: int, early: bool) -> Constants:
+    config = choose(dtype, width)
+    return Constants(BLOCK_H=config.block_n, num_warps=config.num_warps, **launch.dependent(arch))
+
+
+@launch.planned
+def _backward_plan(choose: Any, dtype: torch.dtype, width: int) -> tuple[launch.Config, Constants]:
+    config: launch.Config = choose(dtype, width)
+    return config, Constants(ROWS=config.block_m, BLOCK_H=config.block_n, num_warps=config.num_warps)
+
+
 def _launch(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dropout: float, seed: Tensor | None
 ) -> Tensor:
     _check(x, residual, ("weight", weight), ("bias", bias))
     seed = checked_seed(dropout, seed)
     rows, width = x.shape
-    out = torch.empty(rows, width, dtype=x.dtype if residual is None else residual.dtype, device=x.device)
-    if out.numel() == 0:
+    out = (x if residual is None else residual).new_empty((rows, width))
+    if not rows or not width:
         return out
-    config = launch.row_config(x.dtype, width)
-    x = launch.contiguous_rows(x)
-    residual = None if residual is None else launch.contiguous_rows(residual)
-    layer_norm_kernel[(rows,)](
-        x,
-        residual,
-        weight.contiguous(),
-        bias.contiguous(),
-        seed,
-        out,
-        width,
-        x.stride(0),
-        0 if residual is None else residual.stride(0),
-        eps,
-        draw_threshold(dropout),
-        keep_scale(dropout),
-        BLOCK_H=config.block_n,
-        num_warps=config.num_warps,
-        **launch.dependent(x.device),
-    )
+    arch = launch.architecture(x.device)
+    constants = _plan(launch.row_config, arch, x.dtype, width, launch.is_dependent(arch))
+    x, stride_rm = launch.contiguous_rows(x), 0
+    if residual is not None:
+        residual = launch.contiguous_rows(residual)
+        stride_rm = residual.stride(0)
+    tensors = x, residual, launch.contiguous(weight), launch.contiguous(bias), seed, out
+    numbers = width, x.stride(0), stride_rm, float(eps), draw_threshold(dropout), keep_scale(dropout)
+    run(layer_norm_kernel, (rows, 1, 1), (*tensors, *numbers), constants)
     return out
 
 
@@ -239,30 +249,13 @@ def add_layer_norm_backward(
     same = seed is None and x.dtype == residual.dtype
     dx = torch.empty((0,) if same else (rows, width), dtype=x.dtype, device=x.device)
     dresidual = torch.empty(rows, width, dtype=residual.dtype, device=x.device)
-    config = launch.row_backward_config(x.dtype, width)
-    programs = triton.cdiv(rows, config.block_m)
+    config, constants = _backward_plan(launch.row_backward_config, x.dtype, width)
+    programs = -(-rows // config.block_m)
     dweight, dbias = (torch.empty(programs, width, dtype=torch.float32, device=x.device) for _ in range(2))
     if dresidual.numel():
         x, residual = launch.contiguous_rows(x), launch.contiguous_rows(residual)
-        add_layer_norm_backward_kernel[(programs,)](
-            grad.contiguous(),
-            x,
-            residual,
-            weight.contiguous(),
-            seed,
-            None if same else dx,
-            dresidual,
-            dweight,
-            dbias,
-            rows,
-            width,
-            x.stride(0),
-            residual.stride(0),
-            eps,
-            draw_threshold(dropout),
-            keep_scale(dropout),
-            ROWS=config.block_m,
-            BLOCK_H=config.block_n,
-            num_warps=config.num_warps,
-        )
+        given = launch.contiguous(grad), x, residual, launch.contiguous(weight), seed
+        made = None if same else dx, dresidual, dweight, dbias
+        numbers = rows, width, x.stride(0), residual.stride(0), float(eps), draw_threshold(dropout), keep_scale(dropout)
+        run(add_layer_norm_backward_kernel, (programs, 1, 1), (*given, *made, *numbers), constants)
     return dx, dresidual, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(weight.dtype)

@@ -5,7 +5,7 @@ names in `reference`: same arguments, same result, on a GPU. They share one kern
 a product whose epilogue is GELU's derivative; the other gradients are plain products, and torch's.
 
 Products accumulate in float32, the epilogue runs in float32, and there is one rounding, at the store. float32 inputs
-are multiplied as `torch.get_float32_matmul_precision()` says: IEEE under "highest", TF32 otherwise.
+are multiplied as PyTorch is set to on CUDA (`launch.float32_precision`): IEEE by default, or TF32.
 
 K is never split, and is added up in one order whatever the tile, so a row of the result is bitwise the same whatever
 other rows are in the batch; `launch.FEW_ROWS` says what that takes.
@@ -13,13 +13,15 @@ other rows are in the batch; `launch.FEW_ROWS` says what that takes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch
+from .compiled import Constants, Descriptor, run
 from .dependent import wait_for_previous
 
 
@@ -319,6 +321,36 @@ def linear_persistent_kernel(
         )
 
 
+@launch.planned
+def _plan(
+    choose: Any,
+    arch: str,
+    dtype: torch.dtype,
+    n: int,
+    k: int,
+    segments: int,
+    rows: int,
+    gelu: str,
+    precision: str,
+    early: bool,
+) -> tuple[launch.Config, Constants, Constants]:
+    """The configuration of a product, the constants of `linear_persistent_kernel`, and those of `linear_kernel`."""
+    config: launch.Config = choose(arch, dtype, n, k, segments, rows)
+    shared = {
+        "SEGMENTS": segments,
+        "GELU": gelu,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        **launch.dependent(arch),
+    }
+    by_pointers = Constants({**shared, "EVEN_K": k % config.block_k == 0, "INPUT_PRECISION": precision})
+    return config, Constants(shared), by_pointers
+
+
 def _launch(
     x: Tensor,
     weights: tuple[Tensor, ...],
@@ -328,56 +360,60 @@ def _launch(
     pre: Tensor | None = None,
 ) -> Tensor:
     """Launches the kernel over the columns of `weights`, side by side; `gelu` is "", "none" or "tanh"."""
-    (m, k), n = x.shape, weights[0].shape[0]
-    for weight, bias in zip(weights, biases, strict=True):
+    m, k = x.shape
+    n, segments, dtype = weights[0].shape[0], len(weights), x.dtype
+    # As they come from nn.Linear, in one dtype, and from the other operators, nothing below copies anything.
+    operands: list[Tensor | None] = []
+    for weight in weights:
         if weight.shape != (n, k):
             raise ValueError(f"weight has shape {tuple(weight.shape)}; expected {(n, k)} for x of shape {(m, k)}")
-        if bias is not None and bias.shape != (n,):
+        operands.append(launch.operand(weight, dtype))
+    added: list[Tensor | None] = []
+    for bias in biases:
+        if bias is None:
+            added.append(None)
+            continue
+        if bias.shape != (n,):
             raise ValueError(f"bias has shape {tuple(bias.shape)}; expected {(n,)}")
-    if residual is not None and residual.shape != (m, n):
-        raise ValueError(f"residual has shape {tuple(residual.shape)}; expected {(m, n)}")
-    out = torch.empty(m, len(weights) * n, dtype=x.dtype, device=x.device)
-    if out.numel() == 0:
+        added.append(launch.operand(bias, dtype))
+    stride_rm = 0
+    if residual is not None:
+        if residual.shape != (m, n):
+            raise ValueError(f"residual has shape {tuple(residual.shape)}; expected {(m, n)}")
+        residual = launch.contiguous_rows(residual)
+        stride_rm = residual.stride(0)
+    out = x.new_empty((m, segments * n))
+    if not m or not n:
         return out
-    config = launch.linear_config(launch.architecture(x.device), x.dtype, n, k, len(weights), launch.row_class(m))
-    # As they come from nn.Linear, in one dtype, and from the other operators, none of these copies anything.
+    arch, precision = launch.architecture(x.device), launch.input_precision(dtype)
+    early = launch.is_dependent(arch)
+    config, shared, by_pointers = _plan(
+        launch.linear_config, arch, dtype, n, k, segments, launch.row_class(m), gelu, precision, early
+    )
     x = launch.contiguous_rows(x)
-    w0, w1, w2 = (*(weight.to(x.dtype).contiguous() for weight in weights), None, None)[:3]
-    b0, b1, b2 = (*(None if bias is None else bias.to(x.dtype).contiguous() for bias in biases), None, None)[:3]
-    residual = None if residual is None else launch.contiguous_rows(residual)
+    if segments == 1:
+        operands += (None, None)
+        added += (None, None)
     if config.variant == launch.LIBRARY:
-        return _by_library(x, (w0, w1, w2), (b0, b1, b2), gelu, residual, pre, out)
-    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n) * len(weights)
-    given = b0, b1, b2, residual, pre, out, m, n, k
-    stride_rm = 0 if residual is None else residual.stride(0)
-    options = {
-        "SEGMENTS": len(weights),
-        "GELU": gelu,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "GROUP_M": config.group_m,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        **launch.dependent(x.device),
-    }
-    if config.variant == "persistent" and all(w is None or _descriptor_fits(w) for w in (x, w0, w1, w2)):
-        x_desc = TensorDescriptor(x, [m, k], [x.stride(0), 1], [config.block_m, config.block_k])
+        return _by_library(x, operands, added, gelu, residual, pre, out)
+    tiles = -(-m // config.block_m) * -(-n // config.block_n) * segments
+    if config.variant == "persistent" and all(w is None or _descriptor_fits(w) for w in (x, *operands)):
         w_block = [config.block_n, config.block_k]
-        w_descs = (None if w is None else TensorDescriptor(w, [n, k], [k, 1], w_block) for w in (w0, w1, w2))
+        descriptors = [None if w is None else Descriptor(w, w_block) for w in operands]
+        x_desc = Descriptor(x, [config.block_m, config.block_k])
         programs = min(tiles, config.programs * launch.multiprocessors(x.device)) if config.programs else tiles
-        linear_persistent_kernel[(programs,)](x_desc, *w_descs, *given, stride_rm, **options)
+        arguments = (x_desc, *descriptors, *added, residual, pre, out, m, n, k, stride_rm)
+        run(linear_persistent_kernel, (programs, 1, 1), arguments, shared)
     else:
-        even, precision = k % config.block_k == 0, launch.input_precision(x.dtype)
-        options |= {"EVEN_K": even, "INPUT_PRECISION": precision}
-        linear_kernel[(tiles,)](x, w0, w1, w2, *given, x.stride(0), stride_rm, **options)
+        arguments = (x, *operands, *added, residual, pre, out, m, n, k, x.stride(0), stride_rm)
+        run(linear_kernel, (tiles, 1, 1), arguments, by_pointers)
     return out
 
 
 def _by_library(
     x: Tensor,
-    weights: tuple[Tensor | None, ...],
-    biases: tuple[Tensor | None, ...],
+    weights: list[Tensor | None],
+    biases: list[Tensor | None],
     gelu: str,
     residual: Tensor | None,
     pre: Tensor | None,
@@ -473,7 +509,7 @@ def feed_forward(
         ValueError: shapes that don't fit together, or another `approximate` than "none" or "tanh".
     """
     _check_approximate(approximate)
-    pre = torch.empty(x.shape[0], weight1.shape[0], dtype=x.dtype, device=x.device)
+    pre = x.new_empty((x.shape[0], weight1.shape[0]))
     act = _launch(x, (weight1,), (bias1,), approximate, pre=pre)
     return _launch(act, (weight2,), (bias2,)), pre
 
@@ -545,6 +581,25 @@ def linear_gelu_backward_kernel(
         tl.store(act_ptr + corner + offs, act.to(act_ptr.dtype.element_ty), mask=mask)
 
 
+@launch.planned
+def _backward_plan(
+    choose: Any, arch: str, dtype: torch.dtype, n: int, k: int, gelu: str, precision: str
+) -> tuple[launch.Config, Constants]:
+    config: launch.Config = choose(arch, dtype, n, k)
+    constants = {
+        "GELU": gelu,
+        "EVEN_K": k % config.block_k == 0,
+        "INPUT_PRECISION": precision,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    return config, Constants(constants)
+
+
 def linear_gelu_backward(grad: Tensor, weight: Tensor, pre: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
     """Back through `gelu(pre) @ weight.T`: grad (T, N), weight (N, I), pre (T, I).
 
@@ -561,29 +616,14 @@ def linear_gelu_backward(grad: Tensor, weight: Tensor, pre: Tensor, approximate:
             f"weight has shape {tuple(weight.shape)} and pre {tuple(pre.shape)}; "
             f"expected {(k, n)} and {(m, n)} for grad of shape {(m, k)}"
         )
-    dpre, act = (torch.empty(m, n, dtype=pre.dtype, device=pre.device) for _ in range(2))
+    dpre, act = pre.new_empty((m, n)), pre.new_empty((m, n))
     if dpre.numel() == 0:
         return dpre, act
-    config = launch.linear_backward_config(launch.architecture(grad.device), grad.dtype, n, k)
+    dtype = grad.dtype
+    arch, precision = launch.architecture(grad.device), launch.input_precision(dtype)
+    config, constants = _backward_plan(launch.linear_backward_config, arch, dtype, n, k, approximate, precision)
     grad = launch.contiguous_rows(grad)
-    linear_gelu_backward_kernel[(triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)](
-        grad,
-        weight.to(grad.dtype).contiguous(),
-        pre.contiguous(),
-        dpre,
-        act,
-        m,
-        n,
-        k,
-        grad.stride(0),
-        GELU=approximate,
-        EVEN_K=k % config.block_k == 0,
-        INPUT_PRECISION=launch.input_precision(grad.dtype),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        GROUP_M=config.group_m,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    operands = grad, launch.operand(weight, dtype), launch.contiguous(pre), dpre, act
+    tiles = -(-m // config.block_m) * -(-n // config.block_n)
+    run(linear_gelu_backward_kernel, (tiles, 1, 1), (*operands, m, n, k, grad.stride(0)), constants)
     return dpre, act

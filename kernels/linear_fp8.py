@@ -14,19 +14,22 @@ other rows are in the batch; `launch.FEW_ROWS` says what that takes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .compiled import Constants, run
 from .dependent import wait_for_previous
 from .linear import gelu_erf, gelu_erf_16, gelu_tanh, load_bias, order_tiles
 from .quantize_fp8 import INTERPRETED, from_e4m3, to_e4m3
 
 
 # m is not specialized: one compiled kernel for every number of rows.
-@triton.jit(do_not_specialize=["m"])
+@triton.jit(do_not_specialize=["m", "inverse_scale"])
 def linear_fp8_kernel(
     x_ptr,  # (m, k) e4m3, contiguous
     w_ptr,  # (n, k) e4m3, contiguous
@@ -115,6 +118,24 @@ def linear_fp8_kernel(
             tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@launch.planned
+def _plan(choose: Any, arch: str, n: int, k: int, rows: int, gelu: str, early: bool) -> tuple[launch.Config, Constants]:
+    config: launch.Config = choose(arch, n, k, rows)
+    constants = {
+        "GELU": gelu,
+        "EVEN_K": k % config.block_k == 0,
+        "EXACT_K": min(launch.FP8_EXACT_K, config.block_k),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        **launch.dependent(arch),
+    }
+    return config, Constants(constants)
+
+
 def _launch(
     x: Tensor,
     row_scale: Tensor | None,
@@ -142,35 +163,33 @@ def _launch(
         raise ValueError(f"residual has shape {tuple(residual.shape)}; expected {(m, n)}")
     if scale is not None and not scale > 0:
         raise ValueError(f"scale is {scale}; expected a positive number")
-    out = torch.empty(m, n, dtype=dtype if scale is None else torch.float8_e4m3fn, device=x.device)
-    if out.numel() == 0:
+    out = x.new_empty((m, n), dtype=dtype if scale is None else torch.float8_e4m3fn)
+    if not m or not n:
         return out
-    config = launch.linear_fp8_config(launch.architecture(x.device), n, k, launch.row_class(m))
-    residual = None if residual is None else launch.contiguous_rows(residual)
-    linear_fp8_kernel[(triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)](
-        x.contiguous(),
-        weight.contiguous(),
-        None if row_scale is None else row_scale.contiguous(),
-        col_scale.contiguous(),
-        None if bias is None else bias.contiguous(),
+    arch = launch.architecture(x.device)
+    config, constants = _plan(
+        launch.linear_fp8_config, arch, n, k, launch.row_class(m), gelu, launch.is_dependent(arch)
+    )
+    stride_rm = 0
+    if residual is not None:
+        residual = launch.contiguous_rows(residual)
+        stride_rm = residual.stride(0)
+    arguments = (
+        launch.contiguous(x),
+        launch.contiguous(weight),
+        None if row_scale is None else launch.contiguous(row_scale),
+        launch.contiguous(col_scale),
+        None if bias is None else launch.contiguous(bias),
         residual,
         out,
         m,
         n,
         k,
-        0 if residual is None else residual.stride(0),
+        stride_rm,
         1.0 if scale is None else 1 / scale,
-        GELU=gelu,
-        EVEN_K=k % config.block_k == 0,
-        EXACT_K=min(launch.FP8_EXACT_K, config.block_k),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        GROUP_M=config.group_m,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        **launch.dependent(x.device),
     )
+    tiles = -(-m // config.block_m) * -(-n // config.block_n)
+    run(linear_fp8_kernel, (tiles, 1, 1), arguments, constants)
     return out
 
 

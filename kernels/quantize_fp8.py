@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .compiled import run
 from .dependent import wait_for_previous
-from .layer_norm import normalize
+from .layer_norm import _plan, normalize
 
 # The interpreter truncates where it should round to e4m3, makes a number of its NaN, and multiplies no 8-bit numbers:
 # there conversions are spelled out, and products are taken of float32.
@@ -58,7 +59,7 @@ def own_scale(largest):
     return tl.div_rn(largest, 448.0), tl.div_rn(448.0, largest)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["eps", "inverse_scale"])
 def quantize_fp8_kernel(
     x_ptr,  # (T, width), rows stride_xm apart
     weight_ptr,  # (width,) of LayerNorm, or None: no LayerNorm
@@ -103,23 +104,22 @@ def _launch(
     normal = torch.empty((0,) if weight is None else (rows, width), dtype=x.dtype, device=x.device)
     scales = torch.empty(rows if scale is None else 0, dtype=torch.float32, device=x.device)
     if out.numel():
-        config = launch.row_config(x.dtype, width)
+        arch = launch.architecture(x.device)
+        constants = _plan(launch.row_config, arch, x.dtype, width, launch.is_dependent(arch))
         x = launch.contiguous_rows(x)
-        quantize_fp8_kernel[(rows,)](
+        arguments = (
             x,
-            None if weight is None else weight.contiguous(),
-            None if bias is None else bias.contiguous(),
+            None if weight is None else launch.contiguous(weight),
+            None if bias is None else launch.contiguous(bias),
             None if weight is None else normal,
             out,
             scales if scale is None else None,
             width,
             x.stride(0),
-            eps,
+            float(eps),
             1.0 if scale is None else 1 / scale,
-            BLOCK_H=config.block_n,
-            num_warps=config.num_warps,
-            **launch.dependent(x.device),
         )
+        run(quantize_fp8_kernel, (rows, 1, 1), arguments, constants)
     return normal, out, scales
 
 

@@ -40,8 +40,8 @@ FAULTS = {
     ),
     "a swapped stride": Fault(
         "kernels/attention.py",
-        "        q.stride(0),\n        q.stride(1),\n",
-        "        q.stride(1),\n        q.stride(0),\n",
+        "        stride_qt,\n        stride_qh,\n        stride_kt,\n        stride_kh,\n        stride_vt,",
+        "        stride_qh,\n        stride_qt,\n        stride_kt,\n        stride_kh,\n        stride_vt,",
         KERNELS,
     ),
     "scale off by sqrt(2)": Fault(

@@ -69,7 +69,7 @@ from fastbert.kernels.launch import (
 )
 from fastbert.kernels.layer_norm import add_layer_norm_backward_kernel, layer_norm_kernel
 from fastbert.kernels.linear_fp8 import linear_fp8_kernel
-from fastbert.kernels.padding import gather_rows_kernel, mask_layout_kernel
+from fastbert.kernels.padding import PROGRAMS, gather_rows_kernel, mask_counts_kernel, mask_layout_kernel
 from fastbert.kernels.quantize_fp8 import quantize_fp8_kernel
 from tests.kernels.main_loop import main_loop, matrix
 
@@ -582,18 +582,27 @@ def _cross_entropy(arch: str, full: bool) -> Iterator[Spec]:
 
 
 def _mask_layout() -> Iterator[Spec]:
-    for labels in (None, "*i64"):
+    shared = {
+        "mask_ptr": "*i1",
+        "counts_ptr": "*i32",
+        "totals_ptr": "*i64",
+        "batch": 32,
+        "seqlen": 384,
+        "group": 16,
+        "BLOCK": MASK_LAYOUT.block_n,
+        "PROGRAMS": PROGRAMS,
+    }
+    yield Spec(variant="mask counts", kernel=mask_counts_kernel, arguments=shared, config=MASK_LAYOUT, matrix=False)
+    for labels, counts in itertools.product((None, "*i64"), (None, "*i32")):
         yield Spec(
-            variant="mask layout" + (" with labels" if labels else ""),
+            variant="mask layout" + (" with labels" if labels else "") + (" of many rows" if counts else ""),
             kernel=mask_layout_kernel,
             arguments={
-                "mask_ptr": "*i1",
+                **shared,
                 "labels_ptr": labels,
+                "counts_ptr": counts,
                 "cu_seqlens_ptr": "*i32",
-                **{f"{name}_ptr": "*i64" for name in ("indices", "inverse", "totals")},
-                "batch": 32,
-                "seqlen": 384,
-                "BLOCK": MASK_LAYOUT.block_n,
+                **{f"{name}_ptr": "*i64" for name in ("indices", "inverse")},
             },
             config=MASK_LAYOUT,
             matrix=False,
@@ -664,7 +673,7 @@ def _source(spec: Spec) -> ASTSource:
             signature[p.name], constants[p.name] = "constexpr", value
         elif isinstance(value, str):
             signature[p.name] = value
-            if value.startswith("*"):
+            if value.startswith("*") and not p.do_not_specialize_on_alignment:
                 attributes[(p.num,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[p.name] = "fp32"

@@ -61,11 +61,13 @@ def test_compiles_without_spills_within_shared_memory(rows: list[dict[str, Any]]
 
 
 def test_every_kernel_is_among_them(rows: list[dict[str, Any]]) -> None:
-    """A kernel is a function launched over a grid, `name[grid](...)`; its file is the op it goes by.
+    """A kernel is a function launched over a grid, `run(name, grid, ...)`; its file is the op it goes by.
 
     8-bit numbers are for the architectures that have them, and of those sm_89 is compiled for them alone.
     """
-    files = {path.stem for path in (ROOT / "kernels").glob("*.py") if re.search(r"_kernel\[", path.read_text())}
+    files = {
+        path.stem for path in (ROOT / "kernels").glob("*.py") if re.search(r"\brun\(\w+_kernel,", path.read_text())
+    }
     fp8 = {file for file in files if file.endswith("_fp8")}
     assert fp8
     fp8.add("attention_fp8")  # of attention's own kernel

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from fastbert.kernels import compiled, reference
 from fastbert.kernels import padding as kernel
-from fastbert.kernels import reference
 
 # Bits are moved, not multiplied: the interpreter does bfloat16 as well.
 dtypes = [torch.float32, torch.float16, torch.bfloat16]
@@ -76,7 +77,7 @@ def test_an_index_out_of_range_is_asserted(name: str, index: int, device: str, m
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (1, 37), (7, 19), (3, 4096), (70, 130)])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (1, 37), (7, 19), (3, 4096), (70, 130), (9000, 1), (1100, 16)])
 @pytest.mark.parametrize("module", modules)
 def test_mask_layout(module: object, shape: tuple[int, int], seed: int, device: str) -> None:
     """By boolean indexing, sequence by sequence."""
@@ -119,6 +120,29 @@ def test_mask_layout_of_rows_apart(module: object, device: str) -> None:
     assert not wide.is_contiguous()
     for a, b in zip(module.mask_layout(wide, None), module.mask_layout(mask, None), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_mask_of_many_rows_is_laid_out_by_many_programs(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which each takes whole sequences; a small one is left to one launch."""
+    grids: list[int] = []
+
+    def run(found: object, grid: tuple[int, int, int], *rest: Any) -> None:
+        grids.append(grid[0])
+        compiled.run(found, grid, *rest)
+
+    monkeypatch.setattr(kernel, "run", run)
+    for batch, seqlen, expected in ((64, 128, [1]), (65, 128, [3, 3]), (2, 8192, [2, 2]), (4000, 3, [3, 3])):
+        mask = make_mask(batch, seqlen, device).view(batch, seqlen)
+        for a, b in zip(kernel.mask_layout(mask, None), reference.mask_layout(mask.cpu(), None), strict=True):
+            assert torch.equal(a.cpu(), b)
+        assert grids == expected
+        grids.clear()
+    monkeypatch.setattr(kernel, "ROWS", 4)
+    monkeypatch.setattr(kernel, "PROGRAMS", 16)  # of 25 that the rows would be enough for
+    mask = make_mask(50, 2, device).view(50, 2)
+    for a, b in zip(kernel.mask_layout(mask, None), reference.mask_layout(mask.cpu(), None), strict=True):
+        assert torch.equal(a.cpu(), b)
+    assert grids == [13, 13]
 
 
 def test_mask_layout_names_labels_of_another_shape(device: str) -> None:
