@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests import gates
+
 # Before anything imports triton, which reads it once.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -29,11 +31,17 @@ kernel_dtypes = [torch.float32, torch.float16, pytest.param(torch.bfloat16, mark
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
     parser.addoption("--data", type=Path, metavar="FOLDER", help="run the tests on data sets, too, which lie there")
+    gates.add_options(parser)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU, or runs on one where there is one; `-m gpu` selects these")
     config.addinivalue_line("markers", "slow: takes minutes; runs only with --slow")
+    config.addinivalue_line(
+        "markers", "gates(*names): what it covers, where its file and dtype don't tell; see gates.py"
+    )
+    if config.getoption("--gates") is not None:
+        config.pluginmanager.register(gates.Gates(config), "gates")
     if importlib.util.find_spec("hypothesis"):
         from hypothesis import HealthCheck, Phase, settings
 

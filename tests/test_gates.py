@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,169 @@ def test_a_line_that_was_cut_off_takes_no_other_along(file: Path) -> None:
         torn.write(json.dumps({"check": "b", "outcome": PASSED})[:12])
     gates.append(file, [{"check": "c", "outcome": PASSED}])
     assert set(gates.read(file)) == {"a", "c"}
+
+
+# The plugin, over a device made of a flag: `break_it()` is an illegal access, after which nothing works any more.
+STAND_IN = """
+import benchmarks.gates, pathlib, pytest, torch
+from tests import gates
+
+benchmarks.gates.ROOT = pathlib.Path.cwd()
+broken = []
+
+def synchronize():
+    if broken:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, synchronize
+pytest_addoption = gates.add_options
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gates(*names): ")
+    config.pluginmanager.register(gates.Gates(config), "gates")
+"""
+TESTS = """
+import pathlib, time
+import pytest, torch
+import stand_in
+
+def ran(name):
+    with open("ran", "a") as file:
+        file.write(f"{name} ")
+    stand_in.synchronize()
+
+@pytest.mark.parametrize("i", range(4))
+def test_before(i):
+    ran(f"before{i}")
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_faulty(dtype):
+    ran("faulty")
+    if dtype == torch.bfloat16 and not pathlib.Path("mended").exists():
+        stand_in.broken.append(1)  # an asynchronous fault: nothing here says so
+
+@pytest.mark.gates("other.float32")
+def test_backward():
+    ran("after")
+
+@pytest.mark.parametrize("i", range(8))
+def test_slow(i):
+    time.sleep(0.1)
+    ran(f"slow{i}")
+
+def test_hangs():
+    if pathlib.Path("hang").exists():
+        time.sleep(600)
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    (tmp_path / "test_op.py").write_text(TESTS)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    return tmp_path
+
+
+def start(project: Path, *arguments: str) -> subprocess.Popen[str]:
+    path = os.pathsep.join([str(ROOT), str(project), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1"}
+    environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "stand_in", "--gates", "gates.jsonl", *arguments]
+    return subprocess.Popen(command, cwd=project, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def ran(project: Path) -> list[str]:
+    """What has run since it was asked last."""
+    file = project / "ran"
+    found = file.read_text().split() if file.exists() else []
+    file.unlink(missing_ok=True)
+    return found
+
+
+def noted(project: Path) -> dict[str, str]:
+    return {name.partition("::")[2]: line["outcome"] for name, line in gates.read(project / "gates.jsonl").items()}
+
+
+def test_a_device_that_has_failed_fails_one_test(project: Path) -> None:
+    """The one that broke it, whose own process ends; a new one runs the others. Then that one alone runs again."""
+    process = start(project, "-n", "1", "--max-worker-restart", "4")
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 1
+    assert "DeviceFailed: CUDA error: an illegal memory access" in said
+    outcomes = noted(project)
+    assert {name for name, outcome in outcomes.items() if outcome != PASSED} == {"test_faulty[dtype0]"}
+    assert outcomes["test_faulty[dtype0]"] == FAILED
+    assert len(outcomes) == 16
+    assert len(ran(project)) == 15
+    (project / "mended").touch()
+    process = start(project, "-n", "1")
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert ran(project) == ["faulty"]
+    assert set(noted(project).values()) == {PASSED}
+    process = start(project, "-n", "1")
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert ran(project) == []
+
+
+def test_without_workers_the_same_command_goes_on(project: Path) -> None:
+    process = start(project)
+    assert "the device has failed; the same command goes on" in process.communicate(timeout=120)[0]
+    assert process.returncode == 2
+    assert ran(project) == ["before0", "before1", "before2", "before3", "faulty"]
+    process = start(project)
+    process.communicate(timeout=120)
+    # What broke it comes last.
+    assert ran(project) == ["faulty", "after", *(f"slow{i}" for i in range(8)), "faulty"]
+    verdicts = {}
+    for line in gates.read(project / "gates.jsonl").values():
+        for gate in line["gates"]:
+            verdicts.setdefault(gate, set()).add(line["outcome"])
+    assert verdicts == {
+        "op.any": {PASSED},
+        "op.bfloat16": {FAILED},
+        "op.float16": {PASSED},
+        "other.float32": {PASSED},
+    }
+
+
+def test_tests_of_some_gates_alone(project: Path) -> None:
+    start(project, "--covering", "*.float16", "--covering", "other.*").communicate(timeout=120)
+    assert ran(project) == ["faulty", "after"]
+    assert set(noted(project)) == {"test_faulty[dtype1]", "test_backward"}
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["alone", "workers"])
+def test_killed_at_any_moment_what_passed_is_kept(workers: tuple[str, ...], project: Path) -> None:
+    """Ended by force as soon as a third and a fifth slow test began: none that was noted runs again."""
+    (project / "mended").touch()
+    times = []
+    for count in (3, 2):
+        process = start(project, "-k", "slow", *workers)
+        while not (project / "ran").exists() or len((project / "ran").read_text().split()) < count:
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+        time.sleep(1)  # a worker sees that it is alone
+        kept = {name for name, outcome in noted(project).items() if outcome == PASSED}
+        times.append(ran(project))
+        assert len(kept) >= sum(map(len, times)) - 2 * len(times) > 0
+    start(project, "-k", "slow", *workers).communicate(timeout=120)
+    times.append(ran(project))
+    assert {name for each in times for name in each} == {f"slow{i}" for i in range(8)}
+    assert sum(map(len, times)) <= 8 + 2 * 2
+    assert set(noted(project).values()) == {PASSED}
+
+
+def test_one_that_hangs_is_ended_and_the_others_run(project: Path) -> None:
+    pytest.importorskip("pytest_timeout")
+    (project / "mended").touch()
+    (project / "hang").touch()
+    process = start(
+        project, "-n", "1", "--timeout", "5", "--timeout-method", "thread", "-k", "hangs or after or backward"
+    )
+    process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert noted(project) == {"test_backward": PASSED, "test_hangs": FAILED}
