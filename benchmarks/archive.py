@@ -2,6 +2,7 @@
 
     python -m benchmarks.archive pack benchmarks/results FOLDER      # FOLDER/measured.tar.gz, FOLDER/caches.tar.gz
     python -m benchmarks.archive restore FOLDER benchmarks/results
+    python -m benchmarks.archive commit                              # notes the commit for a copy without .git
 
 A machine that is lent gives back a few files of a few megabytes. `measured.tar.gz` holds progress, gates, records and
 logs; `caches.tar.gz` what is in cache/: users' caches and what Triton compiled, of that the binaries, which suffice.
@@ -29,6 +30,8 @@ LEFT_OUT = "LEFT_OUT.txt"
 LOG_BYTES = 2**20
 """Of a log, its end."""
 CACHE = "cache"
+CARRIED = Path(__file__).resolve().parent.parent / "build" / "gpu-cache"
+"""Where archives lie that were taken along."""
 GROUP = "__grp__"
 """How Triton's names of the files begin that tell, by absolute paths, where a kernel's other files are."""
 # What a compiled kernel is loaded from is its binary and its JSON; these are for who reads them.
@@ -162,11 +165,17 @@ def _replace(path: Path, content: bytes) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("pack", "restore"))
-    parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path)
+    parser.add_argument("what", choices=("pack", "restore", "commit"))
+    parser.add_argument("source", type=Path, nargs="?")
+    parser.add_argument("target", type=Path, nargs="?")
     given = parser.parse_args(argv)
-    if given.what == "restore":
+    if given.what == "commit":
+        from fastbert.cli.machine import NOTED, note_commit
+
+        print(f"{note_commit()} noted in {NOTED}")
+    elif given.source is None or given.target is None:
+        parser.error(f"{given.what} takes two folders")
+    elif given.what == "restore":
         print(f"{len(restore(given.source, given.target)):,} files restored")
     else:
         for line in pack(given.source, given.target):

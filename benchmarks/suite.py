@@ -1,18 +1,26 @@
 """Everything there is to measure on one machine, the most important first: `make gpu`, `make bench`.
 
-    python benchmarks/suite.py [--only STEP ...] [--minutes 10] [--output benchmarks/results] [--list]
+    python benchmarks/suite.py [--only STEP ...] [--minutes 10] [--output benchmarks/results] [--archive DIR] [--list]
 
-Every step is a process of its own and writes its records as it goes, and what it says into OUTPUT/logs. On a GPU the
-first are the tests that need one, all of them, and nothing is timed while one is red. What is done is noted in
-OUTPUT/progress.json by a hash of the sources, so that the same command goes on where it was stopped, on another machine
-too where that file is taken along, and starts over where code changed; --only repeats a step. A step that outlasts the
-time left is interrupted and keeps what it wrote. Steps run with the shipped launch configurations, whatever the user's
-cache holds, but for those that say "tuned". Exit status: 0 all done, 1 a step failed, 3 out of time.
+Every step is a process of its own and writes its records as it goes, and what it says into OUTPUT/logs. On a GPU
+benchmarks/first.py comes first, which checks every operation and times the headline; then the tests in bfloat16, what
+they prove, and the other tests. Checks and tests note what they found in OUTPUT/gates.jsonl, by operation and dtype
+(gates.py). A row is timed unless one of its gates is red: red fp8 closes the rows of fp8 alone. Rows measured before
+their tests ran say so, are judged again when these have, and are published once their gates are green.
+
+The same command goes on where it was stopped, killed at any moment or not, on another machine too: tests by what
+passed, one by one, steps by OUTPUT/progress.json. Each starts over where sources it depends on changed; --only repeats
+a step. A step that outlasts the time left is interrupted and keeps what it wrote. With --archive, or OUT in the
+environment, OUTPUT is packed into two files in that folder, as it goes and at the end (archive.py); archives that lie
+there, or in build/gpu-cache, are unpacked first. Steps run with the shipped launch configurations, whatever the user's
+cache holds, but for those that say "tuned". Exit status: 0 all done, 1 a step failed or was closed by a red gate, 3 out
+of time.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import hashlib
 import importlib.util
 import json
@@ -24,15 +32,30 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
+
+from benchmarks import archive, gates  # noqa: E402
+from fastbert.cli import UsageError, records  # noqa: E402
+from fastbert.cli.gates import VARIABLE, judge  # noqa: E402
+from fastbert.cli.machine import commit  # noqa: E402
+
 TESTS = "tests: "
-"""How the names of the steps begin that have to pass before anything is timed."""
+"""How the names of the steps begin that are tests."""
+TEST_LIMIT_S = 240
+"""Of one test, compiling included; one that takes longer hangs."""
+BROKEN, MOST_PROCESSES = 2, 20
+"""The exit status of tests without workers whose device has failed, and how often they go on in another process."""
+PACKED_EVERY_S = 20.0
+GATES = "gates.jsonl"
 GRACE_S = 20.0
 """What an interrupted step is given to write what it has."""
 
@@ -46,39 +69,79 @@ class Step:
     command: str
     cache: str = "shipped"
     """Of the user's caches in OUTPUT/cache, the one it has. Steps that share one find what another wrote."""
+    rows: tuple[tuple[str, str, str], ...] = ()
+    """What it measures: a record's `what`, `candidate` and `dtype`. Closed where each has a red gate."""
 
 
-PYTEST = "-m pytest -q --tb=short --maxfail=50 -m gpu"
+FORWARD, STEP = "BertModel forward", "BertModel training step"
+IN_16 = ((FORWARD, "fused", "bfloat16"),)
+STEP_IN_16 = ((STEP, "fused", "bfloat16"),)
+
+PYTEST = "-m pytest -q --tb=short --maxfail=100 -m gpu --gates {output}/gates.jsonl"
 BENCH = "-m fastbert.cli bench --output {output} --minutes {minutes} --dtype"
 SMALL_PEERS = "graphs graphs-pdl fp8-graphs torch-varlen"
 PROFILE = "-m fastbert.cli profile --dtype bfloat16 --compare stock --json {output}/profile-"
 
-# Tests take what is left, as nothing is timed before they are through; most of it is compilation.
+# Tests take what is left, most of it compilation: those of what is timed next come before it, the others after it.
 ON_A_GPU = (
+    Step("first", 5.0, "benchmarks/first.py --output {output} --minutes {minutes}"),
+    Step("tests: bfloat16", 9.5, f"{PYTEST} --covering *.bfloat16 tests"),
+    Step(
+        "throughput", 2.0, f"{BENCH} bfloat16 --workload squad dense512 --peers fp8 torch-varlen flash-attn", rows=IN_16
+    ),
+    Step("latency", 1.5, f"{BENCH} bfloat16 --workload dense128 --batch 1 8 --peers {SMALL_PEERS}", rows=IN_16),
+    Step(
+        "training",
+        1.5,
+        f"{BENCH} bfloat16 --train --workload uniform254 squad --batch 64 --peers torch-varlen",
+        rows=STEP_IN_16,
+    ),
     Step("tests: kernels", 9.5, f"{PYTEST} tests/kernels"),
     Step("tests: models", 9.5, f"{PYTEST} tests --ignore tests/kernels"),
-    Step("throughput", 2.0, f"{BENCH} bfloat16 --workload squad dense512 --peers fp8 torch-varlen flash-attn"),
-    Step("latency", 1.5, f"{BENCH} bfloat16 --workload dense128 --batch 1 8 --peers {SMALL_PEERS}"),
-    Step("training", 1.5, f"{BENCH} bfloat16 --train --workload uniform254 squad --batch 64 --peers torch-varlen"),
     Step("variants", 4.0, "benchmarks/variants.py --minutes {minutes} --train --output {output}"),
-    Step("profile", 0.7, f"{PROFILE}squad.json --workload squad --batch 128"),
-    Step("profile dense", 0.7, f"{PROFILE}dense.json --workload dense512 --batch 128"),
-    Step("profile latency", 0.7, f"{PROFILE}latency.json --lengths 128"),
-    Step("profile training", 0.7, f"{PROFILE}training.json --workload uniform254 --batch 64 --train"),
-    Step("cold", 2.0, f"{BENCH} bfloat16 --cold --workload squad --batch 16"),
-    Step("compiled", 2.5, f"{BENCH} bfloat16 --workload squad dense512 --peers compile eager"),
-    Step("compiled latency", 2.0, f"{BENCH} bfloat16 --workload dense128 --batch 1 --peers reduce-overhead"),
+    Step("profile", 0.7, f"{PROFILE}squad.json --workload squad --batch 128", rows=IN_16),
+    Step("profile dense", 0.7, f"{PROFILE}dense.json --workload dense512 --batch 128", rows=IN_16),
+    Step("profile latency", 0.7, f"{PROFILE}latency.json --lengths 128", rows=IN_16),
+    Step("profile training", 0.7, f"{PROFILE}training.json --workload uniform254 --batch 64 --train", rows=STEP_IN_16),
+    Step("cold", 2.0, f"{BENCH} bfloat16 --cold --workload squad --batch 16", rows=IN_16),
+    Step("compiled", 2.5, f"{BENCH} bfloat16 --workload squad dense512 --peers compile eager", rows=IN_16),
+    Step(
+        "compiled latency",
+        2.0,
+        f"{BENCH} bfloat16 --workload dense128 --batch 1 --peers reduce-overhead",
+        rows=IN_16,
+    ),
     Step("variants fp8", 3.0, "benchmarks/variants.py --precision fp8 --minutes {minutes} --output {output}"),
     Step("tune", 5.0, "-m fastbert.cli tune --minutes {minutes} --json {output}/tuned.json", "tuned"),
-    Step("tuned", 1.5, f"{BENCH} bfloat16 --workload squad dense512 dense128", "tuned"),
-    Step("lengths", 1.0, f"{BENCH} bfloat16 --workload search dense128 dense384 sentences --peers torch-varlen"),
-    Step("dtypes", 2.0, f"{BENCH} float16 float32 --workload squad dense512"),
+    Step("tuned", 1.5, f"{BENCH} bfloat16 --workload squad dense512 dense128", "tuned", IN_16),
+    Step(
+        "lengths",
+        1.0,
+        f"{BENCH} bfloat16 --workload search dense128 dense384 sentences --peers torch-varlen",
+        rows=IN_16,
+    ),
+    Step(
+        "dtypes",
+        2.0,
+        f"{BENCH} float16 float32 --workload squad dense512",
+        rows=((FORWARD, "fused", "float16"), (FORWARD, "fused", "float32")),
+    ),
     Step("operators", 2.0, "-m pytest -q benchmarks --records {output} --workload squad"),
-    Step("encode", 1.0, "benchmarks/encode.py --dtype bfloat16 --output {output}"),
-    Step("embed", 1.5, "benchmarks/embed.py --dtype bfloat16 --lines 50000"),
-    Step("small batches", 1.0, f"{BENCH} bfloat16 --workload squad search --batch 8 16 32 --peers graphs torch-varlen"),
-    Step("compiled training", 3.0, f"{BENCH} bfloat16 --train --workload uniform254 --batch 64 --peers compile"),
-    Step("max-autotune", 6.0, f"{BENCH} bfloat16 --workload squad dense512 --peers max-autotune"),
+    Step("encode", 1.0, "benchmarks/encode.py --dtype bfloat16 --output {output}", rows=IN_16),
+    Step("embed", 1.5, "benchmarks/embed.py --dtype bfloat16 --lines 50000", rows=IN_16),
+    Step(
+        "small batches",
+        1.0,
+        f"{BENCH} bfloat16 --workload squad search --batch 8 16 32 --peers graphs torch-varlen",
+        rows=IN_16,
+    ),
+    Step(
+        "compiled training",
+        3.0,
+        f"{BENCH} bfloat16 --train --workload uniform254 --batch 64 --peers compile",
+        rows=STEP_IN_16,
+    ),
+    Step("max-autotune", 6.0, f"{BENCH} bfloat16 --workload squad dense512 --peers max-autotune", rows=IN_16),
 )
 ON_A_CPU = (
     Step(
@@ -95,13 +158,94 @@ ON_A_CPU = (
 )
 
 
-def fingerprint() -> str:
-    """A hash of what is measured and of what measures it."""
-    found = hashlib.sha256()
-    for folder in ("fastbert", "kernels", "benchmarks", "tests"):
-        for file in sorted((ROOT / folder).rglob("*.py")):
-            found.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes())
-    return found.hexdigest()
+def key(step: Step) -> str:
+    """What a step that is done is done for: its command, the place, and the sources of what it measures and runs."""
+    words = shlex.split(step.command)
+    files: Sequence[Path] = ()
+    if step.name.startswith(TESTS):  # each of which has a key of its own, too
+        files = sorted((ROOT / "tests").rglob("test_*.py"))
+    elif words[:2] == ["-m", "fastbert.cli"]:
+        files = [ROOT / "fastbert" / "cli" / f"{words[2]}.py"]
+    elif words[:2] == ["-m", "pytest"]:
+        files = sorted((ROOT / "benchmarks").glob("bench_*.py"))
+    elif words[0].endswith(".py"):
+        files = [ROOT / words[0]]
+    found = hashlib.sha256(repr((gates.place(), step.command)).encode())
+    for file in files:
+        found.update(gates.key(file).encode())
+    return found.hexdigest()[:16]
+
+
+def closed(step: Step, verdicts: dict[str, str]) -> str | None:
+    """Why nothing of a step can be timed; None where something can."""
+    states = [judge(verdicts, what, candidate, getattr(torch, dtype)) for what, candidate, dtype in step.rows]
+    return "; ".join(states) if states and all(state.startswith(gates.RED) for state in states) else None
+
+
+def judge_again(output: Path, since: str) -> None:
+    """Brings what records say of their gates up to date: those of this commit, or where it is dirty of this run."""
+    verdicts, own = gates.verdicts(output / GATES), commit()
+    for path in sorted(output.glob("*/*.json")):
+        try:
+            (about, *_) = records.load(path)
+        except (UsageError, ValueError):
+            continue  # another file, or an empty one
+        if about["commit"] == own and (not own.endswith("-dirty") or about["date"] >= since):
+            records.judge_again(path, verdicts)
+
+
+class Progress:
+    """What became of each step, in a file that is replaced at once."""
+
+    def __init__(self, path: Path, steps: Sequence[Step]) -> None:
+        self.path = path
+        self.keys = {step.name: key(step) for step in steps}
+        try:
+            noted = json.loads(path.read_text(encoding="utf-8"))
+            known, keys = dict(noted["steps"]), dict(noted["keys"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or another's: from the beginning
+            known, keys = {}, {}
+        self.states: dict[str, str] = {
+            name: state for name, state in known.items() if keys.get(name) == self.keys.get(name)
+        }
+
+    def note(self, name: str, state: str) -> None:
+        """What became of a step: "done", "failed", "cut", "closed", or "begun" while it runs."""
+        self.states[name] = state
+        told = {"steps": self.states, "keys": {name: self.keys[name] for name in self.states}}
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, self.path)
+
+
+@contextmanager
+def kept(output: Path, folder: Path | None) -> Iterator[Any]:
+    """Packs `output` into `folder` now and then, whenever what is yielded is called, and at the end, whatever it is.
+
+    In between what was measured alone: compressing what was compiled would take time from what is timed.
+    """
+    if folder is None:
+        yield lambda: None
+        return
+    turn, ended = threading.Lock(), threading.Event()
+
+    def pack(*names: str) -> None:
+        with turn:
+            for line in archive.pack(output, folder, names or (archive.MEASURED, archive.CACHES)):
+                print(f"left out of the archive: {line}", file=sys.stderr)
+
+    def repeatedly() -> None:
+        while not ended.wait(PACKED_EVERY_S):
+            pack(archive.MEASURED)
+
+    packer = threading.Thread(target=repeatedly, daemon=True)
+    packer.start()
+    try:
+        yield pack
+    finally:
+        ended.set()
+        packer.join()
+        pack()
 
 
 def interrupt(process: subprocess.Popen[bytes]) -> None:
@@ -120,14 +264,23 @@ def command(step: Step, minutes: float, output: Path) -> list[str]:
     values = {"output": str(output), "minutes": f"{0.8 * minutes:.2f}"}
     words = [word.format(**values) if word.startswith("{") else word for word in shlex.split(step.command)]
     if step.name.startswith(TESTS) and importlib.util.find_spec("xdist"):
-        words += ["-n", str(min(8, max(1, (os.cpu_count() or 2) // 2)))]
+        # A worker whose device has failed, or whose test hangs, is replaced.
+        words += ["-n", str(min(12, max(1, 3 * len(os.sched_getaffinity(0)) // 4))), "--max-worker-restart", "100"]
+    if step.name.startswith(TESTS) and importlib.util.find_spec("pytest_timeout"):
+        words += [
+            "--timeout",
+            str(TEST_LIMIT_S),
+            "--timeout-method",
+            "thread",
+        ]  # which ends one that hangs in CUDA, too
     return [sys.executable, *words]
 
 
-def run(step: Step, minutes: float, output: Path) -> str:
-    """Runs a step for `minutes` at most; returns "done", "failed" or "cut"."""
+def run(step: Step, minutes: float, output: Path, verdicts: dict[str, str] | None) -> str:
+    """Runs a step for `minutes` at most; returns "done", "failed", "broken" or "cut"."""
     environment = {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name != "OUT"},  # packing is done here
+        **({} if verdicts is None else {VARIABLE: json.dumps(verdicts)}),
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "PYTHONUNBUFFERED": "1",
         "XDG_CACHE_HOME": str(output / "cache" / step.cache),
@@ -143,11 +296,12 @@ def run(step: Step, minutes: float, output: Path) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    with open(log, "wb") as file:
+    with open(log, "ab" if step.name.startswith(TESTS) else "wb") as file:  # tests go on, and so does what they say
         told = threading.Thread(target=tell, args=(process, file))
         told.start()
         try:
-            return "done" if process.wait(60 * minutes) == 0 else "failed"
+            status = process.wait(60 * minutes)
+            return "done" if status == 0 else "broken" if status == BROKEN else "failed"
         except subprocess.TimeoutExpired:
             interrupt(process)
             return "cut"
@@ -169,55 +323,72 @@ def tell(process: subprocess.Popen[bytes], file: BinaryIO) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    steps = {step.name: step for step in (ON_A_GPU if torch.cuda.is_available() else ON_A_CPU)}
+    on_a_gpu = torch.cuda.is_available()
+    steps = {step.name: step for step in (ON_A_GPU if on_a_gpu else ON_A_CPU)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(steps), metavar="STEP", help=", ".join(steps))
     parser.add_argument("--minutes", type=float, help="for all of it; default: 10 on a GPU, 90 on a CPU")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--archive", type=Path, metavar="DIR", default=os.environ.get("OUT"), help="default: $OUT")
     parser.add_argument("--list", action="store_true", help="tell what is done and what is not, and stop")
     given = parser.parse_args(argv)
     # What a shell puts in the background ignores interrupts, and what it starts inherits that: no step could be cut.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    minutes = given.minutes or (10.0 if torch.cuda.is_available() else 90.0)
-    deadline = time.monotonic() + 60 * minutes
-    output = given.output.resolve()
+    deadline = time.monotonic() + 60 * (given.minutes or (10.0 if on_a_gpu else 90.0))
+    output, folder = given.output.resolve(), given.archive and Path(given.archive).resolve()
     output.mkdir(parents=True, exist_ok=True)
-    progress, sources = output / "progress.json", fingerprint()
-    try:
-        noted = json.loads(progress.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):  # none, or one that was cut off on its way: from the beginning
-        noted = {}
-    steps_done = noted["steps"] if noted.get("sources") == sources else {}
+    for place in (folder, archive.CARRIED):
+        if place is not None and not given.list:
+            archive.restore(place, output)
+    progress = Progress(output / "progress.json", list(steps.values()))
     if given.list:
         for step in steps.values():
             words = shlex.join(command(step, step.minutes, given.output)[1:])
-            print(f"{step.name:<20}{steps_done.get(step.name, 'not begun'):<11}{step.minutes:>4} min  {words}")
+            print(f"{step.name:<20}{progress.states.get(step.name, 'not begun'):<11}{step.minutes:>4} min  {words}")
         return 0
-    wanted = given.only or [name for name in steps if steps_done.get(name) != "done"]
-    tests = [name for name in steps if name.startswith(TESTS)]
-    wanted = [*(name for name in tests if name not in wanted and steps_done.get(name) != "done"), *wanted]
-    for i, name in enumerate(wanted):
-        left = (deadline - time.monotonic()) / 60
-        if left < 0.2:
-            print(f"out of time: {', '.join(wanted[i:])} not begun; the same command goes on", file=sys.stderr)
+    wanted = [steps[name] for name in given.only or steps if given.only or progress.states.get(name) != "done"]
+    with kept(output, folder) as keep:
+        return go_through(wanted, output, progress, deadline, on_a_gpu, keep)
+
+
+def go_through(
+    wanted: Sequence[Step], output: Path, progress: Progress, deadline: float, on_a_gpu: bool, keep: Any
+) -> int:
+    """Runs steps until the deadline; returns the exit status."""
+    since = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    for i, step in enumerate(wanted):
+        if deadline - time.monotonic() < 12:
+            names = ", ".join(step.name for step in wanted[i:])
+            print(f"out of time: {names} not begun; the same command goes on", file=sys.stderr)
             return 3
-        if name not in tests and (red := [one for one in tests if steps_done.get(one) != "done"]):
-            print(f"not green: {', '.join(red)}; nothing is timed", file=sys.stderr)
-            return 1
-        print(f"\n== {name}: {steps[name].command}", flush=True)
+        verdicts = gates.verdicts(output / GATES) if on_a_gpu else None
+        if verdicts is not None and (why := closed(step, verdicts)):
+            print(f"== {step.name}: closed, {why}", file=sys.stderr)
+            progress.note(step.name, "closed")
+            continue
+        print(f"\n== {step.name}: {step.command}", flush=True)
         start = time.monotonic()
-        steps_done[name] = run(steps[name], min(left, steps[name].minutes), output)
-        print(f"== {name}: {steps_done[name]}, {time.monotonic() - start:.0f} s", flush=True)
-        partial = progress.with_suffix(".partial")
-        partial.write_text(json.dumps({"sources": sources, "steps": steps_done}, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, progress)
-    if cut := [name for name in wanted if steps_done[name] == "cut"]:
-        print(f"out of time in: {', '.join(cut)}", file=sys.stderr)
-    return 1 if "failed" in (steps_done[name] for name in wanted) else 3 if cut else 0
+        progress.note(step.name, "begun")
+        for _ in range(MOST_PROCESSES):
+            left = min(deadline - time.monotonic(), 60 * step.minutes - (time.monotonic() - start)) / 60
+            state = run(step, left, output, verdicts)
+            if state != "broken" or not step.name.startswith(TESTS):
+                break
+        progress.note(step.name, "failed" if state == "broken" else state)
+        print(f"== {step.name}: {state}, {time.monotonic() - start:.0f} s", flush=True)
+        if on_a_gpu:
+            judge_again(output, since)
+        keep()
+    states = {step.name: progress.states[step.name] for step in wanted}
+    for state, told in (("closed", "closed by red gates"), ("failed", "failed"), ("cut", "out of time in")):
+        if names := [name for name, found in states.items() if found == state]:
+            print(f"{told}: {', '.join(names)}", file=sys.stderr)
+    return 1 if {"failed", "closed"} & set(states.values()) else 3 if "cut" in states.values() else 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the step's process ends, too
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)  # so that the step's process ends, and archives are written
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import random
 import re
 import shlex
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import archive as suite_archive
 from fastbert.cli import records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,13 +105,13 @@ def suite() -> Any:
 
 
 def steps(suite: Any, file: Path, **codes: str) -> tuple[Any, ...]:
-    """Steps that append their names to `file`, and then run some code; "tests" is one that has to pass."""
+    """Steps that append their names to `file`, and then run some code; "tests" is one of tests."""
 
     def noted(name: str, code: str) -> str:
         return shlex.join(["-c", f"open({str(file)!r}, 'a').write('{name} ')\n{code}"])
 
     return tuple(
-        suite.Step(f"{suite.TESTS}{name}" if name == "tests" else name, 1.0, noted(name, code))
+        suite.Step(f"{suite.TESTS}{name}" if name.startswith("tests") else name, 1.0, noted(name, code))
         for name, code in codes.items()
     )
 
@@ -129,14 +131,19 @@ def test_every_step_is_a_command(suite: Any, tmp_path: Path) -> None:
         else:
             assert words[2:4] == ["pytest", "-q"]
             assert any((ROOT / word).is_dir() for word in words[4:])
-    assert [step.name.startswith(suite.TESTS) for step in suite.ON_A_GPU[:3]] == [True, True, False]
-    assert len({step.name for step in suite.ON_A_GPU}) == len(suite.ON_A_GPU)
+    names = [step.name for step in suite.ON_A_GPU]
+    assert len(set(names)) == len(names)
+    # The headline before anything else, and what is timed next before the tests of something else.
+    assert names[:4] == ["first", "tests: bfloat16", "throughput", "latency"]
+    assert names.index("throughput") < names.index("tests: kernels")
 
 
 def test_every_gpu_test_is_in_a_step(suite: Any) -> None:
-    """The steps of tests take all folders: one by name, the other all but that one."""
+    """The steps of tests take all folders: one by name, the other all but that one; and one some of both."""
     paths = [shlex.split(step.command) for step in suite.ON_A_GPU if step.name.startswith(suite.TESTS)]
-    assert [words[words.index("gpu") + 1 :] for words in paths] == [
+    assert all(words[words.index("--gates") - 1] == "gpu" for words in paths)
+    assert [words[words.index("--gates") + 2 :] for words in paths] == [
+        ["--covering", "*.bfloat16", "tests"],
         ["tests/kernels"],
         ["tests", "--ignore", "tests/kernels"],
     ]
@@ -178,33 +185,129 @@ def test_the_suite_goes_on_where_it_stopped(suite: Any, tmp_path: Path, monkeypa
     assert ran.read_text() == "tests one two three two "
     assert suite.main([*arguments, "--only", "three"]) == 0
     assert ran.read_text() == "tests one two three two three "
-    monkeypatch.setattr(suite, "fingerprint", lambda: "other sources")
-    assert suite.main([*arguments, "--only", "one"]) == 0
-    assert ran.read_text() == "tests one two three two three tests one "
+    right = suite.key
+    monkeypatch.setattr(suite, "key", lambda step: "other sources" if step.name == "one" else right(step))
+    assert suite.main(arguments) == 0
+    assert ran.read_text() == "tests one two three two three one "
 
 
-def test_nothing_is_timed_on_a_red_test(
+def test_a_step_starts_over_where_its_own_sources_change(suite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = {step.name: step for step in suite.ON_A_GPU}
+    before = {name: suite.key(step) for name, step in named.items()}
+
+    def changed(*files: str) -> set[str]:
+        right = suite.gates.key.__wrapped__
+
+        def key(file: Path) -> str:
+            reached = {path.relative_to(ROOT).as_posix() for path in suite.gates.sources(file)}
+            return "changed" if reached & set(files) else right(file)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(suite.gates, "key", key)
+            return {name for name, step in named.items() if suite.key(step) != before[name]}
+
+    tests = {name for name in named if name.startswith(suite.TESTS)}
+    assert changed("tests/kernels/test_linear.py") == tests
+    assert changed("fastbert/cli/profile.py") == {n for n in named if n.startswith("profile")} | tests
+    assert changed("kernels/linear.py") == set(named)
+    assert changed("benchmarks/encode.py") == {"encode"}
+    assert changed("benchmarks/suite.py") == set()
+
+
+IN_FP8 = ("BertModel forward", "fused in fp8", "bfloat16")
+IN_16 = ("BertModel forward", "fused", "bfloat16")
+
+
+def note(suite: Any, output: Path, **outcomes: str) -> None:
+    """Notes an outcome for gates of an operation in bfloat16, by tests of this file."""
+    log = suite.gates.Log(output / "gates.jsonl", "tests")
+    checks = {f"tests/test_benchmarks.py::{name}": [f"{name}.bfloat16"] for name in outcomes}
+    log.plan(checks)
+    for name, outcome in outcomes.items():
+        if outcome != "planned":
+            log.note(f"tests/test_benchmarks.py::{name}", outcome)
+
+
+@pytest.fixture
+def on_a_gpu(suite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(suite.gates, "place", lambda: "a GPU")
+    suite.gates.key.cache_clear()
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_red_closes_what_needs_it_and_nothing_else(
     suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ran = tmp_path / "ran"
-    monkeypatch.setattr(suite, "ON_A_CPU", steps(suite, ran, tests="import sys; sys.exit(1)", one="pass"))
-    for only in ([], ["--only", "one"]):
-        assert suite.main(["--output", str(tmp_path / "out"), *only]) == 1
-    assert ran.read_text() == "tests tests "
-    assert "not green: tests: tests" in capsys.readouterr().err
+    """A red test does not stop the steps after it; what it covers is not timed, here or by the step itself."""
+    ran, out = tmp_path / "ran", tmp_path / "out"
+    tells = "import os; print(os.environ['FASTBERT_GATES'])"
+    tests, one, two, three = steps(suite, ran, tests="import sys; sys.exit(1)", one="pass", two=tells, three="pass")
+    two = dataclasses.replace(two, rows=(IN_16,))
+    three = dataclasses.replace(three, rows=(IN_FP8,))
+    monkeypatch.setattr(suite, "ON_A_GPU", (tests, one, two, three))
+    operations = dict.fromkeys(("embedding", "padding", "linear", "attention", "layer_norm", "model"), "passed")
+    note(suite, out, **operations, fp8="failed")
+    assert suite.main(["--output", str(out)]) == 1
+    assert ran.read_text() == "tests one two "
+    assert "three: closed, red: fp8.bfloat16" in capsys.readouterr().err
+    told = json.loads((out / "logs" / "two.log").read_text())
+    assert (told["fp8.bfloat16"], told["linear.bfloat16"]) == ("red", "green")
+    assert json.loads((out / "progress.json").read_text())["steps"] == {
+        "tests: tests": "failed",
+        "one": "done",
+        "two": "done",
+        "three": "closed",
+    }
+    note(suite, out, fp8="passed")  # mended
+    assert suite.main(["--output", str(out), "--only", "three"]) == 0
+    assert ran.read_text() == "tests one two three "
+    note(suite, out, attention="failed")
+    assert suite.main(["--output", str(out), "--only", "two", "one"]) == 1
+    assert ran.read_text() == "tests one two three one "
 
 
-def test_all_tests_run_before_a_red_one_stops_the_rest(
+@pytest.mark.usefixtures("on_a_gpu")
+def test_rows_are_judged_again_when_their_tests_have_run(
+    suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured before, they say so; afterwards what became of their gates. Another commit's stay as they are."""
+    out = tmp_path / "out"
+    record = records.load(next((ROOT / "benchmarks" / "results").glob("*/*.json")))[0]
+    record |= {
+        "what": "operator linear",
+        "candidate": "fused",
+        "dtype": "bfloat16",
+        "gates": "not run: linear.bfloat16",
+    }
+    monkeypatch.setattr(suite, "commit", lambda: "abc1234")
+    for name, commit in (("ours", "abc1234"), ("theirs", "def5678")):
+        records.write(out / "gpu" / f"{name}.json", [{**record, "commit": commit}])
+    monkeypatch.setattr(suite, "ON_A_GPU", steps(suite, tmp_path / "ran", one="pass"))
+
+    def said(name: str) -> str:
+        return str(records.load(out / "gpu" / f"{name}.json")[0]["gates"])
+
+    for outcome, state in (
+        ("planned", "not run: linear.bfloat16"),
+        ("passed", "green"),
+        ("failed", "red: linear.bfloat16"),
+    ):
+        note(suite, out, linear=outcome)
+        assert suite.main(["--output", str(out), "--only", "one"]) == 0
+        assert said("ours") == state
+    assert said("theirs") == "not run: linear.bfloat16"
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_tests_without_workers_go_on_behind_one_that_broke_the_device(
     suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran = tmp_path / "ran"
-    red, green, one = steps(suite, ran, tests="import sys; sys.exit(1)", more="pass", one="pass")
-    more = suite.Step("tests: more", 1.0, green.command)
-    monkeypatch.setattr(suite, "ON_A_CPU", (red, more, one))
-    assert suite.main(["--output", str(tmp_path / "out")]) == 1
-    assert ran.read_text() == "tests more "
-    assert suite.main(["--output", str(tmp_path / "out")]) == 1
-    assert ran.read_text() == "tests more tests "  # a green one is not run again
+    code = f"import sys; sys.exit(2 if open({str(ran)!r}).read().count('tests') < 3 else 0)"
+    monkeypatch.setattr(suite, "ON_A_GPU", steps(suite, ran, tests=code, one="pass"))
+    assert suite.main(["--output", str(tmp_path / "out")]) == 0
+    assert ran.read_text() == "tests tests tests one "
 
 
 def test_steps_have_caches_of_their_own_and_logs(suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,13 +338,13 @@ def test_the_suite_goes_on_elsewhere_by_its_progress_file(
     assert ran.read_text() == "one two two one two "
 
 
-def test_list(suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(suite.torch.cuda, "is_available", lambda: True)
+@pytest.mark.usefixtures("on_a_gpu")
+def test_list(suite: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert suite.main(["--list", "--output", str(tmp_path)]) == 0
     said = capsys.readouterr().out.splitlines()
     assert len(said) == len(suite.ON_A_GPU)
     assert all("not begun" in line for line in said)
-    assert said[0].startswith("tests: kernels")
+    assert said[0].startswith("first ")
 
 
 def test_the_suite_keeps_to_its_time(suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,6 +366,107 @@ def test_ending_the_suite_ends_its_step(tmp_path: Path) -> None:
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 130
+
+
+DRY = """
+import sys, time, pathlib
+from benchmarks import gates, suite
+from benchmarks import archive as suite_archive
+from fastbert.cli import records
+
+out = sys.argv[sys.argv.index("--output") + 1]
+MEASURE = '''
+import json, pathlib, sys, time
+step, out = sys.argv[1], pathlib.Path(sys.argv[2])
+done = out / "gpu" / (step + ".json")
+rows = json.loads(done.read_text()) if done.exists() else []
+while len(rows) < 5:  # a record every 0.2 s, the file replaced whole
+    time.sleep(0.2)
+    rows.append({"step": step, "row": len(rows)})
+    done.parent.mkdir(exist_ok=True)
+    partial = done.with_suffix(".partial")
+    partial.write_text(json.dumps(rows))
+    partial.replace(done)
+print(step, "measured")
+'''
+(pathlib.Path(out).parent / "measure.py").write_text(MEASURE)
+names = [f"step{i}" for i in range(4)]
+suite.ON_A_CPU = tuple(suite.Step(n, 1.0, f"{pathlib.Path(out).parent / 'measure.py'} {n} {out}") for n in names)
+suite.PACKED_EVERY_S = 0.02
+suite.key = lambda step: step.name
+sys.exit(suite.main(sys.argv[1:]))
+"""
+
+
+def test_killed_at_any_second_what_was_measured_is_in_the_archives(tmp_path: Path) -> None:
+    """By force, at moments drawn at random, each time on a new machine that has the last one's archives alone."""
+    (tmp_path / "dry.py").write_text(DRY)
+    chance, rows, runs = random.Random(0), 0, 0
+    packed = tmp_path / "packed"
+    status = None
+    while status is None and runs < 40:
+        runs += 1
+        machine = tmp_path / f"machine{runs}"
+        machine.mkdir()
+        process = subprocess.Popen(
+            [sys.executable, str(tmp_path / "dry.py"), "--output", str(machine / "out"), "--archive", str(packed)],
+            cwd=ROOT,
+            env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert process.stdout is not None
+        while (line := process.stdout.readline()) and not line.startswith(b"== step"):
+            pass
+        try:
+            status = process.wait(0.3 + chance.random() if runs < 4 else 60)
+        except subprocess.TimeoutExpired:
+            on_the_machine = sum(len(json.loads(file.read_text())) for file in machine.glob("out/gpu/*.json"))
+            process.kill()
+            process.wait()
+            again = tmp_path / f"unpacked{runs}"
+            suite_archive.restore(packed, again)
+            kept = sum(len(json.loads(file.read_text())) for file in again.glob("gpu/*.json"))
+            assert kept >= max(rows, on_the_machine - 4)  # the last fifth of a second's, at most
+            rows = kept
+    assert runs > 1
+    assert status == 0
+    suite_archive.restore(packed, tmp_path / "end")
+    for i in range(4):
+        found = json.loads((tmp_path / "end" / "gpu" / f"step{i}.json").read_text())
+        assert [each["row"] for each in found] == [0, 1, 2, 3, 4]
+    assert set(json.loads((tmp_path / "end" / "progress.json").read_text())["steps"].values()) == {"done"}
+    assert (tmp_path / "end" / "logs" / "step3.log").read_text() == "step3 measured\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_ending_the_suite_packs_what_there_is(number: int, tmp_path: Path) -> None:
+    (tmp_path / "dry.py").write_text(
+        DRY.replace("PACKED_EVERY_S = 0.02", "PACKED_EVERY_S = 600").replace(
+            "sys.exit(suite.main",
+            "import signal\nfor n in (15, 1): signal.signal(n, signal.default_int_handler)\nsys.exit(suite.main",
+        )
+    )
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            str(tmp_path / "dry.py"),
+            "--output",
+            str(tmp_path / "out"),
+            "--archive",
+            str(tmp_path / "packed"),
+        ],
+        cwd=ROOT,
+        env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    while (line := process.stdout.readline()) and not line.startswith(b"== step2"):
+        pass
+    process.send_signal(number)
+    process.wait(60)
+    suite_archive.restore(tmp_path / "packed", tmp_path / "end")
+    assert len(json.loads((tmp_path / "end" / "gpu" / "step1.json").read_text())) == 5
 
 
 def test_the_sanitizer_is_asked_for_the_kernels_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,13 +27,14 @@ from transformers import BertModel
 
 from .. import explain, fuse, numerics
 from ..verify import stock_in_fp8, twin
-from . import UsageError, check_file, cold, counts, in_a_line, is_special, records, report
+from . import UsageError, check_file, cold, counts, gates, in_a_line, is_special, records, report
 from .cases import SEED, Workload, build, check_batch, workload
 from .info import backend, default_device, device_name
 from .machine import Machine, Rates, environment, peak_growth, timed
 from .peers import IN_FP8, INFERENCE_ONLY, KEEP_MEMORY, PEERS, Unavailable, share
 
 LEAST_REPEATS = 3
+FORWARD, STEP = "BertModel forward", "BertModel training step"
 
 
 class _Candidate:
@@ -87,8 +88,9 @@ def run(
         train: whether training steps are measured, not forwards.
 
     Yields:
-        Records: plain data, times in seconds. A candidate beyond the numerical policy has status "FAILED: ...", one
-        that broke "ERROR: ..." and one that can't run here "UNAVAILABLE: ..."; none of these has a time.
+        Records: plain data, times in seconds. A candidate beyond the numerical policy, or whose tests are red
+        (gates.py), has status "FAILED: ...", one that broke "ERROR: ..." and one that can't run here
+        "UNAVAILABLE: ..."; none of these has a time.
     """
     deadline = time.monotonic() + 60 * minutes
     about, machine = environment(device), Machine(device)
@@ -108,6 +110,10 @@ def run(
                 share = (deadline - time.monotonic()) / (cases - begun)
                 begun += 1
                 candidates = [_Candidate(*way) for way in ways]
+                for candidate in candidates:
+                    state = gates.state(STEP if train else FORWARD, candidate.name, dtype) or gates.GREEN
+                    if candidate.status == "ok" and state.startswith(gates.RED):
+                        candidate.status = f"FAILED: its tests are {state}"
                 measure = _measure if train else torch.inference_mode()(_measure)
                 measure(candidates, item, truth, repeats, time.monotonic() + share, train)
                 model.zero_grad()
@@ -241,7 +247,7 @@ def _records(
     about: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
     case = {
-        "what": "BertModel training step" if train else "BertModel forward",
+        "what": STEP if train else FORWARD,
         "workload": item.name,
         "size": size,
         "shape": {

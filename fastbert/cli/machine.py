@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import datetime
 import gc
+import hashlib
 import os
 import re
 import subprocess
@@ -30,6 +31,9 @@ DATASHEET = {
     "NVIDIA L40S": 362.05e12,
     "NVIDIA B200": 2250e12,
 }
+
+NOTED = Path(fastbert.__file__).resolve().parent.parent / "benchmarks" / "commit.txt"
+"""The commit of a tree that was copied without its .git, and the hash of its sources."""
 
 
 class Rates(NamedTuple):
@@ -120,21 +124,42 @@ def _resident(field: str) -> int:
 def commit() -> str:
     """The commit this code runs from, "-dirty" where files differ from it.
 
-    Where it is no checkout: the environment's FASTBERT_COMMIT, for copies of one, or the version.
+    Where it is no checkout, the environment's FASTBERT_COMMIT; what benchmarks/commit.txt notes, written before a tree
+    is copied without its .git; or the version and a hash of the sources.
     """
-    unknown = os.environ.get("FASTBERT_COMMIT") or f"v{fastbert.__version__}"
     here = Path(__file__).parent
 
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=30, check=False)
 
     try:
-        if git("ls-files", "--error-unmatch", Path(__file__).name).returncode:
-            return unknown
-        dirty = bool(git("status", "--porcelain", "--untracked-files=no").stdout)
-    except FileNotFoundError:  # no git
-        return unknown
-    return git("rev-parse", "--short", "HEAD").stdout.strip() + ("-dirty" if dirty else "")
+        if git("ls-files", "--error-unmatch", Path(__file__).name).returncode == 0:
+            dirty = bool(git("status", "--porcelain", "--untracked-files=no").stdout)
+            return git("rev-parse", "--short", "HEAD").stdout.strip() + ("-dirty" if dirty else "")
+    except FileNotFoundError:
+        pass  # no git
+    if named := os.environ.get("FASTBERT_COMMIT"):
+        return named
+    if NOTED.is_file():
+        noted, sources = NOTED.read_text(encoding="utf-8").split()
+        return noted if sources == sources_hash() or noted.endswith("-dirty") else f"{noted}-dirty"
+    return f"v{fastbert.__version__}-{sources_hash()}"
+
+
+def note_commit() -> str:
+    """Notes the commit for copies of this tree, and returns it."""
+    found = commit()
+    NOTED.write_text(f"{found} {sources_hash()}\n", encoding="utf-8")
+    return found
+
+
+def sources_hash() -> str:
+    """Of every source of the package."""
+    package, found = Path(fastbert.__file__).parent, hashlib.sha256()
+    files = {*package.rglob("*.py"), *(package / "kernels").glob("*.py")}  # a symlink, which rglob does not follow
+    for file in sorted(files):
+        found.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def environment(device: torch.device) -> dict[str, Any]:

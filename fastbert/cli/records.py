@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from . import UsageError, in_a_line, replace_text
+from . import UsageError, gates, in_a_line, replace_text
 from .counts import Cost
 from .machine import Rates, datasheet
 
@@ -34,6 +34,7 @@ NUMBERS = TIMES | {
 }
 """Each may be None."""
 FIELDS = TEXTS | NUMBERS | {"shape", "driver", "triton"}
+# And, where gates are asked, "gates": "green", or "not run: ..." or "red: ..." with those that are.
 CASE = ("device_name", "what", "size", "dtype", "workload")
 """What two runs of one case have in common."""
 
@@ -51,7 +52,7 @@ def make(
     peak_memory: int | None = None,
     error: float | None = None,
 ) -> dict[str, Any]:
-    """A record.
+    """A record; of a row one of whose gates is red, without a time.
 
     Args:
         about: machine.environment().
@@ -66,6 +67,9 @@ def make(
         peak_memory: in bytes; None where unknown.
         error: relative to float64; None where unchecked.
     """
+    state = gates.state(case["what"], candidate, dtype)
+    if samples and state is not None and state.startswith(gates.RED):
+        samples, status = (), f"FAILED: its tests are {state}"
     low, median, high = _quantiles(samples)
     tokens, padded = case["real_tokens"], case["padded_tokens"]
     peak = datasheet(about["device_name"], dtype)
@@ -90,6 +94,7 @@ def make(
         "mfu": cost.flops / median / peak if cost and median and peak else None,
         "error": error,
         **about,
+        **({} if state is None else {"gates": state}),
     }
 
 
@@ -153,6 +158,32 @@ def _is_right(name: str, value: Any) -> bool:
         return True
     is_number = isinstance(value, (int, float)) and math.isfinite(value)
     return is_number and (value > 0 or name not in TIMES)
+
+
+def proven(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those to be published: without runs of a case whose fused row has a gate that is not green, and such rows."""
+
+    def run(record: dict[str, Any]) -> tuple[str, ...]:
+        return (record["date"], *(record[name] for name in CASE))
+
+    records = list(records)
+    unproven = [record for record in records if record.get("gates", gates.GREEN) != gates.GREEN]
+    dropped = {run(record) for record in unproven if record["candidate"] == "fused"}
+    return [record for record in records if record not in unproven and run(record) not in dropped]
+
+
+def judge_again(path: Path, verdicts: dict[str, str]) -> bool:
+    """Rewrites a file of records where gates have become green or red since; whether it did."""
+    found = load(path)
+    changed = False
+    for record in found:
+        if "gates" in record:
+            now = gates.judge(verdicts, record["what"], record["candidate"], getattr(torch, record["dtype"]))
+            changed |= now != record["gates"]
+            record["gates"] = now
+    if changed:
+        write(path, found)
+    return changed
 
 
 def latest(records: Iterable[dict[str, Any]]) -> dict[tuple[str, ...], dict[str, dict[str, Any]]]:

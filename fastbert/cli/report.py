@@ -1,7 +1,8 @@
 """`fastbert bench --report`: the README's table, docs/measured.md and docs/<device>.svg, from records.
 
-Of every case the latest run counts. The README has a row for each case of a forward or a training step;
-docs/measured.md has all candidates with their spread, operators and cold starts; the plots, forwards and steps.
+Of every case the latest run counts, of those whose gates are green. The README has a row for each case of a forward or
+a training step; docs/measured.md has all candidates with their spread, operators and cold starts; the plots, forwards
+and steps.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import UsageError, in_a_line
-from .records import device_folder, latest, load
+from .records import device_folder, latest, load, proven
 
 MARKERS = ("<!-- table:begin -->", "<!-- table:end -->")
 MODEL = "BertModel "
@@ -222,7 +223,7 @@ def splice(text: str, table: str) -> str:
 def main(files: Sequence[str], document: str) -> int:
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--report needs matplotlib, which is not installed: pip install 'fastbert[bench]'")
-    records = [record for file in files for record in load(file, "--report")]
+    records = proven(record for file in files for record in load(file, "--report"))
     path = Path(document)
     try:
         text = splice(path.read_text(encoding="utf-8"), readme(records))
