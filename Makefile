@@ -19,7 +19,7 @@ help:
 	@echo "make coverage  branches of the library that make test runs"
 	@echo "make mutants   plants ten faults one at a time: which test catches which"
 	@echo "make lint      ruff and mypy"
-	@echo "make gpu       GPU tests, then the benchmarks, with \$$(PYTHON) as it is: nothing is installed"
+	@echo "make gpu       GPU tests and benchmarks by what tests prove, with \$$(PYTHON) as it is: nothing is installed"
 	@echo "make bench     the benchmarks on this machine, in .venv"
 	@echo "make clean     remove .venv and what building left behind"
 
@@ -52,7 +52,7 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/suite.py $(ARGS)
 
-# Tests first: nothing is timed while they are red. Goes on where it was stopped; ARGS='--only latency --minutes 5'.
+# What a red test covers is not timed. Goes on where it was stopped; ARGS='--only latency --minutes 5 --archive FOLDER'.
 gpu:
 	$(PYTHON) benchmarks/suite.py $(ARGS)
 

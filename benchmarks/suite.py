@@ -2,11 +2,11 @@
 
     python benchmarks/suite.py [--only STEP ...] [--minutes 10] [--output benchmarks/results] [--archive DIR] [--list]
 
-Every step is a process of its own and writes its records as it goes, and what it says into OUTPUT/logs. On a GPU
-benchmarks/first.py comes first, which checks every operation and times the headline; then the tests in bfloat16, what
-they prove, and the other tests. Checks and tests note what they found in OUTPUT/gates.jsonl, by operation and dtype
-(gates.py). A row is timed unless one of its gates is red: red fp8 closes the rows of fp8 alone. Rows measured before
-their tests ran say so, are judged again when these have, and are published once their gates are green.
+Every step is a process of its own and writes its records as it goes, and what it says into OUTPUT/logs. On a GPU the
+tests in bfloat16 come first, then what they prove, then the other tests. Tests note what they found in
+OUTPUT/gates.jsonl, by operation and dtype (gates.py). A row is timed unless one of its gates is red: red fp8 closes the
+rows of fp8 alone. Rows measured before their tests ran say so, are judged again when these have, and are published
+once their gates are green.
 
 The same command goes on where it was stopped, killed at any moment or not, on another machine too: tests by what
 passed, one by one, steps by OUTPUT/progress.json. Each starts over where sources it depends on changed; --only repeats
@@ -44,9 +44,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
 
 from benchmarks import archive, gates  # noqa: E402
-from fastbert.cli import UsageError, records  # noqa: E402
-from fastbert.cli.gates import VARIABLE, judge  # noqa: E402
-from fastbert.cli.machine import commit  # noqa: E402
 
 TESTS = "tests: "
 """How the names of the steps begin that are tests."""
@@ -84,7 +81,6 @@ PROFILE = "-m fastbert.cli profile --dtype bfloat16 --compare stock --json {outp
 
 # Tests take what is left, most of it compilation: those of what is timed next come before it, the others after it.
 ON_A_GPU = (
-    Step("first", 5.0, "benchmarks/first.py --output {output} --minutes {minutes}"),
     Step("tests: bfloat16", 9.5, f"{PYTEST} --covering *.bfloat16 tests"),
     Step(
         "throughput", 2.0, f"{BENCH} bfloat16 --workload squad dense512 --peers fp8 torch-varlen flash-attn", rows=IN_16
@@ -178,13 +174,17 @@ def key(step: Step) -> str:
 
 def closed(step: Step, verdicts: dict[str, str]) -> str | None:
     """Why nothing of a step can be timed; None where something can."""
+    from fastbert.cli.gates import judge  # with transformers, seconds
+
     states = [judge(verdicts, what, candidate, getattr(torch, dtype)) for what, candidate, dtype in step.rows]
     return "; ".join(states) if states and all(state.startswith(gates.RED) for state in states) else None
 
 
 def judge_again(output: Path, since: str) -> None:
     """Brings what records say of their gates up to date: those of this commit, or where it is dirty of this run."""
-    verdicts, own = gates.verdicts(output / GATES), commit()
+    from fastbert.cli import UsageError, machine, records
+
+    verdicts, own = gates.verdicts(output / GATES), machine.commit()
     for path in sorted(output.glob("*/*.json")):
         try:
             (about, *_) = records.load(path)
@@ -280,7 +280,7 @@ def run(step: Step, minutes: float, output: Path, verdicts: dict[str, str] | Non
     """Runs a step for `minutes` at most; returns "done", "failed", "broken" or "cut"."""
     environment = {
         **{name: value for name, value in os.environ.items() if name != "OUT"},  # packing is done here
-        **({} if verdicts is None else {VARIABLE: json.dumps(verdicts)}),
+        **({} if verdicts is None else {"FASTBERT_GATES": json.dumps(verdicts)}),  # fastbert/cli/gates.py
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "PYTHONUNBUFFERED": "1",
         "XDG_CACHE_HOME": str(output / "cache" / step.cache),

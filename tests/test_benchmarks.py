@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from benchmarks import archive as suite_archive
-from fastbert.cli import records
+from fastbert.cli import machine, records
 
 ROOT = Path(__file__).resolve().parent.parent
 # On a CPU as its users run it, not in the interpreter.
@@ -134,7 +134,7 @@ def test_every_step_is_a_command(suite: Any, tmp_path: Path) -> None:
     names = [step.name for step in suite.ON_A_GPU]
     assert len(set(names)) == len(names)
     # The headline before anything else, and what is timed next before the tests of something else.
-    assert names[:4] == ["first", "tests: bfloat16", "throughput", "latency"]
+    assert names[:3] == ["tests: bfloat16", "throughput", "latency"]
     assert names.index("throughput") < names.index("tests: kernels")
 
 
@@ -280,7 +280,7 @@ def test_rows_are_judged_again_when_their_tests_have_run(
         "dtype": "bfloat16",
         "gates": "not run: linear.bfloat16",
     }
-    monkeypatch.setattr(suite, "commit", lambda: "abc1234")
+    monkeypatch.setattr(machine, "commit", lambda: "abc1234")
     for name, commit in (("ours", "abc1234"), ("theirs", "def5678")):
         records.write(out / "gpu" / f"{name}.json", [{**record, "commit": commit}])
     monkeypatch.setattr(suite, "ON_A_GPU", steps(suite, tmp_path / "ran", one="pass"))
@@ -344,7 +344,7 @@ def test_list(suite: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     said = capsys.readouterr().out.splitlines()
     assert len(said) == len(suite.ON_A_GPU)
     assert all("not begun" in line for line in said)
-    assert said[0].startswith("first ")
+    assert said[0].startswith("tests: bfloat16 ")
 
 
 def test_the_suite_keeps_to_its_time(suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,7 +372,7 @@ DRY = """
 import sys, time, pathlib
 from benchmarks import gates, suite
 from benchmarks import archive as suite_archive
-from fastbert.cli import records
+from fastbert.cli import machine, records
 
 out = sys.argv[sys.argv.index("--output") + 1]
 MEASURE = '''

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import gates
 from benchmarks.gates import FAILED, GREEN, NOT_RUN, PASSED, PLANNED, RED, SKIPPED, Log
+from fastbert.cli import bench, cases, machine, records, report
+from fastbert.cli import gates as rows
+from tests.fastbert.conftest import tiny  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 LINEAR, FP8 = "tests/kernels/test_linear.py", "tests/kernels/test_fp8.py"
@@ -277,3 +284,131 @@ def test_one_that_hangs_is_ended_and_the_others_run(project: Path) -> None:
     process.communicate(timeout=120)
     assert process.returncode == 1
     assert noted(project) == {"test_backward": PASSED, "test_hangs": FAILED}
+
+
+BF16 = torch.bfloat16
+GREEN_IN_BF16 = dict.fromkeys((f"{operation}.bfloat16" for operation in rows.FORWARD), GREEN)
+
+
+def test_a_row_needs_the_gates_it_uses() -> None:
+    def state(candidate: str, what: str = "BertModel forward", dtype: torch.dtype = BF16, **changed: str) -> str:
+        verdicts = GREEN_IN_BF16 | {name.replace("_in_", "."): verdict for name, verdict in changed.items()}
+        return rows.judge(verdicts, what, candidate, dtype)
+
+    assert state("fused") == GREEN
+    assert state("fused", attention_in_bfloat16=RED) == "red: attention.bfloat16"
+    assert state("fused", attention_in_float16=RED, fp8_in_bfloat16=RED, linear_training_in_bfloat16=RED) == GREEN
+    assert state("fused in fp8", fp8_in_bfloat16=RED) == "red: fp8.bfloat16"
+    assert state("fused in fp8") == "not run: fp8.bfloat16"
+    assert state("fused in fp8 + CUDA graphs", fp8_in_bfloat16=GREEN, graphs_in_any=GREEN) == GREEN
+    assert state("fused + CUDA graphs", graphs_in_any=RED) == "red: graphs.any"
+    assert state("fused", linear_in_any=RED) == "red: linear.any"  # of tests in no dtype of their own
+    assert state("fused", linear_in_any=NOT_RUN) == GREEN
+    assert state("fused", dtype=torch.float16).startswith("not run: embedding.float16, ")
+    assert state("fused", what="BertModel training step").startswith("not run: embedding_training.bfloat16, ")
+    assert state("stock", attention_in_bfloat16=RED) == GREEN
+    assert state("fused", what="operator linear_gelu_backward", linear_training_in_bfloat16=RED).startswith("red: ")
+    assert state("fused", what="operator linear_gelu", linear_training_in_bfloat16=RED) == GREEN
+    assert state("fused", what="operator pack", padding_in_bfloat16=RED) == "red: padding.bfloat16"
+    assert state("fused", what="cold start: first result", model_in_bfloat16=RED) == "red: model.bfloat16"
+
+
+def test_every_operator_that_is_timed_has_its_tests() -> None:
+    for file in (ROOT / "benchmarks").glob("bench_*.py"):
+        for name in re.findall(r'compare\("(\w+)"', file.read_text()):
+            (operation,) = rows.needed(f"operator {name}", "fused")
+            assert (ROOT / "tests" / "kernels" / f"test_{operation.removesuffix('_training')}.py").is_file(), name
+    for operation in (*rows.FORWARD, *rows.BACKWARD):
+        files = {file.stem.removeprefix("test_") for file in (ROOT / "tests" / "kernels").glob("test_*.py")} | {"model"}
+        assert operation.removesuffix("_training") in files
+
+
+def record(candidate: str, samples: list[float]) -> dict[str, Any]:
+    about = {**machine.environment(torch.device("cpu")), "date": "2026-01-01T00:00:00+00:00"}
+    case = {"what": "BertModel forward", "workload": "squad b16", "size": "large", "shape": {}}
+    case |= {"real_tokens": 10, "padded_tokens": 20}
+    return records.make(about, case, candidate, BF16, samples, [4.0])
+
+
+def test_no_time_on_a_red_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "gates" not in record("fused", [2.0])
+    monkeypatch.setenv(rows.VARIABLE, json.dumps(GREEN_IN_BF16 | {"fp8.bfloat16": RED}))
+    assert (record("fused", [2.0])["gates"], record("fused", [2.0])["median_s"]) == (GREEN, 2.0)
+    red = record("fused in fp8", [2.0])
+    assert (red["gates"], red["median_s"], red["status"]) == (
+        "red: fp8.bfloat16",
+        None,
+        "FAILED: its tests are red: fp8.bfloat16",
+    )
+    assert record("stock", [2.0])["gates"] == GREEN
+
+
+def test_what_is_not_green_is_not_published(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A row alone, where others of its run are; the whole run, where fused itself is not. An older run counts then."""
+    monkeypatch.setenv(rows.VARIABLE, json.dumps({}))
+    stock, fused, fp8 = (record(name, [2.0]) for name in ("stock", "fused", "fused in fp8"))
+    assert fused["gates"].startswith("not run: ")
+    older = [{**each, "date": "2025-01-01T00:00:00+00:00", "gates": GREEN} for each in (stock, fused)]
+    assert records.proven([*older, stock, fused, fp8]) == older
+    path = tmp_path / "records.json"
+    records.write(path, [stock, fused, fp8])
+    assert records.judge_again(path, GREEN_IN_BF16)
+    assert not records.judge_again(path, GREEN_IN_BF16)
+    now = records.load(path)
+    assert [each["candidate"] for each in records.proven(now)] == ["stock", "fused"]
+    table = report.readme(records.proven([*older, *now]))
+    assert table.count("squad b16") == 1
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_bench_leaves_out_what_is_red_and_measures_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    green = {f"{operation}.float32": GREEN for operation in rows.FORWARD}
+    monkeypatch.setenv(rows.VARIABLE, json.dumps(green | {"attention.float32": RED}))
+    item = cases.workload("search", 2)
+    found = list(bench.run([item], ["minilm"], [torch.float32], device=torch.device("cpu"), repeats=3, minutes=1))
+    assert [(each["candidate"], each["status"]) for each in found] == [
+        ("stock", "ok"),
+        ("fused", "FAILED: its tests are red: attention.float32"),
+    ]
+    assert found[0]["median_s"] is not None
+
+
+def copied(tmp_path: Path) -> Path:
+    """A copy of the tree without its .git, as a machine that is lent gets it."""
+    for name in ("fastbert", "kernels", "benchmarks"):
+        shutil.copytree(
+            ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "results")
+        )
+    return tmp_path
+
+
+def test_records_carry_the_commit_where_git_does_not_travel(tmp_path: Path) -> None:
+    tree = copied(tmp_path)
+    code = "from fastbert.cli.machine import commit; print(commit())"
+
+    def commit(**variables: str) -> str:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(tree),
+            "GIT_CEILING_DIRECTORIES": str(tmp_path.parent),
+        } | variables
+        environment = {name: value for name, value in environment.items() if value}
+        return subprocess.run(
+            [sys.executable, "-c", code], cwd=tree, env=environment, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    by_sources = commit(FASTBERT_COMMIT="")
+    assert re.fullmatch(r"v[\d.]+-[0-9a-f]{12}", by_sources)
+    assert commit(FASTBERT_COMMIT="abc1234") == "abc1234"
+    (tree / "benchmarks" / "commit.txt").write_text(f"def5678 {by_sources.rpartition('-')[2]}\n")
+    assert commit(FASTBERT_COMMIT="") == "def5678"
+    with (tree / "kernels" / "linear.py").open("a") as file:
+        file.write("# edited since\n")
+    assert commit(FASTBERT_COMMIT="") == "def5678-dirty"
+
+
+def test_the_commit_is_noted_for_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "NOTED", tmp_path / "commit.txt")
+    found = machine.note_commit()
+    assert (tmp_path / "commit.txt").read_text().split() == [found, machine.sources_hash()]
+    assert found == machine.commit()
