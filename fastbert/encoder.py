@@ -6,8 +6,6 @@ encoder as a keyword argument of the call itself, never as state, so threads can
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
 import threading
 from collections import Counter
@@ -25,6 +23,7 @@ from .fp8 import Fp8
 from .graphs import Graphs
 from .layer import default_positions, first_position
 from .packing import Packing, flattened, host_integers, isolating_mask, pack_mask
+from .readers import Holder, Reads, outermost, readings
 from .support import (
     CACHES,
     call_is_unsupported,
@@ -74,16 +73,27 @@ class Counts:
 
 
 class Settings:
-    """What `fuse` leaves on an encoder: what was asked of it, counts, and whether a head may read padding unseen."""
+    """What `fuse` leaves on an encoder: what was asked of it, counts, and what its base model stood in."""
 
     def __init__(self, padding: str, loss_only: bool, cuda_graphs: bool, fp8: Fp8 | None) -> None:
         self.padding = padding
         self.loss_only = loss_only
         self.graphs = Graphs() if cuda_graphs else None
         self.fp8 = fp8
-        self.opaque_head = False
+        self.holders: list[Holder] = []
+        """What the base model stood in, outermost first."""
         self.counts = Counts()
         self.coverage = Coverage()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "holders": []}  # those that are copied, too, come back by themselves
+
+
+class Receipt:
+    """Says whether an encoder has taken a plan: an object, which copies of the plan (FSDP's, of arguments) share."""
+
+    def __init__(self) -> None:
+        self.taken = False
 
 
 class Plan(NamedTuple):
@@ -102,17 +112,8 @@ class Plan(NamedTuple):
     """Whether the layers were not looked at, but taken to be as they were: see `fastbert.graphs`."""
     config: Any = None
     """The model's, where a layer runs its stock code and needs a mask made: DistilBERT's encoder has none."""
-
-
-class Reads(NamedTuple):
-    """What a head reads of its base model's output beyond real tokens: arguments that its hook adds to the call."""
-
-    padded_labels: Tensor | None = None
-    """(B, S), labels of a loss over labelled tokens."""
-    reads_padding: bool = False
-    """Whether it takes in every row."""
-    reads_first: bool = False
-    """Whether it reads the row of position 0 of every sequence."""
+    receipt: Receipt | None = None
+    """Set by the encoder: see `check_taken`."""
 
 
 class FusedEncoder(_Module):
@@ -140,6 +141,8 @@ class FusedEncoder(_Module):
                 counts.add(counts.stock, plan or "called past the forward of its model")
             stock = super().forward(hidden_states, *args, **kwargs)
             return stock
+        if plan.receipt is not None:
+            plan.receipt.taken = True
         packing, settings = plan.packing, self.fastbert
         fp8 = settings.fp8
         if fp8 is not None and (plan.seeds is not None or not fp8.runs(self.layer, hidden_states)):
@@ -258,8 +261,20 @@ def plan_call(
         packing = _lay_out(model, call, reads._replace(reads_padding=keeps_shape or reads.reads_padding))
     seeds = None if assumed else _draw_seeds(encoder.layer, seen.stock)
     config = model.config if mixed else None
-    call["plan"] = Plan(packing, seen.stock, seeds, watched, None if watched else seen.weights, assumed, config)
+    call["plan"] = Plan(packing, seen.stock, seeds, watched, None if watched else seen.weights, assumed, config, Receipt())
     return (), call
+
+
+def check_taken(model: nn.Module, plan: Any) -> None:
+    """Raises RuntimeError where a base model has returned and its encoder has not taken the plan of the call.
+
+    Then stock code has run over rows that were laid out for another: sequences saw each other, and padding.
+    """
+    if isinstance(plan, Plan) and plan.receipt is not None and not plan.receipt.taken:
+        raise RuntimeError(
+            f"{type(model).__name__} did not hand its encoder the plan of this call; its result would be wrong: call "
+            "fastbert.unfuse on the model, which restores its stock code, and report the version of transformers"
+        )
 
 
 def _draw_seeds(layers: Any, stock: tuple[bool, ...]) -> Tensor | None:
@@ -272,52 +287,6 @@ def _draw_seeds(layers: Any, stock: tuple[bool, ...]) -> Tensor | None:
         return None
     device = next(layers.parameters()).device
     return torch.randint(2**63 - 1, (len(layers), 3), dtype=torch.int64, device=device)
-
-
-@functools.cache
-def parameter_names(kind: Any) -> tuple[str, ...]:
-    """Of the forward of a class, without self."""
-    return tuple(inspect.signature(kind.forward).parameters)[1:]
-
-
-def named_arguments(kind: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of `kind.forward`, all by name."""
-    return {**dict(zip(parameter_names(kind), args, strict=False)), **kwargs}
-
-
-def plan_label_call(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook of a head with a loss over labelled tokens: shows its base model the labels.
-
-    transformers hands unknown keyword arguments on to the base model, where `plan_call` takes them.
-    """
-    call = named_arguments(type(model), args, kwargs)
-    return None if call.get("labels") is None else (args, {**kwargs, "padded_labels": call["labels"]})
-
-
-def plan_first_call(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook of a head over the first row of every sequence, which may be padding: tells its base model."""
-    return args, {**kwargs, "reads_first": True}
-
-
-def plan_summary_call(
-    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook of a head over a summary of the rows: tells its base model whether that takes in padding."""
-    first = getattr(model.config, "summary_type", "last") == "first"
-    return args, {**kwargs, "reads_first" if first else "reads_padding": True}
-
-
-def plan_span_call(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook of a head with a loss that takes in padding: tells its base model so when there is a loss."""
-    call = named_arguments(type(model), args, kwargs)
-    loss = call.get("labels") is not None or call.get("start_positions") is not None
-    return (args, {**kwargs, "reads_padding": True}) if loss else None
 
 
 def _shape(call: Mapping[str, Any]) -> tuple[int, int]:
@@ -371,14 +340,16 @@ def _lay_out(model: Any, call: dict[str, Any], reads: Reads) -> Packing:
     mask = mask.to(torch.bool)
     dense = reads.reads_padding or padding == "dense" or torch.compiler.is_compiling()
     dense = dense or (labels is not None and labels.shape != mask.shape)  # an error the loss will name
-    dense = dense or (padding == "auto" and settings.opaque_head) or type(mask) is not Tensor
-    if dense or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if dense or type(mask) is not Tensor or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return Packing(batch, seqlen, seqlen, key_mask=mask)
+    around = readings(outermost(model, settings.holders))
+    if padding == "auto" and (around.unknown is not None or (around.tells is not None and not reads.told)):
         return Packing(batch, seqlen, seqlen, key_mask=mask)
     selection = pack_mask(mask, labels)
     if selection.tokens == batch * seqlen:
         return Packing(batch, seqlen, seqlen)
     # A pooler reads position 0 of every sequence, real or not.
-    exact = selection.starts_real or not (reads.reads_first or getattr(model, "pooler", None) is not None)
+    exact = selection.starts_real or not (around.first or getattr(model, "pooler", None) is not None)
     if encoder_of(model).relative and selection.has_holes:  # distances are those of the padded layout
         exact = False
     if selection.tokens == 0 or not exact or (selection.labels_padding and padding == "auto"):

@@ -14,6 +14,7 @@ from torch import nn
 
 from .encoder import PADDINGS, Settings
 from .fp8 import PRODUCTS, Fp8, calibrated
+from .readers import HOLDS, HOOKS, Holder, outermost, reader_of, unknown_reader
 from .support import (
     call_is_unsupported,
     embeddings_are_unsupported,
@@ -122,7 +123,7 @@ def fuse(
 @contextlib.contextmanager
 def _all_or_nothing(model: nn.Module) -> Iterator[None]:
     """Puts every module back as it was where what is done within breaks off, by Ctrl-C too."""
-    names = ("fastbert", "_old_forward")
+    names = ("fastbert", "_old_forward", HOLDS)
     before = [
         (
             m,
@@ -154,18 +155,18 @@ def _fuse(model: nn.Module, supported: list[tuple[Any, Any, Settings]], loss_onl
         _fuse_base(base, family, settings)
     fused = {id(base) for base, _, _ in supported}
     families = _families()
-    for module in model.modules():
-        for family in families:
-            for head, hook in family.HEADS.items():
-                if isinstance(module, head) and id(module.base_model) in fused:
-                    known = head, family.LOSS_HEADS.get(head, head)
-                    # Would it hand the argument on?
-                    if hook is None or type(module).forward not in [kind.forward for kind in known]:
-                        encoder_of(module.base_model).fastbert.opaque_head = True
-                    else:
-                        _add_hook(module, hook)
-            if loss_only and type(module) in family.LOSS_HEADS and id(module.base_model) in fused:
+    bases = tuple(family.BASE for family in families)
+    for name, module in list(model.named_modules()):
+        for family in families if loss_only else ():
+            if type(module) in family.LOSS_HEADS and id(module.base_model) in fused:
                 _become(module, family.LOSS_HEADS[type(module)])
+        held = [each for each in module.modules() if isinstance(each, bases)]
+        own = [encoder_of(base).fastbert for base in held if id(base) in fused]
+        if own and module not in held:
+            module.__dict__[HOLDS] = Holder(module, name.count(".") + bool(name), own)
+            reader = reader_of(type(module))
+            if not isinstance(reader, str) and reader.hook is not None and len(own) == len(held):
+                _add_hook(module, reader.hook)
 
 
 def _fp8(name: str, base: Any, family: Any) -> Fp8:
@@ -188,7 +189,7 @@ def _fuse_base(base: Any, family: Any, settings: Settings) -> None:
             _become(module, family.CLASSES[type(module)])
     encoder = encoder_of(base)
     if hasattr(encoder, "fastbert"):  # fused before: goes on counting
-        settings.counts, settings.opaque_head = encoder.fastbert.counts, encoder.fastbert.opaque_head
+        settings.counts = encoder.fastbert.counts
     encoder.fastbert = settings
 
 
@@ -227,10 +228,10 @@ def _unfuse(model: nn.Module, found: list[tuple[str, nn.Module, Any]]) -> None:
         del encoder_of(base).fastbert
     families = _families()
     for module in model.modules():
+        module.__dict__.pop(HOLDS, None)
+        for hook in HOOKS:
+            _remove_hook(module, hook)
         for family in families:
-            for head, hook in family.HEADS.items():
-                if isinstance(module, head):
-                    _remove_hook(module, hook)
             for plain, fused in family.LOSS_HEADS.items():
                 if type(module) is fused:
                     _become(module, plain)
@@ -274,6 +275,10 @@ class EncoderExplanation:
     """Where that is "fp8": what an ordinary call at this moment would make of it, in a line."""
     not_fp8: dict[str, str] = field(default_factory=dict)
     """There, products of layers that don't run in 8 bits, by name ("layer 0 down"), each with the reason."""
+    dense: str | None = None
+    """Why calls with padding run in the dense layout; None where they are packed, if what they ask for allows it."""
+    outside: str | None = None
+    """What in the model explained, outside of what `fuse` was given, may read padding; None where nothing does."""
 
 
 @dataclass(frozen=True)
@@ -292,6 +297,10 @@ class Explanation:
             if e.embeddings and not e.reason:
                 lines.append(f"  embeddings: stock: {e.embeddings}")
             lines += [f"  layer {i}: stock: {reason}" for i, reason in e.layers.items() if not e.reason]
+            if e.dense and e.padding != "dense" and not e.reason:
+                lines.append(f"  dense, not packed: {e.dense}")
+            if e.outside and not e.reason:
+                lines.append(f"  outside of what fuse was given: {e.outside}")
             if e.fp8 is not None and not e.reason:
                 lines += [f"  fp8: {e.fp8}", *(f"    {name}: {reason}" for name, reason in e.not_fp8.items())]
             lines += [f"  ran fused, {layout}: {n}" for layout, n in e.fused_calls.items()]
@@ -307,10 +316,10 @@ def explain(model: nn.Module) -> Explanation:
 
     "At this moment" includes torch's state: call it under the same `torch.inference_mode()` as the forward.
     """
-    return Explanation([_explain_base(*found) for found in _base_models(model)])
+    return Explanation([_explain_base(model, *found) for found in _base_models(model)])
 
 
-def _explain_base(name: str, base: Any, family: Any) -> EncoderExplanation:
+def _explain_base(model: nn.Module, name: str, base: Any, family: Any) -> EncoderExplanation:
     reason = model_is_unsupported(base, family)
     encoder = encoder_of(base)
     if not hasattr(encoder, "fastbert"):
@@ -341,7 +350,33 @@ def _explain_base(name: str, base: Any, family: Any) -> EncoderExplanation:
         None if settings.fp8 is None else "fp8",
         fp8,
         not_fp8,
+        _explain_layout(base, layers),
+        _explain_outside(model, base),
     )
+
+
+def _explain_layout(base: Any, layers: dict[int, str]) -> str | None:
+    """`EncoderExplanation.dense` of a fused base model."""
+    settings = encoder_of(base).fastbert
+    if settings.padding == "dense":
+        return "padding='dense' was asked of fuse"
+    if layers:
+        return "a layer runs stock"
+    around = outermost(base, settings.holders)
+    if settings.padding == "packed" or (why := unknown_reader(around)) is None:
+        return None
+    return f"{why}; if it does not, fuse the model with padding='packed'"
+
+
+def _explain_outside(model: nn.Module, base: Any) -> str | None:
+    """`EncoderExplanation.outside` of a fused base model."""
+    settings = encoder_of(base).fastbert
+    around = outermost(base, settings.holders)
+    if settings.padding != "auto" or unknown_reader(around) is not None or model is around:
+        return None
+    if all(module is not around for module in model.modules()) or (why := unknown_reader(model)) is None:
+        return None
+    return f"{why}; fuse the whole {type(model).__name__}, to have it looked at"
 
 
 def _explain_fp8(encoder: Any, family: Any) -> tuple[str | None, dict[str, str]]:

@@ -27,10 +27,10 @@ _PLAIN_ATTENTION = {None, "eager", "sdpa", "flex_attention"} | {f"flash_attentio
 # Where linear layers come from that are called as they are: each maps the last dimension alone, so they are indifferent
 # to how rows are laid out. Not so all adapters of PEFT: some route by a mean over tokens.
 _ADAPTERS = ("adalora", "boft", "ia3", "loha", "lokr", "lora", "oft", "vera")
-_ROWWISE_LINEARS = {f"peft.tuners.{name}.layer" for name in _ADAPTERS}
+ROWWISE_LINEARS = {f"peft.tuners.{name}.layer" for name in _ADAPTERS}
 
 # torch's activations that work element by element, as all of transformers' own do.
-_ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Tanh, nn.Sigmoid)
+ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Tanh, nn.Sigmoid)
 
 
 # What the kernels are compiled and tested for: the oldest triton, and the oldest NVIDIA GPU, which has bfloat16.
@@ -79,7 +79,7 @@ _CAPTURING, _GATHERING = "transformers.utils.output_capturing", "torch.distribut
 _GRADIENT_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")
 
 
-def _is_harmless(hook: Any, called: bool) -> bool:
+def is_harmless(hook: Any, called: bool) -> bool:
     module = getattr(hook, "__module__", None) or ""  # a built-in has none
     if module == _CAPTURING or (called and module.startswith(_GATHERING)):
         return True
@@ -111,7 +111,7 @@ def is_hooked(module: nn.Module, called: bool = False) -> bool:
     if "forward" in attributes and not is_placed(module):
         return True
     before, after = attributes["_forward_pre_hooks"], attributes["_forward_hooks"]
-    return bool(before or after) and any(not _is_harmless(hook, called) for hook in (*before.values(), *after.values()))
+    return bool(before or after) and any(not is_harmless(hook, called) for hook in (*before.values(), *after.values()))
 
 
 def _is_a(x: Any, module: str, name: str) -> bool:
@@ -148,14 +148,12 @@ def is_plain(module: nn.Module, kind: type[nn.Module], sharded: bool = False) ->
     return True
 
 
-def _is_rowwise(linear: Any, sharded: bool) -> bool:
+def is_rowwise(linear: Any, sharded: bool) -> bool:
     """Whether `linear` is an adapter around a plain linear layer, unwatched, that treats every row by itself.
 
     `sharded` as `is_plain` has it.
     """
-    if type(linear).__module__ not in _ROWWISE_LINEARS or not isinstance(
-        getattr(linear, "base_layer", None), nn.Linear
-    ):
+    if type(linear).__module__ not in ROWWISE_LINEARS or not isinstance(getattr(linear, "base_layer", None), nn.Linear):
         return False
     return is_plain(linear.base_layer, nn.Linear, sharded) and not any(is_hooked(module) for module in linear.modules())
 
@@ -205,14 +203,14 @@ def layer_is_unsupported(layer: Any) -> str | None:
         if module.__dict__.get("is_causal"):
             return f"{'.'.join(path)} is causal"
     activation = layer.activation()
-    own = type(activation) not in _ELEMENTWISE and type(activation).__module__ != "transformers.activations"
+    own = type(activation) not in ELEMENTWISE and type(activation).__module__ != "transformers.activations"
     if own or is_hooked(activation):
         return f"the activation is a {type(activation).__name__} of one's own, or has hooks"
     weights: list[Tensor] = []
     for path, linear in layer.linears():
         if is_plain(linear, nn.Linear, sharded):
             weights += [p for p in linear._parameters.values() if p is not None]
-        elif not _is_rowwise(linear, sharded):
+        elif not is_rowwise(linear, sharded):
             return f"{'.'.join(path)} is a {type(linear).__name__}" + (" with hooks" if is_hooked(linear) else "")
     for path, norm in layer.norms():
         if not is_plain(norm, nn.LayerNorm, sharded) or norm.weight is None or norm.bias is None:

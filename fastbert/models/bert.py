@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.bert import modeling_bert as hf
 
-from ..encoder import plan_label_call, plan_span_call
+from ..readers import LABELS, REAL, SPANS, know
 from .family import (
     base_model,
     bert_like,
@@ -46,12 +46,22 @@ BertLMHeadModel = head(hf.BertLMHeadModel, __name__)
 BASE = hf.BertModel
 ENCODER = hf.BertEncoder
 HEADS = {
-    hf.BertForPreTraining: plan_label_call,
-    hf.BertForMaskedLM: plan_label_call,
-    hf.BertForTokenClassification: plan_label_call,
-    hf.BertForQuestionAnswering: plan_span_call,
-    hf.BertLMHeadModel: None,
+    hf.BertForMaskedLM: LABELS,
+    hf.BertForMultipleChoice: REAL,
+    hf.BertForNextSentencePrediction: REAL,
+    hf.BertForPreTraining: LABELS,
+    hf.BertForQuestionAnswering: SPANS,
+    hf.BertForSequenceClassification: REAL,
+    hf.BertForTokenClassification: LABELS,
 }
+PARTS = (
+    hf.BertLMPredictionHead,
+    hf.BertOnlyMLMHead,
+    hf.BertOnlyNSPHead,
+    hf.BertPooler,
+    hf.BertPreTrainingHeads,
+    hf.BertPredictionHeadTransform,
+)
 LOSS_HEADS = {
     hf.BertForMaskedLM: BertForMaskedLM,
     hf.BertForPreTraining: BertForPreTraining,
@@ -63,4 +73,5 @@ CLASSES = {
     hf.BertEncoder: BertEncoder,
 }
 
+know((hf.BertModel, BertModel), HEADS, PARTS, LOSS_HEADS)
 introduce(BertModel, hf.BertConfig)

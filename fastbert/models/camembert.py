@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.camembert import modeling_camembert as hf
 
-from ..encoder import plan_first_call, plan_label_call, plan_span_call
+from ..readers import FIRST, LABELS, REAL, SPANS, know
 from .family import base_model, bert_like, embeddings, encoder, head, introduce, layer, lm_head, masked_lm
 
 __all__ = [
@@ -31,12 +31,17 @@ CamembertForTokenClassification = head(hf.CamembertForTokenClassification, __nam
 BASE = hf.CamembertModel
 ENCODER = hf.CamembertEncoder
 HEADS = {
-    hf.CamembertForCausalLM: None,
-    hf.CamembertForMaskedLM: plan_label_call,
-    hf.CamembertForTokenClassification: plan_label_call,
-    hf.CamembertForQuestionAnswering: plan_span_call,
-    hf.CamembertForSequenceClassification: plan_first_call,
+    hf.CamembertForMaskedLM: LABELS,
+    hf.CamembertForMultipleChoice: REAL,
+    hf.CamembertForQuestionAnswering: SPANS,
+    hf.CamembertForSequenceClassification: FIRST,
+    hf.CamembertForTokenClassification: LABELS,
 }
+PARTS = (
+    hf.CamembertClassificationHead,
+    hf.CamembertLMHead,
+    hf.CamembertPooler,
+)
 LOSS_HEADS = {hf.CamembertForMaskedLM: CamembertForMaskedLM}
 CLASSES = {
     hf.CamembertModel: CamembertModel,
@@ -45,4 +50,5 @@ CLASSES = {
     hf.CamembertEncoder: CamembertEncoder,
 }
 
+know((hf.CamembertModel, CamembertModel), HEADS, PARTS, LOSS_HEADS)
 introduce(CamembertModel, hf.CamembertConfig)

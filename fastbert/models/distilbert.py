@@ -7,9 +7,9 @@ from typing import Any
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.distilbert import modeling_distilbert as hf
 
-from ..encoder import plan_first_call, plan_label_call, plan_span_call
 from ..heads import Vocabulary
 from ..layer import Shape
+from ..readers import FIRST, LABELS, SPANS, know
 from .family import base_model, encoder, head, introduce, layer, masked_lm
 
 __all__ = [
@@ -58,12 +58,13 @@ DistilBertForTokenClassification = head(hf.DistilBertForTokenClassification, __n
 BASE = hf.DistilBertModel
 ENCODER = hf.Transformer
 HEADS = {
-    hf.DistilBertForMaskedLM: plan_label_call,
-    hf.DistilBertForTokenClassification: plan_label_call,
-    hf.DistilBertForQuestionAnswering: plan_span_call,
-    hf.DistilBertForSequenceClassification: plan_first_call,
-    hf.DistilBertForMultipleChoice: plan_first_call,
+    hf.DistilBertForMaskedLM: LABELS,
+    hf.DistilBertForMultipleChoice: FIRST,
+    hf.DistilBertForQuestionAnswering: SPANS,
+    hf.DistilBertForSequenceClassification: FIRST,
+    hf.DistilBertForTokenClassification: LABELS,
 }
+PARTS = ()
 LOSS_HEADS = {hf.DistilBertForMaskedLM: DistilBertForMaskedLM}
 CLASSES = {
     hf.DistilBertModel: DistilBertModel,
@@ -71,4 +72,5 @@ CLASSES = {
     hf.Transformer: Transformer,
 }
 
+know((hf.DistilBertModel, DistilBertModel), HEADS, PARTS, LOSS_HEADS)
 introduce(DistilBertModel, hf.DistilBertConfig)

@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers.models.electra import modeling_electra as hf
 
-from ..encoder import plan_first_call, plan_label_call, plan_span_call, plan_summary_call
 from ..heads import Vocabulary
+from ..readers import FIRST, LABELS, REAL, SPANS, SUMMARY, know
 from .family import base_model, bert_like, embeddings, encoder, head, introduce, layer, masked_lm
 
 __all__ = [
@@ -42,13 +42,19 @@ BASE = hf.ElectraModel
 ENCODER = hf.ElectraEncoder
 # ElectraForPreTraining is not among them: its loss leaves padding out by the mask.
 HEADS = {
-    hf.ElectraForMaskedLM: plan_label_call,
-    hf.ElectraForTokenClassification: plan_label_call,
-    hf.ElectraForQuestionAnswering: plan_span_call,
-    hf.ElectraForSequenceClassification: plan_first_call,
-    hf.ElectraForMultipleChoice: plan_summary_call,
-    hf.ElectraForCausalLM: None,
+    hf.ElectraForMaskedLM: LABELS,
+    hf.ElectraForMultipleChoice: SUMMARY,
+    hf.ElectraForPreTraining: REAL,
+    hf.ElectraForQuestionAnswering: SPANS,
+    hf.ElectraForSequenceClassification: FIRST,
+    hf.ElectraForTokenClassification: LABELS,
 }
+PARTS = (
+    hf.ElectraClassificationHead,
+    hf.ElectraDiscriminatorPredictions,
+    hf.ElectraGeneratorPredictions,
+    hf.ElectraSequenceSummary,
+)
 LOSS_HEADS = {hf.ElectraForMaskedLM: ElectraForMaskedLM}
 CLASSES = {
     hf.ElectraModel: ElectraModel,
@@ -57,4 +63,5 @@ CLASSES = {
     hf.ElectraEncoder: ElectraEncoder,
 }
 
+know((hf.ElectraModel, ElectraModel), HEADS, PARTS, LOSS_HEADS)
 introduce(ElectraModel, hf.ElectraConfig)

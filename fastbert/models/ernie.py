@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.ernie import modeling_ernie as hf
 
-from ..encoder import plan_label_call, plan_span_call
+from ..readers import LABELS, REAL, SPANS, know
 from .family import (
     base_model,
     bert_like,
@@ -46,12 +46,22 @@ ErnieForTokenClassification = head(hf.ErnieForTokenClassification, __name__)
 BASE = hf.ErnieModel
 ENCODER = hf.ErnieEncoder
 HEADS = {
-    hf.ErnieForPreTraining: plan_label_call,
-    hf.ErnieForMaskedLM: plan_label_call,
-    hf.ErnieForTokenClassification: plan_label_call,
-    hf.ErnieForQuestionAnswering: plan_span_call,
-    hf.ErnieForCausalLM: None,
+    hf.ErnieForMaskedLM: LABELS,
+    hf.ErnieForMultipleChoice: REAL,
+    hf.ErnieForNextSentencePrediction: REAL,
+    hf.ErnieForPreTraining: LABELS,
+    hf.ErnieForQuestionAnswering: SPANS,
+    hf.ErnieForSequenceClassification: REAL,
+    hf.ErnieForTokenClassification: LABELS,
 }
+PARTS = (
+    hf.ErnieLMPredictionHead,
+    hf.ErnieOnlyMLMHead,
+    hf.ErnieOnlyNSPHead,
+    hf.ErniePooler,
+    hf.ErniePreTrainingHeads,
+    hf.ErniePredictionHeadTransform,
+)
 LOSS_HEADS = {
     hf.ErnieForMaskedLM: ErnieForMaskedLM,
     hf.ErnieForPreTraining: ErnieForPreTraining,
@@ -63,4 +73,5 @@ CLASSES = {
     hf.ErnieEncoder: ErnieEncoder,
 }
 
+know((hf.ErnieModel, ErnieModel), HEADS, PARTS, LOSS_HEADS)
 introduce(ErnieModel, hf.ErnieConfig)

@@ -5,8 +5,9 @@ what to wrap), and because a saved config records them. An adapter is a module w
 
 BASE, ENCODER: the stock classes of the base model, and of its stack of layers.
 CLASSES: which fused class takes the place of which stock one, in the base model.
-HEADS: for every head that reads more of the base model's output than real tokens, the hook (of `fastbert.encoder`)
-    that tells the base model so; None: what it reads can't be told on.
+HEADS: for every head, what it reads of the base model's output (`fastbert.readers`). One that is not listed may read
+    padding: then calls are dense.
+PARTS: what heads, and the pooler, are made of, where that is the family's own: each row from the same row alone.
 LOSS_HEADS: heads that can return their loss alone, and the fused classes that do.
 """
 
@@ -21,11 +22,12 @@ from torch import nn
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.utils.generic import can_return_tuple
 
-from ..encoder import FusedEncoder, named_arguments, parameter_names, plan_call
+from ..encoder import FusedEncoder, check_taken, plan_call
 from ..fuse import FusedModel
 from ..graphs import Stale
 from ..heads import Vocabulary, labelled_loss, takes_labelled_rows
 from ..layer import FusedEmbeddings, FusedLayer, Shape
+from ..readers import named_arguments, parameter_names
 
 T = TypeVar("T", bound=nn.Module)
 
@@ -72,12 +74,15 @@ def base_model(kind: Any, module: str, own: Callable[..., Any] | None = None) ->
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         planned, named = plan_call(self, names, args, kwargs)
         if torch.compiler.is_compiling():
-            return super(fused, self).forward(*planned, **named)
-        try:
-            return super(fused, self).forward(*planned, **named)
-        except Stale:
-            planned, named = plan_call(self, names, args, kwargs, assumes=False)
-        return super(fused, self).forward(*planned, **named)
+            output = super(fused, self).forward(*planned, **named)
+        else:
+            try:
+                output = super(fused, self).forward(*planned, **named)
+            except Stale:
+                planned, named = plan_call(self, names, args, kwargs, assumes=False)
+                output = super(fused, self).forward(*planned, **named)
+        check_taken(self, named.get("plan"))
+        return output
 
     fused = _derive(kind, module, FusedModel, forward=forward if own is None else own)
     return fused

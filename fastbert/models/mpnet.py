@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.models.mpnet import modeling_mpnet as hf
 
-from ..encoder import Plan, parameter_names, plan_call
+from ..encoder import Plan, plan_call
 from ..layer import Shape
+from ..readers import REAL, know, parameter_names
 from .family import base_model, encoder, head, introduce, layer
 
 __all__ = [
@@ -79,14 +80,10 @@ MPNetForTokenClassification = head(hf.MPNetForTokenClassification, __name__)
 
 BASE = hf.MPNetModel
 ENCODER = hf.MPNetEncoder
-HEADS = dict.fromkeys(
-    (
-        hf.MPNetForMaskedLM,
-        hf.MPNetForQuestionAnswering,
-        hf.MPNetForSequenceClassification,
-        hf.MPNetForTokenClassification,
-    )
-)
+HEADS = {
+    hf.MPNetForMultipleChoice: REAL,
+}
+PARTS = (hf.MPNetPooler,)
 LOSS_HEADS: dict[Any, Any] = {}
 CLASSES = {
     hf.MPNetModel: MPNetModel,
@@ -94,4 +91,5 @@ CLASSES = {
     hf.MPNetEncoder: MPNetEncoder,
 }
 
+know((hf.MPNetModel, MPNetModel), HEADS, PARTS, LOSS_HEADS)
 introduce(MPNetModel, hf.MPNetConfig)

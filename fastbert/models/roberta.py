@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.roberta import modeling_roberta as hf
 
-from ..encoder import plan_first_call, plan_label_call, plan_span_call
+from ..readers import FIRST, LABELS, REAL, SPANS, know
 from .family import base_model, bert_like, embeddings, encoder, head, introduce, layer, lm_head, masked_lm
 
 __all__ = [
@@ -31,12 +31,17 @@ RobertaForTokenClassification = head(hf.RobertaForTokenClassification, __name__)
 BASE = hf.RobertaModel
 ENCODER = hf.RobertaEncoder
 HEADS = {
-    hf.RobertaForCausalLM: None,
-    hf.RobertaForMaskedLM: plan_label_call,
-    hf.RobertaForTokenClassification: plan_label_call,
-    hf.RobertaForQuestionAnswering: plan_span_call,
-    hf.RobertaForSequenceClassification: plan_first_call,
+    hf.RobertaForMaskedLM: LABELS,
+    hf.RobertaForMultipleChoice: REAL,
+    hf.RobertaForQuestionAnswering: SPANS,
+    hf.RobertaForSequenceClassification: FIRST,
+    hf.RobertaForTokenClassification: LABELS,
 }
+PARTS = (
+    hf.RobertaClassificationHead,
+    hf.RobertaLMHead,
+    hf.RobertaPooler,
+)
 LOSS_HEADS = {hf.RobertaForMaskedLM: RobertaForMaskedLM}
 CLASSES = {
     hf.RobertaModel: RobertaModel,
@@ -45,4 +50,5 @@ CLASSES = {
     hf.RobertaEncoder: RobertaEncoder,
 }
 
+know((hf.RobertaModel, RobertaModel), HEADS, PARTS, LOSS_HEADS)
 introduce(RobertaModel, hf.RobertaConfig)

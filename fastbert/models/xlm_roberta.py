@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.xlm_roberta import modeling_xlm_roberta as hf
 
-from ..encoder import plan_first_call, plan_label_call, plan_span_call
+from ..readers import FIRST, LABELS, REAL, SPANS, know
 from .family import base_model, bert_like, embeddings, encoder, head, introduce, layer, lm_head, masked_lm
 
 __all__ = [
@@ -31,12 +31,17 @@ XLMRobertaForTokenClassification = head(hf.XLMRobertaForTokenClassification, __n
 BASE = hf.XLMRobertaModel
 ENCODER = hf.XLMRobertaEncoder
 HEADS = {
-    hf.XLMRobertaForCausalLM: None,
-    hf.XLMRobertaForMaskedLM: plan_label_call,
-    hf.XLMRobertaForTokenClassification: plan_label_call,
-    hf.XLMRobertaForQuestionAnswering: plan_span_call,
-    hf.XLMRobertaForSequenceClassification: plan_first_call,
+    hf.XLMRobertaForMaskedLM: LABELS,
+    hf.XLMRobertaForMultipleChoice: REAL,
+    hf.XLMRobertaForQuestionAnswering: SPANS,
+    hf.XLMRobertaForSequenceClassification: FIRST,
+    hf.XLMRobertaForTokenClassification: LABELS,
 }
+PARTS = (
+    hf.XLMRobertaClassificationHead,
+    hf.XLMRobertaLMHead,
+    hf.XLMRobertaPooler,
+)
 LOSS_HEADS = {hf.XLMRobertaForMaskedLM: XLMRobertaForMaskedLM}
 CLASSES = {
     hf.XLMRobertaModel: XLMRobertaModel,
@@ -45,4 +50,5 @@ CLASSES = {
     hf.XLMRobertaEncoder: XLMRobertaEncoder,
 }
 
+know((hf.XLMRobertaModel, XLMRobertaModel), HEADS, PARTS, LOSS_HEADS)
 introduce(XLMRobertaModel, hf.XLMRobertaConfig)

@@ -1,0 +1,392 @@
+"""Who reads what a base model returns: packing is right only if every one of them leaves padding alone.
+
+Packed rows come back with zeros at padding, where stock has values. So of all that stands in what `fuse` was given,
+around the base model or beside it, every module must be known to ignore those rows, its children too. What is known is
+data, one row a class: here, and in each family's HEADS and PARTS. A class without a row, one that overrides code of the
+class it is known as, one whose forward has been replaced, and a hook that sees the rows may all read padding: then the
+layout is dense, which is exact everywhere, and `explain` names who it is.
+
+A row speaks of the code that its class had when it was first met, and only if that came with the class's own package.
+Modules are looked at anew in every call: what is replaced after `fuse` counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import os
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from types import FunctionType
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from .support import ELEMENTWISE, ROWWISE_LINEARS, is_harmless, is_placed, is_rowwise
+
+HOLDS = "_fastbert"
+"""Attribute of a module that holds base models: its `Holder`."""
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+Hook = Callable[[Any, tuple[Any, ...], dict[str, Any]], "Call | None"]
+
+
+class Reads(NamedTuple):
+    """What a call of a head reads beyond real tokens: arguments that its hook adds, which `plan_call` takes out."""
+
+    padded_labels: Tensor | None = None
+    """(B, S), labels of a loss over labelled tokens."""
+    reads_padding: bool = False
+    """Whether it takes in every row."""
+    told: bool = False
+    """Whether the hook of whoever has one has run: its forward may be called past it."""
+
+
+class Reader(NamedTuple):
+    """What is known of a class: that it ignores padding, on these conditions."""
+
+    hook: Hook | None = None
+    """Forward pre-hook that says of a call what it reads (`Reads`); None: it never reads padding."""
+    first: Callable[[Any], bool] | None = None
+    """Whether a module of this class reads position 0 of every sequence, real or not; None: it does not."""
+    unless: Callable[[Any], str | None] | None = None
+    """Why a module of this class may read padding after all."""
+    children: tuple[str, ...] | None = None
+    """Which of its children meet the rows, and so must be known; None: all."""
+    around: bool = False
+    """Whether it is called with what goes into the base model, so that its pre-hooks don't see the rows."""
+    derived: bool = False
+    """Whether classes derived from it count, whatever they override, while they keep its forward."""
+    forward: Any = None
+    """Its forward, as it was when the class was first met."""
+
+
+@functools.cache
+def parameter_names(kind: Any) -> tuple[str, ...]:
+    """Of the forward of a class, without self."""
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
+
+
+def named_arguments(kind: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of `kind.forward`, all by name."""
+    return {**dict(zip(parameter_names(kind), args, strict=False)), **kwargs}
+
+
+def tell_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Of a head with a loss over labelled tokens: shows its base model the labels.
+
+    transformers hands unknown keyword arguments on to the base model, where `plan_call` takes them.
+    """
+    labels = named_arguments(type(model), args, kwargs).get("labels")
+    return args, {**kwargs, "padded_labels": labels, "told": True}
+
+
+def tell_spans(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Of a head with a loss that takes in padding: tells its base model so when there is a loss."""
+    call = named_arguments(type(model), args, kwargs)
+    loss = call.get("labels") is not None or call.get("start_positions") is not None
+    return args, {**kwargs, "reads_padding": loss, "told": True}
+
+
+_LOSSES = ("labels", "start_positions", "end_positions")
+
+
+def tell_features(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    """Of sentence-transformers' Transformer, which calls the forward of its model past the hooks.
+
+    Tokens that expand a query have mask 0 unless they are attended to, and are scored.
+    """
+    if module.model_forward_params is not None:  # it would not hand them on
+        return None
+    features = {**(args[0] if args else {}), **kwargs}
+    expands = features.get("query_expansion_positions") is not None and not _attends(module)
+    told = all(features.get(name) is None for name in _LOSSES)
+    return args, {**kwargs, "reads_padding": expands, "told": told}
+
+
+def _attends(module: Any) -> bool:
+    """Whether the tokens that expand a query of sentence-transformers are attended to: then they are real ones."""
+    return bool((getattr(module, "query_expansion", None) or {}).get("attend"))
+
+
+HOOKS: tuple[Hook, ...] = (tell_labels, tell_spans, tell_features)
+
+# What a head says of itself, in a family's HEADS.
+REAL = Reader(around=True)
+"""It reads real tokens, and what the pooler of its base model makes of the first."""
+FIRST = Reader(around=True, first=lambda head: True)
+"""It reads the first row of every sequence, which may be padding."""
+LABELS = Reader(around=True, hook=tell_labels)
+"""Its loss is taken over labelled tokens, wherever they are."""
+SPANS = Reader(around=True, hook=tell_spans)
+"""Its loss takes in padding."""
+SUMMARY = Reader(
+    around=True,
+    first=lambda head: True,
+    unless=lambda head: (
+        None if getattr(head.config, "summary_type", "last") == "first" else "it summarises rows, padding too"
+    ),
+)
+"""It reads a summary of the rows: of the first, or of others, padding too (`config.summary_type`)."""
+
+
+def _expansion(module: Any) -> str | None:
+    if getattr(module, "query_expansion", None) is None or _attends(module) or module.model_forward_params is None:
+        return None
+    return "it expands queries with tokens of mask 0, which are scored"
+
+
+def _activation(module: Any) -> str | None:
+    function = module.activation_function
+    return None if isinstance(function, nn.Module) else f"its activation is {function!r}, not a module"
+
+
+def _prompts(module: Any) -> str | None:
+    prompts = any(getattr(config, "is_prompt_learning", False) for config in module.peft_config.values())
+    return "its prompts make sequences longer than their mask" if prompts else None
+
+
+def _decoder(module: Any) -> str | None:
+    kind = type(module.decoder)
+    if kind.__module__.startswith("transformers.models.") and _is_original(kind.forward, "transformers"):
+        return None
+    return f"its decoder is a {kind.__name__}"
+
+
+def _rowwise(module: Any) -> str | None:
+    return None if is_rowwise(module, sharded=True) else "it is no adapter of a plain linear layer"
+
+
+_ROWS = Reader()  # each row from the same row of its input alone
+_AROUND = Reader(around=True)
+
+# By class: torch's.
+_KNOWN: dict[type[nn.Module], Reader] = {
+    **dict.fromkeys((nn.Linear, nn.Dropout, nn.LayerNorm, nn.Identity, nn.Sequential, *ELEMENTWISE), _ROWS),
+    **dict.fromkeys((nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict), _ROWS),
+    nn.Embedding: Reader(children=()),
+    nn.CrossEntropyLoss: Reader(children=()),  # DistilBERT's: of logits and labels that its head tells
+    nn.DataParallel: _AROUND,
+    nn.parallel.DistributedDataParallel: _AROUND,
+}
+# By where it is defined; without a module, anywhere in the package, as sentence-transformers moves its modules about.
+_NAMED: dict[str, Reader] = {
+    "torch.distributed.fsdp.fully_sharded_data_parallel:FullyShardedDataParallel": _AROUND,
+    "torch._dynamo.eval_frame:OptimizedModule": _AROUND,
+    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper:CheckpointWrapper": _AROUND,
+    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper:OffloadWrapper": _AROUND,
+    "torch.optim.swa_utils:AveragedModel": _AROUND,
+    # The decoder attends to rows of the encoder by its mask.
+    "transformers:EncoderDecoderModel": Reader(around=True, unless=_decoder, children=("encoder", "enc_to_dec_proj")),
+    # PEFT: what hands its arguments on, and wrappers around a head's own layers.
+    "peft:PeftModel": Reader(around=True, unless=_prompts),
+    "peft:PeftModelForSequenceClassification": Reader(around=True, unless=_prompts),
+    "peft:PeftModelForTokenClassification": Reader(around=True, unless=_prompts),
+    "peft:PeftModelForQuestionAnswering": Reader(around=True, unless=_prompts),
+    "peft:PeftModelForFeatureExtraction": Reader(around=True, unless=_prompts),
+    "peft:BaseTuner": Reader(around=True, derived=True),
+    "peft:AdaLoraModel": Reader(around=True),
+    "peft:ModulesToSaveWrapper": _ROWS,
+    # sentence-transformers: the models, and what can stand in them; as of 6.2.0.
+    "sentence_transformers:SentenceTransformer": _AROUND,
+    "sentence_transformers:CrossEncoder": _AROUND,
+    "sentence_transformers:SparseEncoder": _AROUND,
+    "sentence_transformers:MultiVectorEncoder": _AROUND,
+    "sentence_transformers:Router": _AROUND,
+    "sentence_transformers:Transformer": Reader(around=True, hook=tell_features, unless=_expansion),
+    "sentence_transformers:MLMTransformer": Reader(around=True, hook=tell_features, unless=_expansion),
+    "sentence_transformers:Pooling": Reader(first=lambda pooling: "cls" in pooling.pooling_mode),  # others by the mask
+    "sentence_transformers:Normalize": _ROWS,
+    "sentence_transformers:Dense": Reader(unless=_activation),
+    "sentence_transformers:Dropout": _ROWS,
+    "sentence_transformers:LayerNorm": _ROWS,
+    "sentence_transformers:WordWeights": _ROWS,
+    "sentence_transformers:WeightedLayerPooling": _ROWS,
+    "sentence_transformers:SpladePooling": Reader(),  # logits times the mask
+    "sentence_transformers:SparseAutoEncoder": Reader(children=()),  # of the sentence's embedding
+    "sentence_transformers:MultiVectorMask": Reader(),  # scores the mask and what expands queries
+    "sentence_transformers:HierarchicalTokenPooling": Reader(),  # of tokens by the mask, as the next
+    "sentence_transformers:LambdaTokenPooling": Reader(),
+    "sentence_transformers:StaticEmbedding": Reader(children=()),  # of ids
+    "sentence_transformers:SparseStaticEmbedding": Reader(children=()),
+    "sentence_transformers:_Float32Linear": _ROWS,
+}
+# What a class derived from a known one may define anew: nothing of it runs in a forward.
+_HARMLESS = {"_apply", "train", "_init_weights", "init_weights", "post_init", "save_pretrained", "load", "save"}
+_CALLS = {"__call__", "__getattr__", "__getattribute__", "_call_impl", "_wrapped_call_impl"}
+
+
+def know(bases: Iterable[Any], heads: Mapping[Any, Reader], parts: Iterable[Any], fused: Mapping[Any, Any]) -> None:
+    """Makes the classes of a family known: its base models, its HEADS, PARTS and LOSS_HEADS."""
+    _KNOWN.update(dict.fromkeys(bases, Reader(around=True, children=("pooler",))))
+    _KNOWN.update(dict.fromkeys(parts, _ROWS))
+    _KNOWN.update(heads)
+    _KNOWN.update({own: heads[plain] for plain, own in fused.items()})
+    for kind in (*bases, *heads, *parts, *fused.values()):
+        reader_of(kind)  # keeps its forward
+
+
+_MET: dict[type[nn.Module], Reader] = {}
+"""Classes met so far that are known."""
+
+
+def reader_of(kind: type[nn.Module]) -> Reader | str:
+    """What is known of a class, or why nothing is."""
+    found = _MET.get(kind)
+    if found is not None and kind.forward is found.forward:
+        return found
+    known: Any = next((each for each in kind.__mro__ if _row(each) is not None), None)
+    row = None if known is None else _row(known)
+    if row is None:
+        return "which may read padding"
+    if row.derived:
+        changed = [] if kind.forward is known.forward else ["forward"]
+    else:
+        changed = [name for own in kind.__mro__[: kind.__mro__.index(known)] for name in _overridden(own, known)]
+    if changed:
+        return f"a {known.__name__} with {_listed(changed)} of its own, which may read padding"
+    package = known.__module__.partition(".")[0]
+    functions = {name: value for name, value in vars(known).items() if isinstance(value, FunctionType)}
+    replaced = [name for name, value in functions.items() if not _is_original(value, package)]
+    if found is not None or (replaced and package != "fastbert"):  # met with another forward; or not its package's
+        return f"whose {_listed(replaced) or 'forward'} has been replaced, and may read padding"
+    _MET[kind] = row._replace(forward=kind.forward)
+    return _MET[kind]
+
+
+def _row(kind: type) -> Reader | None:
+    if kind in _KNOWN:
+        return _KNOWN[kind]
+    if not issubclass(kind, nn.Module):
+        return None
+    if kind.__module__ == "transformers.activations":
+        return _ROWS
+    if kind.__module__ in ROWWISE_LINEARS:
+        return Reader(unless=_rowwise, children=())
+    package = kind.__module__.partition(".")[0]
+    return _NAMED.get(f"{package}:{kind.__qualname__}") or _NAMED.get(f"{kind.__module__}:{kind.__qualname__}")
+
+
+def _overridden(own: type, known: type) -> list[str]:
+    """The functions of `known` that `own`, further down, has in their place."""
+    names = [n for n in vars(own) if n in _CALLS or not (n.startswith("__") or n in _HARMLESS)]
+    kinds = (FunctionType, property, classmethod, staticmethod)
+    return [name for name in names if isinstance(inspect.getattr_static(known, name, None), kinds)]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
+
+
+def _is_original(function: Any, package: str) -> bool:
+    """Whether a function, and all that it wraps, was written in `package`."""
+    folder = os.path.dirname(getattr(sys.modules.get(package), "__file__", None) or "?") + os.sep
+    while function is not None:
+        code = getattr(function, "__code__", None)
+        if code is None or not (code.co_filename.startswith(folder) or code.co_filename == contextlib.__file__):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
+
+
+class Readings(NamedTuple):
+    """What reads the output of a base model."""
+
+    unknown: tuple[nn.Module, str] | None = None
+    """A module that may read padding, and what it is."""
+    first: bool = False
+    """Whether position 0 of every sequence is read, real or not."""
+    tells: nn.Module | None = None
+    """A module that says of each call what it reads, by a hook."""
+
+
+def readings(root: nn.Module) -> Readings:
+    """Looks at every module of `root` that may meet the output of a base model in it, or at a base model alone."""
+    first, tells = False, None
+    todo: list[Any] = [root]
+    while todo:
+        module = todo.pop()
+        kind = type(module)
+        row = _MET.get(kind)
+        if row is None or kind.forward is not row.forward:
+            judged = reader_of(kind)
+            if isinstance(judged, str):
+                return Readings((module, f"a {kind.__name__}, {judged}"))
+            row = judged
+        attributes = module.__dict__
+        if attributes["_forward_hooks"] or attributes["_backward_hooks"] or attributes["_backward_pre_hooks"]:
+            if not all(is_harmless(hook, called=True) for hook in attributes["_forward_hooks"].values()):
+                return Readings((module, "hooked: what sees its output may read padding"))
+            if attributes["_backward_hooks"] or attributes["_backward_pre_hooks"]:
+                return Readings((module, "hooked: what sees its gradients may read padding"))
+        before = None if row.around else attributes["_forward_pre_hooks"]
+        if before and not all(is_harmless(hook, called=True) for hook in before.values()):
+            return Readings((module, "hooked: what sees its input may read padding"))
+        if "forward" in attributes and not _hands_on(module):
+            return Readings((module, "given a forward of its own, which may read padding"))
+        if row.unless is not None and (why := row.unless(module)) is not None:
+            return Readings((module, f"a {kind.__name__}: {why}"))
+        first = first or (row.first is not None and row.first(module))
+        tells = module if row.hook is not None and tells is None else tells
+        children = attributes["_modules"]
+        if row.children is None:
+            todo += [child for child in children.values() if child is not None]
+        else:
+            todo += [children[name] for name in row.children if children.get(name) is not None]
+    return Readings(None, first, tells)
+
+
+def _hands_on(module: nn.Module) -> bool:
+    """Whether the forward of a module itself hands on to that of its class: torch's and accelerate's wrappers do."""
+    if is_placed(module) or type(module).__module__ == "torch._dynamo.eval_frame":
+        return True
+    function, own = module.__dict__["forward"], type(module).forward
+    for _ in range(8):
+        function = getattr(function, "__func__", function)
+        if function is own:
+            return True
+        source = getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
+        if not source.startswith(("accelerate.", "torch.")):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return False
+
+
+class Holder:
+    """Ties a module that holds base models to what `fuse` left on those; copied and pickled together with it.
+
+    A base model knows by it what it stands in, without holding it: a base model that is copied, pickled or kept
+    alone comes alone.
+    """
+
+    def __init__(self, module: nn.Module, depth: int, settings: list[Any]) -> None:
+        self.module, self.depth, self.settings = weakref.ref(module), depth, settings
+        for each in settings:
+            each.holders = sorted([*each.holders, self], key=lambda holder: holder.depth)
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        return self.module(), self.depth, self.settings
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
+
+
+def outermost(base: nn.Module, holders: list[Holder]) -> nn.Module:
+    """What `fuse` was given, if there still is such a thing, or what is left of it around the base model."""
+    for holder in holders:
+        module = holder.module()
+        if module is not None:
+            return module
+    return base
+
+
+def unknown_reader(root: nn.Module) -> str | None:
+    """Why padded calls of a base model in `root` are dense under padding="auto", for a reader to read."""
+    found = readings(root).unknown
+    if found is None:
+        return None
+    module, why = found
+    name = next((name for name, each in root.named_modules() if each is module), "")
+    return f"{name or 'the model itself'} is {why}"

@@ -1,0 +1,362 @@
+"""Who reads padding: rows packed away are missed by nobody, or nothing is packed."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.models.bert import modeling_bert as hf
+from transformers.models.roberta import modeling_roberta
+
+import fastbert
+from tests import models
+
+MASK = models.masks(5, 17)["right"]
+REAL = MASK.bool()  # type: ignore[union-attr]
+
+
+def call(**more: Any) -> dict[str, Any]:
+    return {"input_ids": models.ids(5, 17), "attention_mask": MASK, **more}
+
+
+def layouts(model: Any) -> dict[str, int]:
+    (explained,) = fastbert.explain(model).encoders
+    assert not explained.stock_calls
+    return explained.fused_calls
+
+
+def dense(model: Any) -> str | None:
+    return fastbert.explain(model).encoders[0].dense
+
+
+class BiLSTM(nn.Module):
+    """Comes to real tokens out of the padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(128, 16, batch_first=True, bidirectional=True)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        found: Tensor = self.rnn(hidden)[0]
+        return found
+
+
+class Convolution(nn.Module):
+    """A tagger that looks at its neighbours, as a CRF's emissions are often made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.near = nn.Conv1d(128, 32, 3, padding=1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        found: Tensor = self.near(hidden.transpose(1, 2)).transpose(1, 2)
+        return found
+
+
+class Centred(nn.Linear):
+    """A linear layer of the mean over all rows, too."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden - hidden.mean(1, keepdim=True))
+
+
+def softmax_over_tokens() -> nn.Module:
+    return nn.Sequential(nn.Linear(128, 32), nn.Softmax(dim=1))
+
+
+PARTS: dict[str, Callable[[], nn.Module]] = {
+    "a BiLSTM": BiLSTM,
+    "a Convolution": Convolution,
+    "a Centred, a Linear with forward of its own": lambda: Centred(128, 32),
+    "a Softmax": softmax_over_tokens,
+}
+
+
+@pytest.mark.parametrize("when", ["before fuse", "after fuse"])
+@pytest.mark.parametrize("name", PARTS)
+def test_a_tagger_whose_classifier_reads_other_tokens(name: str, when: str) -> None:
+    torch.manual_seed(0)
+    stock = models.seeded(hf.BertForTokenClassification)
+    fused, part = copy.deepcopy(stock), PARTS[name]().eval()
+    if when == "after fuse":
+        fastbert.fuse(fused)
+    fused.classifier, stock.classifier = copy.deepcopy(part), part
+    fused = fastbert.fuse(fused) if when == "before fuse" else fused
+    with torch.no_grad():
+        ours, theirs = (model(**call()).logits[REAL] for model in (fused, stock))
+        torch.testing.assert_close(ours, theirs)
+        assert layouts(fused) == {"dense": 1}
+        explained = str(fastbert.explain(fused))
+        assert name in explained
+        assert "classifier" in explained
+        assert "padding='packed'" in explained
+        # Who knows better packs: and then the result is another, or the test would show nothing.
+        fastbert.fuse(fused, padding="packed")
+        assert not torch.allclose(fused(**call()).logits[REAL], theirs, rtol=1e-2, atol=1e-3)
+        assert layouts(fused)["packed"] == 1
+        fastbert.fuse(fused)
+        fused.classifier = nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Dropout(), nn.Linear(64, 32)).eval()
+        fused(**call())  # each row by itself again
+        assert (layouts(fused)["packed"], dense(fused)) == (2, None)
+
+
+class Around(nn.Module):
+    """Somebody's own module around a base model."""
+
+    def __init__(self, bert: nn.Module, reduce: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.bert, self.out, self.reduce = bert, nn.Linear(128, 3), reduce
+
+    def forward(self, **arguments: Any) -> Tensor:
+        found: Tensor = self.out(self.reduce(self.bert(**arguments).last_hidden_state))
+        return found
+
+
+def mean_of_all(hidden: Tensor) -> Tensor:
+    return hidden.mean(1)
+
+
+def largest_of_all(hidden: Tensor) -> Tensor:
+    return hidden.amax(1)
+
+
+def attention_pooling(hidden: Tensor) -> Tensor:
+    return (hidden.mean(-1, keepdim=True).softmax(1) * hidden).sum(1)
+
+
+def last_row(hidden: Tensor) -> Tensor:
+    return hidden[:, -1]
+
+
+@pytest.mark.parametrize("reduce", [mean_of_all, largest_of_all, attention_pooling, last_row])
+def test_a_module_of_ones_own_around_a_base_model(reduce: Any) -> None:
+    torch.manual_seed(0)
+    stock = Around(models.seeded(), reduce)
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    ours, theirs = (model(**call()) for model in (fused, stock))
+    torch.testing.assert_close(ours, theirs)
+    assert layouts(fused) == {"dense": 1}
+    assert "the model itself is a Around, which may read padding" in str(dense(fused))
+
+
+@pytest.mark.parametrize("reduce", [mean_of_all, attention_pooling])
+def test_gradients_through_a_module_of_ones_own(reduce: Any) -> None:
+    torch.manual_seed(0)
+    stock = Around(models.seeded(), reduce).train()
+    for module in stock.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    fused, packed = fastbert.fuse(copy.deepcopy(stock)), fastbert.fuse(copy.deepcopy(stock), padding="packed")
+    found = []
+    for model in (fused, stock, packed):
+        model(**call()).square().sum().backward()
+        found.append(model.bert.encoder.layer[0].attention.self.value.weight.grad)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4 * float(found[1].abs().max()))
+    assert (found[2] - found[1]).norm() / found[1].norm() > 0.1
+    assert layouts(fused) == {"dense": 1}
+
+
+class SameForward(hf.BertForTokenClassification):
+    """As somebody derives a head to give it another layer."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.classifier = nn.Sequential(nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 32))
+
+
+class OtherForward(hf.BertForTokenClassification):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits - out.logits.mean(1, keepdim=True)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        (SameForward, "packed"),
+        (OtherForward, "dense"),
+        (hf.BertLMHeadModel, "dense"),
+        (hf.BertForSequenceClassification, "packed"),
+    ],
+)
+def test_heads_derived_and_not_listed(kind: Any, layout: str) -> None:
+    stock = models.seeded(kind)
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    with torch.no_grad():
+        ours, theirs = (model(**call()).logits for model in (fused, stock))
+    rows = REAL if ours.dim() == 3 else slice(None)
+    torch.testing.assert_close(ours[rows], theirs[rows])
+    assert layouts(fused) == {layout: 1}
+
+
+def test_a_forward_replaced_on_a_class_or_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = hf.BertForTokenClassification.forward
+
+    def centred(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = plain(self, *args, **kwargs)
+        out.logits = out.logits - out.logits.mean(1, keepdim=True)
+        return out
+
+    fused, stock = (
+        fastbert.fuse(models.seeded(hf.BertForTokenClassification)),
+        models.seeded(hf.BertForTokenClassification),
+    )
+    for where in ("class", "module"):
+        with monkeypatch.context() as patch:
+            if where == "class":
+                patch.setattr(hf.BertForTokenClassification, "forward", centred)
+            else:
+                for model in (fused, stock):
+                    patch.setattr(model, "forward", centred.__get__(model))
+            with torch.no_grad():
+                ours, theirs = (model(**call()).logits[REAL] for model in (fused, stock))
+            torch.testing.assert_close(ours, theirs)
+            assert "forward" in str(dense(fused))
+    assert layouts(fused) == {"dense": 2}
+    fused(**call())
+    assert layouts(fused) == {"dense": 2, "packed": 1}
+
+
+@pytest.mark.parametrize("where", ["", "bert", "classifier", "dropout"])
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
+def test_hooks_see_what_stock_shows_them(where: str, kind: str) -> None:
+    """At padding, too; but what goes into a model has no rows."""
+    stock = models.seeded(hf.BertForTokenClassification)
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    seen: list[Any] = []
+    for model in (fused, stock):
+        handle = getattr(model.get_submodule(where), kind)(lambda module, *found: seen.append(found))
+        model(**call()).logits[REAL].sum().backward()
+        handle.remove()
+    expected = "packed" if kind == "register_forward_pre_hook" and where in ("", "bert") else "dense"
+    assert layouts(fused) == {expected: 1}
+    tensors = [[t for part in found for t in _tensors(part)] for found in seen]
+    for ours, theirs in zip(*tensors, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def _tensors(found: Any) -> list[Tensor]:
+    if isinstance(found, Tensor):
+        return [found]
+    parts = found.values() if isinstance(found, dict) else found if isinstance(found, tuple) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def test_a_pooler_of_ones_own() -> None:
+    class Pooler(nn.Module):
+        def forward(self, hidden: Tensor) -> Tensor:
+            return hidden.mean(1)
+
+    stock = models.seeded()
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    for model in (fused, stock):
+        model.pooler = Pooler()
+        assert "pooler" in str(dense(fused)) or model is fused
+    with torch.no_grad():
+        ours, theirs = (model(**call()).pooler_output for model in (fused, stock))
+    torch.testing.assert_close(ours, theirs)
+    assert layouts(fused) == {"dense": 1}
+
+
+def test_left_padding_of_a_head_called_past_its_hooks() -> None:
+    """By `forward`, as sentence-transformers does: what a head reads of every sequence is known without a hook."""
+    tokens, mask = models.ids(5, 17).clamp(3), models.masks(5, 17)["left"]
+    config = modeling_roberta.RobertaConfig(
+        vocab_size=211, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+    )
+    torch.manual_seed(0)
+    stock = modeling_roberta.RobertaForSequenceClassification(config).eval()
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    with torch.no_grad():
+        ours, theirs = (m.forward(input_ids=tokens, attention_mask=mask).logits for m in (fused, stock))
+    torch.testing.assert_close(ours, theirs)
+    assert layouts(fused) == {"dense": 1}
+
+
+def test_a_loss_over_padding_of_a_head_called_past_its_hooks() -> None:
+    stock = models.seeded(hf.BertForQuestionAnswering)
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    spans = {"start_positions": torch.zeros(5).long(), "end_positions": torch.zeros(5).long()}
+    with torch.no_grad():
+        torch.testing.assert_close(fused.forward(**call(**spans)).loss, stock(**call(**spans)).loss)
+        assert layouts(fused) == {"dense": 1}
+        fused(**call())
+    assert layouts(fused) == {"dense": 1, "packed": 1}
+
+
+# What a model was fused in is known again after it was copied, saved, sent elsewhere; and forgotten without it.
+
+
+def copies() -> dict[str, Callable[[Any], Any]]:
+    return {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model))}
+
+
+@pytest.mark.parametrize("way", copies())
+def test_copies_know_what_they_stand_in(way: str) -> None:
+    fused = fastbert.fuse(models.seeded(hf.BertForTokenClassification))
+    twin = copies()[way](fused)
+    twin.classifier = BiLSTM().eval()
+    assert dense(fused) is None
+    assert "BiLSTM" in str(dense(twin))
+    alone = copies()[way](twin.bert)
+    assert dense(alone) is None  # a base model alone: as documented
+    assert len(pickle.dumps(alone)) < len(pickle.dumps(twin))
+    del twin
+    gc.collect()
+    with torch.no_grad():
+        alone(**call())
+    assert layouts(alone) == {"packed": 1}
+
+
+def test_a_head_that_outlives_what_was_fused() -> None:
+    head = models.seeded(hf.BertForTokenClassification)
+    fastbert.fuse(nn.DataParallel(head) if torch.cuda.is_available() else nn.Sequential(head))
+    gc.collect()
+    head.classifier = BiLSTM().eval()
+    assert "classifier is a BiLSTM" in str(dense(head))
+
+
+def test_unfuse_leaves_nothing() -> None:
+    model = Around(models.seeded(hf.BertForTokenClassification).bert, mean_of_all)
+    before = [set(vars(module)) for module in model.modules()]
+    fastbert.unfuse(fastbert.fuse(model))
+    assert [set(vars(module)) for module in model.modules()] == before
+
+
+def test_what_stands_outside_is_told() -> None:
+    inner = fastbert.fuse(models.seeded())
+    outer = Around(inner, mean_of_all)
+    with torch.no_grad():
+        outer(**call())
+    assert layouts(outer) == {"packed": 1}
+    assert "outside of what fuse was given: the model itself is a Around" in str(fastbert.explain(outer))
+    assert "outside" not in str(fastbert.explain(inner))
+    fastbert.fuse(outer)
+    assert "outside" not in str(fastbert.explain(outer))
+    assert dense(outer) is not None
+
+
+# A plan that no encoder has taken.
+
+
+def test_a_plan_that_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a release of transformers stopped handing keyword arguments on."""
+    fused = fastbert.fuse(models.seeded())
+    forward = type(fused.encoder).forward
+
+    def deaf(self: Any, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
+        return forward(self, hidden_states, attention_mask)
+
+    monkeypatch.setattr(type(fused.encoder), "forward", deaf)
+    for padding in ("auto", "dense"):
+        fastbert.fuse(fused, padding=padding)
+        with torch.no_grad(), pytest.raises(RuntimeError, match=r"BertModel did not hand its encoder the plan.*unfuse"):
+            fused(**call())
+    fused(**call(output_attentions=True))  # stock needs none
