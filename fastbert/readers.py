@@ -150,7 +150,7 @@ def _prompts(module: Any) -> str | None:
 
 def _decoder(module: Any) -> str | None:
     kind = type(module.decoder)
-    if kind.__module__.startswith("transformers.models.") and _is_original(kind.forward, "transformers"):
+    if kind.__module__.startswith("transformers.models.") and _is_original(kind, "forward"):
         return None
     return f"its decoder is a {kind.__name__}"
 
@@ -248,9 +248,8 @@ def reader_of(kind: type[nn.Module]) -> Reader | str:
     if changed:
         return f"a {known.__name__} with {_listed(changed)} of its own, which may read padding"
     package = known.__module__.partition(".")[0]
-    functions = {name: value for name, value in vars(known).items() if isinstance(value, FunctionType)}
-    replaced = [name for name, value in functions.items() if not _is_original(value, package)]
-    if found is not None or (replaced and package != "fastbert"):  # met with another forward; or not its package's
+    replaced = [] if package == "fastbert" else [name for name in _used(known) if not _is_original(known, name)]
+    if found is not None or replaced:  # met with another forward before, or with one that its package has not
         return f"whose {_listed(replaced) or 'forward'} has been replaced, and may read padding"
     _MET[kind] = row._replace(forward=kind.forward)
     return _MET[kind]
@@ -280,12 +279,26 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
 
 
-def _is_original(function: Any, package: str) -> bool:
-    """Whether a function, and all that it wraps, was written in `package`."""
-    folder = os.path.dirname(getattr(sys.modules.get(package), "__file__", None) or "?") + os.sep
+def _used(kind: Any) -> list[str]:
+    """The methods of a class that its forward calls, directly or not, and forward itself."""
+    names, todo = [], ["forward"]
+    while todo:
+        name = todo.pop()
+        if name not in names and isinstance(inspect.getattr_static(kind, name, None), FunctionType | staticmethod):
+            names.append(name)
+            todo += inspect.unwrap(getattr(kind, name)).__code__.co_names
+    return names
+
+
+def _is_original(kind: Any, name: str) -> bool:
+    """Whether a method of a class, and all that it wraps, was written in the class's package or in torch."""
+    packages = (sys.modules.get(package) for package in (kind.__module__.partition(".")[0], "torch"))
+    folders = tuple(os.path.dirname(str(package.__file__)) + os.sep for package in packages if package is not None)
+    folders += (contextlib.__file__,)  # its decorators
+    function = getattr(kind, name)
     while function is not None:
         code = getattr(function, "__code__", None)
-        if code is None or not (code.co_filename.startswith(folder) or code.co_filename == contextlib.__file__):
+        if code is None or not code.co_filename.startswith(folders):
             return False
         function = getattr(function, "__wrapped__", None)
     return True

