@@ -261,7 +261,9 @@ def plan_call(
         packing = _lay_out(model, call, reads._replace(reads_padding=keeps_shape or reads.reads_padding))
     seeds = None if assumed else _draw_seeds(encoder.layer, seen.stock)
     config = model.config if mixed else None
-    call["plan"] = Plan(packing, seen.stock, seeds, watched, None if watched else seen.weights, assumed, config, Receipt())
+    call["plan"] = Plan(
+        packing, seen.stock, seeds, watched, None if watched else seen.weights, assumed, config, Receipt()
+    )
     return (), call
 
 
