@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 # These two modules share their names with the functions in them: bound here, at once, the functions win.
 from .calibration import Calibration, calibrate
+from .exporting import fused_export
 from .fuse import Explanation, UnsupportedModelError, explain, fuse, unfuse
 from .verify import verify
 
@@ -54,6 +55,7 @@ __all__ = [
     "calibrate",
     "explain",
     "fuse",
+    "fused_export",
     "unfuse",
     "verify",
     *sorted(_CLASSES),

@@ -114,6 +114,8 @@ class Seen(NamedTuple):
     """For each layer its `fastbert.layer.Weights`, or None where they are to be looked up as it runs."""
     watched: bool
     """Whether hooks see the hidden states between embeddings and output."""
+    hooked: bool
+    """Whether a layer has hooks, which are to see it called as stock code calls it."""
 
 
 def _roots(model: Any) -> tuple[Any, ...]:
@@ -132,8 +134,9 @@ def look(model: Any) -> Seen:
     """What is to be found of a base model, at this moment; its weights are to be looked up as it runs."""
     layers = encoder_of(model).layer
     reasons = tuple([layer_is_unsupported(layer) for layer in layers])
-    watched = any(is_hooked(module, called=True) for module in (*before_layers(model), *layers))
-    return Seen(reasons, tuple([reason is not None for reason in reasons]), (None,) * len(reasons), watched)
+    hooked = any(is_hooked(layer, called=True) for layer in layers)
+    watched = hooked or any(is_hooked(module, called=True) for module in before_layers(model))
+    return Seen(reasons, tuple([reason is not None for reason in reasons]), (None,) * len(reasons), watched, hooked)
 
 
 _REST = 64

@@ -17,18 +17,19 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, ModelOutput
 
-from . import ops
 from .coverage import Coverage, Seen, before_layers
 from .fp8 import Fp8
 from .graphs import Graphs
-from .layer import default_positions, first_position
-from .packing import Packing, flattened, host_integers, isolating_mask, pack_mask
+from .layer import default_positions, embeddings_are_foreign, first_position, stock_forward
+from .packing import Packing, flattened, has_values, host_integers, isolating_mask, pack_mask
 from .readers import Holder, Reads, outermost, readings
 from .support import (
     CACHES,
+    DISABLED,
     call_is_unsupported,
     encoder_of,
     is_asked,
+    is_disabled,
     is_hooked,
     is_transformed,
     relative_is_unsupported,
@@ -36,8 +37,13 @@ from .support import (
 
 PADDINGS = ("auto", "packed", "dense")
 
-# Arguments of a base model's forward that hold one integer a token.
-_IDS = ("input_ids", "token_type_ids", "position_ids", "task_type_ids")
+# Arguments of a base model's forward that hold one integer a token, each with the table that has a row for it.
+_IDS = {
+    "input_ids": "word_embeddings",
+    "token_type_ids": "token_type_embeddings",
+    "position_ids": "position_embeddings",
+    "task_type_ids": "task_type_embeddings",
+}
 
 _Module: Any = nn.Module if TYPE_CHECKING else object
 
@@ -110,8 +116,16 @@ class Plan(NamedTuple):
     """`Seen.weights`."""
     assumed: bool = False
     """Whether the layers were not looked at, but taken to be as they were: see `fastbert.graphs`."""
+    settings: Any = None
+    """The `Settings` it was planned by, whatever `fuse` and `unfuse` leave on the encoder meanwhile."""
     config: Any = None
-    """The model's, where a layer runs its stock code and needs a mask made: DistilBERT's encoder has none."""
+    """The model's, of which masks are made: DistilBERT's encoder has none."""
+    mask: Tensor | None = None
+    """The caller's attention_mask, for what runs stock, and what is to see stock's arguments."""
+    hooked: bool = False
+    """Whether a layer has hooks, which are to see it called as stock code calls it."""
+    foreign: bool = False
+    """Whether the hidden states come padded, of whatever shape: of embeddings that aren't the family's own."""
     receipt: Receipt | None = None
     """Set by the encoder: see `check_taken`."""
 
@@ -130,21 +144,26 @@ class FusedEncoder(_Module):
 
         `plan` as a string is the reason the call runs stock.
         """
-        if not hasattr(self, "fastbert"):  # unfused, in a class that FSDP has derived from this one
-            stock: ModelOutput = super().forward(hidden_states, *args, **kwargs)
-            return stock
-        counts = self.fastbert.counts
-        if self.fastbert.fp8 is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        settings: Settings | None = plan.settings if isinstance(plan, Plan) else getattr(self, "fastbert", None)
+        if settings is None:  # unfused, in a class that FSDP has derived from this one
+            return stock_forward(FusedEncoder, self)(self, hidden_states, *args, **kwargs)
+        counts, fp8 = settings.counts, settings.fp8
+        if fp8 is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._drop()  # the step that comes of gradients may leave no version: that of torch's fused optimizers
         if not isinstance(plan, Plan):
             if plan or not self.relative:  # there its model has counted
                 counts.add(counts.stock, plan or "called past the forward of its model")
-            stock = super().forward(hidden_states, *args, **kwargs)
-            return stock
+            return stock_forward(FusedEncoder, self)(self, hidden_states, *args, **kwargs)
         if plan.receipt is not None:
             plan.receipt.taken = True
-        packing, settings = plan.packing, self.fastbert
-        fp8 = settings.fp8
+        if plan.foreign:
+            given = hidden_states
+            hidden_states, plan, odd = _take(self, given, plan)
+            if odd is not None:
+                counts.add(counts.stock, odd)
+                kwargs["attention_mask"] = _stock_mask(given, plan)
+                return stock_forward(FusedEncoder, self)(self, given, *args, **kwargs)
+        packing = plan.packing
         if fp8 is not None and (plan.seeds is not None or not fp8.runs(self.layer, hidden_states)):
             fp8 = None
         result = None
@@ -156,22 +175,25 @@ class FusedEncoder(_Module):
             return self.output(last_hidden_state=result)
         if self.relative:
             packing = packing._replace(bias=self.relative_bias(packing.max_seqlen))
-        stock_mask = None
-        if any(plan.stock_layers):
+        shown: tuple[Any, ...] = ()
+        if plan.hooked or any(plan.stock_layers):  # they are called as stock code calls them
             for name in ("attention_mask", "use_cache"):  # the one replaced here, the other the encoder's alone
                 kwargs.pop(name, None)
-            stock_mask = create_bidirectional_mask(
-                config=plan.config, inputs_embeds=hidden_states, attention_mask=packing.key_mask
-            )
+            shown = (_stock_mask(hidden_states, plan),)
+            if "encoder_hidden_states" in kwargs:  # by position, too, but for DistilBERT, which has none
+                shown += (kwargs.pop("encoder_hidden_states"),)
+        else:
+            kwargs = {}
         seeds = (None,) * len(plan.stock_layers) if plan.seeds is None else plan.seeds.unbind(0)
         infers: Any = [None] * len(seeds) if fp8 is None else fp8.plan(self.layer, plan.stock_layers)
         known = plan.weights or (None,) * len(seeds)
         every = zip(self.layer, plan.stock_layers, seeds, infers, known, strict=True)
         for layer, stock, own_seeds, infer, weights in every:
             if stock:
-                hidden_states = layer(hidden_states, stock_mask, **kwargs)
+                hidden_states = layer(hidden_states, *shown, **kwargs)
             else:
-                hidden_states = layer(hidden_states, packing=packing, seeds=own_seeds, infer=infer, weights=weights)
+                own = {"packing": packing, "seeds": own_seeds, "infer": infer, "weights": weights}
+                hidden_states = layer(hidden_states, *shown, **own, **kwargs)
         return self.output(last_hidden_state=packing.unpack(hidden_states))
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
@@ -185,7 +207,8 @@ class FusedEncoder(_Module):
         By an optimizer that writes to `weight.data`; by PEFT, which may merge an adapter before there is another call:
         the modules of one come in training mode, and are put into the model's.
         """
-        in_8_bits = hasattr(self, "fastbert") and self.fastbert.fp8 is not None
+        settings = getattr(self, "fastbert", None)
+        in_8_bits = settings is not None and settings.fp8 is not None
         if in_8_bits and any(module.training != mode for module in self.modules()):
             self._drop()
         return super().train(mode)
@@ -193,13 +216,31 @@ class FusedEncoder(_Module):
     def _drop(self) -> None:
         """Frees graphs, weights in 8 bits and what was found of layers; they are made again where they are needed."""
         settings = getattr(self, "fastbert", None)
-        for kept in (settings.graphs, settings.fp8, settings.coverage) if settings is not None else ():
+        for kept in () if settings is None else (settings.graphs, settings.fp8, settings.coverage):
             if kept is not None:
                 kept.drop()
 
     def relative_bias(self, length: int) -> Tensor:
         """`Packing.bias` for sequences of `length` tokens at most."""
         raise NotImplementedError
+
+
+def _stock_mask(hidden_states: Tensor, plan: Plan) -> Any:
+    """The mask that stock code hands to its encoder."""
+    return create_bidirectional_mask(config=plan.config, inputs_embeds=hidden_states, attention_mask=plan.mask)
+
+
+def _take(encoder: Any, rows: Tensor, plan: Plan) -> tuple[Tensor, Plan, str | None]:
+    """The hidden states of embeddings that aren't the family's own, laid out; with the reason where they can't be."""
+    packing = plan.packing
+    shape, dtype = tuple(rows.shape[:2]), next(encoder.layer.parameters()).dtype
+    if plan.mask is None and packing.cu_seqlens is None:  # as long as they are
+        packing = Packing(shape[0], shape[1], shape[1])
+    flat = packing.cu_seqlens is not None and packing.indices is None
+    expected = (1 if flat else packing.batch, packing.seqlen)
+    if shape != expected or rows.dtype != dtype:
+        return rows, plan, f"embeddings of one's own that give {shape} of {rows.dtype}, not {expected} of {dtype}"
+    return packing.pack(rows), plan._replace(packing=packing), None
 
 
 def plan_call(
@@ -221,48 +262,68 @@ def plan_call(
         ValueError: an argument is out of range or of the wrong shape, dtype or device; the message names it.
     """
     encoder = encoder_of(model)
+    settings: Settings | None = getattr(encoder, "fastbert", None)  # once: another thread may unfuse the model
     call = dict(zip(names, args, strict=False))
-    if not hasattr(encoder, "fastbert") or len(args) > len(names) or call.keys() & kwargs.keys():
-        return args, kwargs  # unfused, or given too many or twice: the forward itself says so
+    if settings is None or len(args) > len(names) or call.keys() & kwargs.keys():
+        # Unfused, or given too many or twice: the forward itself says so.
+        return args, {name: value for name, value in kwargs.items() if name not in Reads._fields}
     call.update(kwargs)
     reads = Reads(*(call.pop(name, default) for name, default in Reads._field_defaults.items()))
     if (call.get("input_ids") is None) == (call.get("inputs_embeds") is None):
         return (), call  # both or neither: the forward itself says so
-    _check(model, call)
-    reason = call_is_unsupported(model, call)
-    graphs = encoder.fastbert.graphs
-    assumed = assumes and reason is None and graphs is not None and graphs.expects() and _is_repeatable(model, call)
+    if is_disabled():
+        call["plan"] = DISABLED
+        _isolate(model, call, DISABLED)
+        return (), call
+    foreign = embeddings_are_foreign(model) is not None
+    _check(model, call, foreign)
+    reason = (_foreign_call_is_unsupported(call) if foreign else None) or call_is_unsupported(model, call)
+    graphs = settings.graphs
+    assumed = assumes and reason is None and graphs is not None and graphs.expects() and not foreign
+    assumed = assumed and _is_repeatable(model, call)
     layers = len(encoder.layer)
-    seen = Seen((None,) * layers, (False,) * layers, (None,) * layers, False)
+    seen = Seen((None,) * layers, (False,) * layers, (None,) * layers, False, False)
     if reason is None and not assumed:
-        seen = encoder.fastbert.coverage.look(model)
+        seen = settings.coverage.look(model)
         if all(seen.stock):
             reason = f"no layer can run fused: {seen.reasons[0]}"
     mixed = any(seen.stock)
     if reason is None and encoder.relative:
-        reason = relative_is_unsupported(model, call, mixed)
+        reason = relative_is_unsupported(model, call, mixed or seen.hooked)
     cu_seqlens = call.get("cu_seq_lens_q")
     if cu_seqlens is not None:
-        packing = flattened(cu_seqlens, _shape(call)[1], call.get("cu_seq_lens_k"))
+        longest = call.get("max_length_q")
+        longest = longest if isinstance(longest, int) else None
+        packing = flattened(cu_seqlens, _shape(call)[1], call.get("cu_seq_lens_k"), longest)
         if reason is None and mixed:
             reason = "a flattened call of a model with a layer that runs stock"
     if reason is None and _has_empty_sequence(model, call.get("attention_mask")):
         reason = "a sequence without a real token, under eager attention"
     if reason is not None:
         call["plan"] = reason
-        flash = (model.config._attn_implementation or "").startswith("flash")
-        if cu_seqlens is not None and call.get("attention_mask") is None and not flash:
-            # Stock code would let the sequences of a flattened call attend to each other.
-            call["attention_mask"] = _stock_isolation(model, cu_seqlens, _shape(call)[1], reason)
+        _isolate(model, call, reason)
         return (), call
-    watched = seen.watched or (not assumed and is_asked(model, call, "output_hidden_states"))
+    # What foreign embeddings are given, and what comes of them, has stock's shape anyway.
+    watched = seen.hooked or (seen.watched and not foreign)
+    watched = watched or (not assumed and is_asked(model, call, "output_hidden_states"))
+    mask = call.get("attention_mask")
     if cu_seqlens is None:
-        keeps_shape = mixed or watched
-        packing = _lay_out(model, call, reads._replace(reads_padding=keeps_shape or reads.reads_padding))
+        reads = reads._replace(reads_padding=mixed or watched or reads.reads_padding)
+        packing = _lay_out(model, call, settings, reads, foreign)
     seeds = None if assumed else _draw_seeds(encoder.layer, seen.stock)
-    config = model.config if mixed else None
     call["plan"] = Plan(
-        packing, seen.stock, seeds, watched, None if watched else seen.weights, assumed, config, Receipt()
+        packing,
+        seen.stock,
+        seeds,
+        watched,
+        None if watched else seen.weights,
+        assumed,
+        settings,
+        model.config,
+        mask,
+        seen.hooked,
+        foreign,
+        Receipt(),
     )
     return (), call
 
@@ -277,6 +338,15 @@ def check_taken(model: nn.Module, plan: Any) -> None:
             f"{type(model).__name__} did not hand its encoder the plan of this call; its result would be wrong: call "
             "fastbert.unfuse on the model, which restores its stock code, and report the version of transformers"
         )
+def _foreign_call_is_unsupported(call: Mapping[str, Any]) -> str | None:
+    """Why a call of a model with embeddings that aren't the family's own runs stock, where its layout can't be told."""
+    name = "input_ids" if call.get("input_ids") is not None else "inputs_embeds"
+    values, mask = call[name], call.get("attention_mask")
+    if not isinstance(values, Tensor) or values.dim() < 2 or not values.numel():
+        return f"{name} without (batch, tokens), for embeddings of one's own"
+    if isinstance(mask, Tensor) and mask.dim() != 2:
+        return "an attention_mask that is not 2-D"
+    return None
 
 
 def _draw_seeds(layers: Any, stock: tuple[bool, ...]) -> Tensor | None:
@@ -302,23 +372,31 @@ def _has_empty_sequence(model: Any, mask: Tensor | None) -> bool:
 
     Eager attention spreads such a sequence evenly over all its keys, padding too; sdpa, and the kernels, give zeros.
     """
-    if mask is None or model.config._attn_implementation not in ("eager", None) or torch.compiler.is_compiling():
+    if mask is None or model.config._attn_implementation not in ("eager", None) or not has_values(mask):
         return False
     if mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
     return not host_integers([mask.to(torch.bool).any(1).all()])[0]
 
 
-def _stock_isolation(model: Any, cu_seqlens: Tensor, tokens: int, reason: str) -> Tensor:
-    mask = isolating_mask(cu_seqlens, tokens)
-    implementation = model.config._attn_implementation
-    if implementation == "sdpa":
-        return mask
-    if implementation not in ("eager", None):
+def _isolate(model: Any, call: dict[str, Any], reason: str) -> None:
+    """Keeps the sequences of a flattened call apart that runs stock: stock code would let them attend to each other."""
+    cu_seqlens, implementation = call.get("cu_seq_lens_q"), model.config._attn_implementation
+    if cu_seqlens is None or call.get("attention_mask") is not None or (implementation or "").startswith("flash"):
+        return
+    if implementation in ("sdpa", "eager", None):
+        call["attention_mask"] = _stock_isolation(model, cu_seqlens, _shape(call)[1])
+    elif reason != DISABLED:
         raise ValueError(
             f"cu_seq_lens_q is given, the call runs stock ({reason}), and attention implementation {implementation!r} "
             "would not keep its sequences apart; expected 'sdpa', 'eager' or a flash attention"
         )
+
+
+def _stock_isolation(model: Any, cu_seqlens: Tensor, tokens: int) -> Tensor:
+    mask = isolating_mask(cu_seqlens, tokens)
+    if model.config._attn_implementation == "sdpa":
+        return mask
     dtype = next(model.parameters()).dtype
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
@@ -330,11 +408,13 @@ def _is_repeatable(model: Any, call: Mapping[str, Any]) -> bool:
     return not any(module.training or is_hooked(module) for module in before_layers(model))
 
 
-def _lay_out(model: Any, call: dict[str, Any], reads: Reads) -> Packing:
-    """Chooses between packed and dense for a padded call, and rewrites its arguments to match."""
-    batch, seqlen = _shape(call)
-    settings, labels = encoder_of(model).fastbert, reads.padded_labels
-    mask = call.get("attention_mask")
+def _lay_out(model: Any, call: dict[str, Any], settings: Settings, reads: Reads, foreign: bool) -> Packing:
+    """Chooses between packed and dense for a padded call, and rewrites its arguments to match.
+
+    Those of foreign embeddings stay as they are, and it is the mask that says how long the sequences are.
+    """
+    labels, mask = reads.padded_labels, call.get("attention_mask")
+    batch, seqlen = mask.shape if foreign and mask is not None else _shape(call)
     call["attention_mask"] = None
     padding = settings.padding
     if mask is None:
@@ -342,7 +422,8 @@ def _lay_out(model: Any, call: dict[str, Any], reads: Reads) -> Packing:
     mask = mask.to(torch.bool)
     dense = reads.reads_padding or padding == "dense" or torch.compiler.is_compiling()
     dense = dense or (labels is not None and labels.shape != mask.shape)  # an error the loss will name
-    if dense or type(mask) is not Tensor or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+    dense = dense or not has_values(mask) or type(mask) is not Tensor
+    if dense or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
         return Packing(batch, seqlen, seqlen, key_mask=mask)
     around = readings(outermost(model, settings.holders))
     if padding == "auto" and (around.unknown is not None or (around.tells is not None and not reads.told)):
@@ -358,18 +439,27 @@ def _lay_out(model: Any, call: dict[str, Any], reads: Reads) -> Packing:
         return Packing(batch, seqlen, seqlen, key_mask=mask)
     indices, inverse = selection.packing.indices, selection.packing.inverse
     assert indices is not None and inverse is not None
+    if foreign:
+        return selection.packing
     if call.get("position_ids") is None:
         call["position_ids"] = default_positions(model.embeddings, call.get("input_ids"), seqlen)
     for name in _IDS:
         if call.get(name) is not None:
             call[name] = call[name].expand(batch, seqlen).flatten()[indices][None]
     if call.get("inputs_embeds") is not None:
-        call["inputs_embeds"] = ops.pack(call["inputs_embeds"].flatten(0, 1), indices, inverse)[None]
+        call["inputs_embeds"] = selection.packing.pack(call["inputs_embeds"])
     return selection.packing
 
 
-def _check(model: Any, call: Mapping[str, Any]) -> None:
-    """Raises ValueError naming the first argument that is of the wrong shape, dtype, device or range."""
+def _check(model: Any, call: Mapping[str, Any], foreign: bool) -> None:
+    """Raises ValueError naming the first argument that is of the wrong shape, dtype, device or range.
+
+    What embeddings that aren't the family's own take is for them to say.
+    """
+    if foreign:
+        if call.get("cu_seq_lens_q") is not None:
+            _check_flattened(call, _shape(call)[0])
+        return
     ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
     given = "input_ids" if ids is not None else "inputs_embeds"
     values = call[given]
@@ -381,20 +471,18 @@ def _check(model: Any, call: Mapping[str, Any]) -> None:
     batch, seqlen = _shape(call)
     if not batch or not seqlen:
         raise ValueError(f"{given} has shape {tuple(values.shape)}; expected at least one sequence of one token")
-    tables = model.embeddings
-    words = getattr(tables.word_embeddings, "weight", None)
-    if embeds is not None and isinstance(words, Tensor) and embeds.shape[2] != words.shape[1]:
-        raise ValueError(
-            f"inputs_embeds has width {embeds.shape[2]}; expected that of the embeddings, {words.shape[1]}"
-        )
-    for name, table in zip(_IDS, ("word", "token_type", "position", "task_type"), strict=True):
-        weight = getattr(getattr(tables, f"{table}_embeddings", None), "weight", None)
-        if call.get(name) is not None and isinstance(weight, Tensor):  # a quantized table has a method of that name
-            _check_ids(name, call[name], (batch, seqlen), weight)
+    embeddings = model.__dict__["_modules"]["embeddings"]
+    tables = embeddings.__dict__["_modules"]
+    width = tables["word_embeddings"].embedding_dim
+    if embeds is not None and embeds.shape[2] != width:
+        raise ValueError(f"inputs_embeds has width {embeds.shape[2]}; expected that of the embeddings, {width}")
+    for name, table in _IDS.items():
+        if call.get(name) is not None and table in tables:
+            _check_ids(name, call[name], (batch, seqlen), tables[table])
     if any(call.get(name) is not None for name in CACHES):
         return  # a cache changes which lengths are right
     if call.get("position_ids") is None:
-        _check_length(tables, ids, given, seqlen)
+        _check_length(embeddings, ids, given, seqlen)
     _check_mask(call.get("attention_mask"), (batch, seqlen))
     if call.get("cu_seq_lens_q") is not None:
         _check_flattened(call, batch)
@@ -414,12 +502,10 @@ def _check_length(embeddings: Any, ids: Tensor | None, given: str, seqlen: int) 
 
 def _is_readable(ids: Tensor) -> bool:
     """Whether looking at values costs nothing. On a GPU it would be a synchronisation; there the kernels assert."""
-    return (
-        ids.device.type == "cpu" and type(ids) is Tensor and not torch.compiler.is_compiling() and not is_transformed()
-    )
+    return ids.device.type == "cpu" and type(ids) is Tensor and has_values(ids) and not is_transformed()
 
 
-def _check_ids(name: str, ids: Tensor, shape: tuple[int, int], table: Tensor) -> None:
+def _check_ids(name: str, ids: Tensor, shape: tuple[int, int], table: Any) -> None:
     if not isinstance(ids, Tensor):
         raise ValueError(f"{name} is a {type(ids).__name__}; expected a torch.Tensor")
     if ids.dtype not in (torch.int64, torch.int32):
@@ -427,12 +513,18 @@ def _check_ids(name: str, ids: Tensor, shape: tuple[int, int], table: Tensor) ->
     sizes = (1,) * (2 - ids.dim()) + tuple(ids.shape)
     if len(sizes) != 2 or any(size not in (1, whole) for size, whole in zip(sizes, shape, strict=True)):
         raise ValueError(f"{name} has shape {tuple(ids.shape)}; expected {shape}")
-    if ids.device != table.device and table.device.type != "meta":  # accelerate moves the inputs of an offloaded model
-        raise ValueError(f"{name} is on {ids.device}; expected the model's device, {table.device}")
-    if _is_readable(ids):
+    weight = table.__dict__["_parameters"].get("weight")
+    if weight is None:  # parametrized, or held elsewhere
+        return
+    device = weight.device
+    if ids.device != device and device.type != "meta":  # accelerate moves the inputs of an offloaded model
+        raise ValueError(f"{name} is on {ids.device}; expected the model's device, {device}")
+    rows = weight.shape[0]
+    whole = weight.dim() == 2 and rows == table.num_embeddings  # not a shard, of FSDP1 or DeepSpeed
+    if whole and _is_readable(ids):
         low, high = host_integers([ids.min(), ids.max()])
-        if low < 0 or high >= table.shape[0]:
-            raise ValueError(f"{name} holds values from {low} to {high}; expected 0 to {table.shape[0] - 1}")
+        if low < 0 or high >= rows:
+            raise ValueError(f"{name} holds values from {low} to {high}; expected 0 to {rows - 1}")
 
 
 def _check_mask(mask: Any, shape: tuple[int, int]) -> None:

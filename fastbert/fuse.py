@@ -14,6 +14,7 @@ from torch import nn
 
 from .encoder import PADDINGS, Settings
 from .fp8 import PRODUCTS, Fp8, calibrated
+from .layer import embeddings_are_foreign
 from .readers import HOLDS, HOOKS, Holder, outermost, reader_of, unknown_reader
 from .support import (
     call_is_unsupported,
@@ -341,7 +342,7 @@ def _explain_base(model: nn.Module, name: str, base: Any, family: Any) -> Encode
         settings.padding,
         reason,
         layers,
-        embeddings_are_unsupported(base.embeddings, sharded=True),
+        embeddings_are_foreign(base) or embeddings_are_unsupported(base.embeddings, sharded=True),
         dict(counts.fused),
         dict(counts.stock),
         graphs is not None,

@@ -293,7 +293,7 @@ class Graphs:
         Raises:
             Stale: `plan` was assumed, and that was wrong.
         """
-        counts, layers = encoder.fastbert.counts, encoder.layer
+        counts, layers = plan.settings.counts, encoder.layer
         reason, result = self._refuses_call(encoder, x, plan), None
         with self._lock:
             fingerprint = self._fingerprint

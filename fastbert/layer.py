@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 from . import autograd as autograd  # registers the operators' gradients
 from . import ops
 from .packing import Packing
-from .support import embeddings_are_unsupported, is_plain
+from .support import embeddings_are_unsupported, is_a, is_placed, is_plain
 
 # transformers' activation classes by the value of torch.nn.functional.gelu's `approximate` that computes the same.
 GELU = {
@@ -41,6 +41,14 @@ def child(module: Any, *path: str) -> Any:
 
 
 Path = tuple[str, ...]
+
+
+def stock_forward(mixin: Any, module: Any) -> Callable[..., Any]:
+    """The forward of the class that `mixin` is mixed into, in `module`; its class is read once, for another thread may
+    unfuse it meanwhile."""
+    kind: Any = type(module)
+    forward: Callable[..., Any] = super(mixin, kind).forward if issubclass(kind, mixin) else kind.forward
+    return forward
 
 
 class Shape(NamedTuple):
@@ -177,7 +185,7 @@ class FusedLayer(_Module):
         `_infer`, given the layer as its first argument. `weights` are its own, looked up already, or None.
         """
         if packing is None:
-            stock: Tensor = super().forward(hidden_states, *args, **kwargs)
+            stock: Tensor = stock_forward(FusedLayer, self)(self, hidden_states, *args, **kwargs)
             return stock
         x = hidden_states.flatten(0, 1)  # [T, H]
         trains = self.training or seeds is not None or torch.is_grad_enabled()
@@ -312,6 +320,47 @@ def default_positions(embeddings: Any, input_ids: Tensor | None, seqlen: int) ->
     return real.cumsum(1) * real + embeddings.padding_idx
 
 
+# The children of a family's own embeddings, each with the one function that is known to treat every row by itself: as
+# it was at import, for it may be replaced.
+_ROWWISE: dict[str, type[nn.Module]] = {
+    **dict.fromkeys((f"{what}_embeddings" for what in ("word", "token_type", "position", "task_type")), nn.Embedding),
+    "LayerNorm": nn.LayerNorm,
+    "dropout": nn.Dropout,
+}
+_ROWWISE_FORWARDS = {name: kind.forward for name, kind in _ROWWISE.items()}
+_LINEAR = nn.Linear.forward
+
+
+def embeddings_are_foreign(model: Any) -> str | None:
+    """Why the embeddings of a base model are to be called with the caller's own arguments; None: with packed ones, too.
+
+    Packed arguments are one row of tokens, each with its position. What isn't the family's own code may read more into
+    their shape than that: soft prompts over the first columns, positions by counting, ids that are no ids.
+    """
+    embeddings = child(model, "embeddings")
+    kind = type(embeddings)
+    if is_a(embeddings, "torch.distributed.fsdp", "FSDPModule"):
+        kind = kind.__mro__[2]  # fully_shard's subclass of it is (FSDPModule, kind)
+    stock, forward, fused = model.own_embeddings
+    if kind is not stock and kind is not fused:
+        return f"the embeddings are a {kind.__name__} of one's own"
+    if stock.forward is not forward or _is_replaced(embeddings):
+        return f"the forward of {kind.__name__} has been replaced"
+    for name, part in embeddings.__dict__["_modules"].items():
+        if type(part).forward is not _ROWWISE_FORWARDS.get(name) or _is_replaced(part):
+            return f"{name} of the embeddings is a {type(part).__name__}"
+        if part.__dict__.get("max_norm") is not None:
+            return f"{name} of the embeddings renormalises the rows that are looked up"
+    project = model.__dict__["_modules"].get("embeddings_project")  # ELECTRA's
+    if project is not None and (type(project).forward is not _LINEAR or _is_replaced(project)):
+        return f"embeddings_project is a {type(project).__name__}"
+    return None
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    return "forward" in module.__dict__ and not is_placed(module)
+
+
 _TABLES = ("input_ids", "token_type_ids", "position_ids")
 
 
@@ -327,8 +376,9 @@ class FusedEmbeddings(_Module):
         input_ids, token_type_ids, position_ids = (call.get(name) for name in _TABLES)
         odd = len(call) < len(args) + len(kwargs) or any(name not in self.names for name in kwargs)
         cached = call.get("past_key_values_length") or call.get("cache_length")  # before transformers 5.24; since
-        if odd or input_ids is None or cached or embeddings_are_unsupported(self):
-            stock: Tensor = super().forward(*args, **kwargs)
+        odd = odd or not isinstance(input_ids, Tensor) or input_ids.dim() != 2
+        if odd or cached or embeddings_are_unsupported(self):
+            stock: Tensor = stock_forward(FusedEmbeddings, self)(self, *args, **kwargs)
             return stock
         shape = input_ids.shape
         if position_ids is None:

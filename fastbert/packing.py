@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .support import is_fake
 
 
 class Packing(NamedTuple):
@@ -40,6 +41,12 @@ class Packing(NamedTuple):
     tiles: Tensor | None = None
     """`ops.attention_tiles` of cu_seqlens, by which attention shares out its work. None: as on a CPU, it does not."""
 
+    def pack(self, rows: Tensor) -> Tensor:
+        """(B, S, H) as the caller knows them -> (1, T, H), the real tokens; unchanged where none are dropped."""
+        if self.indices is None or self.inverse is None:
+            return rows
+        return ops.pack(rows.flatten(0, 1), self.indices, self.inverse)[None]
+
     def unpack(self, hidden_states: Tensor) -> Tensor:
         """`hidden_states` as the caller knows them: (1, T, H) -> (B, S, H), zeros at padding; else unchanged."""
         if self.indices is None or self.inverse is None:
@@ -61,6 +68,14 @@ class Selection(NamedTuple):
     """Whether a label other than -100 stands at padding."""
     has_holes: bool
     """Whether padding stands between real tokens of a sequence."""
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether `x` holds numbers to look at: it and the results of operators on it are not fake, nor being traced."""
+    if torch.compiler.is_compiling() or is_fake(x):
+        return False
+    kinds = torch._C._TorchDispatchModeKey
+    return all(torch._C._get_dispatch_mode(kind) is None for kind in (kinds.FAKE, kinds.PROXY))
 
 
 def host_integers(values: Tensor | list[Tensor]) -> list[int]:
@@ -94,17 +109,24 @@ def tiles_of(cu_seqlens: Tensor, tokens: int) -> Tensor | None:
     return ops.attention_tiles(cu_seqlens, tokens) if cu_seqlens.is_cuda else None
 
 
-def flattened(cu_seqlens: Tensor, tokens: int, keys: Tensor | None = None) -> Packing:
+def flattened(cu_seqlens: Tensor, tokens: int, keys: Tensor | None = None, longest: int | None = None) -> Packing:
     """The layout of a flattened call, where sequences lie end to end in one row already.
 
     Args:
         cu_seqlens: (B + 1,) integer, where each sequence starts, from 0 to `tokens`.
         tokens: T, the tokens of all sequences.
         keys: the same for the keys, (B + 1,); None: as the queries.
+        longest: the most tokens of a sequence, as the caller has it; taken at its word only where there are no values
+            to look at (fake tensors, tracing), and `tokens` in its place where it is None.
 
     Raises:
         ValueError: cu_seqlens does not run from 0 to `tokens` without descending, or `keys` differs from it.
     """
+    if not has_values(cu_seqlens):
+        starts = cu_seqlens.to(torch.int32)
+        return Packing(
+            starts.shape[0] - 1, tokens, tokens if longest is None else longest, starts, tiles=tiles_of(starts, tokens)
+        )
     lengths = cu_seqlens.diff()
     differs = cu_seqlens.new_zeros(()) if keys is None else (keys != cu_seqlens).any()
     first, last, shortest, longest, other_keys = host_integers(

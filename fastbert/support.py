@@ -16,6 +16,8 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as module_globals
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from . import exporting
+
 # The attention kernel's grid has a sequence in its last dimension, where CUDA takes no more.
 MAX_SEQUENCES = 65535
 
@@ -114,9 +116,14 @@ def is_hooked(module: nn.Module, called: bool = False) -> bool:
     return bool(before or after) and any(not is_harmless(hook, called) for hook in (*before.values(), *after.values()))
 
 
-def _is_a(x: Any, module: str, name: str) -> bool:
+def is_a(x: Any, module: str, name: str) -> bool:
     """isinstance, without importing a module that nobody has: then x can't be one."""
     return module in sys.modules and isinstance(x, getattr(sys.modules[module], name))
+
+
+def is_fake(x: Any) -> bool:
+    """Whether `x` is a tensor without values, as torch.export and estimators of memory have them."""
+    return is_a(x, "torch._subclasses.fake_tensor", "FakeTensor")
 
 
 def _is_sharded(parameter: Any) -> bool:
@@ -124,7 +131,7 @@ def _is_sharded(parameter: Any) -> bool:
 
     One that tensor parallelism divides, too, is not: it has a second placement, and FSDP's comes first.
     """
-    if not _is_a(parameter, "torch.distributed.tensor", "DTensor"):
+    if not is_a(parameter, "torch.distributed.tensor", "DTensor"):
         return False
     placements = parameter.placements
     return len(placements) == 1 or (len(placements) == 2 and placements[0].is_replicate())
@@ -142,7 +149,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module], sharded: bool = False) ->
         return False
     for parameter in parameters.values():
         plain = parameter is None or type(parameter) is nn.Parameter or type(parameter) is Tensor
-        plain = plain or _is_a(parameter, "torch._subclasses.fake_tensor", "FakeTensor")  # torch.export's
+        plain = plain or is_fake(parameter)
         if not plain and not (sharded and _is_sharded(parameter)):
             return False
     return True
@@ -186,15 +193,27 @@ def model_is_unsupported(model: Any, family: Any) -> str | None:
     return None
 
 
+def sees_arguments(module: nn.Module) -> bool:
+    """Whether a hook of `module` is shown what it is called with, by position and by name, or may change it."""
+    attributes = module.__dict__
+    before, after = attributes["_forward_pre_hooks"], attributes["_forward_hooks_with_kwargs"]
+    if not before and not after:
+        return False
+    hooks = [*before.values(), *(attributes["_forward_hooks"][key] for key in after)]
+    return any(not _is_harmless(hook, called=True) for hook in hooks)
+
+
 def layer_is_unsupported(layer: Any) -> str | None:
     """Why a layer runs its stock code: a submodule that is replaced or watched, or parameters of mixed kinds."""
-    sharded = _is_a(layer, "torch.distributed.fsdp", "FSDPModule")
+    sharded = is_a(layer, "torch.distributed.fsdp", "FSDPModule")
     if not hasattr(type(layer), "parts"):
         return "fully_shard came before fuse" if sharded else f"it is a {type(layer).__name__} of one's own"
     if (chunk := layer.replaced_chunk()) is not None:
         return f"its {chunk} has been replaced"
     if "forward" in layer.__dict__ and not is_placed(layer):
         return "its forward has been replaced (accelerate does so to offload)"
+    if sees_arguments(layer):
+        return "it has a hook that sees its arguments"
     for path, module, kind in layer.parts():
         if type(module) is not kind:
             return f"{'.'.join(path)} is a {type(module).__name__}"
@@ -227,15 +246,18 @@ def embeddings_are_unsupported(embeddings: Any, sharded: bool = False) -> str | 
     """Why an embeddings module runs its stock code; `sharded` as `is_plain` has it."""
     if getattr(embeddings, "use_task_id", False) or not hasattr(embeddings, "token_type_embeddings"):
         return "there is a kernel for tables of words, types and positions, not for these"
-    tables = (embeddings.word_embeddings, embeddings.token_type_embeddings, embeddings.position_embeddings)
-    if any(not is_plain(table, nn.Embedding, sharded) or table.max_norm is not None for table in tables):
-        return "an embedding table is replaced, hooked or renormalised"
+    names = ("word_embeddings", "token_type_embeddings", "position_embeddings")
+    tables = [getattr(embeddings, name) for name in names]
+    for name, table in zip(names, tables, strict=True):
+        if not is_plain(table, nn.Embedding, sharded) or table.max_norm is not None:
+            return f"{name} is replaced, hooked or renormalised: a {type(table).__name__}"
     if any(table.sparse or table.scale_grad_by_freq for table in tables) or any(
         table.padding_idx is not None for table in tables[1:2]
     ):
         return "an embedding table with sparse or scaled gradients, or one of types with a padding_idx"
-    if not is_plain(embeddings.LayerNorm, nn.LayerNorm, sharded) or embeddings.LayerNorm.bias is None:
-        return "its LayerNorm is replaced or hooked"
+    norm: Any = getattr(embeddings, "LayerNorm", None)
+    if not is_plain(norm, nn.LayerNorm, sharded) or norm.bias is None:
+        return f"its LayerNorm is replaced or hooked: a {type(norm).__name__}"
     weights = [table.weight for table in tables] + [embeddings.LayerNorm.weight]
     if any(w.dtype != weights[0].dtype or w.device != weights[0].device for w in weights):
         return "its parameters differ in dtype or device"
@@ -247,10 +269,20 @@ def is_transformed() -> bool:
     return torch._C._functorch.maybe_current_level() is not None
 
 
+DISABLED = "FASTBERT_DISABLE is set"
+
+
+def is_disabled() -> bool:
+    """Whether the environment has every call run stock."""
+    return os.environ.get("FASTBERT_DISABLE", "0") not in ("", "0")
+
+
 def needs_stock(sample: Tensor) -> str | None:
     """Why the state of torch at this moment rules the kernels out for modules whose parameters are like `sample`."""
-    if os.environ.get("FASTBERT_DISABLE", "0") not in ("", "0"):
-        return "FASTBERT_DISABLE is set"
+    if is_disabled():
+        return DISABLED
+    if torch.compiler.is_exporting() and not exporting.FUSED:
+        return "torch.export, outside of fastbert.fused_export()"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
     if is_transformed():
@@ -292,14 +324,17 @@ def is_asked(model: Any, call: Mapping[str, Any], name: str) -> bool:
 
 
 def relative_is_unsupported(model: Any, call: Mapping[str, Any], mixed: bool) -> str | None:
-    """Why a call of a model whose attention adds a bias by distance runs stock; `mixed`: a layer of it does."""
+    """Why a call of a model whose attention adds a bias by distance runs stock; `mixed`: a layer of it does.
+
+    Or has a hook: it would see the layer called without that bias.
+    """
     device = next(encoder_of(model).parameters()).device.type
     if torch.is_grad_enabled() or model.training or torch.is_autocast_enabled(device):
         return "a bias by distance, under gradients, dropout or autocast"
     if is_asked(model, call, "output_hidden_states"):
         return "output_hidden_states"
     if mixed:
-        return "a bias by distance, and a layer that runs stock"
+        return "a bias by distance, and a layer that runs stock, or has a hook"
     return None
 
 
@@ -334,7 +369,10 @@ def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
     parameter = next(encoder_of(model).parameters(), None)
     if parameter is None:
         return "its parameters are elsewhere (a replica of torch.nn.DataParallel, FSDP1)"
-    weight = model.embeddings.LayerNorm.weight
+    norm = getattr(model.embeddings, "LayerNorm", None)  # embeddings of one's own may have none
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, Tensor):
+        weight = parameter
     if _is_sharded(parameter):  # FSDP may gather it in another dtype: that of what is gathered already
         parameter = weight
     dtypes = {parameter.dtype, weight.dtype} | (set() if embeds is None else {embeds.dtype})

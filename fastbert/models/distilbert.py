@@ -48,7 +48,7 @@ TransformerBlock = layer(
     hf.TransformerBlock, __name__, {("attention",): hf.DistilBertSelfAttention, ("ffn",): hf.FFN}, _SHAPE
 )
 Transformer = encoder(hf.Transformer, __name__, output=BaseModelOutput)
-DistilBertModel = base_model(hf.DistilBertModel, __name__)
+DistilBertModel = base_model(hf.DistilBertModel, __name__, hf.Embeddings)
 DistilBertForMaskedLM = masked_lm(hf.DistilBertForMaskedLM, __name__, _vocabulary)
 DistilBertForMultipleChoice = head(hf.DistilBertForMultipleChoice, __name__)
 DistilBertForQuestionAnswering = head(hf.DistilBertForQuestionAnswering, __name__)

@@ -29,7 +29,7 @@ def _generator(model: Any) -> Vocabulary:
 ElectraEmbeddings = embeddings(hf.ElectraEmbeddings, __name__)
 ElectraLayer = layer(hf.ElectraLayer, __name__, bert_like(hf, "Electra"))
 ElectraEncoder = encoder(hf.ElectraEncoder, __name__)
-ElectraModel = base_model(hf.ElectraModel, __name__)
+ElectraModel = base_model(hf.ElectraModel, __name__, ElectraEmbeddings)
 ElectraForCausalLM = head(hf.ElectraForCausalLM, __name__)
 ElectraForMaskedLM = masked_lm(hf.ElectraForMaskedLM, __name__, _generator)
 ElectraForMultipleChoice = head(hf.ElectraForMultipleChoice, __name__)

@@ -66,26 +66,34 @@ def embeddings(kind: Any, module: str) -> Any:
     return _derive(kind, module, FusedEmbeddings, names=parameter_names(kind))
 
 
-def base_model(kind: Any, module: str, own: Callable[..., Any] | None = None) -> Any:
-    """The fused base model of a family; `own` is its forward, where the stock one hands no plan on to the encoder."""
+def base_model(kind: Any, module: str, embeddings: Any, own: Callable[..., Any] | None = None) -> Any:
+    """The fused base model of a family.
+
+    Args:
+        kind: the stock one.
+        module: the adapter's name.
+        embeddings: the class of its embeddings, fused or, where there is none, stock.
+        own: its forward, where the stock one hands no plan on to the encoder.
+    """
     names = parameter_names(kind)
+    stock = embeddings.__bases__[-1] if issubclass(embeddings, FusedEmbeddings) else embeddings
 
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         planned, named = plan_call(self, names, args, kwargs)
         if torch.compiler.is_compiling():
-            output = super(fused, self).forward(*planned, **named)
+            output = kind.forward(self, *planned, **named)
         else:
             try:
-                output = super(fused, self).forward(*planned, **named)
+                output = kind.forward(self, *planned, **named)
             except Stale:
                 planned, named = plan_call(self, names, args, kwargs, assumes=False)
-                output = super(fused, self).forward(*planned, **named)
+                output = kind.forward(self, *planned, **named)
         check_taken(self, named.get("plan"))
         return output
 
-    fused = _derive(kind, module, FusedModel, forward=forward if own is None else own)
-    return fused
+    attributes = {"own_embeddings": (stock, stock.forward, embeddings)}
+    return _derive(kind, module, FusedModel, forward=forward if own is None else own, **attributes)
 
 
 def introduce(model: type[nn.Module], config: type[Any]) -> None:
@@ -104,7 +112,7 @@ def head(kind: type[T], module: str) -> type[T]:
     return _derive(kind, module, FusedModel)
 
 
-def masked_lm(kind: type[T], module: str, vocabulary: Callable[[Any], Vocabulary]) -> type[T]:
+def masked_lm(kind: Any, module: str, vocabulary: Callable[[Any], Vocabulary]) -> Any:
     """A masked language model which can return its loss alone; `vocabulary` gives the head of one."""
 
     @functools.wraps(kind.forward)
@@ -112,17 +120,16 @@ def masked_lm(kind: type[T], module: str, vocabulary: Callable[[Any], Vocabulary
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         call, found = named_arguments(kind, args, kwargs), vocabulary(self)
         if not takes_labelled_rows(self, found, call):
-            return super(fused, self).forward(*args, **kwargs)
+            return kind.forward(self, *args, **kwargs)
         labels = call.pop("labels")
         outputs = self.base_model(**call)
         loss = labelled_loss(found, outputs.last_hidden_state, labels)
         return MaskedLMOutput(loss=loss, hidden_states=outputs.hidden_states)
 
-    fused = _derive(kind, module, FusedModel, forward=forward)
-    return fused
+    return _derive(kind, module, FusedModel, forward=forward)
 
 
-def pre_training(kind: type[T], module: str, output: type[Any]) -> type[T]:
+def pre_training(kind: Any, module: str, output: type[Any]) -> Any:
     """BERT's pre-training model, a masked language model that predicts the next sentence, too; the same."""
 
     @functools.wraps(kind.forward)
@@ -130,7 +137,7 @@ def pre_training(kind: type[T], module: str, output: type[Any]) -> type[T]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         call, found = named_arguments(kind, args, kwargs), predictions(self)
         if call.get("next_sentence_label") is None or not takes_labelled_rows(self, found, call):
-            return super(fused, self).forward(*args, **kwargs)
+            return kind.forward(self, *args, **kwargs)
         labels, next_sentence_label = call.pop("labels"), call.pop("next_sentence_label")
         outputs = self.base_model(**call)
         order = self.cls.seq_relationship(outputs.pooler_output)
@@ -141,8 +148,7 @@ def pre_training(kind: type[T], module: str, output: type[Any]) -> type[T]:
             hidden_states=outputs.hidden_states,
         )
 
-    fused = _derive(kind, module, FusedModel, forward=forward)
-    return fused
+    return _derive(kind, module, FusedModel, forward=forward)
 
 
 def predictions(model: Any) -> Vocabulary:

@@ -59,7 +59,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(plan, Plan):
         if plan is not None:
             self.encoder.fastbert.counts.add(self.encoder.fastbert.counts.stock, plan)
-        return super(MPNetModel, self).forward(*args, **kwargs)
+        return hf.MPNetModel.forward(self, *args, **kwargs)
     given = {name: kwargs.get(name) for name in ("input_ids", "position_ids", "inputs_embeds")}
     hidden = self.encoder(self.embeddings(**given), plan=plan).last_hidden_state
     pooled = None if self.pooler is None else self.pooler(hidden)
@@ -71,7 +71,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 MPNetLayer = layer(hf.MPNetLayer, __name__, _KINDS, _SHAPE)
 MPNetEncoder = encoder(hf.MPNetEncoder, __name__, output=BaseModelOutput, relative=True, relative_bias=_relative_bias)
-MPNetModel = base_model(hf.MPNetModel, __name__, _forward)
+MPNetModel = base_model(hf.MPNetModel, __name__, hf.MPNetEmbeddings, _forward)
 MPNetForMaskedLM = head(hf.MPNetForMaskedLM, __name__)
 MPNetForMultipleChoice = head(hf.MPNetForMultipleChoice, __name__)
 MPNetForQuestionAnswering = head(hf.MPNetForQuestionAnswering, __name__)

@@ -188,7 +188,7 @@ def call(rows: int, length: int) -> dict[str, Any]:
 
 
 def exported(model: Any) -> Any:
-    with torch.no_grad():
+    with torch.no_grad(), fastbert.fused_export():
         return export(model, (), call(3, 17), dynamic_shapes=SHAPES)
 
 
