@@ -167,7 +167,7 @@ def test_they_are_called_as_they_are_and_packed_after(what: str, mask: str) -> N
 
 @pytest.mark.parametrize("family", ["roberta", "electra", "distilbert", "mpnet"])
 def test_of_every_family(family: str) -> None:
-    """A soft prompt in place of the words: of embeddings that fastbert has fused, and of those it leaves as they are."""
+    """A soft prompt in place of the words: of embeddings that are fused, and of those that are left as they are."""
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     name = {"roberta": "Roberta", "electra": "Electra", "distilbert": "DistilBert", "mpnet": "MPNet"}[family]
     torch.manual_seed(1)
@@ -202,7 +202,7 @@ def test_more_rows_than_tokens(masked: bool) -> None:
 
 @pytest.mark.parametrize("mask", ["right", "none"])
 def test_rows_of_another_dtype_run_stock(mask: str) -> None:
-    """Embeddings in double under layers in float: promoted by stock's LayerNorm or refused, but never by the kernels."""
+    """Embeddings in double under layers in float: stock code says what it makes of that, not the kernels."""
     stock = models.seeded()
     stock.embeddings = Own().double()
     fused = fastbert.fuse(copy.deepcopy(stock))
@@ -274,7 +274,7 @@ def test_disabled_comes_before_every_check(what: str, monkeypatch: pytest.Monkey
     given = call()
     given["attention_mask"] = given["attention_mask"].to(torch.complex64)
     if what == "nothing":
-        with pytest.raises(ValueError, match="attention_mask has dtype torch.complex64"):
+        with pytest.raises(ValueError, match=r"attention_mask has dtype torch\.complex64"):
             fused(**given)
     monkeypatch.setenv("FASTBERT_DISABLE", "1")
     with torch.no_grad():

@@ -29,8 +29,8 @@ def hidden(model: Any, given: dict[str, Any]) -> Tensor:
     return found if mask is None else found[mask.bool()]
 
 
-# Each takes what a pre-hook does with `with_kwargs`, and gives back what it changes. The mask comes by position, but that
-# of self-attention by name.
+# Each takes what a pre-hook does with `with_kwargs`, and gives back what it changes. The mask comes by position, or by
+# name: that of the encoder, and of self-attention.
 
 
 def with_mask(args: Any, kwargs: Any, change: Callable[[Tensor], Any]) -> Any:
@@ -151,7 +151,7 @@ def test_backward_hooks_of_layers_are_given_as_much_as_stock_gives_them() -> Non
 
 
 def test_a_flattened_call_with_hooks_on_a_layer() -> None:
-    """One that sees arguments: the call is stock, its sequences kept apart. One after: as stock calls it, without mask."""
+    """One that sees arguments: the call is stock, its sequences kept apart. One after: as stock calls it, no mask."""
     stock, flat = models.seeded(), models.ragged([3, 9, 5])
     plain = fastbert.fuse(copy.deepcopy(stock))
     with torch.no_grad():
