@@ -338,6 +338,8 @@ def check_taken(model: nn.Module, plan: Any) -> None:
             f"{type(model).__name__} did not hand its encoder the plan of this call; its result would be wrong: call "
             "fastbert.unfuse on the model, which restores its stock code, and report the version of transformers"
         )
+
+
 def _foreign_call_is_unsupported(call: Mapping[str, Any]) -> str | None:
     """Why a call of a model with embeddings that aren't the family's own runs stock, where its layout can't be told."""
     name = "input_ids" if call.get("input_ids") is not None else "inputs_embeds"

@@ -200,7 +200,7 @@ def sees_arguments(module: nn.Module) -> bool:
     if not before and not after:
         return False
     hooks = [*before.values(), *(attributes["_forward_hooks"][key] for key in after)]
-    return any(not _is_harmless(hook, called=True) for hook in hooks)
+    return any(not is_harmless(hook, called=True) for hook in hooks)
 
 
 def layer_is_unsupported(layer: Any) -> str | None:
