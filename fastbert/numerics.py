@@ -11,6 +11,10 @@ There is no absolute tolerance and no cosine gate.
 In 8 bits (`fuse(model, precision="fp8")`) the same holds with another stock: one whose linear layers multiply what
 `as_fp8` makes of their weights and inputs, and a slack of FP8_SLACK. It says that nothing but the 8 bits themselves is
 lost; what they cost a task is reported beside it (`fastbert.quality`), and not judged.
+
+A single GEMM of 8-bit numbers is judged by a stock GEMM of the same numbers in float32. Hopper's tensor cores add such
+products up in fewer bits than float32 has: there stock is `reference_fp8.mm_on_hopper`, which has such sums, each taken
+over into float32 after `launch.FP8_EXACT_K` products. What adds up more of them, or in fewer bits, exceeds the bound.
 """
 
 from __future__ import annotations

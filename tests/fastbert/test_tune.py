@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastbert import tuned
 from fastbert.cli import tune
@@ -21,6 +22,7 @@ from fastbert.cli.problems import Problem, Sizes, lengths_of, problems
 from fastbert.cli.tune import OK, Candidate, Checker, Gpu, Search, beats
 from fastbert.kernels import launch
 from fastbert.kernels.launch import Config
+from fastbert.numerics import relative_error
 from fastbert.support import fp8_is_unsupported
 
 SMALL = Sizes(16, 32, 1)
@@ -317,6 +319,17 @@ def test_a_configuration_that_does_not_compile_does_not_pass(device: str) -> Non
     norm = next(problem for problem in on_this_device(device) if problem.name == "LayerNorm")
     config = dataclasses.replace(norm.shipped(), block_n=3)
     assert Checker([norm], torch.device(device)).check(norm.name, config) not in (OK, "")
+
+
+def test_tune_judges_by_the_sums_of_its_architecture() -> None:
+    """In float32; in 16 bits and in float64 it multiplies in those."""
+    for arch, low, high in (("sm_90", 5e-5, 2e-4), ("sm_100", 0.0, 1e-6)):
+        work = problems(Sizes(1024, 1024, 16), torch.float32, arch, precision="fp8")
+        problem = next(each for each in work if each.name.startswith("qkv fp8, 64"))
+        torch.manual_seed(0)
+        arguments = problem.arguments(9, torch.device("cpu"))
+        truth = problem.peer(*(a.double() if isinstance(a, Tensor) else a for a in arguments))
+        assert low <= relative_error(problem.peer(*arguments), truth) < high
 
 
 def test_processes_that_check(device: str) -> None:
