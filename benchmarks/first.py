@@ -49,12 +49,18 @@ sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
 from benchmarks import archive  # noqa: E402
 
 PREBUILT = ROOT / "build" / "gpu-cache"
-START_S = 60.0
-"""What a process is given to import everything and find the device."""
 LIMITS = {"gates": 100.0, "rates": 20.0, "forwards": 100.0, "operators": 90.0, "training": 60.0}
 """Seconds of each section, in all."""
-STEP_S = {"compile": 75.0, "gates": 20.0, "rates": 20.0, "forwards": 60.0, "operators": 20.0, "training": 20.0}
-"""Seconds of a step of each section, and of compiling what its steps launch."""
+STEP_S = {
+    "start": 60.0,
+    "compile": 75.0,
+    "gates": 20.0,
+    "rates": 20.0,
+    "forwards": 60.0,
+    "operators": 20.0,
+    "training": 20.0,
+}
+"""Seconds of a step of each section; until a process has begun its first; and to compile what a section launches."""
 PACKED_EVERY_S = 20.0
 
 
@@ -135,7 +141,7 @@ def watch(given: argparse.Namespace, arguments: Sequence[str]) -> int:
     try:
         while time.monotonic() < deadline:
             child = Child([*arguments, "--spent", json.dumps(spent)], log)
-            section, step, key, limit = "start", "start", "", time.monotonic() + START_S
+            section, step, key, limit = "start", "start", "", time.monotonic() + STEP_S["start"]
             entered = packed = time.monotonic()
             why = ""
             while not why:
@@ -432,7 +438,9 @@ def gate(steps: Steps, section: str, shape: dict[str, int], rows: Sequence[int],
         steps.run(section, name, functools.partial(judged, name, case))
 
 
-def forwards(steps: Steps, size: str, batch: int, device: Any, keep: Callable[[dict[str, Any]], None]) -> None:
+def forwards(
+    steps: Steps, size: str, batch: int, device: Any, keep: Callable[[dict[str, Any]], None], repeats: int
+) -> None:
     """Whole models, by `fastbert bench`'s own hand; where a way to run one hangs, stock and fused alone."""
     import torch
 
@@ -446,7 +454,13 @@ def forwards(steps: Steps, size: str, batch: int, device: Any, keep: Callable[[d
         names = [name for name in names if not suffix or ("forwards", name) in steps.wrong]
         minutes = 0.8 * (LIMITS["forwards"] - steps.spent.get("forwards", 0.0)) / 60
         measured = bench.run(
-            [items[name] for name in names], [size], [torch.bfloat16], device=device, minutes=minutes, peers=peers
+            [items[name] for name in names],
+            [size],
+            [torch.bfloat16],
+            device=device,
+            minutes=minutes,
+            peers=peers,
+            repeats=repeats,
         )
         record = None
         for name in names:
@@ -568,6 +582,9 @@ def measure(given: argparse.Namespace) -> int:
         models.SHAPES["tiny"] = {
             **{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
         }
+    if given.layers:
+        size, shape = f"{size}, {given.layers} layers", models.SHAPES[size]
+        models.SHAPES[size] = {**shape, "num_hidden_layers": given.layers}
     found = [line for line in lines(steps.events) if line["event"] == "record" and line.get("key") == steps.key]
     about = found[0]["record"] if found else environment(device)  # of one run all records have one date
     about = {name: about[name] for name in environment(device)}
@@ -597,7 +614,7 @@ def measure(given: argparse.Namespace) -> int:
                 steps.run(section, "rates", measure_rates)
             elif section == "forwards":
                 os.environ["FASTBERT_GATES"] = json.dumps(gates.verdicts(output / "gates.jsonl"))
-                forwards(steps, size, batch, device, keep)
+                forwards(steps, size, batch, device, keep, 3 if given.layers else 20)
             elif device.type == "cuda":
                 told = [line["rates"] for line in lines(steps.events) if line["event"] == "rates"]
                 operators(steps, size, many, device, Rates(*told[-1]) if told else None, about, keep)
@@ -629,9 +646,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--restore", type=Path, metavar="FOLDER", help="with archives of an earlier call, to go on from"
     )
     parser.add_argument("--dry", action="store_true", help="tiny sizes")
+    parser.add_argument("--layers", type=int, metavar="N", help="of the whole models: what they launch is the same")
+    parser.add_argument("--slack", type=float, default=1.0, metavar="X", help="all deadlines times this")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--spent", default="{}", help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
+    given.minutes *= given.slack
+    for limits in (LIMITS, STEP_S):
+        limits.update({name: given.slack * seconds for name, seconds in limits.items()})
     if given.measure:
         return measure(given)
     for number in (signal.SIGTERM, signal.SIGHUP):

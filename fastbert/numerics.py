@@ -42,7 +42,7 @@ def as_fp8(x: torch.Tensor) -> torch.Tensor:
 
 
 def relative_error(actual: torch.Tensor, truth: torch.Tensor) -> float:
-    """`||actual - truth|| / ||truth||` (Frobenius norm, in float64).
+    """`||actual - truth|| / ||truth||` (Frobenius norm, in float64, where `truth` lies).
 
     Args:
         actual: any shape, any floating dtype.
@@ -59,7 +59,7 @@ def relative_error(actual: torch.Tensor, truth: torch.Tensor) -> float:
         raise ValueError(f"actual has shape {tuple(actual.shape)}, truth has {tuple(truth.shape)}; expected the same")
     if truth.dtype != torch.float64:
         raise ValueError(f"truth has dtype {truth.dtype}; expected torch.float64")
-    actual, truth = actual.detach().double().cpu(), truth.detach().cpu()
+    actual, truth = actual.detach().to(truth.device).double(), truth.detach()
     if actual.numel() == 0:
         return 0.0
     difference = torch.where(actual == truth, 0.0, actual - truth).norm()
