@@ -65,7 +65,7 @@ def install(arch: str, compiles: bool, listed: Path | None) -> None:
     from torch.utils._pytree import tree_flatten, tree_map
 
     from benchmarks import stub
-    from fastbert import ops
+    from fastbert import numerics, ops
     from fastbert.cli import counts
     from fastbert.kernels import reference, reference_fp8
 
@@ -450,8 +450,14 @@ def install(arch: str, compiles: bool, listed: Path | None) -> None:
 
         varlen.varlen_attn = lambda q, *rest, **more: _shaped(lambda x: x.new_empty(x.shape), (q,), {})
 
-    # fastbert's kernels.
+    # fastbert's kernels. Numbers are not judged: their shapes and dtypes are.
 
+    def no_error(actual: Tensor, truth: Tensor) -> float:
+        if actual.shape != truth.shape or truth.dtype != torch.float64 or device_of(actual) != device_of(truth):
+            return relative_error(actual, truth)
+        return 0.0
+
+    relative_error, numerics.relative_error = numerics.relative_error, no_error
     _held.append(stub.device(arch, compiles))
     _held[0].__enter__()
     atexit.register(_held[0].__exit__, None, None, None)

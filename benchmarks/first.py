@@ -18,9 +18,10 @@ OUTPUT/first.jsonl as it goes: gates to OUTPUT/gates.jsonl, which tests add to (
 form of `fastbert bench`, to OUTPUT/<device>/<date>-<commit>.json, too. A red gate closes the rows that need it and no
 others. The same command goes on where it was stopped; where sources or the device changed it starts over.
 
-With OUT in the environment, OUTPUT is packed into that folder as it goes (benchmarks/archive.py); archives found in
-build/gpu-cache are unpacked first: kernels compiled before, by benchmarks/prebuild.py. `--dry`: tiny sizes, on a CPU,
-too. Exit status: 0 all done, 1 a step failed or a gate is red, 3 out of time.
+With OUT in the environment, OUTPUT is packed into that folder as it goes (benchmarks/archive.py); archives that lie
+there, or in build/gpu-cache, are unpacked first: of an earlier call, or kernels compiled before, by
+benchmarks/prebuild.py. `--dry`: tiny sizes, on a CPU, too. Exit status: 0 all done, 1 a step failed or a gate is red,
+3 out of time.
 """
 
 from __future__ import annotations
@@ -48,7 +49,6 @@ sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
 
 from benchmarks import archive  # noqa: E402
 
-PREBUILT = ROOT / "build" / "gpu-cache"
 LIMITS = {"gates": 100.0, "rates": 20.0, "forwards": 100.0, "operators": 90.0, "training": 60.0}
 """Seconds of each section, in all."""
 STEP_S = {
@@ -134,8 +134,8 @@ def watch(given: argparse.Namespace, arguments: Sequence[str]) -> int:
         append(events, {"at_s": round(time.monotonic() - begun, 2), **line})
         print(f"{time.monotonic() - begun:6.1f} s  {' '.join(str(value) for value in line.values())}", flush=True)
 
-    for folder in dict.fromkeys((PREBUILT, *([given.restore] if given.restore else []))):
-        if folder.is_dir() and (found := archive.restore(folder, output)):
+    for folder in (out, archive.CARRIED):
+        if folder is not None and (found := archive.restore(folder, output)):
             tell(event="restored", what=f"{len(found)} files from {folder.name}")
     child: Child | None = None
     try:
@@ -398,6 +398,15 @@ def judge(case: Case) -> None:
                 raise AssertionError(f"result {i} is not that of the reference")
 
 
+def gate_of(operation: str, train: bool) -> str:
+    """The gate that an operation belongs to, as tests have it."""
+    from fastbert.cli.gates import needed
+
+    operation = {"mask_layout": "unpack", "feed_forward": "linear"}.get(operation, operation)
+    (name,) = needed(f"operator {operation.removesuffix('_backward')}", "fused")
+    return f"{name}{'_training' if train and name != 'cross_entropy' else ''}.bfloat16"
+
+
 def gate(steps: Steps, section: str, shape: dict[str, int], rows: Sequence[int], device: Any, output: Path) -> None:
     """Judges every operation at every number of rows; all are launched before, which compiles them side by side."""
     import torch
@@ -410,8 +419,8 @@ def gate(steps: Steps, section: str, shape: dict[str, int], rows: Sequence[int],
         for count in rows
         for case in cases(shape, count, device, section == "training")
     }
-    log = gates.Log(output / "gates.jsonl", section, Path(__file__))
-    log.plan({name: [f"{case.operation}.bfloat16"] for name, case in found.items()})
+    log = gates.Log(output / "gates.jsonl", f"first: {section}", Path(__file__))
+    log.plan({name: [gate_of(case.operation, section == "training")] for name, case in found.items()})
 
     def launched(case: Case) -> None:
         with torch.no_grad():
@@ -569,8 +578,8 @@ def measure(given: argparse.Namespace) -> int:
     import torch
 
     from benchmarks import gates
+    from fastbert.cli import bench, records
     from fastbert.cli import cases as models
-    from fastbert.cli import records
     from fastbert.cli.info import default_device
     from fastbert.cli.machine import Machine, Rates, environment
 
@@ -588,10 +597,14 @@ def measure(given: argparse.Namespace) -> int:
     found = [line for line in lines(steps.events) if line["event"] == "record" and line.get("key") == steps.key]
     about = found[0]["record"] if found else environment(device)  # of one run all records have one date
     about = {name: about[name] for name in environment(device)}
+    models_log = gates.Log(output / "gates.jsonl", "first: models", Path(__file__))
+    models_log.plan({name: ["model.bfloat16"] for name in (f"squad b{batch}", f"dense512 b{batch}", "dense128 b1")})
     kept = [line["record"] for line in found]
 
     def keep(record: dict[str, Any]) -> None:
         record |= about
+        if record["candidate"] == "fused" and record["what"] == bench.FORWARD:  # the whole model, by bench's own check
+            models_log.note(record["workload"], gates.PASSED if record["status"] == "ok" else gates.FAILED)
         append(steps.events, {"event": "record", "key": steps.key, "record": record})
         kept.append(record)
         records.write(records.path_in(output, about), kept)
@@ -618,6 +631,8 @@ def measure(given: argparse.Namespace) -> int:
             elif device.type == "cuda":
                 told = [line["rates"] for line in lines(steps.events) if line["event"] == "rates"]
                 operators(steps, size, many, device, Rates(*told[-1]) if told else None, about, keep)
+            if kept:  # what was measured before the gates it needs were green
+                records.judge_again(records.path_in(output, about), gates.verdicts(output / "gates.jsonl"))
     except Poisoned as error:
         print(f"the device has failed: {error}", file=sys.stderr)
         return 4

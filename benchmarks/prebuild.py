@@ -39,7 +39,6 @@ sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
 
 from benchmarks import archive  # noqa: E402
 
-HERE = ROOT / "build" / "gpu-cache"
 FIRST = ["benchmarks/first.py", "--layers", "1", "--slack", "20", "--sections"]
 PARTS: dict[str, list[str]] = {
     "headline": [*FIRST, "gates", "forwards", "operators"],
@@ -110,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="of compiling; default: 10")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=["headline", "training"], metavar="PART")
-    parser.add_argument("--output", type=Path, default=HERE)
+    parser.add_argument("--output", type=Path, default=archive.CARRIED)
     given = parser.parse_args(argv)
     folder = given.output.resolve()
     os.environ |= {"TRITON_CACHE_DIR": str(folder / archive.CACHE / "triton"), "TRITON_STORE_BINARY_ONLY": "1"}

@@ -17,6 +17,7 @@ import pytest
 
 from benchmarks import archive, first, gates
 from fastbert.cli import records, report
+from fastbert.cli.gates import FORWARD
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "OUT")}
@@ -46,8 +47,8 @@ def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: str, minutes
     script = tmp_path / "measure.py"
     script.write_text(MEASURES.format(root=str(ROOT), output=str(tmp_path), steps=steps))
     monkeypatch.setattr(first, "__file__", str(script))
-    monkeypatch.setattr(first, "PREBUILT", tmp_path / "none")
-    status = first.watch(argparse.Namespace(output=tmp_path, minutes=minutes, restore=None), [])
+    monkeypatch.setattr(archive, "CARRIED", tmp_path / "none")
+    status = first.watch(argparse.Namespace(output=tmp_path, minutes=minutes), [])
     found = first.lines(tmp_path / "first.jsonl")
     return status, {line["step"]: line.get("status", line.get("why")) for line in found if "step" in line}
 
@@ -109,14 +110,18 @@ def test_killed_at_any_second_it_goes_on(tmp_path: Path) -> None:
     assert "0 not right" in said
     verdicts = gates.verdicts(tmp_path / "gates.jsonl")
     assert set(verdicts.values()) == {gates.GREEN}
-    assert {"qkv_linear.bfloat16", "attention.bfloat16", "mask_layout.bfloat16"} <= set(verdicts)
-    (file,) = tmp_path.glob("*/*.json")
+    assert {f"{name}.bfloat16" for name in FORWARD} == set(verdicts)
+    (file,) = tmp_path.glob("*/20*.json")
     kept = records.load(file)
-    assert [line["record"] for line in found if line["event"] == "record"] == kept
+    logged = [line["record"] for line in found if line["event"] == "record"]
+    told = {r["gates"] for r in logged if r["candidate"] == "fused"}
+    assert told == {"not run: model.bfloat16"}  # and judged again once that was known
+    assert [{**a, "gates": b["gates"]} for a, b in zip(logged, kept, strict=True)] == kept
     workloads = ("squad b2", "dense512 b2", "dense128 b1")
     timed = {(r["workload"], r["candidate"]) for r in kept if r["status"] == "ok"}
     assert timed == {(name, way) for name in workloads for way in ("stock", "fused")}
     assert len({(r["workload"], r["candidate"]) for r in kept}) == len(kept) == 12
+    assert {r["gates"] for r in kept if r["candidate"] == "fused"} == {gates.GREEN}
     assert all(f"| {name} |" in report.readme(kept) for name in workloads)
     with tarfile.open(tmp_path / "out" / archive.MEASURED) as packed:
         assert {"first.jsonl", "gates.jsonl", f"{file.parent.name}/{file.name}"} <= set(packed.getnames())
