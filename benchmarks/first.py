@@ -506,7 +506,8 @@ def operators(
 
     shape, dtype = SHAPES[size], torch.bfloat16
     sizes = Sizes(shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"])
-    work = [p for p in problems(sizes, dtype, launch.architecture(device)) if p.key[0] in ("linear", "attention")]
+    found = problems(sizes, dtype, launch.architecture(device), multiprocessors=launch.multiprocessors(device))
+    work = [problem for problem in found if problem.key[0] in ("linear", "attention")]
     rig, checker = Gpu(device, sizes, dtype), Checker(work, device)
     chosen = {problem.name: configurations(problem) for problem in work}
 
@@ -569,7 +570,7 @@ def configurations(problem: Any) -> list[Any]:
         return [shipped]
     arch = problem.key[1]
     found = [shipped, dataclasses.replace(shipped, variant=launch.LIBRARY)]
-    found += [c for c in launch.FEW_ROWS.get(arch, (0, ()))[1] if (c.block_m, c.block_n) == (128, 128)]
+    found += [c for c in launch.LINEAR_TILES.get(arch, ()) if (c.block_m, c.block_n) == (128, 128)]
     return list(dict.fromkeys([*found, *launch.LINEAR_CANDIDATES.get(arch, ())]))
 
 

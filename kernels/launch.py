@@ -3,14 +3,15 @@
 Nothing here touches a device except `architecture`. No autotuning: the same shape always gets the same configuration,
 of the tables or of what `use` was given, which comes from `fastbert tune`.
 A row's result doesn't depend on what it is batched with: a configuration depends on the number of rows only among tiles
-that give each element of the result the same operations in the same order, and only where `FEW_ROWS` says so.
+that give each element of the result the same operations in the same order, and only where `LINEAR_TILES` says so.
+PyTorch's GEMMs, whose rows do depend on it, are chosen only where a launcher is told that they may.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -46,8 +47,10 @@ VARIANTS = ("", "persistent")
 """What `Config.variant` may be. "persistent", of products of 16 bits: `programs` an SM, each of which walks through
 tiles that the tensor memory accelerator loads; for sm_90 and later."""
 LIBRARY = "library"
-"""One more, of products: PyTorch's, by cuBLAS, then what the epilogue does, pass by pass. It chooses among kernels by
-the number of rows, so a row depends on what it is batched with: nothing tries it but who puts it in a table."""
+"""One more, of GEMMs: PyTorch's, by cuBLAS, then what the epilogue does, pass by pass. It chooses among kernels by the
+number of rows, so a row depends on what it is batched with: chosen only where `batch_invariant` is False."""
+batch_invariant = True
+"""Whether a row's result must not depend on what it is batched with; see `set_batch_invariant`."""
 
 
 class _Operation(NamedTuple):
@@ -59,14 +62,20 @@ class _Operation(NamedTuple):
     """The fields of a configuration that others could be tried for; the others say what the kernel computes."""
 
     def parameters(self) -> tuple[str, ...]:
-        """Names of what a configuration is chosen by."""
-        return tuple(inspect.signature(self.choose).parameters)
+        """Names of what a key has: what a configuration is chosen by, rows as `row_class` tells."""
+        return tuple(name for name in inspect.signature(self.choose).parameters if name not in _BEYOND_KEYS)
 
 
 OPERATIONS: dict[str, _Operation] = {}
 """What the functions below choose for, by name: "linear" is `linear_config`."""
 _tuned: dict[tuple[Any, ...], Config] = {}
 _plans: list[Any] = []
+_library: frozenset[tuple[Any, ...]] = frozenset()
+_BEYOND_KEYS = ("multiprocessors", "batch_invariant")
+"""Parameters of a choice that no key has: the first is the GPU's, which a file of `fastbert tune` is made for; the
+second is the process's."""
+CHOICES = 1 << 14
+"""Choices kept for each operation: of the numbers of rows met last, four GEMMs each."""
 _Choose = TypeVar("_Choose", bound=Callable[..., Config])
 _Plan = TypeVar("_Plan", bound=Callable[..., Any])
 _Table = TypeVar("_Table")
@@ -78,12 +87,20 @@ def _tunable(*free: str) -> Callable[[_Choose], _Choose]:
     def decorate(choose: _Choose) -> _Choose:
         operation, signature = choose.__name__.removesuffix("_config"), inspect.signature(choose)
 
-        @functools.cache
+        @functools.lru_cache(CHOICES)
         @functools.wraps(choose)
         def choice(*args: Any, **kwargs: Any) -> Config:
-            key = signature.bind(*args, **kwargs)
-            key.apply_defaults()
-            return _tuned.get((operation, *key.args)) or choose(*args, **kwargs)
+            if not _tuned and not _library:
+                return choose(*args, **kwargs)
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            given = bound.arguments
+            if "rows" in given:
+                given["rows"] = row_class(given["rows"])
+            key = (operation, *(value for name, value in given.items() if name not in _BEYOND_KEYS))
+            if key in _library and not given["batch_invariant"]:
+                return BY_LIBRARY
+            return _tuned.get(key) or choose(*args, **kwargs)
 
         OPERATIONS[operation] = _Operation(choose, choice, free)
         return choice  # type: ignore[return-value]
@@ -96,24 +113,37 @@ def planned(plan: _Plan) -> _Plan:
 
     What it calls to choose a configuration is among its arguments: tests have others choose.
     """
-    cached = functools.cache(plan)
+    cached = functools.lru_cache(CHOICES)(plan)
     _plans.append(cached)
     return cached  # type: ignore[return-value]
 
 
-def use(configurations: Mapping[tuple[Any, ...], Config]) -> None:
+def use(configurations: Mapping[tuple[Any, ...], Config], library: Iterable[tuple[Any, ...]] = ()) -> None:
     """From now on these come before the tables, in place of what an earlier call gave; {} is the tables alone.
 
     Args:
-        configurations: by operation and every argument of the function that chooses for it, as
-            ("linear", "sm_90", torch.bfloat16, 4096, 1024, 1, 8192).
+        configurations: by operation and every argument of the function that chooses for it but the GPU's and the
+            process's, as ("linear", "sm_90", torch.bfloat16, 4096, 1024, 1, 8192); one holds for all numbers of rows
+            of its `row_class`.
+        library: such keys of "linear" for which PyTorch's GEMM comes before both, where `set_batch_invariant` allows.
     """
-    global _tuned
-    _tuned = dict(configurations)
+    global _tuned, _library
+    _tuned, _library = dict(configurations), frozenset(library)
     for operation in OPERATIONS.values():
         operation.choice.cache_clear()
     for plan in _plans:
         plan.cache_clear()
+
+
+def set_batch_invariant(enabled: bool) -> None:
+    """Whether a row's result must be the same bits whatever else is in the batch (the default).
+
+    False lets launchers take PyTorch's GEMMs, by cuBLAS, where a table or what `use` was given has them as faster.
+    """
+    global batch_invariant
+    if not isinstance(enabled, bool):
+        raise TypeError(f"enabled is {enabled!r}; expected True or False")
+    batch_invariant = enabled
 
 
 def in_use() -> dict[tuple[Any, ...], Config]:
@@ -138,8 +168,8 @@ def architecture(device: torch.device) -> str:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """SMs of `device`; 1 where it is no GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    """SMs of `device`; 0 where it is no GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
 LIKE = {"sm_86": "sm_89", "sm_103": "sm_100", "sm_120": "sm_89", "sm_121": "sm_89"}
@@ -360,6 +390,10 @@ def attention_backward_config(arch: str, dtype: torch.dtype, head_dim: int) -> C
 # Linear layers: by architecture and bytes an element, (n below which it applies, configuration). Not measured yet:
 # counted from registers and shared memory a program, as the ahead-of-time compilation reports them.
 _ANY = float("inf")
+# Public figures for Hopper, at a depth of 1,024: by pointers three quarters of cuBLAS's rate, by descriptors in a
+# persistent kernel nine tenths (triton-lang/triton #5726, #5461); 502 to 564 TFLOP/s of cuBLAS's 584 with specialised
+# warps (facebookexperimental/triton #1038, 65536 x 1024 x 1024). Until it is measured here, sm_90 follows them.
+_PERSISTENT_SM_90 = Config(128, 256, 64, 8, 4, "persistent", programs=1)  # 224 KiB: one program an SM
 _LINEAR: dict[str, dict[int, tuple[tuple[float, Config], ...]]] = {
     "sm_80": {
         2: (
@@ -369,13 +403,14 @@ _LINEAR: dict[str, dict[int, tuple[tuple[float, Config], ...]]] = {
         4: ((_ANY, Config(64, 128, 32, 8, 3)),),  # the largest tile whose IEEE products and separate sums fit
     },
     "sm_90": {
-        # 192 KiB: one program an SM, two warp groups of m64n256 wgmma. At full speed it reads 48 bytes a clock and SM
-        # from the L2 cache, which has some 39 for each; two programs of 128x128 would read 64, and lose by 7 % at n and
-        # k 1024, 25 % at k 4096, what they win by having one's epilogue under the other's products.
-        2: ((_ANY, Config(128, 256, 64, 8, 4)),),
+        # Two warp groups of m64n256 wgmma. At full speed they read 48 bytes a clock and SM from the L2 cache, which has
+        # some 39 for each; two programs of 128x128 would read 64.
+        2: ((_ANY, _PERSISTENT_SM_90),),
         4: ((_ANY, Config(64, 128, 32, 8, 3)),),  # as on sm_80
     },
     "sm_100": {
+        # By pointers: every number of rows has this tile, few rows gain nothing by a persistent kernel, and there is no
+        # public figure of one like ours. It is a candidate.
         2: ((2048, Config(128, 128, 64, 4, 3)), (_ANY, Config(128, 256, 64, 8, 4))),  # as on sm_90, by tcgen05
         4: ((_ANY, Config(128, 128, 32, 8, 3)),),  # with smaller tiles ptxas stops at 64 registers and spills
     },
@@ -385,100 +420,211 @@ _LINEAR: dict[str, dict[int, tuple[tuple[float, Config], ...]]] = {
     },
 }
 _LINEAR["sm_89"] = _LINEAR["sm_80"]  # by the same instructions, within 99 KiB
-# Rows that don't start at 16 bytes are loaded element by element, through registers: larger tiles spill.
-_LINEAR_UNALIGNED = Config(64, 128, 32, 8, 3)
+UNALIGNED = Config(64, 128, 32, 8, 3)
+"""Of GEMMs with an operand whose rows don't start at 16 bytes: they are loaded element by element, through registers,
+and larger tiles spill."""
+BY_LIBRARY = Config(128, 128, 64, 4, 3, LIBRARY)
+"""PyTorch's GEMM; its sizes mean nothing."""
 
-FEW_ROWS: dict[str, tuple[int, tuple[Config, ...]]] = {
+LINEAR_TILES: dict[str, tuple[Config, ...]] = {
     "sm_80": (
-        81,
-        (
-            Config(128, 128, 32, 4, 4),
-            Config(64, 128, 32, 4, 4),
-            Config(64, 64, 64, 4, 5),
-            Config(32, 64, 64, 4, 5),
-            Config(32, 32, 64, 4, 6),
-        ),
+        Config(128, 256, 32, 8, 4),
+        Config(128, 128, 32, 4, 4),
+        Config(64, 128, 32, 4, 4),
+        Config(64, 64, 64, 4, 5),
+        Config(32, 64, 64, 4, 5),
+        Config(32, 32, 64, 4, 6),
     ),
     "sm_90": (
-        96,
-        (
-            Config(128, 128, 64, 4, 3),
-            Config(64, 128, 64, 4, 4),
-            Config(64, 64, 64, 4, 6),
-            Config(64, 32, 128, 4, 4),
-            Config(64, 16, 128, 4, 5),
-        ),
+        _PERSISTENT_SM_90,
+        Config(128, 128, 64, 4, 3),
+        Config(64, 128, 64, 4, 4),
+        Config(64, 64, 64, 4, 6),
+        Config(64, 32, 128, 4, 4),
+        Config(64, 16, 128, 4, 5),
     ),
 }
-for _arch, _enough in (("sm_86", 63), ("sm_89", 107), ("sm_120", 127), ("sm_121", 36)):
-    FEW_ROWS[_arch] = _enough, FEW_ROWS["sm_80"][1]
-"""Smaller tiles of 16-bit products for few rows, largest first, by architecture, and how many tiles are enough.
+"""Tiles of 16-bit GEMMs among which the number of rows decides, largest first, by architecture.
 
-Enough are three quarters of the SMs: of an A100, an H100 or H200, an A40, an L40S, an RTX 5090 and a GB10. The smallest
-keep some 80 KiB in flight; all leave room for a second program on their SM. Not measured yet. An architecture that is
-not here has one tile a weight.
+So at most this many kernels are compiled for a weight and an epilogue, however many numbers of rows there are. The
+smallest tiles keep some 80 KiB in flight; all but the largest leave room for a second program on their SM. Not measured
+yet. An architecture that is not here has one tile a weight.
 
 This is as independent of the batch as one tile is if the matrix instruction is. All tiles of an architecture add up k
-in one chain of the same one, mma.m16n8k16 or wgmma.m64nNk16, 16 elements a step (the ahead-of-time tests hold that);
-so a row is bitwise the same in each, unless wgmma adds up differently by N. `test_a_row_is_the_same_in_every_tile`
-tells on a GPU; where it fails, take the architecture out. What that costs: one text of 128 tokens then has 4 tiles for
-the 132 SMs of an H200 at n 1024, and its products take several times as long.
+in one chain of the same one, mma.m16n8k16 or wgmma.m64nNk16, 16 elements a step (the ahead-of-time tests hold that),
+whether pointers or descriptors load them; so a row is bitwise the same in each, unless wgmma adds up differently by N.
+`test_a_row_is_the_same_in_every_tile` tells on a GPU; where it fails, take the architecture out. What that costs: one
+text of 128 tokens then has 4 tiles for the 132 SMs of an H200 at n 1024, and its GEMMs take several times as long.
 """
-MANY_ROWS = 8192
+for _arch in ("sm_86", "sm_89", "sm_120", "sm_121"):
+    LINEAR_TILES[_arch] = LINEAR_TILES["sm_80"]
+
+MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 142, "sm_90": 132, "sm_120": 170, "sm_121": 48}
+"""SMs where a choice is made without a device: of an A100, an A40, an L40S, an H100 or H200, an RTX 5090 and a GB10."""
+
+
+class Rates(NamedTuple):
+    """What an SM of an architecture does in a clock, and the cycles a tile takes beyond its main loop."""
+
+    multiply_adds: int
+    """Of 16-bit numbers with sums in float32; of 8-bit ones twice as many."""
+    l2_bytes: int
+    """From the L2 cache, where all SMs load."""
+    shared_bytes: int
+    """What programs that share an SM have between them."""
+    pointers: float = 1.0
+    """Share of these rates that a main loop reaches whose operands are loaded by pointers."""
+    fill_bytes: int = 64
+    """From the L2 cache where few SMs load."""
+    start: int = 1500
+    """Until the first operands are there."""
+    finish: float = 0.1
+    """Of the epilogue, an element: 3,900 cycles for 128 x 256 with GELU on sm_90, fewer without."""
+    launch: int = 3000
+    """Between two launches: a microsecond, and a program's start."""
+
+
+RATES: dict[str, Rates] = {
+    "sm_80": Rates(1024, 47, 163 << 10),  # 5,120 bytes a clock for 108 SMs
+    "sm_90": Rates(2048, 39, 227 << 10, pointers=0.83),  # the same for 132, which is assumed; by _LINEAR's figures
+    "sm_89": Rates(512, 16, 99 << 10),  # of an L40S; 5 TB/s have been measured of an RTX 4090's cache
+}
+"""By architecture, from datasheets and public figures, for `tile_cycles` alone."""
+
+
+def tile_cycles(
+    config: Config, rates: Rates, rows: int, n: int, k: int, segments: int, multiprocessors: int, itemsize: int = 2
+) -> float:
+    """Clocks that a GEMM takes in tiles of `config`, wave by wave: what tiles are compared by.
+
+    A wave is a tile for each SM, however many programs share one, as its matrix units do. The last wave takes as long
+    for one tile as for all, but that the L2 cache has more for each: hence the quantisation. A persistent program
+    starts once, with the next tile's loads under an epilogue; programs that share an SM have their starts and ends
+    together.
+    """
+    block_m, block_n = config.block_m, config.block_n
+    waves, rest = divmod(-(-rows // block_m) * -(-n // block_n) * segments, multiprocessors)
+    multiply = block_m * block_n * k * itemsize / (2 * rates.multiply_adds)
+    loaded = (block_m + block_n) * k * itemsize
+    loop = waves * max(multiply, loaded / rates.l2_bytes)
+    if rest:
+        waves += 1
+        loop += max(multiply, loaded / min(rates.fill_bytes, rates.l2_bytes * multiprocessors / rest))
+    finish = block_m * block_n * rates.finish
+    if config.variant == "persistent":
+        return loop + waves * finish + rates.start
+    shared = config.num_stages * (block_m + block_n) * config.block_k * itemsize
+    held = block_m * block_n * (2 if itemsize == 1 else 1)  # sums; of all registers, a quarter is 128 x 128
+    together = 2 if 2 * shared <= rates.shared_bytes and held <= 128 * 128 else 1
+    return loop / rates.pointers + -(-waves // together) * (rates.start + finish)
+
 
 LINEAR_CANDIDATES: dict[str, tuple[Config, ...]] = {
     "sm_90": (
-        Config(128, 256, 64, 8, 4, "persistent", programs=1),  # 224 KiB; as the tables' tile, its prologue hidden
+        Config(128, 256, 64, 8, 4),  # 192 KiB; by pointers, which were in the tables before there were figures
         Config(128, 128, 64, 4, 3, "persistent", programs=2),  # 104 KiB; one's epilogue under the other's products
     ),
     "sm_100": (Config(128, 256, 64, 8, 3, "persistent", programs=1),),
 }
-"""What else 16-bit products of many rows could take, by architecture: compiled and tested, not measured yet.
+"""What else 16-bit GEMMs of many rows could take, by architecture: compiled and tested, not measured yet."""
+MANY_ROWS = 8192
+SPLIT_ROWS: float = MANY_ROWS
+"""Of so many rows and more a GEMM may take two launches, as `full_waves` tells; with fewer the host's time counts."""
 
-Counted for n 4096, k 1024 with GELU on sm_90, a tile of 128x256, in cycles: 16,400 of wgmma; 3,900 to issue the
-epilogue; some 1,500 until a new program's first loads are there, which a persistent one has under its epilogue. So 7 %
-at most, and 2 % at k 4096. In the tables are pointers, until that is measured.
-"""
+LIBRARY_FROM: dict[tuple[str, int], int] = {("sm_90", 3): MANY_ROWS}
+"""Where PyTorch's GEMM is taken if results may depend on the batch: by architecture and weights side by side, from so
+many rows. By the figures above cuBLAS is a tenth faster than the persistent kernel; of Q, K and V it adds the bias by
+itself, while GELU or a residual takes a pass, of a tenth or more of the GEMM's time. Not measured yet."""
+
+
+SLACK = 1.03
+"""A smaller tile is taken where it is this many times faster by `tile_cycles`, which comes no closer to the truth."""
+
+
+def round_rows(m: int) -> int:
+    """m rounded up to 64 rows: what choices are made by, so that few are, for every large tile has as many rows."""
+    return -(-m // 64) * 64
 
 
 def row_class(m: int) -> int:
-    """What configurations know of m rows: m rounded up to a power of two, within 64 and MANY_ROWS."""
+    """What the keys of configurations know of m rows: m rounded up to a power of two, within 64 and MANY_ROWS."""
     return min(max(64, 1 << (m - 1).bit_length()), MANY_ROWS)
 
 
-@_tunable("block_m", "block_n", "block_k", "num_warps", "num_stages", "variant", "group_m", "programs")
-def linear_config(arch: str, dtype: torch.dtype, n: int, k: int, segments: int = 1, rows: int = MANY_ROWS) -> Config:
-    """The tiles of a product with `segments` weights of shape (n, k).
+def _fastest(
+    tiles: tuple[Config, ...], arch: str, rows: int, n: int, k: int, segments: int, multiprocessors: int, itemsize: int
+) -> Config:
+    """The first of the tiles that is as fast as the fastest, by `tile_cycles` and within SLACK."""
+    rates, multiprocessors = _of(RATES, arch), multiprocessors or MULTIPROCESSORS[arch]
+    cycles = [tile_cycles(tile, rates, rows, n, k, segments, multiprocessors, itemsize) for tile in tiles]
+    return next(tile for tile, each in zip(tiles, cycles, strict=True) if each <= SLACK * min(cycles))
 
-    Where `FEW_ROWS` has the architecture, the largest tile of which there are enough for its SMs, and of whose columns
-    no more than a ninth lies outside of n.
+
+@_tunable("block_m", "block_n", "block_k", "num_warps", "num_stages", "variant", "group_m", "programs")
+def linear_config(
+    arch: str,
+    dtype: torch.dtype,
+    n: int,
+    k: int,
+    segments: int = 1,
+    rows: int = MANY_ROWS,
+    multiprocessors: int = 0,
+    batch_invariant: bool = True,
+) -> Config:
+    """The tiles of a GEMM with `segments` weights of shape (n, k); a persistent one asks for aligned operands.
+
+    Where `LINEAR_TILES` has the architecture, what takes the fewest cycles for exactly so many rows.
 
     Args:
         arch: as `architecture` names it; one without a table gets "portable".
         dtype: of the operands.
         n, k: output and input features.
         segments: weights side by side.
-        rows: as `row_class` tells.
+        rows: of the other operand, best as `round_rows` has them.
+        multiprocessors: SMs of the device; 0: as in MULTIPROCESSORS.
+        batch_invariant: False allows PyTorch's GEMM, where `LIBRARY_FROM` or what `use` was given has it.
     """
+    if not batch_invariant and dtype.itemsize == 2 and rows >= LIBRARY_FROM.get((arch, segments), _ANY):
+        return BY_LIBRARY
     if n % 16 or k % 16:
-        return _LINEAR_UNALIGNED
+        return UNALIGNED
+    if dtype.itemsize == 2 and arch in LINEAR_TILES:
+        return _fastest(LINEAR_TILES[arch], arch, rows, n, k, segments, multiprocessors, 2)
     table = _of(_LINEAR, arch)[dtype.itemsize]
-    largest = next(config for below, config in table if n < below)
-    if dtype.itemsize != 2 or arch not in FEW_ROWS:
-        return largest
-    enough, smaller = FEW_ROWS[arch]
-    return _filling((largest, *smaller), rows, n, enough, segments)
+    return next(config for below, config in table if n < below)
 
 
-def _filling(tiles: tuple[Config, ...], rows: int, n: int, enough: int, segments: int = 1) -> Config:
-    """The first of `tiles` of which a result of (rows, segments * n) has `enough`, a ninth outside of n at most; or the
-    last."""
-    for config in tiles:
-        tiles_n = -(-n // config.block_n)
-        count = -(-rows // config.block_m) * tiles_n * segments
-        if count >= enough and 8 * tiles_n * config.block_n <= 9 * n:
-            break
-    return config
+@functools.lru_cache(CHOICES)
+def full_waves(
+    config: Config, arch: str, itemsize: int, n: int, k: int, segments: int, rows: int, multiprocessors: int = 0
+) -> int:
+    """How many of so many rows to launch in tiles of `config`; the rest goes by another launch, which chooses anew.
+
+    Of 21,222 rows by 1,024 columns, tiles of 128 x 256 fill 132 SMs five times, and four are left: a wave that takes
+    as long as the others, where their 102 rows take a third of it in small tiles. All rows, where that does not save
+    twice what a launch takes, and where the architecture's tiles are not known to give the same bits.
+
+    Args:
+        config: as `linear_config` or, with `itemsize` 1, `linear_fp8_config` has it.
+        arch, n, k, segments, rows, multiprocessors: as those were given them.
+        itemsize: bytes of an operand's element.
+    """
+    tiles = LINEAR_TILES if itemsize == 2 else LINEAR_FP8_TILES
+    if itemsize > 2 or arch not in tiles or config.variant == LIBRARY or n % 16 or k % 16:
+        return rows
+    multiprocessors = multiprocessors or MULTIPROCESSORS[arch]
+    columns = -(-n // config.block_n) * segments
+    waves = -(-rows // config.block_m) * columns // multiprocessors
+    first = waves * multiprocessors // columns * config.block_m
+    if not 0 < first < rows:
+        return rows
+    rates = _of(RATES, arch)
+
+    def cycles(config: Config, rows: int) -> float:
+        return tile_cycles(config, rates, rows, n, k, segments, multiprocessors, itemsize)
+
+    rest = min(cycles(tile, rows - first) for tile in tiles[arch])
+    return first if cycles(config, first) + 2 * rates.launch + rest < cycles(config, rows) else rows
 
 
 # The product whose epilogue is GELU's derivative, by bytes an element. Two results and what they are made from are held
@@ -492,7 +638,7 @@ _LINEAR_BACKWARD_SM_90 = {**_LINEAR_BACKWARD, 2: Config(128, 128, 64, 8, 3)}
 def linear_backward_config(arch: str, dtype: torch.dtype, n: int, k: int) -> Config:
     """The tiles of `linear_gelu_backward`, of a weight of shape (k, n). Arguments as `linear_config`'s."""
     if n % 16 or k % 16:
-        return _LINEAR_UNALIGNED
+        return UNALIGNED
     return (_LINEAR_BACKWARD_SM_90 if arch == "sm_90" else _LINEAR_BACKWARD)[dtype.itemsize]
 
 
@@ -504,25 +650,29 @@ _LINEAR_FP8: dict[str, tuple[tuple[float, Config], ...]] = {
     "sm_90": ((_ANY, Config(128, 128, 128, 8, 4)),),  # 128 KiB: one program an SM, two warp groups
     "sm_100": ((_ANY, Config(128, 128, 128, 8, 4)),),
 }
-_LINEAR_FP8_UNALIGNED = Config(64, 128, 64, 8, 3)  # as _LINEAR_UNALIGNED: residual and result, element by element
-FEW_ROWS_FP8: dict[str, tuple[int, tuple[Config, ...]]] = {
-    "sm_90": (96, (Config(64, 128, 128, 4, 4), Config(64, 64, 128, 4, 6), Config(64, 32, 128, 4, 8))),
+_LINEAR_FP8_UNALIGNED = Config(64, 128, 64, 8, 3)  # as UNALIGNED: residual and result, element by element
+LINEAR_FP8_TILES: dict[str, tuple[Config, ...]] = {
+    "sm_90": (
+        Config(128, 128, 128, 8, 4),
+        Config(64, 128, 128, 4, 4),
+        Config(64, 64, 128, 4, 6),
+        Config(64, 32, 128, 4, 8),
+    ),
 }
-"""As FEW_ROWS, of 8-bit products: each tile adds up four steps of 32 elements in one chain, and the sums in float32."""
+"""As LINEAR_TILES, of 8-bit GEMMs: each tile adds four steps of 32 elements in one chain, and the sums in float32."""
 
 FP8_EXACT_K = 128
 """How many products of 8-bit numbers Hopper adds up in fewer bits than float32 has, before the sum goes to float32."""
 
 
 @_tunable("block_m", "block_n", "block_k", "num_warps", "num_stages", "group_m")
-def linear_fp8_config(arch: str, n: int, k: int, rows: int = MANY_ROWS) -> Config:
-    """The tiles of a product of 8-bit numbers with a weight of shape (n, k). Arguments as `linear_config`'s."""
+def linear_fp8_config(arch: str, n: int, k: int, rows: int = MANY_ROWS, multiprocessors: int = 0) -> Config:
+    """The tiles of a GEMM of 8-bit numbers with a weight of shape (n, k). Arguments as `linear_config`'s."""
     if n % 16:
         return _LINEAR_FP8_UNALIGNED
-    table = _of(_LINEAR_FP8, arch)
-    largest = next(config for below, config in table if n < below)
-    enough, smaller = FEW_ROWS_FP8.get(arch, (0, ()))
-    return _filling((largest, *smaller), rows, n, enough)
+    if arch in LINEAR_FP8_TILES:
+        return _fastest(LINEAR_FP8_TILES[arch], arch, rows, n, k, 1, multiprocessors, 1)
+    return next(config for below, config in _of(_LINEAR_FP8, arch) if n < below)
 
 
 @_tunable("num_warps")

@@ -8,7 +8,7 @@ Products accumulate in float32, the epilogue runs in float32, and there is one r
 are multiplied as PyTorch is set to on CUDA (`launch.float32_precision`): IEEE by default, or TF32.
 
 K is never split, and is added up in one order whatever the tile, so a row of the result is bitwise the same whatever
-other rows are in the batch; `launch.FEW_ROWS` says what that takes.
+other rows are in the batch; `launch.LINEAR_TILES` says what that takes.
 """
 
 from __future__ import annotations
@@ -330,25 +330,36 @@ def _plan(
     k: int,
     segments: int,
     rows: int,
+    multiprocessors: int,
+    batch_invariant: bool,
     gelu: str,
     precision: str,
     early: bool,
-) -> tuple[launch.Config, Constants, Constants]:
-    """The configuration of a product, the constants of `linear_persistent_kernel`, and those of `linear_kernel`."""
-    config: launch.Config = choose(arch, dtype, n, k, segments, rows)
-    shared = {
-        "SEGMENTS": segments,
-        "GELU": gelu,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "GROUP_M": config.group_m,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        **launch.dependent(arch),
-    }
-    by_pointers = Constants({**shared, "EVEN_K": k % config.block_k == 0, "INPUT_PRECISION": precision})
-    return config, Constants(shared), by_pointers
+) -> tuple[int, launch.Config, Constants, launch.Config, Constants]:
+    """How a GEMM is launched: (rows of the first launch, configuration and constants, the same by pointers).
+
+    The latter are the first themselves, but where these are of `linear_persistent_kernel`: what takes its place where
+    descriptors cannot read an operand.
+    """
+    config: launch.Config = choose(arch, dtype, n, k, segments, rows, multiprocessors, batch_invariant)
+    whole = launch.full_waves(config, arch, dtype.itemsize, n, k, segments, rows, multiprocessors)
+
+    def constants(config: launch.Config) -> dict[str, Any]:
+        return {
+            "SEGMENTS": segments,
+            "GELU": gelu,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
+            "GROUP_M": config.group_m,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+            **launch.dependent(arch),
+        }
+
+    pointers = launch.UNALIGNED if config.variant == "persistent" else config
+    more = {"EVEN_K": k % pointers.block_k == 0, "INPUT_PRECISION": precision}
+    return whole, config, Constants(constants(config)), pointers, Constants({**constants(pointers), **more})
 
 
 def _launch(
@@ -358,8 +369,12 @@ def _launch(
     gelu: str = "",
     residual: Tensor | None = None,
     pre: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Launches the kernel over the columns of `weights`, side by side; `gelu` is "", "none" or "tanh"."""
+    """Launches the kernel over the columns of `weights`, side by side; `gelu` is "", "none" or "tanh".
+
+    Rows beyond whole waves of tiles take a launch of their own, where `launch.full_waves` has it so.
+    """
     m, k = x.shape
     n, segments, dtype = weights[0].shape[0], len(weights), x.dtype
     # As they come from nn.Linear, in one dtype, and from the other operators, nothing below copies anything.
@@ -382,29 +397,35 @@ def _launch(
             raise ValueError(f"residual has shape {tuple(residual.shape)}; expected {(m, n)}")
         residual = launch.contiguous_rows(residual)
         stride_rm = residual.stride(0)
-    out = x.new_empty((m, segments * n))
+    if out is None:
+        out = x.new_empty((m, segments * n))
     if not m or not n:
         return out
-    arch, precision = launch.architecture(x.device), launch.input_precision(dtype)
-    early = launch.is_dependent(arch)
-    config, shared, by_pointers = _plan(
-        launch.linear_config, arch, dtype, n, k, segments, launch.row_class(m), gelu, precision, early
-    )
+    arch, multiprocessors = launch.architecture(x.device), launch.multiprocessors(x.device)
+    shape = n, k, segments, launch.round_rows(m), multiprocessors
+    how = launch.batch_invariant, gelu, launch.input_precision(dtype), launch.is_dependent(arch)
+    whole, config, shared, pointers, by_pointers = _plan(launch.linear_config, arch, dtype, *shape, *how)
+    if whole < m and m >= launch.SPLIT_ROWS:
+        for rows in (slice(whole), slice(whole, m)):
+            parts = (None if each is None else each[rows] for each in (residual, pre, out))
+            _launch(x[rows], weights, biases, gelu, *parts)
+        return out
     x = launch.contiguous_rows(x)
     if segments == 1:
         operands += (None, None)
         added += (None, None)
     if config.variant == launch.LIBRARY:
         return _by_library(x, operands, added, gelu, residual, pre, out)
-    tiles = -(-m // config.block_m) * -(-n // config.block_n) * segments
     if config.variant == "persistent" and all(w is None or _descriptor_fits(w) for w in (x, *operands)):
+        tiles = -(-m // config.block_m) * -(-n // config.block_n) * segments
         w_block = [config.block_n, config.block_k]
         descriptors = [None if w is None else Descriptor(w, w_block) for w in operands]
         x_desc = Descriptor(x, [config.block_m, config.block_k])
-        programs = min(tiles, config.programs * launch.multiprocessors(x.device)) if config.programs else tiles
+        programs = min(tiles, config.programs * max(multiprocessors, 1)) if config.programs else tiles
         arguments = (x_desc, *descriptors, *added, residual, pre, out, m, n, k, stride_rm)
         run(linear_persistent_kernel, (programs, 1, 1), arguments, shared)
     else:
+        tiles = -(-m // pointers.block_m) * -(-n // pointers.block_n) * segments
         arguments = (x, *operands, *added, residual, pre, out, m, n, k, x.stride(0), stride_rm)
         run(linear_kernel, (tiles, 1, 1), arguments, by_pointers)
     return out

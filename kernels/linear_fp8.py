@@ -9,7 +9,7 @@ additions, and is to make the product as exact as one of 16-bit numbers, which t
 bits lose is lost by `quantize_fp8` alone.
 
 K is never split, and is added up in one order whatever the tile, so a row of the result is bitwise the same whatever
-other rows are in the batch; `launch.FEW_ROWS` says what that takes.
+other rows are in the batch; `launch.LINEAR_FP8_TILES` says what that takes.
 """
 
 from __future__ import annotations
@@ -119,8 +119,12 @@ def linear_fp8_kernel(
 
 
 @launch.planned
-def _plan(choose: Any, arch: str, n: int, k: int, rows: int, gelu: str, early: bool) -> tuple[launch.Config, Constants]:
-    config: launch.Config = choose(arch, n, k, rows)
+def _plan(
+    choose: Any, arch: str, n: int, k: int, rows: int, multiprocessors: int, gelu: str, early: bool
+) -> tuple[int, launch.Config, Constants]:
+    """How a GEMM is launched: (rows of the first launch, configuration, constants)."""
+    config: launch.Config = choose(arch, n, k, rows, multiprocessors)
+    whole = launch.full_waves(config, arch, 1, n, k, 1, rows, multiprocessors)
     constants = {
         "GELU": gelu,
         "EVEN_K": k % config.block_k == 0,
@@ -133,7 +137,7 @@ def _plan(choose: Any, arch: str, n: int, k: int, rows: int, gelu: str, early: b
         "num_stages": config.num_stages,
         **launch.dependent(arch),
     }
-    return config, Constants(constants)
+    return whole, config, Constants(constants)
 
 
 def _launch(
@@ -146,6 +150,7 @@ def _launch(
     gelu: str = "",
     scale: float | None = None,
     residual: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     (m, k), n = x.shape, weight.shape[0]
     for name, tensor in (("x", x), ("weight", weight)):
@@ -163,13 +168,18 @@ def _launch(
         raise ValueError(f"residual has shape {tuple(residual.shape)}; expected {(m, n)}")
     if scale is not None and not scale > 0:
         raise ValueError(f"scale is {scale}; expected a positive number")
-    out = x.new_empty((m, n), dtype=dtype if scale is None else torch.float8_e4m3fn)
+    if out is None:
+        out = x.new_empty((m, n), dtype=dtype if scale is None else torch.float8_e4m3fn)
     if not m or not n:
         return out
     arch = launch.architecture(x.device)
-    config, constants = _plan(
-        launch.linear_fp8_config, arch, n, k, launch.row_class(m), gelu, launch.is_dependent(arch)
-    )
+    shape = n, k, launch.round_rows(m), launch.multiprocessors(x.device)
+    whole, config, constants = _plan(launch.linear_fp8_config, arch, *shape, gelu, launch.is_dependent(arch))
+    if whole < m and m >= launch.SPLIT_ROWS:
+        for rows in (slice(whole), slice(whole, m)):  # as in linear.py
+            scales, added, part = (None if each is None else each[rows] for each in (row_scale, residual, out))
+            _launch(x[rows], scales, weight, col_scale, bias, dtype, gelu, scale, added, part)
+        return out
     stride_rm = 0
     if residual is not None:
         residual = launch.contiguous_rows(residual)

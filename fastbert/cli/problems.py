@@ -53,6 +53,8 @@ class Problem(NamedTuple):
     """float32 numbers that a thread holds."""
     same_bits: bool
     """Whether results have to be those of the shipped configuration, bit by bit: it depends on the number of rows."""
+    multiprocessors: int = 0
+    """SMs that the shipped configuration is chosen for; 0: as many as the architecture's usual device has."""
 
     def call(self, *arguments: Any) -> Any:
         """The kernel, with the configuration in use."""
@@ -63,9 +65,14 @@ class Problem(NamedTuple):
         """Rows that results are checked at: of a class of numbers of rows, the least, which is odd."""
         return self.rows[0] // 2 + 1 if self.same_bits else CHECKED_ROWS
 
-    def shipped(self) -> Config:
-        """What the tables have."""
-        return launch.OPERATIONS[self.key[0]].choose(*self.key[1:])
+    def shipped(self, rows: int | None = None) -> Config:
+        """What the tables have: for the key, or for so many rows where it depends on their number."""
+        operation = launch.OPERATIONS[self.key[0]]
+        given = dict(zip(operation.parameters(), self.key[1:], strict=True))
+        if "rows" in given:
+            given["rows"] = launch.round_rows(rows or given["rows"])
+            given["multiprocessors"] = self.multiprocessors
+        return operation.choose(**given)
 
 
 def key(operation: str, arch: str, dtype: torch.dtype, **facts: int) -> Key:
@@ -77,6 +84,16 @@ def key(operation: str, arch: str, dtype: torch.dtype, **facts: int) -> Key:
 def row_classes() -> list[int]:
     """What `launch.row_class` makes of any number of rows; the largest first."""
     return sorted({launch.row_class(1 << power) for power in range(31)}, reverse=True)
+
+
+def timed_rows(rows: int) -> tuple[int, ...]:
+    """What a configuration for a class of numbers of rows is timed at: where tiles fill their last wave, and elsewhere.
+
+    It holds for all of the class, where the shipped one is chosen at the exact number.
+    """
+    if rows == launch.MANY_ROWS:
+        return rows, sum(workload("squad", 128).lengths), 4 * rows
+    return (rows, 3 * rows // 4) if rows > 64 else (rows,)
 
 
 def lengths_of(rows: int) -> tuple[int, ...]:
@@ -93,7 +110,7 @@ def _normal(device: torch.device, dtype: torch.dtype, *shape: int, scale: float 
     return (torch.randn(shape, device=device, dtype=torch.float32) * scale).to(dtype)
 
 
-def _products(sizes: Sizes, dtype: torch.dtype, arch: str) -> Iterator[Problem]:
+def _products(sizes: Sizes, dtype: torch.dtype, arch: str, multiprocessors: int) -> Iterator[Problem]:
     h, i = sizes.hidden, sizes.intermediate
 
     def stock_qkv(x: Tensor, *rest: Tensor) -> Tensor:
@@ -130,14 +147,15 @@ def _products(sizes: Sizes, dtype: torch.dtype, arch: str) -> Iterator[Problem]:
                 function,
                 peer,
                 arguments,
-                (rows, 4 * rows) if many else (rows,),
+                timed_rows(rows),
                 lambda c: c.num_stages * (c.block_m + c.block_n) * c.block_k * dtype.itemsize,
                 lambda c: c.block_m * c.block_n / (32 * c.num_warps),
                 True,
+                multiprocessors,
             )
 
 
-def _products_fp8(sizes: Sizes, dtype: torch.dtype, arch: str) -> Iterator[Problem]:
+def _products_fp8(sizes: Sizes, dtype: torch.dtype, arch: str, multiprocessors: int) -> Iterator[Problem]:
     h, i, eight = sizes.hidden, sizes.intermediate, torch.float8_e4m3fn
     unit = 2**-4  # of a result in 8 bits
 
@@ -182,10 +200,11 @@ def _products_fp8(sizes: Sizes, dtype: torch.dtype, arch: str) -> Iterator[Probl
                 function,
                 peer,
                 arguments,
-                (rows, 4 * rows) if many else (rows,),
+                timed_rows(rows),
                 lambda c: c.num_stages * (c.block_m + c.block_n) * c.block_k,
                 lambda c: 2 * c.block_m * c.block_n / (32 * c.num_warps),  # exact sums hold a tile twice
                 True,
+                multiprocessors,
             )
 
 
@@ -327,14 +346,25 @@ def _rows(sizes: Sizes, dtype: torch.dtype, arch: str, train: bool) -> Iterator[
 
 
 def problems(
-    sizes: Sizes, dtype: torch.dtype, arch: str, train: bool = False, precision: str | None = None
+    sizes: Sizes,
+    dtype: torch.dtype,
+    arch: str,
+    train: bool = False,
+    precision: str | None = None,
+    multiprocessors: int = 0,
 ) -> list[Problem]:
     """All there is to tune in a model, what takes most of its time first.
 
-    `precision` "fp8": its products in 8 bits, with results in `dtype`, in place of those in `dtype`.
+    Args:
+        sizes, dtype: of the model.
+        arch: as `launch.architecture` names it.
+        train: the kernels of the backward, too.
+        precision: "fp8": its GEMMs in 8 bits, with results in `dtype`, in place of those in `dtype`.
+        multiprocessors: SMs of the device; 0: as many as the architecture's usual one has.
     """
-    products = _products if precision is None else _products_fp8
-    found = [*products(sizes, dtype, arch), *_attention(sizes, dtype, arch, train), *_rows(sizes, dtype, arch, train)]
+    gemms = _products if precision is None else _products_fp8
+    found = [*gemms(sizes, dtype, arch, multiprocessors), *_attention(sizes, dtype, arch, train)]
+    found += _rows(sizes, dtype, arch, train)
     return sorted(found, key=lambda each: each.same_bits and each.rows[0] != launch.MANY_ROWS)
 
 

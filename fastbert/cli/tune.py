@@ -75,6 +75,11 @@ class Rig(Protocol):
         """Seconds of one launch, several times."""
 
 
+def of_variant(config: Config, variant: str) -> Config:
+    """A configuration for another variant: with programs an SM, one at least, only where it walks through tiles."""
+    return dataclasses.replace(config, variant=variant, programs=max(1, config.programs) if variant else 0)
+
+
 def neighbours(problem: Problem, config: Config) -> list[Config]:
     """Configurations a step away: a size doubled or halved, a stage or a program more or less, another variant."""
     free = launch.OPERATIONS[problem.key[0]].free
@@ -88,7 +93,7 @@ def neighbours(problem: Problem, config: Config) -> list[Config]:
         if name == "programs" and not config.variant:
             continue  # then there is one a tile, whatever it says
         if name == "variant":
-            found += [changed(variant=variant) for variant in launch.VARIANTS]
+            found += [of_variant(config, variant) for variant in launch.VARIANTS]
         elif tuned.RANGES[name][2]:
             found += [changed(**{name: value * 2}), changed(**{name: value // 2})]
         else:
@@ -112,8 +117,9 @@ def seeds(problem: Problem, others: Iterable[Problem]) -> list[Config]:
         for arch in architectures
         if other.key[0] == operation
     ]
-    unproven: dict[str, tuple[Config, ...]] = getattr(launch, f"{operation.upper()}_CANDIDATES", {})
-    known += itertools.chain.from_iterable(unproven.values())
+    for beside in ("TILES", "CANDIDATES"):
+        tables: dict[str, tuple[Config, ...]] = getattr(launch, f"{operation.upper()}_{beside}", {})
+        known += itertools.chain.from_iterable(tables.values())
     shipped = problem.shipped()
     return [shipped, *(dataclasses.replace(shipped, **{name: getattr(c, name) for name in free}) for c in known)]
 
@@ -164,7 +170,7 @@ class Search:
         """By key, the best configuration, once it has been compared with the shipped one again."""
 
     def best(self, problem: Problem) -> Config:
-        """The fastest configuration so far; the shipped one where none was timed."""
+        """The fastest configuration so far; the shipped one, of the first number of rows, where none was timed."""
         times, shipped = self.times[problem.key], problem.shipped()
         if shipped not in times:
             return shipped
@@ -212,7 +218,10 @@ class Search:
         if config != shipped and shipped not in self.times[problem.key]:
             return  # the shipped one is not right, which is reported
         try:
-            found = {rows: self.rig.time(problem, rows, config) for rows in problem.rows}
+            found = {
+                rows: self.rig.time(problem, rows, problem.shipped(rows) if config == shipped else config)
+                for rows in problem.rows
+            }
         except Exception as error:  # out of memory, a launch that can't be captured: this candidate's result
             self.dropped.append((Candidate(problem, config), f"{type(error).__name__}: {str(error)[:200]}"))
             return
@@ -228,7 +237,7 @@ class Search:
             new: dict[int, Samples] = {rows: [] for rows in problem.rows}
             old: dict[int, Samples] = {rows: [] for rows in problem.rows}
             for rows, _ in itertools.product(problem.rows, range(3)):
-                old[rows] += self.rig.time(problem, rows, shipped)
+                old[rows] += self.rig.time(problem, rows, problem.shipped(rows))
                 new[rows] += self.rig.time(problem, rows, best)
             if beats(new, old):
                 seconds = [{str(rows): quantiles(each[rows]) for rows in problem.rows} for each in (new, old)]
@@ -352,7 +361,9 @@ class Gpu:
         self, share: list[Candidate], deadline: float, results: SimpleQueue[Any], stop: threading.Event
     ) -> None:
         """One process after another, until every candidate of a share has its result."""
-        share = sorted(share, key=lambda candidate: candidate.problem.name)
+        # What is known of a problem is kept for its candidates: one problem after the other, in the order given.
+        place = {name: i for i, name in enumerate(dict.fromkeys(candidate.problem.name for candidate in share))}
+        share = sorted(share, key=lambda candidate: place[candidate.problem.name])
         fruitless = 0
         try:
             while share and not stop.is_set() and time.monotonic() < deadline:
@@ -559,7 +570,7 @@ def main(arguments: argparse.Namespace) -> int:
     room = torch.cuda.mem_get_info(device)[0] // JOB_BYTES
     what = arguments.train, arguments.precision
     rig = Gpu(device, shape, dtype, *what, jobs=max(1, min(8, (os.cpu_count() or 2) // 2, room)))
-    work = problems(shape, dtype, arch, *what)
+    work = problems(shape, dtype, arch, *what, launch.multiprocessors(device))
     search, interrupted = tune(work, rig, file, made_for, arguments.minutes)
     print(f"{gpu}, {arguments.dtype}, hidden {shape.hidden}: {len(search.won)} of {len(work)} faster")
     for line in lines(search):

@@ -179,7 +179,7 @@ def test_it_starts_from_tables_and_from_what_stands_beside_them() -> None:
     tried = {config for other, config in Search(work, Arithmetic(steps_away)).candidates(True) if other is problem}
     assert problem.shipped() in tried
     assert set(launch.LINEAR_CANDIDATES["sm_90"]) <= tried
-    assert all(config.programs == problem.shipped().programs for config in tried if not config.variant)
+    assert {config.programs for config in tried if not config.variant} == {0}  # they walk through no tiles
 
 
 def test_only_what_could_run_is_compiled() -> None:

@@ -52,11 +52,12 @@ from fastbert.kernels import attention, launch, linear
 from fastbert.kernels.cross_entropy import cross_entropy_backward_kernel, cross_entropy_kernel
 from fastbert.kernels.embedding import embedding_backward_kernel, embedding_kernel
 from fastbert.kernels.launch import (
-    FEW_ROWS,
-    FEW_ROWS_FP8,
     FP8_EXACT_K,
     LINEAR_CANDIDATES,
+    LINEAR_FP8_TILES,
+    LINEAR_TILES,
     MASK_LAYOUT,
+    UNALIGNED,
     VOCABULARY_BLOCK,
     Config,
     attention_backward_config,
@@ -103,9 +104,10 @@ class Spec:
     config: Config  # of which num_warps and num_stages are used here
     matrix: bool = True  # whether 16-bit operands should meet in wgmma on sm_90
     # Whether each step of its main loop on 16-bit operands should be asynchronous copies of 16 bytes or more, and
-    # matrix instructions of k 16 (8 bits: 32), the same in every tile of an architecture: launch.FEW_ROWS builds on
+    # matrix instructions of k 16 (8 bits: 32), the same in every tile of an architecture: launch.LINEAR_TILES builds on
     # that.
     streams: bool = False
+    unaligned: tuple[str, ...] = ()  # the pointers that are divisible by nothing
 
 
 def targets(op: str, everything: bool) -> tuple[str, ...]:
@@ -315,13 +317,18 @@ def _linear(arch: str, full: bool) -> Iterator[Spec]:
             "EVEN_K": k % config.block_k == 0,
             "INPUT_PRECISION": precision,
         }
+        # What the persistent kernel can't read by descriptors goes by pointers, in tiles for rows at any address.
+        unaligned = config == UNALIGNED and dtype.itemsize == 2 and not n % 16 and not k % 16
+        if unaligned:
+            operands["stride_xm"] = k + 1
         if persistent:
             operands = {"x_desc": block(config.block_m)}
             operands |= {f"w{i}_desc": pointer and block(config.block_n) for i, pointer in enumerate(present)}
         return Spec(
             variant=f"{op} {precision} n{n} k{k}"
             + ("" if bias else " no bias")
-            + (" persistent" if persistent else ""),
+            + (" persistent" if persistent else "")
+            + (" unaligned" if unaligned else ""),
             kernel=linear.linear_persistent_kernel if persistent else linear.linear_kernel,
             arguments={
                 **operands,
@@ -341,11 +348,12 @@ def _linear(arch: str, full: bool) -> Iterator[Spec]:
                 "GROUP_M": config.group_m,
             },
             config=config,
-            streams=not n % 16 and not k % 16,
+            streams=not n % 16 and not k % 16 and not unaligned,
+            unaligned=("x_ptr",) if unaligned else (),
         )
 
     ops = ("linear", "gelu", "gelu_pre", "gelu_tanh", "add", "qkv")
-    _, smaller = FEW_ROWS.get(table(arch), (0, ()))
+    tiles = LINEAR_TILES.get(table(arch), ())
     candidates = LINEAR_CANDIDATES.get(table(arch), ())
     precisions = [(dtype, "ieee") for dtype in TYPE_NAMES]
     if arch.startswith("sm_"):
@@ -361,12 +369,16 @@ def _linear(arch: str, full: bool) -> Iterator[Spec]:
             for gelu in ("none", "tanh"):
                 yield backward(dtype, n, k, gelu, precision)
         for config, dtype, op, k in itertools.product(
-            (*smaller, *candidates), (torch.float16, torch.bfloat16), ops, (1024, 1040)
+            (*tiles, *candidates), (torch.float16, torch.bfloat16), ops, (1024, 1040)
         ):
             yield spec(dtype, 1024, k, op, config=config)
+        for dtype, op in itertools.product((torch.float16, torch.bfloat16), ops):
+            yield spec(dtype, 1024, 1024, op, config=UNALIGNED)
     else:
-        for config, op in zip(smaller, ("linear", "add", "gelu_pre", "qkv", "gelu"), strict=False):
+        for config, op in zip(tiles, ("gelu_tanh", "linear", "add", "gelu_pre", "qkv", "gelu"), strict=False):
             yield spec(torch.bfloat16, 1024, 1024, op, config=config)
+        for op in ("gelu_pre", "add", "qkv"):
+            yield spec(torch.bfloat16, 1024, 1024, op, config=UNALIGNED)
         for config, op in itertools.product(candidates, ("qkv", "gelu_pre", "add")):
             yield spec(torch.bfloat16, 1024, 1024, op, config=config)
         for op in ops:  # an n on either side of where the tile may change
@@ -419,19 +431,19 @@ def _linear_fp8(arch: str, full: bool) -> Iterator[Spec]:
         )
 
     ops = ("linear", "gelu", "gelu_tanh", "add")
-    _, smaller = FEW_ROWS_FP8.get(table(arch), (0, ()))
+    tiles = LINEAR_FP8_TILES.get(table(arch), ())
     if full:
         for (n, k), dtype, op, rows in itertools.product(
             ((1024, 1024), (4096, 1024), (1040, 1040), (100, 80)), TYPE_NAMES, ops, (False, True)
         ):
             yield spec(dtype, n, k, op, rows)
             yield spec(dtype, n, k, op, rows, bias=False)
-        for config, dtype, op, k in itertools.product(smaller, TYPE_NAMES, ops, (1024, 1040)):
+        for config, dtype, op, k in itertools.product(tiles, TYPE_NAMES, ops, (1024, 1040)):
             yield spec(dtype, 1024, k, op, True, config=config)
     else:
         for op, rows in itertools.product(ops, (False, True)):
             yield spec(torch.bfloat16, 4096, 1024, op, rows)
-        for config, op in zip(smaller, ("add", "linear", "gelu"), strict=False):
+        for config, op in zip(tiles[1:], ("add", "linear", "gelu"), strict=False):
             yield spec(torch.bfloat16, 1024, 1024, op, True, config=config)
         yield spec(torch.float16, 100, 80, "add", True)
         yield spec(torch.float32, 3072, 1024, "linear", False, bias=False)
@@ -673,7 +685,8 @@ def _source(spec: Spec) -> ASTSource:
             signature[p.name], constants[p.name] = "constexpr", value
         elif isinstance(value, str):
             signature[p.name] = value
-            if value.startswith("*") and not p.do_not_specialize_on_alignment:
+            aligned = not p.do_not_specialize_on_alignment and p.name not in spec.unaligned
+            if value.startswith("*") and aligned:
                 attributes[(p.num,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[p.name] = "fp32"

@@ -239,13 +239,7 @@ def test_a_row_is_bitwise_the_same_in_any_company(op: str, dtype: torch.dtype, d
     assert torch.equal(getattr(kernel, op)(*args)[70:], together[70:])
 
 
-def tiles(arch: str) -> list[launch.Config]:
-    """The tiles of 16-bit products on `arch`, one of which the number of rows decides for."""
-    shapes = itertools.product((1024, 4096), (64, 128, 256, 512, 1024, launch.MANY_ROWS))
-    return list(dict.fromkeys(launch.linear_config(arch, torch.float16, n, 1024, 1, rows) for n, rows in shapes))
-
-
-@pytest.mark.parametrize("config", dict.fromkeys(c for arch in launch.FEW_ROWS for c in tiles(arch)), ids=str)
+@pytest.mark.parametrize("config", dict.fromkeys(c for tiles in launch.LINEAR_TILES.values() for c in tiles), ids=str)
 def test_every_tile(config: launch.Config, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "linear_config", lambda *_: config)
     check(kernel, "linear_gelu", make_args("linear_gelu", 37, 144, 160, torch.float16, device), ("none",))
@@ -301,7 +295,16 @@ def test_persistent(
 def test_what_descriptors_cannot_read_goes_by_pointers(
     dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch, launched: list[str]
 ) -> None:
+    """In the tiles for rows at any address: those of the persistent kernel would spill."""
     monkeypatch.setattr(launch, "linear_config", lambda *_: PERSISTENT)
+    used: list[dict[str, Any]] = []
+    run = kernel.linear_kernel
+
+    class Watched:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **options: (used.append(options), run[grid](*args, **options))
+
+    monkeypatch.setattr(kernel, "linear_kernel", Watched())
     x, weight, bias = make_args("linear", 9, 48, 64, dtype, device)
     shifted = torch.full((9 * 64 + 1,), math.nan, dtype=dtype, device=device)[1:].view(9, 64)
     apart = torch.full((9, 65), math.nan, dtype=dtype, device=device)[:, :64]
@@ -309,6 +312,8 @@ def test_what_descriptors_cannot_read_goes_by_pointers(
         check(kernel, "linear", [each, weight, bias])
     check(kernel, "linear", make_args("linear", 9, 48, 68, dtype, device))
     assert launched == ["linear_kernel"] * 4
+    tile = launch.UNALIGNED.block_m, launch.UNALIGNED.block_n, launch.UNALIGNED.block_k, launch.UNALIGNED.num_warps
+    assert [tuple(each[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps")) for each in used] == [tile] * 4
 
 
 @pytest.mark.parametrize("gelu", ["none", "tanh"])
@@ -337,34 +342,169 @@ def test_by_library(dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyP
 def test_a_row_is_the_same_in_every_tile(
     op: str, rest: tuple[str, ...], dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bitwise: only so may the number of rows decide on the tile."""
+    """Bitwise, by pointers and by descriptors: only so may the number of rows decide on the tile."""
     arch = launch.architecture(torch.device(device))
+    if arch not in launch.LINEAR_TILES:
+        pytest.skip("one tile a weight")
     for n, k in ((1024, 1024), (1024, 4096), (384, 1040)):
         args, results = make_args(op, 300, n, k, dtype, device), []
-        for config in (*tiles(arch), *launch.LINEAR_CANDIDATES.get(arch, ())):
+        for config in (*launch.LINEAR_TILES[arch], *launch.LINEAR_CANDIDATES.get(arch, ()), launch.UNALIGNED):
             monkeypatch.setattr(launch, "linear_config", lambda *_, config=config: config)
             results.append(getattr(kernel, op)(*args, *rest))
         for result in results[1:]:
             assert torch.equal(result, results[0])
 
 
-@pytest.mark.parametrize("arch", launch.FEW_ROWS)
-def test_few_rows_take_smaller_tiles(arch: str) -> None:
-    """Never larger ones, and enough of them for the SMs where the smallest are."""
-    enough, smaller = launch.FEW_ROWS[arch]
-    for n, segments in ((384, 1), (1024, 1), (1024, 3), (4096, 1)):
-        areas = []
-        for rows in (64, 128, 256, 512, 1024, 2048, 4096, launch.MANY_ROWS):
-            config = launch.linear_config(arch, torch.float16, n, 1024, segments, rows)
-            areas.append(config.block_m * config.block_n)
-            assert config == smaller[-1] or areas[-1] * enough <= rows * n * segments
-        assert areas == sorted(areas)
-        assert launch.linear_config(arch, torch.float32, n, 1024, segments, 64) == launch.linear_config(
-            arch, torch.float32, n, 1024, segments
-        )
-    assert config == launch.linear_config(arch, torch.float16, n, 1024)
-    assert launch.linear_config(arch, torch.float16, 384, 1024).block_n == 128  # of 256, a third would lie outside
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("op", "rest"), OPS, ids=OP_NAMES)
+def test_rows_beyond_whole_waves_take_a_launch_of_their_own(
+    op: str,
+    rest: tuple[str, ...],
+    dtype: torch.dtype,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+    launched: list[str],
+) -> None:
+    """And come out where they belong, with their own residual."""
+    monkeypatch.setattr(launch, "SPLIT_ROWS", 100)
+    monkeypatch.setattr(launch, "linear_config", lambda *given: PERSISTENT if given[5] > 64 else launch.UNALIGNED)
+    monkeypatch.setattr(launch, "full_waves", lambda config, *given: 128 if given[5] == 192 else given[5])
+    args = make_args(op, 150, 72, 48, dtype, device)
+    check(kernel, op, args, rest)
+    assert launched == ["linear_persistent_kernel", "linear_kernel"]
+    launched.clear()
+    x, w1, b1, w2, b2 = make_feed_forward(150, 64, 160, dtype, device, True)
+    check_training(kernel, [x, w1, b1, w2, b2], "none")
+    assert launched[:4] == ["linear_persistent_kernel", "linear_kernel"] * 2
+
+
+def cycles(config: launch.Config, arch: str, rows: int, n: int, k: int, segments: int = 1) -> float:
+    rates = launch.RATES[launch.LIKE.get(arch, arch)]
+    return launch.tile_cycles(config, rates, rows, n, k, segments, launch.MULTIPROCESSORS[arch])
+
+
+SHAPES = ((1024, 1024, 3), (4096, 1024, 1), (1024, 4096, 1), (1024, 1024, 1), (384, 1536, 1))
+
+
+@pytest.mark.parametrize("arch", launch.LINEAR_TILES)
+def test_the_tile_is_chosen_at_the_exact_rows(arch: str) -> None:
+    """None of the others is faster by more than the model can tell; few rows take smaller ones, to have enough."""
+    multiprocessors = launch.MULTIPROCESSORS[arch]
+    for n, k, segments in SHAPES:
+        for rows in (1, 64, 100, 300, 1000, 3000, 8192, 21222, 65536):
+            config = launch.linear_config(arch, torch.float16, n, k, segments, rows)
+            best = min(cycles(tile, arch, rows, n, k, segments) for tile in launch.LINEAR_TILES[arch])
+            assert cycles(config, arch, rows, n, k, segments) <= launch.SLACK * best
+            assert config == launch.linear_config(arch, torch.bfloat16, n, k, segments, rows, multiprocessors)
+        few, many = (launch.linear_config(arch, torch.float16, n, k, segments, rows) for rows in (64, 65536))
+        assert 4 * few.block_m * few.block_n <= many.block_m * many.block_n
+        alone = launch.linear_config(arch, torch.float32, n, k, segments, 64)
+        assert alone == launch.linear_config(arch, torch.float32, n, k, segments, 65536)
+
+
+def test_the_cycles_of_tiles() -> None:
+    """By hand: 100 SMs of 1,024 multiply-adds, a tile of 128 x 128 x 1000: 16,000 clocks, and 256 x 1000 x 2 bytes."""
+    rates = launch.Rates(1024, 64, 64 << 10, fill_bytes=128, start=1000, finish=0.125, launch=0)
+    tile = launch.Config(128, 128, 32, 4, 4)  # 64 KiB: alone on its SM
+    ends = 1000 + 128 * 128 / 8
+
+    def cycles(rows: int, columns: int, rates: launch.Rates = rates, config: launch.Config = tile) -> float:
+        return launch.tile_cycles(config, rates, 128 * rows, 128 * columns, 1000, 1, 100)
+
+    assert cycles(1, 1) == cycles(10, 10) == cycles(9, 11) == 16000 + ends
+    assert cycles(101, 1) == cycles(20, 10) == 2 * (16000 + ends)
+    assert launch.tile_cycles(tile, rates, 1, 128, 1000, 100, 100) == 16000 + ends
+    assert launch.tile_cycles(tile, rates, 1, 129, 1000, 100, 100) == 2 * (16000 + ends)  # a column of each segment
+    assert launch.tile_cycles(tile, rates, 128, 128, 1000, 1, 100, itemsize=1) == 8000 + ends
+    # By the cache: a full wave at 16 bytes a clock and SM; a tile alone at 128, 50 at 32.
+    slow = rates._replace(l2_bytes=16)
+    assert cycles(10, 10, slow) == 32000 + ends
+    assert (cycles(101, 1, slow), cycles(15, 10, slow)) == (48000 + 2 * ends, 48000 + 2 * ends)
+    assert cycles(10, 19, slow) == pytest.approx(32000 + 512000 / (1600 / 90) + 2 * ends)
+    # Two programs an SM have their ends together; a persistent one starts once; pointers may be slower.
+    assert cycles(20, 10, rates._replace(shared_bytes=128 << 10)) == 2 * 16000 + ends
+    persistent = dataclasses.replace(tile, variant="persistent")
+    assert cycles(20, 10, config=persistent) == 2 * (16000 + ends) - 1000
+    assert cycles(20, 10, rates._replace(pointers=0.5)) == 2 * (32000 + ends)
+    assert cycles(20, 10, rates._replace(pointers=0.5), persistent) == 2 * (16000 + ends) - 1000
+
+
+@pytest.mark.parametrize("arch", launch.LINEAR_TILES)
+def test_few_kernels_are_compiled_for_a_weight(arch: str) -> None:
+    """Whatever the rows: no more tiles than are in the table; and rows of one 64 share a choice."""
+    for n, k, segments in SHAPES:
+        chosen = {launch.linear_config(arch, torch.float16, n, k, segments, rows) for rows in range(64, 40000, 64)}
+        assert chosen <= set(launch.LINEAR_TILES[arch])
+    assert [launch.round_rows(m) for m in (1, 64, 65, 21222)] == [64, 64, 128, 21248]
     assert [launch.row_class(m) for m in (1, 64, 65, 300, 10**6)] == [64, 64, 128, 512, launch.MANY_ROWS]
+
+
+def test_many_rows_on_hopper_go_through_descriptors() -> None:
+    for n, k, segments in SHAPES[:4]:
+        assert launch.linear_config("sm_90", torch.bfloat16, n, k, segments, 21222).variant == "persistent"
+        assert launch.linear_config("sm_90", torch.bfloat16, n, k, segments, 128).variant == ""
+    assert launch.linear_config("sm_90", torch.bfloat16, 1000, 1024, 1, 21222) == launch.UNALIGNED
+    assert launch.linear_config("sm_90", torch.float32, 1024, 1024, 1, 21222).variant == ""
+
+
+def test_whole_waves() -> None:
+    """The headline, of 166 rows of 128: 132 SMs are full after 165, for 4, 12 and 16 tiles a row."""
+
+    def first(n: int, k: int, segments: int, rows: int, multiprocessors: int = 132, dtype: Any = torch.bfloat16) -> int:
+        config = launch.linear_config("sm_90", dtype, n, k, segments, rows, multiprocessors)
+        return launch.full_waves(config, "sm_90", dtype.itemsize, n, k, segments, rows, multiprocessors)
+
+    for n, k, segments in SHAPES[:4]:
+        assert first(n, k, segments, 21222) == first(n, k, segments, launch.round_rows(21222)) == 165 * 128
+        assert first(n, k, segments, 165 * 128) == 165 * 128
+    assert first(1024, 1024, 1, 166 * 128, 166) == 166 * 128  # four waves
+    assert first(1024, 1024, 1, 197 * 128) == 197 * 128  # 4 tiles are missing in the last wave, not 128
+    assert first(1024, 1024, 1, 21222, dtype=torch.float32) == 21222
+    assert first(1000, 1024, 1, 21222) == 21222
+    library = dataclasses.replace(PERSISTENT, variant=launch.LIBRARY)
+    assert launch.full_waves(library, "sm_90", 2, 1024, 1024, 1, 21222, 132) == 21222
+    assert launch.full_waves(launch.Config(128, 256, 64, 8, 4), "sm_100", 2, 1024, 1024, 1, 21222, 148) == 21222
+    config = launch.linear_fp8_config("sm_90", 1024, 4096, 21222, 132)
+    assert launch.full_waves(config, "sm_90", 1, 1024, 4096, 1, 21222, 132) == 165 * 128
+
+
+def test_the_library_is_for_those_who_ask() -> None:
+    """A row of cuBLAS's depends on its batch: neither a table nor what was tuned brings it in by itself."""
+    key = ("linear", "sm_90", torch.bfloat16, 1024, 4096, 1, launch.MANY_ROWS)
+    launch.use({}, library=[key])
+    try:
+        for allowed in (False, True):
+            found = {
+                shape: launch.linear_config("sm_90", torch.bfloat16, *shape, 132, not allowed).variant
+                for shape in (
+                    (1024, 1024, 3, 21222),
+                    (1024, 4096, 1, 21222),
+                    (1024, 4096, 1, 300),
+                    (4096, 1024, 1, 21222),
+                )
+            }
+            by_library = [shape for shape, variant in found.items() if variant == launch.LIBRARY]
+            assert by_library == ([(1024, 1024, 3, 21222), (1024, 4096, 1, 21222)] if allowed else [])
+        assert launch.linear_config("sm_90", torch.float32, 1024, 1024, 3, 21222, 132, False).variant == ""
+    finally:
+        launch.use({})
+    assert launch.linear_config("sm_90", torch.bfloat16, 1024, 4096, 1, 21222, 132, False).variant == "persistent"
+
+
+@pytest.mark.parametrize("op", ["qkv_linear", "linear_add"])
+def test_batch_invariance_is_given_up_by_one_call(op: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(launch, "linear_config", lambda *given: (asked.append(given[-1]), PERSISTENT)[1])
+    args = make_args(op, 9, 48, 64, torch.float16, device)
+    try:
+        for enabled in (True, False, True):
+            launch.set_batch_invariant(enabled)
+            getattr(kernel, op)(*args)
+    finally:
+        launch.set_batch_invariant(True)
+    assert asked == [True, False]  # the first is kept
+    with pytest.raises(TypeError, match="enabled is 1; expected True or False"):
+        launch.set_batch_invariant(1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("op", STOCK)
