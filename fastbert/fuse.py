@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import nn
 
@@ -44,7 +44,7 @@ def _families() -> list[Any]:
     ]
 
 
-def _base_models(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
+def base_models(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
     """Every base model of a known family inside `model`: (name, module, family)."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module that holds a BERT encoder")
@@ -104,7 +104,7 @@ def fuse(
         raise ValueError(f"padding is {padding!r}; expected one of {', '.join(map(repr, PADDINGS))}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; expected one of {', '.join(map(repr, PRECISIONS))}")
-    found = _base_models(model)
+    found = base_models(model)
     reasons = [model_is_unsupported(base, family) for _, base, family in found]
     if all(reasons):
         why = "; ".join(f"{name}: {reason}" for (name, _, _), reason in zip(found, reasons, strict=True))
@@ -212,7 +212,7 @@ def _add_hook(module: nn.Module, hook: Any) -> None:
 
 def unfuse(model: Model) -> Model:
     """Restores the stock forward of everything `fuse` changed inside `model`, in place; returns the same object."""
-    found = _base_models(model)
+    found = base_models(model)
     with _all_or_nothing(model):
         _unfuse(model, found)
     return model
@@ -317,7 +317,7 @@ def explain(model: nn.Module) -> Explanation:
 
     "At this moment" includes torch's state: call it under the same `torch.inference_mode()` as the forward.
     """
-    return Explanation([_explain_base(model, *found) for found in _base_models(model)])
+    return Explanation([_explain_base(model, *found) for found in base_models(model)])
 
 
 def _explain_base(model: nn.Module, name: str, base: Any, family: Any) -> EncoderExplanation:
@@ -404,7 +404,10 @@ _Module: Any = nn.Module if TYPE_CHECKING else object
 class FusedModel(_Module):
     """Fuses a model as it is built; one that can't be (a decoder) stays stock, and `explain` says why."""
 
+    unsupported: ClassVar[str | None] = None
+    """Why no base model of this class can run fused: what a probe found as it was imported."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if any(model_is_unsupported(base, family) is None for _, base, family in _base_models(self)):
+        if any(model_is_unsupported(base, family) is None for _, base, family in base_models(self)):
             fuse(self)

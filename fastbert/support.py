@@ -178,6 +178,9 @@ def _is_decoder(config: Any) -> bool:
 def model_is_unsupported(model: Any, family: Any) -> str | None:
     """Why no call of `model`, a base model of `family` (a module of `fastbert.models`), can run fused."""
     config = model.config
+    if (reason := family.CLASSES[family.BASE].unsupported) is not None:
+        found: str = reason
+        return found
     if type(model) is not family.BASE and type(model).forward is not family.CLASSES[family.BASE].forward:
         return f"{type(model).__name__} is a class of one's own; supported: {family.BASE.__name__} itself"
     if _is_decoder(config):

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from . import numerics
 from .fuse import explain, fuse, unfuse
 from .layer import first_position, positions
 from .quality import Measure, Quality
+from .sensitivity import Sensitivity, sensitivity
 from .support import encoder_of
 
 LAYOUTS = ("packed", "dense")
@@ -39,6 +40,7 @@ _TABLES = {
 _ONE_A_TOKEN = ("start_logits", "end_logits")
 
 Outputs = Mapping[str, Tensor]
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,12 @@ class Report:
     """As `fuse` takes it."""
     quality: Sequence[Measure] = ()
     """In 8 bits, what that changes in what the model is used for; it decides nothing."""
+    padding: Sensitivity = field(default_factory=lambda: Sensitivity({}, False, "not asked"))
+    """Whether what the whole model returns depends on what stands at padding."""
 
     @property
     def ok(self) -> bool:
-        return bool(self.rows) and not self.not_fused and all(row.ok for row in self.rows)
+        return bool(self.rows) and not self.not_fused and all(row.ok for row in self.rows) and not self.padding.packed
 
     @property
     def first_departure(self) -> Row | None:
@@ -121,6 +125,10 @@ class Report:
             "rows": [row.to_dict() for row in self.rows],
             "precision": self.precision,
             "quality": [measure._asdict() for measure in self.quality],
+            "padding": {
+                **self.padding._asdict(),
+                "reads": {name: min(change, 1e300) for name, change in self.padding.reads.items()},
+            },
         }
 
     def to_json(self) -> str:
@@ -153,7 +161,7 @@ class Report:
         ran = [f"{layout}: {self._ran(layout)}" for layout in self.ran]
         parts = [f"{part}: runs stock in a fused forward: {why}" for part, why in self.stock_parts.items()]
         quality = [f"{m.name}: {m.value:.4f} (stock, {self.dtype}: {m.stock:.4f})" for m in self.quality]
-        return "\n".join([title, *ran, *parts, "", *lines, "", *quality, self._verdict()])
+        return "\n".join([title, *ran, *parts, "", *lines, "", *quality, str(self.padding), self._verdict()])
 
     def _ran(self, layout: str) -> str:
         counts = [f"forwards run fused, {how}: {count}" for how, count in self.ran[layout].items()]
@@ -165,6 +173,8 @@ class Report:
             return f"DEPARTS from stock, first at {first.name} ({first.layout})"
         if self.not_fused:
             return "NOT VERIFIED: " + "; ".join(f"{layout} ran stock: {why}" for layout, why in self.not_fused.items())
+        if self.padding.packed:
+            return "DEPARTS from stock: padding is read, and packed away"
         bound = "the numerical policy" if self.precision is None else "the bound of 8 bits, numerics.FP8_SLACK"
         return f"ok: every output is within {bound}" if self.ok else "NOT VERIFIED: nothing was compared"
 
@@ -230,6 +240,8 @@ def verify(
     """Compares the fused forward of `model` with stock in float64 and stock in the same dtype, on copies of it.
 
     The copies share the model's weights where dtype and device agree; the model itself is left as it is, fused or not.
+    Of the whole model, whatever stands around the Hugging Face model in it, the report says whether what it returns
+    depends on what stands at padding: found by noise that is put there.
 
     Args:
         model: a Hugging Face model with any head, fused or stock, or a module that holds one (a SentenceTransformer, a
@@ -284,6 +296,7 @@ def verify(
     if truth.config._attn_implementation not in ("eager", "sdpa"):
         truth.set_attn_implementation("sdpa")  # the others know neither float64 nor the CPU
 
+    padding = _padding(model, inputs, batches, device, dtype, batch_size)
     stock_errors, quality = Errors(), Quality()
     fused_errors = {layout: Errors() for layout in layouts}
     ran: dict[str, Counter[str]] = {layout: Counter() for layout in layouts}
@@ -298,7 +311,8 @@ def verify(
             stock_errors.add(_outputs(bounding, batch, real), expected)
             plain = {} if precision is None else _outputs(working, batch, real)
             for layout in layouts:
-                fuse(working, padding=layout, precision=precision)
+                asked = "auto" if layout == "packed" and padding.reads else layout  # then dense where it must be
+                fuse(working, padding=asked, precision=precision)
                 found = _outputs(working, batch, real)
                 fused_errors[layout].add(found, expected)
                 if precision is not None and layout == layouts[0]:
@@ -325,7 +339,23 @@ def verify(
         rows=rows,
         precision=precision,
         quality=quality.measures(),
+        padding=padding,
     )
+
+
+def _padding(
+    model: nn.Module,
+    inputs: Any,
+    batches: Sequence[Mapping[str, Tensor]],
+    device: torch.device,
+    dtype: torch.dtype,
+    batch_size: int,
+) -> Sensitivity:
+    """`sensitivity` of a copy of the whole model, as it was given."""
+    whole = twin(model, device, dtype)
+    texts = [text for text in inputs if isinstance(text, str)][:batch_size] if isinstance(inputs, Sequence) else []
+    moved = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+    return sensitivity(whole, texts, moved)
 
 
 def stock_in_fp8(inner: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -353,7 +383,7 @@ def inner_model(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
-def twin(model: PreTrainedModel, device: torch.device, *dtypes: torch.dtype) -> PreTrainedModel:
+def twin(model: Module, device: torch.device, *dtypes: torch.dtype) -> Module:
     """A stock copy in evaluation mode, its floating-point tensors cast to each of `dtypes` in turn.
 
     Tensors that need no cast and no move are shared with `model`, so a copy of the same kind takes no memory.

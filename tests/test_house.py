@@ -38,10 +38,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "encoder": {"coverage", "fp8", "graphs", "layer", "ops", "packing", "readers", "support"},
     "fuse": {"encoder", "fp8", "layer", "readers", "support"},
     "heads": {"ops", "support"},
-    "models": {"encoder", "fuse", "graphs", "heads", "layer", "readers"},
+    "models": {"encoder", "fuse", "graphs", "heads", "layer", "readers", "support"},
     "quality": set(),
     "calibration": {"fp8", "fuse", "support", "verify"},
-    "verify": {"encoder", "fuse", "layer", "numerics", "quality", "support"},
+    "sensitivity": {"fuse", "readers"},
+    "verify": {"encoder", "fuse", "layer", "numerics", "quality", "sensitivity", "support"},
     "__init__": {"calibration", "exporting", "fuse", "models", "verify"},
     "cli": {
         "__init__",

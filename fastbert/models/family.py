@@ -14,10 +14,12 @@ LOSS_HEADS: heads that can return their loss alone, and the fused classes that d
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from torch import nn
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.utils.generic import can_return_tuple
@@ -28,6 +30,7 @@ from ..graphs import Stale
 from ..heads import Vocabulary, labelled_loss, takes_labelled_rows
 from ..layer import FusedEmbeddings, FusedLayer, Shape
 from ..readers import named_arguments, parameter_names
+from ..support import encoder_of
 
 T = TypeVar("T", bound=nn.Module)
 
@@ -96,15 +99,43 @@ def base_model(kind: Any, module: str, embeddings: Any, own: Callable[..., Any] 
     return _derive(kind, module, FusedModel, forward=forward if own is None else own, **attributes)
 
 
-def introduce(model: type[nn.Module], config: type[Any]) -> None:
+def introduce(model: Any, config: type[Any], probes: bool = True) -> None:
     """Makes a fused base model known to transformers; at the end of its adapter, from where `fuse` takes the rest.
 
     It records hidden states only of classes it has seen constructed, and a model that `fuse` or unpickling made one of
-    this class was not constructed as one.
+    this class was not constructed as one. With `probes` it also tries, on the meta device, whether the stock forward
+    hands on to its encoder what it is given by names it doesn't know, as a plan is; if not, none of the family is
+    fused, and a warning says so.
     """
     sizes = {"vocab_size": 16, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
     with torch.device("meta"):
-        model(config(**sizes, pad_token_id=0))
+        one = model(config(**sizes, pad_token_id=0))
+    if probes and (why := hands_nothing_on(one)) is not None:
+        model.unsupported = why
+        warnings.warn(f"fastbert runs {model.__name__} on its stock code: {why}", RuntimeWarning, stacklevel=3)
+
+
+def hands_nothing_on(model: Any) -> str | None:
+    """Why a base model on the meta device can't be given a plan: its stock forward keeps it from its encoder."""
+    seen: list[Any] = []
+    stock: Any = next(kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers.models."))
+    hook = encoder_of(model).register_forward_pre_hook(
+        lambda encoder, args, kwargs: seen.append(kwargs.get("plan")), with_kwargs=True
+    )
+    why = ""
+    try:
+        with torch.no_grad():
+            stock.forward(model, input_ids=torch.zeros(1, 2, dtype=torch.int64, device="meta"), plan="of a probe")
+    except Exception as error:  # whatever it raises: it can't be called so
+        why = f": {type(error).__name__}: {error}"
+    finally:
+        hook.remove()
+    if seen == ["of a probe"]:
+        return None
+    return (
+        f"the {stock.__name__} of transformers {transformers.__version__} does not hand its keyword arguments on to "
+        f"its encoder{why}"
+    )
 
 
 def head(kind: type[T], module: str) -> type[T]:

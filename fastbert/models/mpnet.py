@@ -92,4 +92,4 @@ CLASSES = {
 }
 
 know((hf.MPNetModel, MPNetModel), HEADS, PARTS, LOSS_HEADS)
-introduce(MPNetModel, hf.MPNetConfig)
+introduce(MPNetModel, hf.MPNetConfig, probes=False)

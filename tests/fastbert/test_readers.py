@@ -592,3 +592,31 @@ def test_an_encoder_and_a_decoder() -> None:
 
         fused.decoder.__class__ = Own
         assert "its decoder is a Own" in str(dense(fused))
+
+
+def test_the_probe_of_a_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the stock forward hands a plan on is tried as the family is imported."""
+    from fastbert.models import bert, family
+
+    forward = hf.BertModel.forward
+
+    def deaf(self: Any, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
+        return forward(self, input_ids, attention_mask)
+
+    def strict(self: Any, input_ids: Any = None, attention_mask: Any = None) -> Any:
+        return forward(self, input_ids, attention_mask)
+
+    for broken, told in ((deaf, ""), (strict, "unexpected keyword argument 'plan'")):
+        with monkeypatch.context() as patch:
+            patch.setattr(bert.BertModel, "unsupported", None)
+            patch.setattr(hf.BertModel, "forward", broken)
+            with pytest.warns(RuntimeWarning, match="BertModel on its stock code") as warned:
+                family.introduce(bert.BertModel, hf.BertConfig)
+            assert len(warned) == 1
+            assert told in str(warned[0].message)
+            patch.setattr(hf.BertModel, "forward", forward)
+            with pytest.raises(fastbert.UnsupportedModelError, match="does not hand its keyword arguments on"):
+                fastbert.fuse(models.seeded())
+            assert not fastbert.explain(fastbert.BertModel(models.config())).encoders[0].fused
+    family.introduce(bert.BertModel, hf.BertConfig)
+    assert fastbert.explain(fastbert.BertModel(models.config())).encoders[0].fused
