@@ -81,7 +81,7 @@ def test_every_use_has_an_environment_and_every_package_a_use() -> None:
 
 # Those whose packages the tests' own environment has, one of each kind.
 HERE = [
-    *(f"sentence_transformers_{name}" for name in ("encode", "splade", "cross_encoder")),
+    *(f"sentence_transformers_{name}" for name in ("encode", "cnn", "late_interaction", "splade", "cross_encoder")),
     *("peft_lora", "peft_prompt_tuning"),
 ]
 
