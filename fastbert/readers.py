@@ -143,11 +143,6 @@ def _activation(module: Any) -> str | None:
     return None if isinstance(function, nn.Module) else f"its activation is {function!r}, not a module"
 
 
-def _prompts(module: Any) -> str | None:
-    prompts = any(getattr(config, "is_prompt_learning", False) for config in module.peft_config.values())
-    return "its prompts make sequences longer than their mask" if prompts else None
-
-
 def _decoder(module: Any) -> str | None:
     kind = type(module.decoder)
     if kind.__module__.startswith("transformers.models.") and _is_original(kind, "forward"):
@@ -161,6 +156,7 @@ def _rowwise(module: Any) -> str | None:
 
 _ROWS = Reader()  # each row from the same row of its input alone
 _AROUND = Reader(around=True)
+_PEFT = Reader(around=True, children=("base_model",))  # beside it, what makes prompts
 
 # By class: torch's.
 _KNOWN: dict[type[nn.Module], Reader] = {
@@ -180,12 +176,12 @@ _NAMED: dict[str, Reader] = {
     "torch.optim.swa_utils:AveragedModel": _AROUND,
     # The decoder attends to rows of the encoder by its mask.
     "transformers:EncoderDecoderModel": Reader(around=True, unless=_decoder, children=("encoder", "enc_to_dec_proj")),
-    # PEFT: what hands its arguments on, and wrappers around a head's own layers.
-    "peft:PeftModel": Reader(around=True, unless=_prompts),
-    "peft:PeftModelForSequenceClassification": Reader(around=True, unless=_prompts),
-    "peft:PeftModelForTokenClassification": Reader(around=True, unless=_prompts),
-    "peft:PeftModelForQuestionAnswering": Reader(around=True, unless=_prompts),
-    "peft:PeftModelForFeatureExtraction": Reader(around=True, unless=_prompts),
+    # PEFT: what hands its arguments on, with prompts before them in the mask, too; and wrappers around a head's layers.
+    "peft:PeftModel": _PEFT,
+    "peft:PeftModelForSequenceClassification": _PEFT,
+    "peft:PeftModelForTokenClassification": _PEFT,
+    "peft:PeftModelForQuestionAnswering": _PEFT,
+    "peft:PeftModelForFeatureExtraction": _PEFT,
     "peft:BaseTuner": Reader(around=True, derived=True),
     "peft:AdaLoraModel": Reader(around=True),
     "peft:ModulesToSaveWrapper": _ROWS,

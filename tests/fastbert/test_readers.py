@@ -551,6 +551,26 @@ def test_peft_packs(task: str | None) -> None:
     assert "a Convolution" in str(dense(merged))
 
 
+@pytest.mark.parametrize("task", ["TOKEN_CLS", "QUESTION_ANS", "SEQ_CLS", "FEATURE_EXTRACTION"])
+def test_prompts_of_peft_pack(task: str) -> None:
+    """Prompts come before the tokens, and before the mask."""
+    peft = pytest.importorskip("peft")
+    kinds = {
+        "TOKEN_CLS": hf.BertForTokenClassification,
+        "QUESTION_ANS": hf.BertForQuestionAnswering,
+        "SEQ_CLS": hf.BertForSequenceClassification,
+    }
+    config = peft.PromptTuningConfig(task_type=task, num_virtual_tokens=7)
+    stock = peft.get_peft_model(models.seeded(kinds.get(task, hf.BertModel)), config).eval()
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    with torch.no_grad():
+        ours, theirs = (model(**call())[0] for model in (fused, stock))
+    rows = torch.cat([torch.ones(len(REAL), 7, dtype=torch.bool), REAL], 1)
+    real = rows if ours.shape[:2] == rows.shape else slice(None)
+    torch.testing.assert_close(ours[real], theirs[real])
+    assert layouts(fused) == {"packed": 1}
+
+
 def test_a_loss_over_padding_under_peft() -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["query"], task_type="QUESTION_ANS", init_lora_weights=False)
