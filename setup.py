@@ -24,6 +24,7 @@ TEST = [
     "triton>=3.6,<3.10; sys_platform == 'linux'",
     "hypothesis",
     "pytest-cov",
+    "pytest-timeout",
     "pytest-xdist",
     "mypy",
     "ruff",

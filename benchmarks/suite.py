@@ -2,11 +2,11 @@
 
     python benchmarks/suite.py [--only STEP ...] [--minutes 10] [--output benchmarks/results] [--archive DIR] [--list]
 
-Every step is a process of its own and writes its records as it goes, and what it says into OUTPUT/logs. On a GPU the
-tests in bfloat16 come first, then what they prove, then the other tests. Tests note what they found in
-OUTPUT/gates.jsonl, by operation and dtype (gates.py). A row is timed unless one of its gates is red: red fp8 closes the
-rows of fp8 alone. Rows measured before their tests ran say so, are judged again when these have, and are published
-once their gates are green.
+Every step is a process of its own and writes its records as it goes, and what it says into OUTPUT/logs. On a GPU
+first.py comes first, which checks every operation and times the headline; then the tests in bfloat16, what they prove,
+and the other tests. Checks and tests note what they found in OUTPUT/gates.jsonl, by operation and dtype (gates.py). A
+row is timed unless one of its gates is red: red fp8 closes the rows of fp8 alone. Rows measured before their tests ran
+say so, are judged again when these have, and are published once their gates are green.
 
 The same command goes on where it was stopped, killed at any moment or not, on another machine too: tests by what
 passed, one by one, steps by OUTPUT/progress.json. Each starts over where sources it depends on changed; --only repeats
@@ -51,6 +51,8 @@ TEST_LIMIT_S = 240
 """Of one test, compiling included; one that takes longer hangs."""
 BROKEN, MOST_PROCESSES = 2, 20
 """The exit status of tests without workers whose device has failed, and how often they go on in another process."""
+OUT_OF_TIME = 3
+"""The exit status of first.py where it has more to do."""
 PACKED_EVERY_S = 20.0
 GATES = "gates.jsonl"
 GRACE_S = 20.0
@@ -81,6 +83,7 @@ PROFILE = "-m fastbert.cli profile --dtype bfloat16 --compare stock --json {outp
 
 # Tests take what is left, most of it compilation: those of what is timed next come before it, the others after it.
 ON_A_GPU = (
+    Step("first", 5.0, "benchmarks/first.py --output {output} --minutes {minutes}"),
     Step("tests: bfloat16", 9.5, f"{PYTEST} --covering *.bfloat16 tests"),
     Step(
         "throughput", 2.0, f"{BENCH} bfloat16 --workload squad dense512 --peers fp8 torch-varlen flash-attn", rows=IN_16
@@ -301,7 +304,7 @@ def run(step: Step, minutes: float, output: Path, verdicts: dict[str, str] | Non
         told.start()
         try:
             status = process.wait(60 * minutes)
-            return "done" if status == 0 else "broken" if status == BROKEN else "failed"
+            return {0: "done", BROKEN: "broken", OUT_OF_TIME: "cut"}.get(status, "failed")
         except subprocess.TimeoutExpired:
             interrupt(process)
             return "cut"
