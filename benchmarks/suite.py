@@ -84,7 +84,7 @@ PROFILE = "-m fastbert.cli profile --dtype bfloat16 --compare stock --json {outp
 # Tests take what is left, most of it compilation: those of what is timed next come before it, the others after it.
 ON_A_GPU = (
     Step("first", 5.0, "benchmarks/first.py --output {output} --minutes {minutes}"),
-    Step("tests: bfloat16", 9.5, f"{PYTEST} --covering *.bfloat16 tests"),
+    Step("tests: bfloat16", 9.5, f"{PYTEST} --covering *.bfloat16 --covering dropout.* --covering graphs.* tests"),
     Step(
         "throughput", 2.0, f"{BENCH} bfloat16 --workload squad dense512 --peers fp8 torch-varlen flash-attn", rows=IN_16
     ),

@@ -143,7 +143,7 @@ def test_every_gpu_test_is_in_a_step(suite: Any) -> None:
     paths = [shlex.split(step.command) for step in suite.ON_A_GPU if step.name.startswith(suite.TESTS)]
     assert all(words[words.index("--gates") - 1] == "gpu" for words in paths)
     assert [words[words.index("--gates") + 2 :] for words in paths] == [
-        ["--covering", "*.bfloat16", "tests"],
+        ["--covering", "*.bfloat16", "--covering", "dropout.*", "--covering", "graphs.*", "tests"],
         ["tests/kernels"],
         ["tests", "--ignore", "tests/kernels"],
     ]
