@@ -19,6 +19,22 @@ from . import ops
 from .kernels.reference import matmul
 
 
+def _run(name: str, grad: Tensor, *args: Any) -> Any:
+    """An operator on a gradient: through torch's dispatcher where that is a batch of gradients, which it takes apart.
+
+    As `torch.autograd.grad(is_grads_batched=True)`, `jacobian(vectorize=True)` and a vmap of `torch.autograd.grad` have
+    them. All else in this file is torch's own operators, which know such batches.
+    """
+    if torch._C._functorch.is_batchedtensor(grad):
+        return getattr(torch.ops.fastbert, name)(grad, *args)
+    if torch._C._functorch.is_legacy_batchedtensor(grad):
+        # Random numbers are forbidden there; dropout draws those of the forward again, by its seed.
+        key: Any = torch._C._parse_dispatch_key("VmapMode")
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            return getattr(torch.ops.fastbert, name)(grad, *args)
+    return getattr(ops, name)(grad, *args)
+
+
 def _linear_gradients(
     needs: tuple[bool, bool, bool], grad: Tensor, x: Tensor, weight: Tensor, bias_dtype: torch.dtype | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -53,7 +69,7 @@ def _save_qkv_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _qkv_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, *weights = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    grad = grad.flatten(1)  # [T, 3 N]
+    grad = grad.reshape(grad.shape[0], -1)  # [T, 3 N]; batches of gradients can't be flattened
     dx = None
     if needs[0]:
         dx = matmul(grad, torch.cat([weight.to(grad.dtype) for weight in weights]), x.dtype)
@@ -80,7 +96,7 @@ def _save_feed_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _feed_forward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     x, weight1, weight2, pre = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    dpre, act = ops.linear_gelu_backward(grad, weight2, pre, ctx.approximate)
+    dpre, act = _run("linear_gelu_backward", grad, weight2, pre, ctx.approximate)
     _, dweight2, dbias2 = _linear_gradients((False, *needs[3:5]), grad, act, weight2, ctx.bias_dtypes[1])
     del act
     dx, dweight1, dbias1 = _linear_gradients(needs[:3], dpre, x, weight1, ctx.bias_dtypes[0])
@@ -98,7 +114,7 @@ def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 def _attention(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     qkv, out, stats, cu_seqlens, key_mask, seed, tiles = ctx.saved_tensors
     sequences = cu_seqlens, key_mask, *ctx.numbers, seed, tiles
-    return ops.attention_backward(grad, qkv, out, stats, *sequences), *(None,) * 7
+    return _run("attention_backward", grad, qkv, out, stats, *sequences), *(None,) * 7
 
 
 def _save_add_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -111,7 +127,7 @@ def _save_add_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> N
 def _add_layer_norm(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, residual, weight, seed = ctx.saved_tensors
     eps, dropout = ctx.numbers
-    dx, dresidual, dweight, dbias = ops.add_layer_norm_backward(grad, x, residual, weight, eps, dropout, seed)
+    dx, dresidual, dweight, dbias = _run("add_layer_norm_backward", grad, x, residual, weight, eps, dropout, seed)
     if not dropout and x.dtype == residual.dtype:
         dx = dresidual
     return dx, dresidual, dweight, dbias.to(ctx.bias_dtype), None, None, None
@@ -127,7 +143,7 @@ def _save_embedding(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _embedding(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     *ids, word, token_type, position, weight = ctx.saved_tensors
     eps, padding_idx, position_padding_idx = ctx.numbers
-    total, dweight, dbias = ops.embedding_layer_norm_backward(grad, *ids, word, token_type, position, weight, eps)
+    total, dweight, dbias = _run("embedding_layer_norm_backward", grad, *ids, word, token_type, position, weight, eps)
     tables = [
         torch.ops.aten.embedding_dense_backward(total, rows, table.shape[0], skipped, False) if needed else None
         for rows, table, skipped, needed in zip(
@@ -148,7 +164,7 @@ def _save_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 def _cross_entropy(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     x, weight, bias, labels, lse = ctx.saved_tensors
-    dx, dweight, dbias = ops.linear_cross_entropy_backward(grad, x, weight, bias, labels, lse)
+    dx, dweight, dbias = _run("linear_cross_entropy_backward", grad, x, weight, bias, labels, lse)
     return dx, dweight, None if bias is None else dbias, None
 
 
@@ -157,11 +173,11 @@ def _save_indices(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _pack(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return ops.unpack(grad, *ctx.saved_tensors), None, None
+    return _run("unpack", grad, *ctx.saved_tensors), None, None
 
 
 def _unpack(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return ops.pack(grad, *ctx.saved_tensors), None, None
+    return _run("pack", grad, *ctx.saved_tensors), None, None
 
 
 _FORMULAS: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
@@ -178,3 +194,23 @@ _FORMULAS: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
 
 for _name, (_save, _backward) in _FORMULAS.items():
     torch.library.register_autograd(f"fastbert::{_name}", _backward, setup_context=_save, lib=ops._LIBRARY)
+
+
+def _one_by_one(name: str) -> Callable[..., Any]:
+    """The rule by which torch.vmap runs an operator: on one after the other."""
+    operator = getattr(torch.ops.fastbert, name)
+
+    def rule(info: Any, dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        def each(i: int) -> Any:
+            return operator(*(a if dim is None else a.select(dim, i) for a, dim in zip(args, dims, strict=True)))
+
+        results = [each(i) for i in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+    return rule
+
+
+for _name in ("pack", "unpack", *(name for name in ops._OPERATORS if name.endswith("_backward"))):
+    torch.library.register_vmap(f"fastbert::{_name}", _one_by_one(_name), lib=ops._LIBRARY)
