@@ -19,6 +19,7 @@ from benchmarks import gates
 from benchmarks.gates import FAILED, GREEN, NOT_RUN, PASSED, PLANNED, RED, SKIPPED, Log
 from fastbert.cli import bench, cases, machine, records, report
 from fastbert.cli import gates as rows
+from fastbert.cli.__main__ import main
 from tests.fastbert.conftest import tiny  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -371,6 +372,20 @@ def test_the_bench_leaves_out_what_is_red_and_measures_the_rest(monkeypatch: pyt
         ("fused", "FAILED: its tests are red: attention.float32"),
     ]
     assert found[0]["median_s"] is not None
+    arguments = [
+        "bench",
+        "--size",
+        "minilm",
+        "--workload",
+        "search",
+        "--batch",
+        "2",
+        "--repeats",
+        "3",
+        "--device",
+        "cpu",
+    ]
+    assert main(arguments) == 0  # all that could be measured was
 
 
 def copied(tmp_path: Path) -> Path:
