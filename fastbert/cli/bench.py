@@ -347,8 +347,8 @@ def main(arguments: argparse.Namespace) -> int:
         print(f"out of time: {expected - done} of {expected} cases were not begun; see --minutes", file=sys.stderr)
     ours = [r for r in found if r["candidate"] == "stock" or r["candidate"].startswith("fused")]
     # What red tests close is theirs to report.
-    ours = [r["status"] for r in ours if not r.get("gates", gates.GREEN).startswith(gates.RED)]
-    return 1 if any(status.startswith(("FAILED", "ERROR")) for status in ours) else 0
+    status = [r["status"] for r in ours if not r.get("gates", gates.GREEN).startswith(gates.RED)]
+    return 1 if any(each.startswith(("FAILED", "ERROR")) for each in status) else 0
 
 
 def _keep(found: Sequence[dict[str, Any]], output: str | None, json: str | None) -> None:
