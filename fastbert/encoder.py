@@ -22,7 +22,7 @@ from .fp8 import Fp8
 from .graphs import Graphs
 from .layer import default_positions, embeddings_are_foreign, first_position, stock_forward
 from .packing import Packing, flattened, has_values, host_integers, isolating_mask, pack_mask
-from .readers import Holder, Reads, outermost, readings
+from .readers import Holder, Readings, Reads, outermost, readings
 from .support import (
     CACHES,
     DISABLED,
@@ -243,6 +243,78 @@ def _take(encoder: Any, rows: Tensor, plan: Plan) -> tuple[Tensor, Plan, str | N
     return packing.pack(rows), plan._replace(packing=packing), None
 
 
+UNKNOWN = "a module may read padding"
+"""`why_dense`, where `fastbert.readers` is to be asked which."""
+
+
+class Decision(NamedTuple):
+    """What becomes of a call: `plan_call` does it, `explain` says it."""
+
+    stock: str | None
+    """Why it runs stock; None: it runs fused."""
+    seen: Seen
+    """What was found of the layers."""
+    assumed: bool
+    """As `Plan.assumed`."""
+    watched: bool
+    """As `Plan.watched`."""
+
+
+def decide(model: Any, settings: Settings, call: Mapping[str, Any], foreign: bool, assumes: bool = False) -> Decision:
+    """Whether a call of a fused base model runs stock, as far as its arguments say, but not their values.
+
+    Args:
+        model: the base model.
+        settings: what `fuse` left on its encoder.
+        call: the arguments by name; none: an ordinary call.
+        foreign: whether the embeddings are not the family's own.
+        assumes: as `plan_call` has it.
+    """
+    encoder, graphs = encoder_of(model), settings.graphs
+    layers = len(encoder.layer)
+    seen = Seen((None,) * layers, (False,) * layers, (None,) * layers, False, False)
+    reason = (_foreign_call_is_unsupported(call) if foreign and call else None) or call_is_unsupported(model, call)
+    assumed = assumes and reason is None and graphs is not None and graphs.expects() and not foreign
+    assumed = assumed and _is_repeatable(model, call)
+    if reason is None and not assumed:
+        seen = settings.coverage.look(model)
+        if all(seen.stock):
+            reason = f"no layer can run fused: {seen.reasons[0]}" if layers else "it has no layers"
+    if reason is None and encoder.relative:
+        reason = relative_is_unsupported(model, call, seen.hooked or any(seen.stock))
+    # What foreign embeddings are given, and what comes of them, has stock's shape anyway.
+    watched = seen.hooked or (seen.watched and not foreign)
+    watched = watched or (not assumed and is_asked(model, call, "output_hidden_states"))
+    return Decision(reason, seen, assumed, watched)
+
+
+def why_dense(model: Any, settings: Settings, reads: Reads, keeps: bool) -> tuple[str | None, Readings]:
+    """Why a call with padding runs dense, by what is asked and who reads; and those who read, if they were looked at.
+
+    Args:
+        model: the base model.
+        settings: what `fuse` left on its encoder.
+        reads: what the call reads of its own.
+        keeps: whether a layer that runs stock, or something that sees hidden states, needs the padded shape.
+    """
+    nobody = Readings()
+    if settings.padding == "dense":
+        return "padding='dense' was asked of fuse", nobody
+    if keeps:
+        return "a layer runs stock, or something sees hidden states", nobody
+    if reads.reads_padding:
+        return "the call reads padding", nobody
+    if torch.compiler.is_compiling():
+        return "it is being compiled", nobody
+    around = readings(outermost(model, settings.holders))
+    if settings.padding == "auto":
+        if around.unknown is not None:
+            return UNKNOWN, around
+        if around.tells is not None and not reads.told:
+            return "it came past the hooks that tell what is read", around
+    return None, around
+
+
 def plan_call(
     model: Any, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any], assumes: bool = True
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -277,19 +349,8 @@ def plan_call(
         return (), call
     foreign = embeddings_are_foreign(model) is not None
     _check(model, call, foreign)
-    reason = (_foreign_call_is_unsupported(call) if foreign else None) or call_is_unsupported(model, call)
-    graphs = settings.graphs
-    assumed = assumes and reason is None and graphs is not None and graphs.expects() and not foreign
-    assumed = assumed and _is_repeatable(model, call)
-    layers = len(encoder.layer)
-    seen = Seen((None,) * layers, (False,) * layers, (None,) * layers, False, False)
-    if reason is None and not assumed:
-        seen = settings.coverage.look(model)
-        if all(seen.stock):
-            reason = f"no layer can run fused: {seen.reasons[0]}"
+    reason, seen, assumed, watched = decide(model, settings, call, foreign, assumes)
     mixed = any(seen.stock)
-    if reason is None and encoder.relative:
-        reason = relative_is_unsupported(model, call, mixed or seen.hooked)
     cu_seqlens = call.get("cu_seq_lens_q")
     if cu_seqlens is not None:
         longest = call.get("max_length_q")
@@ -303,13 +364,9 @@ def plan_call(
         call["plan"] = reason
         _isolate(model, call, reason)
         return (), call
-    # What foreign embeddings are given, and what comes of them, has stock's shape anyway.
-    watched = seen.hooked or (seen.watched and not foreign)
-    watched = watched or (not assumed and is_asked(model, call, "output_hidden_states"))
     mask = call.get("attention_mask")
     if cu_seqlens is None:
-        reads = reads._replace(reads_padding=mixed or watched or reads.reads_padding)
-        packing = _lay_out(model, call, settings, reads, foreign)
+        packing = _lay_out(model, call, settings, reads, foreign, mixed or watched)
     seeds = None if assumed else _draw_seeds(encoder.layer, seen.stock)
     call["plan"] = Plan(
         packing,
@@ -410,25 +467,22 @@ def _is_repeatable(model: Any, call: Mapping[str, Any]) -> bool:
     return not any(module.training or is_hooked(module) for module in before_layers(model))
 
 
-def _lay_out(model: Any, call: dict[str, Any], settings: Settings, reads: Reads, foreign: bool) -> Packing:
+def _lay_out(model: Any, call: dict[str, Any], settings: Settings, reads: Reads, foreign: bool, keeps: bool) -> Packing:
     """Chooses between packed and dense for a padded call, and rewrites its arguments to match.
 
-    Those of foreign embeddings stay as they are, and it is the mask that says how long the sequences are.
+    Those of foreign embeddings stay as they are, and it is the mask that says how long the sequences are. `keeps` as
+    `why_dense` has it.
     """
     labels, mask = reads.padded_labels, call.get("attention_mask")
     batch, seqlen = mask.shape if foreign and mask is not None else _shape(call)
     call["attention_mask"] = None
-    padding = settings.padding
     if mask is None:
         return Packing(batch, seqlen, seqlen)
     mask = mask.to(torch.bool)
-    dense = reads.reads_padding or padding == "dense" or torch.compiler.is_compiling()
-    dense = dense or (labels is not None and labels.shape != mask.shape)  # an error the loss will name
+    why, around = why_dense(model, settings, reads, keeps)
+    dense = why is not None or (labels is not None and labels.shape != mask.shape)  # an error the loss will name
     dense = dense or not has_values(mask) or type(mask) is not Tensor
     if dense or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return Packing(batch, seqlen, seqlen, key_mask=mask)
-    around = readings(outermost(model, settings.holders))
-    if padding == "auto" and (around.unknown is not None or (around.tells is not None and not reads.told)):
         return Packing(batch, seqlen, seqlen, key_mask=mask)
     selection = pack_mask(mask, labels)
     if selection.tokens == batch * seqlen:
@@ -437,7 +491,7 @@ def _lay_out(model: Any, call: dict[str, Any], settings: Settings, reads: Reads,
     exact = selection.starts_real or not (around.first or getattr(model, "pooler", None) is not None)
     if encoder_of(model).relative and selection.has_holes:  # distances are those of the padded layout
         exact = False
-    if selection.tokens == 0 or not exact or (selection.labels_padding and padding == "auto"):
+    if selection.tokens == 0 or not exact or (selection.labels_padding and settings.padding == "auto"):
         return Packing(batch, seqlen, seqlen, key_mask=mask)
     indices, inverse = selection.packing.indices, selection.packing.inverse
     assert indices is not None and inverse is not None

@@ -12,16 +12,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import nn
 
-from .encoder import PADDINGS, Settings
+from .encoder import PADDINGS, UNKNOWN, Settings, decide, why_dense
 from .fp8 import PRODUCTS, Fp8, calibrated
 from .layer import embeddings_are_foreign
-from .readers import HOLDS, HOOKS, Holder, outermost, reader_of, unknown_reader
+from .readers import HOLDS, HOOKS, Holder, Reads, outermost, reader_of, unknown_reader
 from .support import (
-    call_is_unsupported,
     embeddings_are_unsupported,
     encoder_of,
     fp8_is_unsupported,
-    layer_is_unsupported,
     model_is_unsupported,
 )
 
@@ -321,28 +319,33 @@ def explain(model: nn.Module) -> Explanation:
 
 
 def _explain_base(model: nn.Module, name: str, base: Any, family: Any) -> EncoderExplanation:
-    reason = model_is_unsupported(base, family)
     encoder = encoder_of(base)
-    if not hasattr(encoder, "fastbert"):
-        return EncoderExplanation(name, False, None, reason or "not fused; call fastbert.fuse", {}, None, {}, {})
-    settings = encoder.fastbert
-    layers = {i: why for i, layer in enumerate(encoder.layer) if (why := layer_is_unsupported(layer))}
-    reason = reason or call_is_unsupported(base, {})
-    if reason is None and len(layers) == len(encoder.layer):
-        reason = f"no layer can run fused: {layers[0]}"
+    settings: Settings | None = getattr(encoder, "fastbert", None)
+    if settings is None:
+        why = model_is_unsupported(base, family) or "not fused; call fastbert.fuse"
+        return EncoderExplanation(name, False, None, why, {}, None, {}, {})
+    foreign = embeddings_are_foreign(base)
+    reason, seen, _, watched = decide(base, settings, {}, foreign is not None)  # as every call does
+    if type(base).forward is not family.CLASSES[family.BASE].forward:
+        reason = model_is_unsupported(base, family)
+    layers = {i: why for i, why in enumerate(seen.reasons) if why}
     counts, graphs = settings.counts, settings.graphs
     if graphs is None or reason is not None:
         eager = reason
     else:
         eager = "a layer runs stock" if layers else graphs.refuses(encoder)
     fp8, not_fp8 = _explain_fp8(encoder, family)
+    dense, _ = why_dense(base, settings, Reads(told=True), bool(layers) or watched)
+    if dense == UNKNOWN:
+        around = outermost(base, settings.holders)
+        dense = f"{unknown_reader(around)}; if it does not, fuse the model with padding='packed'"
     return EncoderExplanation(
         name,
         True,
         settings.padding,
         reason,
         layers,
-        embeddings_are_foreign(base) or embeddings_are_unsupported(base.embeddings, sharded=True),
+        foreign or embeddings_are_unsupported(base.embeddings, sharded=True),
         dict(counts.fused),
         dict(counts.stock),
         graphs is not None,
@@ -351,22 +354,9 @@ def _explain_base(model: nn.Module, name: str, base: Any, family: Any) -> Encode
         None if settings.fp8 is None else "fp8",
         fp8,
         not_fp8,
-        _explain_layout(base, layers),
+        dense,
         _explain_outside(model, base),
     )
-
-
-def _explain_layout(base: Any, layers: dict[int, str]) -> str | None:
-    """`EncoderExplanation.dense` of a fused base model."""
-    settings = encoder_of(base).fastbert
-    if settings.padding == "dense":
-        return "padding='dense' was asked of fuse"
-    if layers:
-        return "a layer runs stock"
-    around = outermost(base, settings.holders)
-    if settings.padding == "packed" or (why := unknown_reader(around)) is None:
-        return None
-    return f"{why}; if it does not, fuse the model with padding='packed'"
 
 
 def _explain_outside(model: nn.Module, base: Any) -> str | None:

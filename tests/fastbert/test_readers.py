@@ -17,6 +17,7 @@ from transformers.models.bert import modeling_bert as hf
 from transformers.models.roberta import modeling_roberta
 
 import fastbert
+from fastbert.support import encoder_of
 from tests import models
 
 MASK = models.masks(5, 17)["right"]
@@ -640,3 +641,84 @@ def test_the_probe_of_a_family(monkeypatch: pytest.MonkeyPatch) -> None:
             assert not fastbert.explain(fastbert.BertModel(models.config())).encoders[0].fused
     family.introduce(bert.BertModel, hf.BertConfig)
     assert fastbert.explain(fastbert.BertModel(models.config())).encoders[0].fused
+
+
+# `explain` says what calls do.
+
+
+def broken_layers(model: Any) -> None:
+    for layer in encoder_of(model).layer:
+        layer.attention.output.dense = nn.Sequential(layer.attention.output.dense)
+
+
+def one_broken_layer(model: Any) -> None:
+    model.encoder.layer[0].attention.output.dense = nn.Sequential(model.encoder.layer[0].attention.output.dense)
+
+
+def ask_for_hidden_states(model: Any) -> None:
+    model.config.output_hidden_states = True
+
+
+def ask_for_attentions(model: Any) -> None:
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+
+
+def hook_a_layer(model: Any) -> None:
+    model.encoder.layer[1].register_forward_hook(lambda *args: None)
+
+
+def hook_the_encoder(model: Any) -> None:
+    model.encoder.register_forward_hook(lambda *args: None)
+
+
+def hook_the_model(model: Any) -> None:
+    model.register_forward_hook(lambda *args: None)
+
+
+def decode(model: Any) -> None:
+    model.config.is_decoder = True
+
+
+def nothing(model: Any) -> None:
+    pass
+
+
+def own_class(model: Any) -> None:
+    class Own(type(model)):  # type: ignore[misc]
+        """Of the same forward."""
+
+    model.__class__ = Own
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(nothing, broken_layers, one_broken_layer, ask_for_hidden_states, ask_for_attentions, hook_a_layer),
+        *(hook_the_encoder, hook_the_model, decode, own_class),
+    ],
+)
+def test_explain_agrees_with_the_counts(change: Any, family: str, training: bool) -> None:
+    if family == "mpnet":
+        from transformers import MPNetConfig, MPNetModel
+
+        sizes = {"vocab_size": 211, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        model = MPNetModel(MPNetConfig(**sizes, intermediate_size=64, bos_token_id=0, eos_token_id=2)).eval()
+        if change in (broken_layers, one_broken_layer, decode):
+            pytest.skip("of BERT's names")
+    else:
+        model = models.seeded()
+    fastbert.fuse(model)
+    change(model)
+    model.train(training)
+    with torch.set_grad_enabled(training):
+        before = fastbert.explain(model).encoders[0]
+        model(input_ids=models.ids(5, 17).clamp(2), attention_mask=MASK)
+        after = fastbert.explain(model).encoders[0]
+    if before.reason is not None:
+        assert (after.stock_calls, after.fused_calls) == ({before.reason: 1}, {})
+    else:
+        layout = "packed" if before.dense is None else "dense"
+        assert (after.stock_calls, after.fused_calls) == ({}, {layout: 1})
