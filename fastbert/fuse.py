@@ -74,9 +74,12 @@ def fuse(
         model: any torch.nn.Module that holds a Hugging Face model of BERT's family (FAMILIES): one with any head, a
             SentenceTransformer, a CrossEncoder, a PEFT or DDP wrapper.
         padding: "packed" computes real tokens only, and returns zeros at padding, at the price of one host
-            synchronisation a forward; "dense" computes every row, exactly as stock does, with none; "auto" packs,
-            except where the model itself reads padding (a pooler over a masked first position, a loss taken over
-            padding). Calls whose hidden states are asked for or watched by hooks are dense under any of them. What
+            synchronisation a forward; "dense" computes every row, exactly as stock does, with none; "auto" packs where
+            every module that may read the output of the base model, inside `model`, is known to leave padding alone
+            (`fastbert.readers`), and is dense elsewhere, as where the model itself reads padding (a pooler over a
+            masked first position, a loss taken over padding): `explain` says why. Calls whose hidden states are asked
+            for or watched by hooks are dense under any of them. A base model alone packs: zeros at padding are in what
+            `pipeline("feature-extraction")` returns of a batch, too, and `row / row.norm()` of such a row is NaN. What
             stands outside `model` is not seen: fuse the whole model, not the encoder of one.
         loss_only: whether a masked language model given labels returns its loss without logits (they are None), taken
             from the labelled tokens alone: the (batch, tokens, vocabulary) logits are never made.

@@ -116,26 +116,28 @@ def introduce(model: Any, config: type[Any], probes: bool = True) -> None:
 
 
 def hands_nothing_on(model: Any) -> str | None:
-    """Why a base model on the meta device can't be given a plan: its stock forward keeps it from its encoder."""
+    """Why a base model on the meta device can't be given a plan: its stock forward keeps it from its encoder.
+
+    None, too, where that can't be tried: then `check_taken` finds it, in a call.
+    """
     seen: list[Any] = []
     stock: Any = next(kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers.models."))
     hook = encoder_of(model).register_forward_pre_hook(
         lambda encoder, args, kwargs: seen.append(kwargs.get("plan")), with_kwargs=True
     )
-    why = ""
+    error: Exception | None = None
     try:
         with torch.no_grad():
             stock.forward(model, input_ids=torch.zeros(1, 2, dtype=torch.int64, device="meta"), plan="of a probe")
-    except Exception as error:  # whatever it raises: it can't be called so
-        why = f": {type(error).__name__}: {error}"
+    except Exception as raised:  # whatever it raises: it looked at values, which there are none of, or takes no names
+        error = raised
     finally:
         hook.remove()
-    if seen == ["of a probe"]:
+    if seen == ["of a probe"] or (not seen and not isinstance(error, TypeError)):
         return None
-    return (
-        f"the {stock.__name__} of transformers {transformers.__version__} does not hand its keyword arguments on to "
-        f"its encoder{why}"
-    )
+    kind, version = stock.__name__, transformers.__version__
+    why = "" if error is None else f": {error}"
+    return f"the {kind} of transformers {version} does not hand its keyword arguments on to its encoder{why}"
 
 
 def head(kind: type[T], module: str) -> type[T]:

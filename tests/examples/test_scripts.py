@@ -89,6 +89,8 @@ def test_runs_and_goes_on_after_a_kill(
     assert found["steps"] == 7
     assert found["final_loss"] == losses(tmp_path / "whole")[-1]
     assert re.match(r"fastbert: (bert|encoder): fused .*; ran fused, (packed|dense): \d+", printed[-1])
+    assert "dense, not packed" not in printed[-1]  # every reader is known
+    assert "ran fused, packed" in printed[-1]
     curve = imread(tmp_path / "whole" / "loss.png")
     assert curve.shape == (480, 840, 4)
     assert (curve[100:400, 100:800, :3].std(-1) > 0.1).sum() > 100  # a coloured line, inside the axes
