@@ -112,3 +112,47 @@ def test_killed_while_packing_the_last_archive_is_whole(seconds: float, tmp_path
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert "big" in archive.restore(folder, tmp_path / "there")
+
+
+COMPILE = """
+import sys
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+@triton.jit
+def double_kernel(x_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.store(x_ptr + offs, 2 * tl.load(x_ptr + offs))
+
+source = ASTSource(double_kernel, signature={"x_ptr": "*fp32", "BLOCK": "constexpr"}, constexprs={(1,): 128})
+compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+print(len(compiled.asm["cubin"]), compiled.metadata.name, compiled.metadata.num_warps)
+"""
+
+
+def test_what_was_compiled_is_loaded_elsewhere_and_not_compiled_again(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    (tmp_path / "compile.py").write_text(COMPILE)
+
+    def compiled(output: Path) -> tuple[str, set[str]]:
+        cache = output / "cache" / "triton"
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        done = subprocess.run(
+            [sys.executable, str(tmp_path / "compile.py")],
+            env={**environment, "TRITON_CACHE_DIR": str(cache)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout, {path.suffix for path in cache.rglob("double_kernel.*")}
+
+    said, files = compiled(tmp_path / "here")
+    assert {".ptx", ".cubin", ".json"} <= files
+    archive.pack(tmp_path / "here", tmp_path / "out")
+    archive.restore(tmp_path / "out", tmp_path / "there")
+    # What only people read was left behind, and would be there if it had been compiled.
+    (tmp_path / "here").rename(tmp_path / "gone")
+    assert compiled(tmp_path / "there") == (said, {".cubin", ".json"})

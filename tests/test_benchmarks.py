@@ -347,6 +347,18 @@ def test_list(suite: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert said[0].startswith("first ")
 
 
+def test_a_step_that_is_out_of_time_itself_goes_on_next_time(
+    suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As first.py is, whose exit status says so: it is not done, and nothing has failed."""
+    ran = tmp_path / "ran"
+    code = f"import sys; sys.exit(3 if open({str(ran)!r}).read().count('one') < 2 else 0)"
+    monkeypatch.setattr(suite, "ON_A_CPU", steps(suite, ran, one=code, two="pass"))
+    assert suite.main(["--output", str(tmp_path / "out")]) == 3
+    assert suite.main(["--output", str(tmp_path / "out")]) == 0
+    assert ran.read_text() == "one two one "
+
+
 def test_the_suite_keeps_to_its_time(suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = tmp_path / "ran"
     waits = f"import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: open({str(ran)!r}, 'a').write('kept ')"
