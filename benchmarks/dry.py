@@ -1,6 +1,6 @@
 """CUDA that isn't there: any command of this repository as it would run on a GPU, with every kernel launch left out.
 
-    python -m benchmarks.dry [--arch sm_90] [--compiles] [--list FILE] python -m pytest -q -m gpu tests/kernels
+    python -m benchmarks.dry [--arch sm_90] [--compiles] [--small] [--list FILE] python -m pytest -q -m gpu tests
     python -m benchmarks.dry python benchmarks/first.py --output build/dry
 
 The command, and what Python it starts, find one GPU. Its tensors lie in the host's memory, and say that they are on
@@ -22,6 +22,7 @@ import atexit
 import contextlib
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -34,7 +35,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-NAME = "NVIDIA H100 80GB HBM3"
+NAME = "no GPU (dry)"
+"""As records and gates have it, so that nobody takes them for measured."""
 LARGE = 1 << 22
 """Elements of a tensor that nothing goes through."""
 FLOPS = 1 << 28
@@ -57,7 +59,7 @@ def _within(name: str) -> Iterator[None]:
         setattr(_thread, name, _depth(name) - 1)
 
 
-def install(arch: str, compiles: bool, listed: Path | None) -> None:
+def install(arch: str, compiles: bool, listed: Path | None, small: bool) -> None:
     """Puts a GPU into this process, to its end."""
     import torch
     from torch import Tensor
@@ -66,7 +68,7 @@ def install(arch: str, compiles: bool, listed: Path | None) -> None:
 
     from benchmarks import stub
     from fastbert import numerics, ops
-    from fastbert.cli import counts
+    from fastbert.cli import cases, counts
     from fastbert.kernels import reference, reference_fp8
 
     cuda, base = torch.device("cuda", 0), torch._C.TensorBase
@@ -95,6 +97,13 @@ def install(arch: str, compiles: bool, listed: Path | None) -> None:
             real = plain_device(x)
         return cuda if real.type == "cpu" and on_gpu(x) else real
 
+    empty, zeros = torch.empty, torch.zeros
+
+    def blank(shape: Any, dtype: torch.dtype) -> Tensor:
+        """Zeros: what is large the system gives so, page by page, when it is read."""
+        large = math.prod(shape) * dtype.itemsize > 1 << 26
+        return (empty if large else zeros)(shape, dtype=dtype)
+
     def wanted(device: Any) -> str | None:
         """ "cuda" or "cpu", or None where a call says neither."""
         if device is None:
@@ -112,7 +121,7 @@ def install(arch: str, compiles: bool, listed: Path | None) -> None:
                 with contextlib.suppress(Exception):
                     empty = make(*args, device="meta", **{k: v for k, v in more.items() if k != "pin_memory"})
                     if empty.numel() > LARGE:
-                        return mark(torch.zeros(empty.shape, dtype=empty.dtype))
+                        return mark(blank(empty.shape, empty.dtype))
             return mark(make(*args, device="cpu", **more))
 
         return made
@@ -191,12 +200,12 @@ def install(arch: str, compiles: bool, listed: Path | None) -> None:
         def forward(context: Any, call: Any, *tensors: Tensor) -> Any:
             context.given = [(t.shape, t.dtype) if t.is_floating_point() else None for t in tensors]
             found = call(*(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors))
-            return tree_map(lambda t: mark(torch.zeros(t.shape, dtype=t.dtype)) if isinstance(t, Tensor) else t, found)
+            return tree_map(lambda t: mark(blank(t.shape, t.dtype)) if isinstance(t, Tensor) else t, found)
 
         @staticmethod
         def backward(context: Any, *grads: Any) -> Any:
             given = zip(context.given, context.needs_input_grad[1:], strict=True)
-            return None, *(mark(torch.zeros(g[0], dtype=g[1])) if g and needed else None for g, needed in given)
+            return None, *(mark(blank(*g)) if g and needed else None for g, needed in given)
 
     def _shaped(call: Callable[..., Any], args: Any, more: Any) -> Any:
         """What `call` would return, all zeros."""
@@ -450,6 +459,15 @@ def install(arch: str, compiles: bool, listed: Path | None) -> None:
 
         varlen.varlen_attn = lambda q, *rest, **more: _shaped(lambda x: x.new_empty(x.shape), (q,), {})
 
+    if small:
+        for shape in cases.SHAPES.values():
+            shape["num_hidden_layers"] = 1
+        workload = cases.workload  # before who imports it by name has
+        cases.workload = lambda name, batch=16: workload(name, min(batch, 8))
+
+    # It traces by transforms of tensors, which know the host's memory alone.
+    torch.library.opcheck = lambda operator, args, *rest, **more: operator(*args)  # type: ignore
+
     # fastbert's kernels. Numbers are not judged: their shapes and dtypes are.
 
     def no_error(actual: Tensor, truth: Tensor) -> float:
@@ -545,7 +563,7 @@ def append_specialization(file: Path, kernel: Any, signature: Any, constants: An
 
 def pytest_collection_finish(session: Any) -> None:
     """Says what it is that runs."""
-    print(f"dry: {len(session.items)} tests, on {NAME} that isn't there")
+    print(f"dry: {len(session.items)} tests, on a GPU that isn't there")
 
 
 def _pytest_makereport(item: Any, call: Any) -> Iterator[None]:
@@ -566,12 +584,15 @@ def main() -> int:
     parser.add_argument("--arch", default="sm_90")
     parser.add_argument("--compiles", action="store_true", help="Triton compiles what would be launched")
     parser.add_argument("--list", type=Path, metavar="FILE", help="append what would be compiled")
+    parser.add_argument("--small", action="store_true", help="models of one layer, batches of 8 sequences at most")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         listed = None if given.list is None else str(given.list.resolve())
         code = "import pathlib; from benchmarks import dry; "
-        code += f"dry.install({given.arch!r}, {given.compiles}, {listed!r} and pathlib.Path({listed!r}))\n"
+        code += (
+            f"dry.install({given.arch!r}, {given.compiles}, {listed!r} and pathlib.Path({listed!r}), {given.small})\n"
+        )
         Path(folder, "sitecustomize.py").write_text(code, encoding="utf-8")
         paths = [folder, str(ROOT), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTEST_PLUGINS": "benchmarks.dry"}

@@ -158,3 +158,83 @@ def test_a_wrong_operation_is_a_red_gate(tmp_path: Path, monkeypatch: pytest.Mon
     red = {gate for gate, verdict in verdicts.items() if verdict == gates.RED}
     assert red == {"layer_norm.bfloat16"}
     assert json.loads((tmp_path / "first.jsonl").read_text().splitlines()[0])["status"] == "ok"
+
+
+def dry(tmp_path: Path, *command: str, options: tuple[str, ...] = ("--small",), **more: str) -> str:
+    """What a command says that runs as on a GPU that isn't there; it has to end well."""
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT), "OUT": str(tmp_path / "out"), **more}
+    words = [sys.executable, "-m", "benchmarks.dry", *options, sys.executable, *command]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_first_call_as_on_a_gpu(tmp_path: Path) -> None:
+    """All sections, as on a device: what a call there could trip over in Python, it trips over here."""
+    said = dry(tmp_path, "benchmarks/first.py", "--dry", "--slack", "20", "--output", str(tmp_path))
+    assert ", 0 not right" in said
+    (file,) = tmp_path.glob("no-gpu-dry/20*.json")
+    kept = records.load(file)
+    ways = {(r["workload"], r["candidate"]) for r in kept if r["status"] == "ok"}
+    models = ("stock", "fused", "fused + CUDA graphs", "stock packed, torch varlen")
+    assert ways >= {(name, way) for name in ("squad b2", "dense512 b2", "dense128 b1") for way in models}
+    products = {r["candidate"] for r in kept if r["what"] == "variant qkv" and r["workload"] == "2048 rows"}
+    assert {"stock", "fused"} <= products
+    assert any("library" in name for name in products)
+    assert any("persistent" in name for name in products)
+
+
+def test_a_prebuilt_kernel_is_found(tmp_path: Path) -> None:
+    """What prebuild.py compiles from a list is what a launch looks for: it compiles nothing more."""
+    listed, cache = tmp_path / "list.jsonl", tmp_path / "cache"
+    code = (
+        "import torch; from fastbert import ops; x = torch.ones(3, 64, device='cuda', dtype=torch.bfloat16); "
+        "torch.set_grad_enabled(False); ops.layer_norm(x, x[0], x[1], 1e-12); print(ops.linear(x, x, x[0, :3]).shape)"
+    )
+    more = {"TRITON_CACHE_DIR": str(cache), "TRITON_STORE_BINARY_ONLY": "1"}
+    assert "[3, 3]" in dry(tmp_path, "-c", code, options=("--list", str(listed)), **more)
+    lines = listed.read_text().splitlines()
+    assert [json.loads(line)["kernel"] for line in lines] == ["layer_norm_kernel", "linear_kernel"]
+    compile_all = (
+        "import sys; from benchmarks import prebuild; print([prebuild.compile_one(line) for line in open(sys.argv[1])])"
+    )
+    environment = {**ENVIRONMENT, **more, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", compile_all, str(listed)]
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    before = sorted(path.name for path in cache.iterdir())
+    assert len(before) == 2
+    assert all(name in found for name in before)
+    dry(tmp_path, "-c", code, options=("--compiles",), **more)
+    assert sorted(path.name for path in cache.iterdir()) == before
+    assert {".cubin", ".json"} <= {path.suffix for path in cache.glob("*/*")}
+
+
+@pytest.mark.slow
+def test_every_test_for_a_gpu_as_on_one(tmp_path: Path) -> None:
+    """Collected, its launches chosen and left out; what asserts something of values says nothing."""
+    said = dry(tmp_path, "-m", "pytest", "-q", "-m", "gpu", "tests", options=())
+    assert "failed" not in said.splitlines()[-1]
+
+
+# Steps that torch.compile takes part in have no device to compile for.
+COMPILED = ("compiled", "compiled latency", "compiled training", "max-autotune", "cold")
+
+
+def steps_to_time() -> list[str]:
+    from benchmarks import suite
+
+    steps = [step.name for step in suite.ON_A_GPU]
+    return [name for name in steps if not name.startswith(suite.TESTS) and name not in COMPILED]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", steps_to_time())
+def test_every_step_as_on_a_gpu(step: str, tmp_path: Path) -> None:
+    dry(tmp_path, "benchmarks/suite.py", "--only", step, "--minutes", "10", "--output", str(tmp_path))
+    with tarfile.open(tmp_path / "out" / archive.MEASURED) as packed:
+        names = packed.getnames()
+    assert "progress.json" in names
+    for file in tmp_path.glob("no-gpu-dry/20*.json"):
+        broken = [r for r in records.load(file) if r["status"].startswith(("ERROR", "FAILED"))]
+        assert broken == []
