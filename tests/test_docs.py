@@ -20,7 +20,12 @@ from fastbert.cli.__main__ import parser
 from tests import models
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "benchmarks" / "README.md",
+    ROOT / "benchmarks" / "GPU.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 # Names on the hub that the pages use, and what stands in for them here: a checkpoint from the package index.
 CHECKPOINTS = ("sentence-transformers/all-MiniLM-L6-v2", "BAAI/bge-large-en-v1.5")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -158,6 +160,24 @@ def test_a_wrong_operation_is_a_red_gate(tmp_path: Path, monkeypatch: pytest.Mon
     red = {gate for gate, verdict in verdicts.items() if verdict == gates.RED}
     assert red == {"layer_norm.bfloat16"}
     assert json.loads((tmp_path / "first.jsonl").read_text().splitlines()[0])["status"] == "ok"
+
+
+def test_the_page_names_steps_there_are() -> None:
+    """Four calls of less than ten minutes, half an hour in all; each a command whose steps the suite has."""
+    from benchmarks import suite
+
+    text = (ROOT / "benchmarks" / "GPU.md").read_text()
+    calls = re.findall(r"^export FASTBERT_COMMIT=X+; (.*)$", text, re.MULTILINE)
+    minutes, steps = [], {step.name for step in suite.ON_A_GPU}
+    for call in calls:
+        words = shlex.split(call)
+        minutes.append(float(words[words.index("--minutes") + 1]))
+        if "--only" in words:
+            assert set(words[words.index("--only") + 1 :]) <= steps
+        assert len(call) < 1900
+    assert len(calls) == 4
+    assert max(minutes) < 10
+    assert sum(minutes) < 28
 
 
 def dry(tmp_path: Path, *command: str, options: tuple[str, ...] = ("--small",), **more: str) -> str:
