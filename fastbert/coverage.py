@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .support import encoder_of, is_hooked, layer_is_unsupported
+from .wrappers import is_wrapper, wrapped
 
 _dtype = Tensor.dtype.__get__  # type: ignore[attr-defined]
 _BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
@@ -133,8 +134,9 @@ def before_layers(model: Any) -> list[nn.Module]:
 def look(model: Any) -> Seen:
     """What is to be found of a base model, at this moment; its weights are to be looked up as it runs."""
     layers = encoder_of(model).layer
-    reasons = tuple([layer_is_unsupported(layer) for layer in layers])
-    hooked = any(is_hooked(layer, called=True) for layer in layers)
+    stack = "encoder.layer" if "encoder" in model.__dict__["_modules"] else "transformer.layer"
+    reasons = tuple([layer_is_unsupported(layer, f"{stack}.{i}") for i, layer in enumerate(layers)])
+    hooked = any(is_hooked(module, called=True) for layer in layers for module in wrapped(layer))
     watched = hooked or any(is_hooked(module, called=True) for module in before_layers(model))
     return Seen(reasons, tuple([reason is not None for reason in reasons]), (None,) * len(reasons), watched, hooked)
 
@@ -182,8 +184,15 @@ class Coverage:
         snapshot = Snapshot(groups)  # first: what changes meanwhile is found at the next call
         seen = look(model)
         hooks = any(vars(m)[name] for m, *_ in groups for name in _FORWARD)  # which might bring other weights
-        if not hooks and all(p.numel() > 1 for p in snapshot.parameters):
-            weights = [None if stock else layer.weights() for layer, stock in zip(roots[0], seen.stock, strict=True)]
+        if (
+            not hooks
+            and not is_wrapper(model._modules.get("encoder"))
+            and all(p.numel() > 1 for p in snapshot.parameters)
+        ):
+            weights = [
+                None if stock or is_wrapper(layer) else layer.weights()
+                for layer, stock in zip(roots[0], seen.stock, strict=True)
+            ]
             seen = seen._replace(weights=tuple(weights))
         self._last = roots, snapshot, seen
         return seen

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, ModelOutput
 
+from . import known
 from .coverage import Coverage, Seen, before_layers
 from .fp8 import Fp8
 from .graphs import Graphs
@@ -28,12 +29,15 @@ from .support import (
     DISABLED,
     call_is_unsupported,
     encoder_of,
+    foreign_code,
     is_asked,
     is_disabled,
+    is_flash,
     is_hooked,
     is_transformed,
     relative_is_unsupported,
 )
+from .wrappers import unwrapped
 
 PADDINGS = ("auto", "packed", "dense")
 
@@ -134,6 +138,8 @@ class FusedEncoder(_Module):
     """A stack of fused layers; mixed into a family's own Hugging Face encoder class by `fastbert.models`."""
 
     fastbert: Settings
+    family: ClassVar[str]
+    """The module of `fastbert.models` that it is of."""
     output: ClassVar[type[ModelOutput]] = BaseModelOutputWithPastAndCrossAttentions
     """What the stock encoder returns."""
     relative: ClassVar[bool] = False
@@ -151,7 +157,9 @@ class FusedEncoder(_Module):
         if fp8 is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._drop()  # the step that comes of gradients may leave no version: that of torch's fused optimizers
         if not isinstance(plan, Plan):
-            if plan or not self.relative:  # there its model has counted
+            if plan is None and not known.takes_plan(type(self).family):
+                counts.add(counts.stock, str(known.foreign(type(self).family, None)))
+            elif plan or not self.relative:  # there its model has counted
                 counts.add(counts.stock, plan or "called past the forward of its model")
             return stock_forward(FusedEncoder, self)(self, hidden_states, *args, **kwargs)
         if plan.receipt is not None:
@@ -186,8 +194,8 @@ class FusedEncoder(_Module):
             kwargs = {}
         seeds = (None,) * len(plan.stock_layers) if plan.seeds is None else plan.seeds.unbind(0)
         infers: Any = [None] * len(seeds) if fp8 is None else fp8.plan(self.layer, plan.stock_layers)
-        known = plan.weights or (None,) * len(seeds)
-        every = zip(self.layer, plan.stock_layers, seeds, infers, known, strict=True)
+        found = plan.weights or (None,) * len(seeds)
+        every = zip(self.layer, plan.stock_layers, seeds, infers, found, strict=True)
         for layer, stock, own_seeds, infer, weights in every:
             if stock:
                 hidden_states = layer(hidden_states, *shown, **kwargs)
@@ -273,7 +281,8 @@ def decide(model: Any, settings: Settings, call: Mapping[str, Any], foreign: boo
     encoder, graphs = encoder_of(model), settings.graphs
     layers = len(encoder.layer)
     seen = Seen((None,) * layers, (False,) * layers, (None,) * layers, False, False)
-    reason = (_foreign_call_is_unsupported(call) if foreign and call else None) or call_is_unsupported(model, call)
+    reason = foreign_code(model) or (_foreign_call_is_unsupported(call) if foreign and call else None)
+    reason = reason or call_is_unsupported(model, call)
     assumed = assumes and reason is None and graphs is not None and graphs.expects() and not foreign
     assumed = assumed and _is_repeatable(model, call)
     if reason is None and not assumed:
@@ -338,6 +347,8 @@ def plan_call(
     call = dict(zip(names, args, strict=False))
     if settings is None or len(args) > len(names) or call.keys() & kwargs.keys():
         # Unfused, or given too many or twice: the forward itself says so.
+        return args, {name: value for name, value in kwargs.items() if name not in Reads._fields}
+    if not known.takes_plan(type(model).family):  # called as stock: what has replaced it may take nothing else
         return args, {name: value for name, value in kwargs.items() if name not in Reads._fields}
     call.update(kwargs)
     reads = Reads(*(call.pop(name, default) for name, default in Reads._field_defaults.items()))
@@ -414,7 +425,7 @@ def _draw_seeds(layers: Any, stock: tuple[bool, ...]) -> Tensor | None:
     Drawn once, and handed to the layers as arguments: one computed again for its gradients drops the same.
     """
     fused = [layer for layer, is_stock in zip(layers, stock, strict=True) if not is_stock]
-    if not any(rate for layer in fused for rate in layer.dropouts()):
+    if not any(rate for layer in fused for rate in unwrapped(layer).dropouts()):
         return None
     device = next(layers.parameters()).device
     return torch.randint(2**63 - 1, (len(layers), 3), dtype=torch.int64, device=device)
@@ -441,7 +452,7 @@ def _has_empty_sequence(model: Any, mask: Tensor | None) -> bool:
 def _isolate(model: Any, call: dict[str, Any], reason: str) -> None:
     """Keeps the sequences of a flattened call apart that runs stock: stock code would let them attend to each other."""
     cu_seqlens, implementation = call.get("cu_seq_lens_q"), model.config._attn_implementation
-    if cu_seqlens is None or call.get("attention_mask") is not None or (implementation or "").startswith("flash"):
+    if cu_seqlens is None or call.get("attention_mask") is not None or is_flash(model):
         return
     if implementation in ("sdpa", "eager", None):
         call["attention_mask"] = _stock_isolation(model, cu_seqlens, _shape(call)[1])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import ops
-from .layer import GELU, Shape, child
+from .layer import Shape, child, gelu_of
 from .packing import Packing
 from .support import fp8_is_unsupported, is_hooked, is_plain
 
@@ -167,7 +167,7 @@ class Fp8:
         return {
             (i, name): group
             for i, layer in enumerate(layers)
-            if hasattr(layer, "shape")
+            if hasattr(type(layer), "shape")
             for name, group in zip(PRODUCTS, linears(layer, layer.shape), strict=True)
             if (i, name) not in reasons
         }
@@ -214,7 +214,7 @@ class Fp8:
         `stock` says which layers run their stock code.
         """
         products: list[Products] = [
-            (None,) * 4 if is_stock else self.products(i, layer, len(layers))
+            (None,) * 4 if is_stock or not hasattr(type(layer), "shape") else self.products(i, layer, len(layers))
             for i, (layer, is_stock) in enumerate(zip(layers, stock, strict=True))
         ]
         # A layer quantizes its result for the next one; where somebody may change that in between, it doesn't.
@@ -290,7 +290,7 @@ def _infer(
     del attended, rows_context
 
     dense, activation = child(layer, *shape.up), layer.activation()
-    approximate = GELU.get(type(activation))
+    approximate = gelu_of(activation)
     rows_down: Rows | None = None
     if up is not None and rows_up is not None:
         if approximate is None:

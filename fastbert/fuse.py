@@ -7,7 +7,6 @@ import importlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import nn
@@ -22,6 +21,7 @@ from .support import (
     fp8_is_unsupported,
     model_is_unsupported,
 )
+from .wrappers import redirect
 
 FAMILIES = ("bert", "roberta", "xlm_roberta", "camembert", "electra", "ernie", "distilbert", "mpnet")
 """Modules of `fastbert.models`, each named as transformers names the family's."""
@@ -125,7 +125,7 @@ def fuse(
 @contextlib.contextmanager
 def _all_or_nothing(model: nn.Module) -> Iterator[None]:
     """Puts every module back as it was where what is done within breaks off, by Ctrl-C too."""
-    names = ("fastbert", "_old_forward", HOLDS)
+    names = ("fastbert", *_FORWARDS, HOLDS)
     before = [
         (
             m,
@@ -195,14 +195,16 @@ def _fuse_base(base: Any, family: Any, settings: Settings) -> None:
     encoder.fastbert = settings
 
 
-def _become(module: Any, kind: Any) -> None:
-    """Makes `module` one of another class; where accelerate holds its forward, that is the new one's, too.
+# What a module may hold its forward as: accelerate keeps the one before its hooks, and before its mixed precision.
+_FORWARDS = ("forward", "_old_forward", "_original_forward")
 
-    It does as `_old_forward` while it calls it, and as `forward` once its hooks are removed.
-    """
-    for name in ("_old_forward", "forward"):
-        if getattr(module.__dict__.get(name), "__func__", None) is type(module).forward:
-            setattr(module, name, MethodType(kind.forward, module))
+
+def _become(module: Any, kind: Any) -> None:
+    """Makes `module` one of another class; a forward of its own that ends in the class's then ends in the new one's."""
+    seen: dict[int, Any] = {}
+    for name in _FORWARDS:
+        if name in module.__dict__:
+            module.__dict__[name] = redirect(module.__dict__[name], {type(module).forward: kind.forward}, seen)
     module.__class__ = kind
 
 

@@ -123,6 +123,8 @@ class Fingerprint:
 
 def _is_open(layers: nn.ModuleList) -> str | None:
     """Why more than parameters, as they are now, decides what layers compute; None where nothing does."""
+    if not all(hasattr(type(layer), "is_static") for layer in layers):
+        return "a layer is wrapped"
     for module in layers.modules():
         if module.training:
             return "a layer is in training mode"

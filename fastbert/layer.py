@@ -11,23 +11,31 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
+from transformers import activations
 
 from . import autograd as autograd  # registers the operators' gradients
-from . import ops
+from . import known, ops
 from .packing import Packing
-from .support import embeddings_are_unsupported, is_a, is_placed, is_plain
+from .support import activation_is_unsupported, embeddings_are_unsupported, is_a, is_placed, is_plain
 
 # transformers' activation classes by the value of torch.nn.functional.gelu's `approximate` that computes the same.
-GELU = {
-    type(ACT2FN[name]): approximate
+_GELU = {
+    getattr(activations, name): approximate
     for name, approximate in (
-        ("gelu", "none"),
-        ("gelu_new", "tanh"),
-        ("gelu_fast", "tanh"),
-        ("gelu_pytorch_tanh", "tanh"),
+        ("GELUActivation", "none"),
+        ("NewGELUActivation", "tanh"),
+        ("FastGELUActivation", "tanh"),
+        ("PytorchGELUTanh", "tanh"),  # before transformers 5
+        ("GELUTanh", "tanh"),
     )
+    if hasattr(activations, name)
 }
+
+
+def gelu_of(activation: Any) -> str | None:
+    """`approximate` as torch.nn.functional.gelu has it, where an activation computes that; else None."""
+    return _GELU.get(type(activation)) if activation_is_unsupported(activation) is None else None
+
 
 # A mixin has no base of its own at run time: each family adds the Hugging Face class it stands in for.
 _Module: Any = nn.Module if TYPE_CHECKING else object
@@ -131,7 +139,9 @@ class FusedLayer(_Module):
 
     def is_static(self) -> bool:
         """Whether parameters say all that it computes in inference: no adapters, no activation with a state."""
-        return type(self.activation()) in GELU and all(is_plain(linear, nn.Linear) for _, linear in self.linears())
+        return gelu_of(self.activation()) is not None and all(
+            is_plain(linear, nn.Linear) for _, linear in self.linears()
+        )
 
     def weights(self) -> Weights | None:
         """All that it reads in inference, as it is now; None where it calls a submodule. It must be covered."""
@@ -142,7 +152,8 @@ class FusedLayer(_Module):
         query, key, value, context, up, down = ((linear.weight, linear.bias) for linear in linears)
         context_norm, down_norm = ((norm.weight, norm.bias, norm.eps) for norm in norms)
         head_dim = child(self, *self.shape.attention).attention_head_size
-        approximate = GELU[type(self.activation())]
+        approximate = gelu_of(self.activation())
+        assert approximate is not None
         return Weights(
             query, key, value, head_dim, self.scale(), context, context_norm, up, approximate, down, down_norm
         )
@@ -207,7 +218,7 @@ class FusedLayer(_Module):
         x = _close(child(self, *shape.context), child(self, *shape.context_norm), context.flatten(1), x)
         del context
         dense, activation = child(self, *shape.up), self.activation()
-        approximate = GELU.get(type(activation))
+        approximate = gelu_of(activation)
         if approximate is None or not is_plain(dense, nn.Linear):
             expanded = activation(_linear(dense, x))
         else:
@@ -240,7 +251,7 @@ class FusedLayer(_Module):
 
         up, activation, down = child(self, *shape.up), self.activation(), child(self, *shape.down)
         norm = child(self, *shape.down_norm)
-        approximate = GELU.get(type(activation))
+        approximate = gelu_of(activation)
         if approximate is not None and is_plain(up, nn.Linear) and is_plain(down, nn.Linear):
             added, _ = ops.feed_forward(x.to(dtype), up.weight, up.bias, down.weight, down.bias, approximate)
         else:
@@ -367,16 +378,20 @@ _TABLES = ("input_ids", "token_type_ids", "position_ids")
 class FusedEmbeddings(_Module):
     """Three embedding tables and their LayerNorm in one launch."""
 
+    family: ClassVar[str]
     names: ClassVar[tuple[str, ...]]
     """Of the parameters of the stock forward, in its order."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Ids (B, S) -> embeddings (B, S, H); stock where the kernels don't apply, and where it would complain."""
+        if not isinstance(self, FusedEmbeddings):  # called by what was put around the forward of fused ones
+            return type(self).forward(self, *args, **kwargs)
         call = {**dict(zip(self.names, args, strict=False)), **kwargs}
         input_ids, token_type_ids, position_ids = (call.get(name) for name in _TABLES)
         odd = len(call) < len(args) + len(kwargs) or any(name not in self.names for name in kwargs)
         cached = call.get("past_key_values_length") or call.get("cache_length")  # before transformers 5.24; since
         odd = odd or not isinstance(input_ids, Tensor) or input_ids.dim() != 2
+        odd = odd or known.foreign(self.family, None) is not None
         if odd or cached or embeddings_are_unsupported(self):
             stock: Tensor = stock_forward(FusedEmbeddings, self)(self, *args, **kwargs)
             return stock

@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .support import ELEMENTWISE, ROWWISE_LINEARS, is_harmless, is_placed, is_rowwise
+from .known import ELEMENTWISE
+from .support import ROWWISE_LINEARS, is_harmless, is_placed, is_rowwise
 
 HOLDS = "_fastbert"
 """Attribute of a module that holds base models: its `Holder`."""

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_globals
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import modeling_flash_attention_utils as flash
 
-from . import exporting
+from . import exporting, known
+from .wrappers import is_wrapper, unwrapped, wrapped
 
 # The attention kernel's grid has a sequence in its last dimension, where CUDA takes no more.
 MAX_SEQUENCES = 65535
@@ -24,15 +25,15 @@ MAX_SEQUENCES = 65535
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Attention implementations known to compute plain softmax attention, the only kind the kernels stand in for.
-_PLAIN_ATTENTION = {None, "eager", "sdpa", "flex_attention"} | {f"flash_attention_{version}" for version in (2, 3, 4)}
+_FLASH_ATTENTION = {f"flash_attention_{version}" for version in (2, 3, 4)}
+# Kernels of the Hub, whose names transformers writes in place of these where a package is missing.
+_FLASH_ATTENTION |= set(getattr(flash, "FLASH_ATTN_KERNEL_FALLBACK", {}).values())
+_PLAIN_ATTENTION = {None, "eager", "sdpa", "flex_attention"} | _FLASH_ATTENTION
 
 # Where linear layers come from that are called as they are: each maps the last dimension alone, so they are indifferent
 # to how rows are laid out. Not so all adapters of PEFT: some route by a mean over tokens.
 _ADAPTERS = ("adalora", "boft", "ia3", "loha", "lokr", "lora", "oft", "vera")
 ROWWISE_LINEARS = {f"peft.tuners.{name}.layer" for name in _ADAPTERS}
-
-# torch's activations that work element by element, as all of transformers' own do.
-ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Tanh, nn.Sigmoid)
 
 
 # What the kernels are compiled and tested for: the oldest triton, and the oldest NVIDIA GPU, which has bfloat16.
@@ -110,7 +111,7 @@ def is_hooked(module: nn.Module, called: bool = False) -> bool:
     attributes = module.__dict__
     if attributes["_backward_hooks"] or attributes["_backward_pre_hooks"]:
         return True
-    if "forward" in attributes and not is_placed(module):
+    if "forward" in attributes and not is_placed(module) and not is_wrapper(module):
         return True
     before, after = attributes["_forward_pre_hooks"], attributes["_forward_hooks"]
     return bool(before or after) and any(not is_harmless(hook, called) for hook in (*before.values(), *after.values()))
@@ -168,7 +169,8 @@ def is_rowwise(linear: Any, sharded: bool) -> bool:
 def encoder_of(model: Any) -> Any:
     """The stack of layers of a base model: its `encoder`, or DistilBERT's `transformer`."""
     modules = model.__dict__["_modules"]
-    return modules["encoder"] if "encoder" in modules else modules["transformer"]
+    encoder = modules["encoder"] if "encoder" in modules else modules["transformer"]
+    return encoder if "layer" in encoder.__dict__["_modules"] else unwrapped(encoder)
 
 
 def _is_decoder(config: Any) -> bool:
@@ -206,42 +208,72 @@ def sees_arguments(module: nn.Module) -> bool:
     return any(not is_harmless(hook, called=True) for hook in hooks)
 
 
-def layer_is_unsupported(layer: Any) -> str | None:
-    """Why a layer runs its stock code: a submodule that is replaced or watched, or parameters of mixed kinds."""
+def named(module: Any) -> str:
+    """A module's class as reasons name it."""
+    kind = type(module)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def activation_is_unsupported(activation: Any) -> str | None:
+    """Why an activation may be none that works element by element."""
+    kind = type(activation)
+    if kind not in known.ELEMENTWISE and kind.__module__ != "transformers.activations":
+        return f"a {named(activation)} of one's own"
+    if is_hooked(activation):
+        return f"a {named(activation)} that has hooks"
+    act = activation.__dict__.get("act")
+    if act is not None and not known.is_own_act(act):
+        return f"a {named(activation)} whose `act` has been replaced"
+    return None
+
+
+def _oddity(module: Any) -> str:
+    """What a reason says of a module that isn't plain beside its class."""
+    if is_hooked(module):
+        return " with hooks" if "forward" not in module.__dict__ else " whose forward has been replaced"
+    if "weight" not in module._parameters:
+        return ""
+    weight = module._parameters["weight"]
+    return "" if type(weight) is nn.Parameter else f" whose weight is a {named(weight)}"
+
+
+def layer_is_unsupported(layer: Any, name: str) -> str | None:
+    """Why a layer, of that name, runs its stock code: a submodule replaced or watched, or parameters of mixed kinds."""
+    seen = next((module for module in wrapped(layer) if sees_arguments(module)), None)
+    layer = unwrapped(layer)
     sharded = is_a(layer, "torch.distributed.fsdp", "FSDPModule")
     if not hasattr(type(layer), "parts"):
-        return "fully_shard came before fuse" if sharded else f"it is a {type(layer).__name__} of one's own"
+        return "fully_shard came before fuse" if sharded else f"{name} is a {named(layer)} of one's own"
     if (chunk := layer.replaced_chunk()) is not None:
-        return f"its {chunk} has been replaced"
+        return f"{name}.{chunk} has been replaced"
     if "forward" in layer.__dict__ and not is_placed(layer):
-        return "its forward has been replaced (accelerate does so to offload)"
-    if sees_arguments(layer):
-        return "it has a hook that sees its arguments"
+        return f"{name}.forward has been replaced (accelerate does so to offload)"
+    if seen is not None:
+        return f"{name} has a hook that sees its arguments"
     for path, module, kind in layer.parts():
         if type(module) is not kind:
-            return f"{'.'.join(path)} is a {type(module).__name__}"
+            return f"{'.'.join((name, *path))} is a {named(module)}"
         if is_hooked(module):
-            return f"{'.'.join(path)} has hooks"
+            return f"{'.'.join((name, *path))} has hooks"
         if module.__dict__.get("is_causal"):
-            return f"{'.'.join(path)} is causal"
-    activation = layer.activation()
-    own = type(activation) not in ELEMENTWISE and type(activation).__module__ != "transformers.activations"
-    if own or is_hooked(activation):
-        return f"the activation is a {type(activation).__name__} of one's own, or has hooks"
+            return f"{'.'.join((name, *path))} is causal"
+    if reason := activation_is_unsupported(layer.activation()):
+        return f"{'.'.join((name, *layer.shape.activation))} is {reason}"
     weights: list[Tensor] = []
     for path, linear in layer.linears():
         if is_plain(linear, nn.Linear, sharded):
             weights += [p for p in linear._parameters.values() if p is not None]
         elif not is_rowwise(linear, sharded):
-            return f"{'.'.join(path)} is a {type(linear).__name__}" + (" with hooks" if is_hooked(linear) else "")
+            return f"{'.'.join((name, *path))} is a {named(linear)}{_oddity(linear)}"
     for path, norm in layer.norms():
         if not is_plain(norm, nn.LayerNorm, sharded) or norm.weight is None or norm.bias is None:
-            return f"{'.'.join(path)} is not a plain nn.LayerNorm with weight and bias"
+            odd = _oddity(norm)
+            return f"{'.'.join((name, *path))} is a {named(norm)}{odd}, not a plain nn.LayerNorm with weight and bias"
         weights += norm._parameters.values()
     dtype, device = weights[0].dtype, weights[0].device
     for weight in weights:
         if weight.dtype is not dtype or weight.device != device:
-            return "its parameters differ in dtype or device"
+            return f"the parameters of {name} differ in dtype or device"
     return None
 
 
@@ -341,6 +373,19 @@ def relative_is_unsupported(model: Any, call: Mapping[str, Any], mixed: bool) ->
     return None
 
 
+def is_flash(model: Any) -> bool:
+    """Whether stock attention is one of those that keep the sequences of a flattened call apart."""
+    return model.config._attn_implementation in _FLASH_ATTENTION
+
+
+def foreign_code(model: Any) -> str | None:
+    """What of the code that a fused base model stands in for is not torch's or transformers' own."""
+    implementation = model.config._attn_implementation
+    # A kernel of the Hub brings a function of its own; one that isn't known is a reason by itself.
+    judged = implementation in _PLAIN_ATTENTION - _FLASH_ATTENTION
+    return known.foreign(type(model).family, implementation if judged else None)
+
+
 def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
     """Why this call of a base model, with these arguments by name, runs stock."""
     config = model.config
@@ -361,11 +406,9 @@ def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
     if first is not None and (first.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1) > MAX_SEQUENCES:
         return f"more than {MAX_SEQUENCES} sequences"
     implementation = config._attn_implementation
-    function = ALL_ATTENTION_FUNCTIONS.get(implementation)
-    replaced = function is not None and not function.__module__.startswith("transformers.")
-    if implementation not in _PLAIN_ATTENTION or replaced:
+    if implementation not in _PLAIN_ATTENTION:
         return f"attention implementation {implementation!r}"
-    infers_sequences = (implementation or "").startswith("flash") and mask is None and cu_seqlens is None
+    infers_sequences = is_flash(model) and mask is None and cu_seqlens is None
     if infers_sequences and call.get("position_ids") is not None:
         return "flash attention that reads the sequences from position_ids"
     embeds = call.get("inputs_embeds")

@@ -14,6 +14,7 @@ LOSS_HEADS: heads that can return their loss alone, and the fused classes that d
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -24,6 +25,7 @@ from torch import nn
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.utils.generic import can_return_tuple
 
+from .. import known
 from ..encoder import FusedEncoder, check_taken, plan_call
 from ..fuse import FusedModel
 from ..graphs import Stale
@@ -36,7 +38,7 @@ T = TypeVar("T", bound=nn.Module)
 
 
 def _derive(kind: type[T], module: str, mixin: type, **attributes: Any) -> type[T]:
-    about = {"__module__": module, "__doc__": f"transformers' {kind.__name__}, fused."}
+    about = {"__module__": module, "__doc__": f"transformers' {kind.__name__}, fused.", "family": module}
     return type(kind.__name__, (mixin, kind), {**about, **attributes})
 
 
@@ -107,6 +109,9 @@ def introduce(model: Any, config: type[Any], probes: bool = True) -> None:
     hands on to its encoder what it is given by names it doesn't know, as a plan is; if not, none of the family is
     fused, and a warning says so.
     """
+    family = sys.modules[model.__module__]
+    kinds = [kind for fused in family.CLASSES.values() for kind in getattr(fused, "kinds", {}).values()]
+    known.keep(family.__name__, family.hf, (*family.CLASSES, *kinds))
     sizes = {"vocab_size": 16, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
     with torch.device("meta"):
         one = model(config(**sizes, pad_token_id=0))

@@ -1,0 +1,227 @@
+"""The code of torch and of transformers that the fast path stands in for, and whether it is still theirs.
+
+Tools replace it: a method on a class, a function in a module, a class in a module, an attention function in its
+registry. What they put in its place is to run, so nothing is known by the identity of a class. A function is its
+class's own where it and everything wrapped around it was defined in torch or transformers, it in the class's module and
+under the class's name. That holds for a patch that was there before fastbert, too.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Iterable, Iterator
+from gc import get_referents
+from operator import attrgetter
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import activations
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+_OWNERS = ("torch", "transformers")
+
+# Functions of torch, by module, that stock layers and attention call, and that kernels compute in their place.
+_FUNCTIONS = {
+    "torch.nn.functional": (
+        "dropout",
+        "embedding",
+        "gelu",
+        "layer_norm",
+        "linear",
+        "scaled_dot_product_attention",
+        "softmax",
+    ),
+    "torch": ("matmul", "pow", "tanh"),
+}
+# What decides how any module is called. torch.fx and torch.export put their own in its place as they trace.
+_CALLS = ("__call__", "__getattr__", "__getattribute__", "_call_impl", "_wrapped_call_impl")
+# Methods that take no part in a forward.
+_ASIDE = {"__init__", "__repr__", "__setstate__", "extra_repr", "reset_parameters", "prune_heads"}
+
+# torch's activations that work element by element, as all of transformers' own do.
+ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Tanh, nn.Sigmoid)
+_PLAIN = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding, *ELEMENTWISE)
+
+
+def _defined_in(function: Any) -> str:
+    """The module whose code a function is, whatever it says of itself: decorators copy what it says."""
+    return str(getattr(function, "__globals__", {}).get("__name__", ""))
+
+
+def _layers_of(function: Any) -> Iterator[Any]:
+    """A function, and what it is wrapped around, the innermost last."""
+    while function is not None:
+        yield function
+        function = getattr(function, "__wrapped__", None)
+
+
+def _is_own(function: Any, module: str, name: str) -> bool:
+    """Whether `function` is the one that `module` defines under `name`, in nothing but its owners' decorators."""
+    if isinstance(function, BuiltinFunctionType):
+        return function.__name__ == name
+    *outer, inner = _layers_of(function)
+    if not all(isinstance(f, FunctionType) and _defined_in(f).partition(".")[0] in _OWNERS for f in (*outer, inner)):
+        return False
+    return _defined_in(inner) == module and inner.__qualname__ == name
+
+
+@functools.lru_cache(256)
+def _is_theirs(function: Any) -> bool:
+    """Whether a function was defined in torch or transformers, and everything that is wrapped around it."""
+    return all(_defined_in(f).partition(".")[0] in _OWNERS for f in _layers_of(function))
+
+
+def is_own_act(act: Any) -> bool:
+    """Whether what an activation of transformers calls is one of torch's functions, or a method of its own."""
+    act = act.func if isinstance(act, functools.partial) else getattr(act, "__func__", act)
+    return isinstance(act, BuiltinFunctionType) or _is_theirs(act)
+
+
+def is_stock_class(kind: type[Any], owner: str) -> bool:
+    """Whether a class is one of `owner`'s ("transformers.activations"), with the code it came with."""
+    return kind.__module__ == owner and _foreign_method(kind) is None
+
+
+def _foreign_method(kind: type[Any]) -> str | None:
+    """The name of a method of `kind` that takes part in a forward and is not its own."""
+    for name, value in vars(kind).items():
+        function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+        if name in _CALLS:
+            return name
+        aside = name in _ASIDE or name.startswith(("get_", "set_"))
+        counts = name == "forward" or (not aside and isinstance(function, FunctionType))
+        if counts and not _is_own(function, kind.__module__, f"{kind.__qualname__}.{name}"):
+            return name
+    return None
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """The names that code reads, those of functions inside it too."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _said(value: Any) -> str:
+    """How an error names a function or a class: by its module, too."""
+    value = inspect.unwrap(value) if callable(value) else value
+    module = _defined_in(value) or getattr(value, "__module__", None) or type(value).__module__
+    return f"{module}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+
+
+class Code:
+    """What fused classes of one family stand in for."""
+
+    def __init__(self, module: ModuleType, classes: Iterable[type[Any]]) -> None:
+        """`module` is transformers' of the family, `classes` those whose code is stood in for, the model's first."""
+        self._module = module
+        self._classes = tuple(dict.fromkeys(classes))
+        own = activations.__name__
+        theirs = [x for x in vars(activations).values() if isinstance(x, type) and x.__module__ == own]
+        self._kinds = (*self._classes, *_PLAIN, *dict.fromkeys(theirs))
+        # A class shows its dictionary through a proxy; that refers to nothing else.
+        self._dictionaries = [get_referents(vars(kind))[0] for kind in (*self._kinds, nn.Module)]
+        self._names = {module: self._globals()}
+        self._names |= {importlib.import_module(owner): names for owner, names in _FUNCTIONS.items()}
+        self._kept = {f: f.__code__ for f in self._functions()}
+        self._last: tuple[list[Any], str | None, bool] = ([], None, True)
+
+    def foreign(self) -> tuple[str | None, bool]:
+        """What is not torch's or transformers' own any more, or None; and whether the model's own forward is.
+
+        It takes a few microseconds where nothing has changed.
+        """
+        found = get_referents(*self._dictionaries)
+        for module, names in self._names.items():
+            found += map(vars(module).get, names)
+        found += map(attrgetter("__code__"), self._kept)
+        seen, reason, takes_plan = self._last
+        if found != seen:
+            model = self._classes[0]
+            reason, takes_plan = self._look(), is_stock_class(model, self._module.__name__)
+            self._last = found, reason, takes_plan
+        return reason, takes_plan
+
+    def _functions(self) -> Iterator[Any]:
+        """The Python functions that are stood in for, unwrapped."""
+        values = [value for kind in self._kinds for value in vars(kind).values()]
+        values += [vars(module).get(name) for module, names in self._names.items() for name in names]
+        for value in values:
+            value = inspect.unwrap(getattr(value, "__func__", value)) if callable(value) else value
+            if isinstance(value, FunctionType):
+                yield value
+
+    def _globals(self) -> tuple[str, ...]:
+        """Functions and modules that the code of the classes reads from its module."""
+        space, found = vars(self._module), set()
+        values = [value for kind in self._classes for name, value in vars(kind).items() if name not in _ASIDE]
+        for value in (*values, space.get("eager_attention_forward")):
+            function = inspect.unwrap(value) if callable(value) else getattr(value, "__func__", None)
+            if isinstance(function, FunctionType):
+                found |= set(_names(function.__code__)) & space.keys()
+        return tuple(sorted(name for name in found if isinstance(space[name], (FunctionType, ModuleType))))
+
+    def _look(self) -> str | None:
+        owner = self._module.__name__
+        for kind in self._classes:
+            if kind.__module__ != owner:
+                return f"{owner}.{kind.__qualname__} is {_said(kind)}"
+        for kind in self._kinds:
+            if name := _foreign_method(kind):
+                return f"{kind.__qualname__}.{name} is {_said(vars(kind)[name])}"
+        for name in _CALLS:
+            value = vars(nn.Module).get(name)
+            if value is not None and not _is_theirs(value):
+                return f"torch.nn.Module.{name} is {_said(value)}"
+        for module, names in self._names.items():
+            for name in names:
+                value = vars(module).get(name)
+                if isinstance(value, ModuleType):
+                    own = value.__name__ == name or value.__name__.partition(".")[0] in _OWNERS
+                    own = own and value is sys.modules.get(value.__name__)
+                elif module is self._module:  # defined there, or imported from elsewhere
+                    own = _is_theirs(value) and getattr(value, "__name__", None) == name
+                else:
+                    own = _is_own(value, module.__name__, name)
+                if not own:
+                    return f"{module.__name__}.{name} is {_said(value)}"
+        for function, code in self._kept.items():
+            if function.__code__ is not code:
+                return f"the code of {_said(function)} has been replaced"
+        return None
+
+
+_CODES: dict[str, Code] = {}
+
+
+def keep(family: str, module: ModuleType, classes: Iterable[type[Any]]) -> None:
+    """Introduces the code of a family (a module of `fastbert.models`, by name); as `Code` has it."""
+    _CODES[family] = Code(module, classes)
+
+
+@torch.compiler.assume_constant_result
+def foreign(family: str, implementation: str | None) -> str | None:
+    """Why the code of a family is not what the fast path stands in for, at this moment; None where it is.
+
+    Args:
+        family: a module of `fastbert.models`, by name.
+        implementation: of attention, as the model's config names it.
+    """
+    if (reason := _CODES[family].foreign()[0]) is not None:
+        return reason
+    function = ALL_ATTENTION_FUNCTIONS.get(implementation)
+    if function is not None and not _is_theirs(function):
+        return f"attention {implementation!r} is {_said(function)}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def takes_plan(family: str) -> bool:
+    """Whether the stock forward of a family's base model is its own, which hands on to the encoder what it is given."""
+    return _CODES[family].foreign()[1]

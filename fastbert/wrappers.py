@@ -1,0 +1,152 @@
+"""What is put around modules and around their forwards, and hands on what it is given.
+
+Modules: a checkpointed, compiled or sharded layer is called as the layer is, and asked what the layer is asked. Those
+known to do no more than that are in `_WRAPPERS`; any other is a module of one's own.
+
+Forwards: accelerate's mixed precision, torch.compile and decorators leave on a module a forward that ends in the one
+its class had. `redirect` makes one like it that ends in another.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from types import CellType, FunctionType, MethodType
+from typing import Any
+
+from torch import nn
+
+# Modules that call the one inside with their arguments, whatever these are: by name the attribute it is under.
+_WRAPPERS = {
+    ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "CheckpointWrapper"): "_checkpoint_wrapped_module",
+    ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "OffloadWrapper"): "_checkpoint_wrapped_module",
+    ("torch._dynamo.eval_frame", "OptimizedModule"): "_orig_mod",
+    ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel"): "_fsdp_wrapped_module",
+}
+# Packages whose wrappers of a forward read nothing of what they hand on.
+_TRANSPARENT = ("accelerate", "fastbert", "functools", "torch", "transformers")
+
+
+def is_wrapper(module: Any) -> bool:
+    """Whether `module` is known to hand its arguments on to the one inside."""
+    return (type(module).__module__, type(module).__qualname__) in _WRAPPERS
+
+
+def unwrapped(module: Any) -> Any:
+    """The module that wrappers, if there are any, are around."""
+    while (name := _WRAPPERS.get((type(module).__module__, type(module).__qualname__))) is not None:
+        module = module.__dict__["_modules"][name]
+    return module
+
+
+def wrapped(module: Any) -> Iterator[Any]:
+    """A module, and what is inside of it as far as it is known to be a wrapper; the module itself first."""
+    yield module
+    while (name := _WRAPPERS.get((type(module).__module__, type(module).__qualname__))) is not None:
+        module = module.__dict__["_modules"][name]
+        yield module
+
+
+def _is_followed(value: Any) -> bool:
+    if isinstance(value, (FunctionType, MethodType, functools.partial)):
+        return True
+    # An object of Python's, all of which is in its attributes.
+    kind: Any = type(value)
+    plain = kind.__new__ is object.__new__ and not any(vars(c).get("__slots__") for c in kind.__mro__)
+    return callable(value) and plain and not isinstance(value, (type, nn.Module)) and hasattr(value, "__dict__")
+
+
+def redirect(function: Any, to: Mapping[Any, Any], seen: dict[int, Any] | None = None) -> Any:
+    """`function` with those functions that it ends in replaced: a copy, or itself where it ends in none of them.
+
+    It is followed through bound methods, partials, closures and attributes; what it is copied from stays as it is.
+
+    Args:
+        function: a callable, or anything else, which is returned.
+        to: by function, the one in its place.
+        seen: those met so far, by id.
+    """
+    seen = {} if seen is None else seen
+    if not _is_followed(function):
+        return function
+    if id(function) in seen:
+        return seen[id(function)][1]
+    seen[id(function)] = function, function  # kept, so that no other has its id
+
+    def new(value: Any) -> Any:
+        return redirect(value, to, seen)
+
+    result = function
+    if isinstance(function, FunctionType) and function in to:
+        result = to[function]
+    elif isinstance(function, MethodType):
+        if (inner := new(function.__func__)) is not function.__func__:
+            result = MethodType(inner, function.__self__)
+        elif (owner := new(function.__self__)) is not function.__self__:
+            result = MethodType(function.__func__, owner)
+    elif isinstance(function, functools.partial):
+        inner, args = new(function.func), tuple(map(new, function.args))
+        keywords = {name: new(value) for name, value in function.keywords.items()}
+        before = (function.func, *function.args, *function.keywords.values())
+        after = (inner, *args, *keywords.values())
+        attributes = {name: new(value) for name, value in vars(function).items()}
+        if _differ(before, after) or _differ(vars(function).values(), attributes.values()):
+            result = functools.partial(inner, *args, **keywords)
+            vars(result).update(attributes)
+    elif isinstance(function, FunctionType):
+        contents = [_content(cell) for cell in function.__closure__ or ()]
+        inside = list(map(new, contents))
+        attributes = {name: new(value) for name, value in vars(function).items()}
+        if _differ(contents, inside) or _differ(vars(function).values(), attributes.values()):
+            cells = [
+                cell if value is content else CellType(value)
+                for cell, content, value in zip(function.__closure__ or (), contents, inside, strict=True)
+            ]
+            arguments = function.__globals__, function.__name__, function.__defaults__, tuple(cells)
+            result = FunctionType(function.__code__, *arguments)
+            result.__kwdefaults__, result.__qualname__ = function.__kwdefaults__, function.__qualname__
+            result.__module__, result.__doc__ = function.__module__, function.__doc__
+            vars(result).update(attributes)
+    else:
+        attributes = {name: new(value) for name, value in vars(function).items()}
+        if _differ(vars(function).values(), attributes.values()):
+            result = object.__new__(type(function))  # not by copy: accelerate's refuse to be pickled
+            vars(result).update(attributes)
+    seen[id(function)] = function, result
+    return result
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty: a name that has no value yet
+        return None
+
+
+def _differ(before: Any, after: Any) -> bool:
+    return any(a is not b for a, b in zip(before, after, strict=True))
+
+
+def reached(function: Any, seen: dict[int, Any] | None = None) -> Iterator[Any]:
+    """Every function that a callable ends in or passes, as `redirect` follows it."""
+    seen = {} if seen is None else seen
+    if not _is_followed(function) or id(function) in seen:
+        return
+    seen[id(function)] = function
+    yield function
+    inside: list[Any] = list(getattr(function, "__dict__", {}).values())
+    if isinstance(function, MethodType):
+        inside = [function.__func__, function.__self__]
+    elif isinstance(function, functools.partial):
+        inside += [function.func, *function.args, *function.keywords.values()]
+    elif isinstance(function, FunctionType):
+        inside += map(_content, function.__closure__ or ())
+    for value in inside:
+        yield from reached(value, seen)
+
+
+def is_transparent(forward: Any, own: Any) -> bool:
+    """Whether a forward on a module does no more than hand its arguments on to `own`, its class's."""
+    functions = [f for f in reached(forward) if isinstance(f, FunctionType)]
+    around = [f.__globals__.get("__name__", "") for f in functions if f is not own]
+    return own in functions and all(name.partition(".")[0] in _TRANSPARENT for name in around)

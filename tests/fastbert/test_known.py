@@ -1,0 +1,358 @@
+"""Code of torch and transformers that somebody has replaced runs, and what stands in for it does not."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers.activations
+from torch import Tensor, nn
+from transformers import (
+    DistilBertConfig,
+    DistilBertModel,
+    MPNetConfig,
+    MPNetModel,
+    RobertaConfig,
+    RobertaModel,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.bert import modeling_bert as hf
+
+import fastbert
+from tests import models
+
+SMALL = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+def last(model: Any, **arguments: Any) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(input_ids=models.ids(3, 11), **arguments)[0]
+    return result
+
+
+def said(model: Any) -> Any:
+    with torch.no_grad():
+        (encoder,) = fastbert.explain(model).encoders
+    return encoder
+
+
+def halved(function: Callable[..., Any]) -> Callable[..., Any]:
+    def half(*args: Any, **kwargs: Any) -> Any:
+        out = function(*args, **kwargs)
+        if isinstance(out, tuple):
+            return (out[0] * 0.5, *out[1:])
+        if isinstance(out, Tensor):
+            return out * 0.5
+        out.last_hidden_state = out.last_hidden_state * 0.5
+        return out
+
+    return half
+
+
+def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """It says that it is what it is around."""
+    return functools.wraps(function)(halved(function))
+
+
+def squared(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args: function(*args) ** 2
+
+
+def strict(function: Callable[..., Any]) -> Callable[..., Any]:
+    """It takes no argument but stock's."""
+
+    def forward(self: Any, input_ids: Any = None, attention_mask: Any = None) -> Any:
+        return halved(function)(self, input_ids, attention_mask)
+
+    return forward
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    own = name in vars(owner)
+    before = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before) if own else delattr(owner, name)
+
+
+# (owner, name, what is put in its place, attention)
+PATCHES: dict[str, tuple[Any, str, Callable[[Any], Any], str]] = {
+    "BertSelfAttention.forward": (hf.BertSelfAttention, "forward", halved, "eager"),
+    "BertSelfOutput.forward": (hf.BertSelfOutput, "forward", halved, "sdpa"),
+    "BertAttention.forward": (hf.BertAttention, "forward", wrapped, "sdpa"),
+    "BertIntermediate.forward": (hf.BertIntermediate, "forward", halved, "sdpa"),
+    "BertOutput.forward": (hf.BertOutput, "forward", wrapped, "sdpa"),
+    "BertLayer.forward": (hf.BertLayer, "forward", halved, "sdpa"),
+    "BertLayer.feed_forward_chunk": (hf.BertLayer, "feed_forward_chunk", wrapped, "sdpa"),
+    "BertEncoder.forward": (hf.BertEncoder, "forward", halved, "sdpa"),
+    "BertEmbeddings.forward": (hf.BertEmbeddings, "forward", halved, "sdpa"),
+    "BertModel.forward": (hf.BertModel, "forward", strict, "sdpa"),
+    "BertIntermediate.__call__": (hf.BertIntermediate, "__call__", lambda _: halved(nn.Module.__call__), "sdpa"),
+    "LayerNorm.forward": (nn.LayerNorm, "forward", halved, "sdpa"),
+    "Linear.forward": (nn.Linear, "forward", wrapped, "sdpa"),
+    "Dropout.forward": (nn.Dropout, "forward", halved, "sdpa"),
+    "Embedding.forward": (nn.Embedding, "forward", squared, "sdpa"),
+    "GELUActivation.forward": (transformers.activations.GELUActivation, "forward", halved, "sdpa"),
+    "torch.nn.Module._call_impl": (nn.Module, "_call_impl", halved, "sdpa"),
+    "modeling_bert.eager_attention_forward": (hf, "eager_attention_forward", halved, "eager"),
+    "modeling_bert.apply_chunking_to_forward": (hf, "apply_chunking_to_forward", wrapped, "sdpa"),
+    "torch.nn.functional.layer_norm": (nn.functional, "layer_norm", halved, "sdpa"),
+    "torch.nn.functional.linear": (nn.functional, "linear", halved, "sdpa"),
+    "torch.nn.functional.scaled_dot_product_attention": (
+        nn.functional,
+        "scaled_dot_product_attention",
+        halved,
+        "sdpa",
+    ),
+    "torch.nn.functional.softmax": (nn.functional, "softmax", halved, "eager"),
+    "torch.matmul": (torch, "matmul", halved, "eager"),
+}
+
+
+@pytest.mark.parametrize("what", PATCHES)
+def test_replaced_code_runs_until_it_is_put_back(what: str) -> None:
+    owner, name, patch, attention = PATCHES[what]
+    stock = models.seeded(attn_implementation=attention, **SMALL)
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    before = last(stock)
+    torch.testing.assert_close(last(fused), before, rtol=1e-4, atol=1e-5)
+    with replaced(owner, name, patch(getattr(owner, name))):
+        expected, found, during = last(stock), last(fused), said(fused)
+    assert not torch.allclose(expected, before, atol=1e-2)  # the patch is one that tells
+    assert torch.equal(found, expected)
+    assert what in during.reason
+    assert during.stock_calls == {during.reason: 1}
+    torch.testing.assert_close(last(fused), before, rtol=1e-4, atol=1e-5)
+    after = said(fused)
+    assert after.reason is None and sum(after.fused_calls.values()) == 2 and sum(after.stock_calls.values()) == 1
+
+
+def test_the_mask_is_handed_to_what_replaces_the_model() -> None:
+    """By position, as it takes it, and nothing of ours with it."""
+    stock = models.seeded(hf.BertForTokenClassification, **SMALL)
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    mask = models.masks(3, 11)["right"]
+    forward = hf.BertModel.forward
+
+    def own(self: Any, input_ids: Any, attention_mask: Any, token_type_ids: Any, position_ids: Any, inputs_embeds: Any,
+            **kwargs: Any) -> Any:  # fmt: skip
+        assert not kwargs.keys() - {"return_dict", "output_attentions", "output_hidden_states"}, kwargs
+        return forward(self, input_ids, attention_mask * 0 + 1, token_type_ids)
+
+    names = ("token_type_ids", "position_ids", "inputs_embeds")
+    with replaced(hf.BertModel, "forward", own):
+        expected, found = (
+            last(m, attention_mask=mask, labels=models.ids(3, 11, high=4), **dict.fromkeys(names))
+            for m in (stock, fused)
+        )
+    assert torch.equal(found, expected)
+
+
+def test_an_attention_function_registered_anew() -> None:
+    stock = models.seeded(attn_implementation="sdpa", **SMALL)
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    own = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    type(ALL_ATTENTION_FUNCTIONS).register("sdpa", wrapped(own))
+    try:
+        assert torch.equal(last(fused), last(stock))
+        assert "attention 'sdpa' is" in said(fused).reason
+    finally:
+        type(ALL_ATTENTION_FUNCTIONS).register("sdpa", own)
+    last(fused)
+    assert sum(said(fused).fused_calls.values()) == 1
+
+
+def test_code_replaced_inside_a_function() -> None:
+    stock = models.seeded(**SMALL)
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    last(fused)
+
+    def forward(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        normed: Tensor = self.LayerNorm(self.dense(hidden_states) + 2 * input_tensor)
+        return normed
+
+    function = hf.BertOutput.forward
+    before, function.__code__ = function.__code__, forward.__code__
+    try:
+        assert torch.equal(last(fused), last(stock))
+        assert "code of" in said(fused).reason and "BertOutput.forward" in said(fused).reason
+    finally:
+        function.__code__ = before
+    last(fused)
+    assert sum(said(fused).fused_calls.values()) == 2
+
+
+def test_what_an_activation_calls() -> None:
+    stock = models.seeded(**SMALL)
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    before = last(fused)
+    for model in (stock, fused):
+        model.encoder.layer[1].intermediate.intermediate_act_fn.act = lambda x: torch.softmax(x, 1)
+    torch.testing.assert_close(last(fused), last(stock))
+    assert not torch.allclose(last(fused), before)
+    assert "GELUActivation whose `act` has been replaced" in said(fused).layers[1]
+
+
+def test_a_replaced_pooler_runs_behind_fused_layers() -> None:
+    stock = models.seeded(**SMALL)
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    with replaced(hf.BertPooler, "forward", halved(hf.BertPooler.forward)), torch.no_grad():
+        found, expected = (m(input_ids=models.ids(3, 11)).pooler_output for m in (fused, stock))
+    torch.testing.assert_close(found, expected)
+    assert sum(said(fused).fused_calls.values()) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "owner"),
+    [
+        (DistilBertModel, DistilBertConfig(vocab_size=211, dim=32, hidden_dim=64, n_layers=2, n_heads=2), "FFN"),
+        (MPNetModel, MPNetConfig(vocab_size=211, num_hidden_layers=2, **SMALL), "MPNetOutput"),
+        (RobertaModel, RobertaConfig(vocab_size=211, num_hidden_layers=2, **SMALL), "RobertaLayer"),
+    ],
+)
+@pytest.mark.parametrize("of_the_model", [False, True])
+def test_other_families(kind: Any, config: Any, owner: str, of_the_model: bool) -> None:
+    module = sys.modules[kind.__module__]
+    patched = kind if of_the_model else getattr(module, owner)
+    torch.manual_seed(0)
+    stock = kind(config).eval()
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    last(fused)
+    with replaced(patched, "forward", halved(patched.forward)):
+        assert torch.equal(last(fused), last(stock))
+        during = said(fused)
+        assert f"{patched.__name__}.forward" in during.reason
+        assert during.stock_calls == {during.reason: 1}
+    torch.testing.assert_close(last(fused), last(stock), rtol=1e-4, atol=1e-5)
+    assert sum(said(fused).fused_calls.values()) == 2
+
+
+BEFORE = {
+    "a method": """
+        own = hf.BertSelfAttention.forward
+        hf.BertSelfAttention.forward = lambda *a, **k: (own(*a, **k)[0] * 0.5, None)
+        """,
+    "a function": """
+        own = hf.apply_chunking_to_forward
+        hf.apply_chunking_to_forward = lambda *a: own(*a) * 0.5
+        """,
+    "a class": """
+        class Own(hf.BertSelfOutput):
+            def forward(self, *args):
+                return super().forward(*args) * 0.5
+        hf.BertSelfOutput = Own
+        """,
+    "a class of the same name": """
+        class BertLayer(hf.BertLayer):
+            def forward(self, *args, **kwargs):
+                return super().forward(*args, **kwargs) * 0.5
+        hf.BertLayer = BertLayer
+        """,
+    "torch's LayerNorm": """
+        own = torch.nn.LayerNorm.forward
+        torch.nn.LayerNorm.forward = lambda self, x: own(self, x) * 0.5
+        """,
+    "an activation by its name": """
+        class Own(torch.nn.Module):
+            def forward(self, x):
+                return x.softmax(1)
+        transformers.activations.ACT2FN["gelu"] = Own
+        """,
+}
+
+
+def test_code_replaced_before_fastbert_is_imported() -> None:
+    """In a process for each, forked from one that has imported the rest."""
+    script = """
+        import copy, os, sys, torch, transformers.activations
+        from transformers.models.bert import modeling_bert as hf
+        torch.set_num_threads(1)
+
+        def check(patch):
+            exec(patch, globals())
+            import fastbert
+            config = hf.BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                                   intermediate_size=64)
+            stock = hf.BertModel(config).eval()
+            fused = fastbert.fuse(copy.deepcopy(stock))
+            ids = torch.arange(20).view(2, 10)
+            with torch.inference_mode():
+                torch.testing.assert_close(fused(ids)[0], stock(ids)[0])
+                said = fastbert.explain(fused).encoders[0]
+            assert said.reason and not said.fused_calls and said.stock_calls == {said.reason: 1}, said
+
+        for patch in sys.argv[1:]:
+            if not os.fork():
+                check(patch)
+                os._exit(0)
+            assert os.wait()[1] == 0, patch
+        """
+    patches = map(textwrap.dedent, BEFORE.values())
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script), *patches], check=True)
+
+
+def test_names_of_the_hubs_flash_attention_run_fused() -> None:
+    flash = pytest.importorskip("transformers.modeling_flash_attention_utils")
+    fused = fastbert.fuse(models.seeded(**SMALL))
+    expected = last(fused)
+    for name in flash.FLASH_ATTN_KERNEL_FALLBACK.values():
+        fused.config._attn_implementation = name
+        assert said(fused).reason is None
+        assert torch.equal(last(fused), expected)
+        flat = models.ragged([4, 7])
+        assert last_flat(fused, flat).shape == (1, 11, 32)
+    assert not said(fused).stock_calls
+    fused.config._attn_implementation = "somebody/flash-attn2"
+    assert said(fused).reason == "attention implementation 'somebody/flash-attn2'"
+
+
+def last_flat(model: Any, call: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(**call)[0]
+    return result
+
+
+def test_reasons_name_the_module() -> None:
+    class Linear4bit(nn.Linear):
+        pass
+
+    class Table(nn.Parameter):
+        pass
+
+    fused = fastbert.fuse(models.seeded(num_hidden_layers=4, **SMALL))
+    layers = fused.encoder.layer
+    layers[0].attention.self.query.__class__ = Linear4bit
+    layers[1].output.LayerNorm.register_forward_hook(lambda *_: None)
+    layers[2].output.dense.weight = Table(layers[2].output.dense.weight.detach())
+    own = f"{__name__}.test_reasons_name_the_module.<locals>"
+    assert said(fused).layers == {
+        0: f"encoder.layer.0.attention.self.query is a {own}.Linear4bit",
+        1: "encoder.layer.1.output.LayerNorm is a torch.nn.modules.normalization.LayerNorm with hooks, not a plain "
+        "nn.LayerNorm with weight and bias",
+        2: f"encoder.layer.2.output.dense is a torch.nn.modules.linear.Linear whose weight is a {own}.Table",
+    }
+
+
+def test_asking_whether_code_is_known_costs_microseconds() -> None:
+    import time
+
+    from fastbert import known
+
+    fastbert.fuse(models.seeded(**SMALL))
+    times = []
+    for _ in range(200):
+        start = time.perf_counter()
+        known.foreign("fastbert.models.bert", "sdpa")
+        times.append(time.perf_counter() - start)
+    assert min(times) < 50e-6
