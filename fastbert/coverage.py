@@ -145,6 +145,12 @@ _REST = 64
 """Calls at most that are not compared, after others that always found something changed."""
 
 
+def _is_handed_on(layer: Any) -> bool:
+    """Whether something stands before a layer's forward, which may compile it or gather its weights."""
+    attributes = vars(layer)
+    return is_wrapper(layer) or "forward" in attributes or attributes.get("_compiled_call_impl") is not None
+
+
 class Coverage:
     """What was last found of the layers of one encoder. A copy of it, or one that was pickled, has found nothing yet.
 
@@ -190,7 +196,7 @@ class Coverage:
             and all(p.numel() > 1 for p in snapshot.parameters)
         ):
             weights = [
-                None if stock or is_wrapper(layer) else layer.weights()
+                None if stock or _is_handed_on(layer) else layer.weights()
                 for layer, stock in zip(roots[0], seen.stock, strict=True)
             ]
             seen = seen._replace(weights=tuple(weights))

@@ -108,7 +108,7 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
-def _said(value: Any) -> str:
+def said(value: Any) -> str:
     """How an error names a function or a class: by its module, too."""
     value = inspect.unwrap(value) if callable(value) else value
     module = _defined_in(value) or getattr(value, "__module__", None) or type(value).__module__
@@ -171,14 +171,14 @@ class Code:
         owner = self._module.__name__
         for kind in self._classes:
             if kind.__module__ != owner:
-                return f"{owner}.{kind.__qualname__} is {_said(kind)}"
+                return f"{owner}.{kind.__qualname__} is {said(kind)}"
         for kind in self._kinds:
             if name := _foreign_method(kind):
-                return f"{kind.__qualname__}.{name} is {_said(vars(kind)[name])}"
+                return f"{kind.__qualname__}.{name} is {said(vars(kind)[name])}"
         for name in _CALLS:
             value = vars(nn.Module).get(name)
             if value is not None and not _is_theirs(value):
-                return f"torch.nn.Module.{name} is {_said(value)}"
+                return f"torch.nn.Module.{name} is {said(value)}"
         for module, names in self._names.items():
             for name in names:
                 value = vars(module).get(name)
@@ -190,10 +190,10 @@ class Code:
                 else:
                     own = _is_own(value, module.__name__, name)
                 if not own:
-                    return f"{module.__name__}.{name} is {_said(value)}"
+                    return f"{module.__name__}.{name} is {said(value)}"
         for function, code in self._kept.items():
             if function.__code__ is not code:
-                return f"the code of {_said(function)} has been replaced"
+                return f"the code of {said(function)} has been replaced"
         return None
 
 
@@ -217,7 +217,7 @@ def foreign(family: str, implementation: str | None) -> str | None:
         return reason
     function = ALL_ATTENTION_FUNCTIONS.get(implementation)
     if function is not None and not _is_theirs(function):
-        return f"attention {implementation!r} is {_said(function)}"
+        return f"attention {implementation!r} is {said(function)}"
     return None
 
 

@@ -17,7 +17,7 @@ from torch.nn.modules import module as module_globals
 from transformers import modeling_flash_attention_utils as flash
 
 from . import exporting, known
-from .wrappers import is_wrapper, unwrapped, wrapped
+from .wrappers import is_transparent, is_wrapper, reached, unwrapped, wrapped
 
 # The attention kernel's grid has a sequence in its last dimension, where CUDA takes no more.
 MAX_SEQUENCES = 65535
@@ -111,7 +111,9 @@ def is_hooked(module: nn.Module, called: bool = False) -> bool:
     attributes = module.__dict__
     if attributes["_backward_hooks"] or attributes["_backward_pre_hooks"]:
         return True
-    if "forward" in attributes and not is_placed(module) and not is_wrapper(module):
+    own: Any = type(module)
+    replaced = "forward" in attributes and not is_placed(module) and not is_wrapper(module)
+    if replaced and not (called and is_transparent(attributes["forward"], own.forward)):
         return True
     before, after = attributes["_forward_pre_hooks"], attributes["_forward_hooks"]
     return bool(before or after) and any(not is_harmless(hook, called) for hook in (*before.values(), *after.values()))
@@ -246,7 +248,8 @@ def layer_is_unsupported(layer: Any, name: str) -> str | None:
         return "fully_shard came before fuse" if sharded else f"{name} is a {named(layer)} of one's own"
     if (chunk := layer.replaced_chunk()) is not None:
         return f"{name}.{chunk} has been replaced"
-    if "forward" in layer.__dict__ and not is_placed(layer):
+    own, forward = type(layer).forward, layer.__dict__.get("forward")
+    if forward is not None and not is_placed(layer) and not is_transparent(forward, own):
         return f"{name}.forward has been replaced (accelerate does so to offload)"
     if seen is not None:
         return f"{name} has a hook that sees its arguments"
@@ -378,6 +381,17 @@ def is_flash(model: Any) -> bool:
     return model.config._attn_implementation in _FLASH_ATTENTION
 
 
+def forward_is_replaced(model: Any) -> str | None:
+    """Why calls of a base model may go past its class's forward: one of its own isn't known to end there."""
+    forward = model.__dict__.get("forward")
+    if forward is None or torch.compiler.is_compiling() or type(model).forward in reached(forward):
+        return None
+    return (
+        f"its forward is {known.said(forward)}, not known to end in that of {type(model).__name__}; replace it after "
+        "fastbert.fuse, by one that holds the forward it calls"
+    )
+
+
 def foreign_code(model: Any) -> str | None:
     """What of the code that a fused base model stands in for is not torch's or transformers' own."""
     implementation = model.config._attn_implementation
@@ -424,7 +438,7 @@ def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
     dtypes = {parameter.dtype, weight.dtype} | (set() if embeds is None else {embeds.dtype})
     if len(dtypes) > 1:
         return f"mixed dtypes: {', '.join(sorted(map(str, dtypes)))}"
-    if reason := needs_stock(parameter):
+    if reason := needs_stock(parameter) or forward_is_replaced(model):
         return reason
     if is_hooked(encoder_of(model), called=True):
         return "the encoder has hooks"

@@ -23,8 +23,9 @@ _WRAPPERS = {
     ("torch._dynamo.eval_frame", "OptimizedModule"): "_orig_mod",
     ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel"): "_fsdp_wrapped_module",
 }
-# Packages whose wrappers of a forward read nothing of what they hand on.
-_TRANSPARENT = ("accelerate", "fastbert", "functools", "torch", "transformers")
+# Packages, and a module of accelerate's, whose wrappers of a forward read nothing of what they hand on.
+_TRANSPARENT = ("fastbert", "torch", "transformers")
+_MIXED_PRECISION = "accelerate.utils.operations"
 
 
 def is_wrapper(module: Any) -> bool:
@@ -59,7 +60,7 @@ def _is_followed(value: Any) -> bool:
 def redirect(function: Any, to: Mapping[Any, Any], seen: dict[int, Any] | None = None) -> Any:
     """`function` with those functions that it ends in replaced: a copy, or itself where it ends in none of them.
 
-    It is followed through bound methods, partials, closures and attributes; what it is copied from stays as it is.
+    It is followed through bound methods, partials, closures, defaults and attributes. None of these is changed.
 
     Args:
         function: a callable, or anything else, which is returned.
@@ -94,17 +95,20 @@ def redirect(function: Any, to: Mapping[Any, Any], seen: dict[int, Any] | None =
             result = functools.partial(inner, *args, **keywords)
             vars(result).update(attributes)
     elif isinstance(function, FunctionType):
-        contents = [_content(cell) for cell in function.__closure__ or ()]
+        contents = [*map(_content, function.__closure__ or ()), *(function.__defaults__ or ())]
         inside = list(map(new, contents))
+        named = function.__kwdefaults__ or {}
+        keywords = {name: new(value) for name, value in named.items()}
         attributes = {name: new(value) for name, value in vars(function).items()}
-        if _differ(contents, inside) or _differ(vars(function).values(), attributes.values()):
+        before = (*contents, *named.values(), *vars(function).values())
+        if _differ(before, (*inside, *keywords.values(), *attributes.values())):
             cells = [
                 cell if value is content else CellType(value)
-                for cell, content, value in zip(function.__closure__ or (), contents, inside, strict=True)
+                for cell, content, value in zip(function.__closure__ or (), contents, inside, strict=False)
             ]
-            arguments = function.__globals__, function.__name__, function.__defaults__, tuple(cells)
+            arguments = function.__globals__, function.__name__, tuple(inside[len(cells) :]) or None, tuple(cells)
             result = FunctionType(function.__code__, *arguments)
-            result.__kwdefaults__, result.__qualname__ = function.__kwdefaults__, function.__qualname__
+            result.__kwdefaults__, result.__qualname__ = keywords or None, function.__qualname__
             result.__module__, result.__doc__ = function.__module__, function.__doc__
             vars(result).update(attributes)
     else:
@@ -141,6 +145,7 @@ def reached(function: Any, seen: dict[int, Any] | None = None) -> Iterator[Any]:
         inside += [function.func, *function.args, *function.keywords.values()]
     elif isinstance(function, FunctionType):
         inside += map(_content, function.__closure__ or ())
+        inside += (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
     for value in inside:
         yield from reached(value, seen)
 
@@ -149,4 +154,5 @@ def is_transparent(forward: Any, own: Any) -> bool:
     """Whether a forward on a module does no more than hand its arguments on to `own`, its class's."""
     functions = [f for f in reached(forward) if isinstance(f, FunctionType)]
     around = [f.__globals__.get("__name__", "") for f in functions if f is not own]
-    return own in functions and all(name.partition(".")[0] in _TRANSPARENT for name in around)
+    known = [name == _MIXED_PRECISION or name.partition(".")[0] in _TRANSPARENT for name in around]
+    return own in functions and all(known)
