@@ -164,7 +164,7 @@ def test_faulty(dtype):
 def test_backward():
     ran("after")
 
-@pytest.mark.parametrize("i", range(8))
+@pytest.mark.parametrize("i", range(16))
 def test_slow(i):
     time.sleep(0.1)
     ran(f"slow{i}")
@@ -212,8 +212,8 @@ def test_a_device_that_has_failed_fails_one_test(project: Path) -> None:
     outcomes = noted(project)
     assert {name for name, outcome in outcomes.items() if outcome != PASSED} == {"test_faulty[dtype0]"}
     assert outcomes["test_faulty[dtype0]"] == FAILED
-    assert len(outcomes) == 16
-    assert len(ran(project)) == 15
+    assert len(outcomes) == 24
+    assert len(ran(project)) == 23
     (project / "mended").touch()
     process = start(project, "-n", "1")
     process.communicate(timeout=120)
@@ -234,7 +234,7 @@ def test_without_workers_the_same_command_goes_on(project: Path) -> None:
     process = start(project)
     process.communicate(timeout=120)
     # What broke it comes last.
-    assert ran(project) == ["faulty", "after", *(f"slow{i}" for i in range(8)), "faulty"]
+    assert ran(project) == ["faulty", "after", *(f"slow{i}" for i in range(16)), "faulty"]
     verdicts = {}
     for line in gates.read(project / "gates.jsonl").values():
         for gate in line["gates"]:
@@ -255,10 +255,10 @@ def test_tests_of_some_gates_alone(project: Path) -> None:
 
 @pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["alone", "workers"])
 def test_killed_at_any_moment_what_passed_is_kept(workers: tuple[str, ...], project: Path) -> None:
-    """Ended by force as soon as a third and a fifth slow test began: none that was noted runs again."""
+    """Ended by force in the middle, twice: none that was noted runs again. A worker may have run what it was given."""
     (project / "mended").touch()
     times = []
-    for count in (3, 2):
+    for count in (6, 5):
         process = start(project, "-k", "slow", *workers)
         while not (project / "ran").exists() or len((project / "ran").read_text().split()) < count:
             time.sleep(0.01)
@@ -267,11 +267,11 @@ def test_killed_at_any_moment_what_passed_is_kept(workers: tuple[str, ...], proj
         time.sleep(1)  # a worker sees that it is alone
         kept = {name for name, outcome in noted(project).items() if outcome == PASSED}
         times.append(ran(project))
-        assert len(kept) >= sum(map(len, times)) - 2 * len(times) > 0
+        assert len(kept) >= sum(map(len, times)) - 3 * len(times) > 0
     start(project, "-k", "slow", *workers).communicate(timeout=120)
     times.append(ran(project))
-    assert {name for each in times for name in each} == {f"slow{i}" for i in range(8)}
-    assert sum(map(len, times)) <= 8 + 2 * 2
+    assert {name for each in times for name in each} == {f"slow{i}" for i in range(16)}
+    assert sum(map(len, times)) <= 16 + 2 * 3
     assert set(noted(project).values()) == {PASSED}
 
 
