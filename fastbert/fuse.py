@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import nn
@@ -153,9 +156,11 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
 
 
 def _fuse(model: nn.Module, supported: list[tuple[Any, Any, Settings]], loss_only: bool) -> None:
-    for base, family, settings in supported:
-        _fuse_base(base, family, settings)
-    fused = {id(base) for base, _, _ in supported}
+    for base, family, _ in supported:
+        for module in base.modules():
+            if type(module) in family.CLASSES:
+                _become(module, family.CLASSES[type(module)])
+    fused = {id(base): settings for base, _, settings in supported}
     families = _families()
     bases = tuple(family.BASE for family in families)
     for name, module in list(model.named_modules()):
@@ -163,12 +168,17 @@ def _fuse(model: nn.Module, supported: list[tuple[Any, Any, Settings]], loss_onl
             if type(module) in family.LOSS_HEADS and id(module.base_model) in fused:
                 _become(module, family.LOSS_HEADS[type(module)])
         held = [each for each in module.modules() if isinstance(each, bases)]
-        own = [encoder_of(base).fastbert for base in held if id(base) in fused]
+        own = [fused[id(base)] for base in held if id(base) in fused]
         if own and module not in held:
             module.__dict__[HOLDS] = Holder(module, name.count(".") + bool(name), own)
             reader = reader_of(type(module))
             if not isinstance(reader, str) and reader.hook is not None and len(own) == len(held):
                 _add_hook(module, reader.hook)
+    for base, _, settings in supported:  # last: until then every call runs stock, of other threads, too
+        encoder = encoder_of(base)
+        if (before := getattr(encoder, "fastbert", None)) is not None:  # fused before: goes on counting
+            settings.counts = before.counts
+        encoder.fastbert = settings
 
 
 def _fp8(name: str, base: Any, family: Any) -> Fp8:
@@ -183,16 +193,6 @@ def _fp8(name: str, base: Any, family: Any) -> Fp8:
             f"{name} can't be fused with precision='fp8': no product can run in 8 bits; layer {index} {product}: {why}"
         )
     return state
-
-
-def _fuse_base(base: Any, family: Any, settings: Settings) -> None:
-    for module in base.modules():
-        if type(module) in family.CLASSES:
-            _become(module, family.CLASSES[type(module)])
-    encoder = encoder_of(base)
-    if hasattr(encoder, "fastbert"):  # fused before: goes on counting
-        settings.counts = encoder.fastbert.counts
-    encoder.fastbert = settings
 
 
 # What a module may hold its forward as: accelerate keeps the one before its hooks, and before its mixed precision.
@@ -214,7 +214,15 @@ def _add_hook(module: nn.Module, hook: Any) -> None:
 
 
 def unfuse(model: Model) -> Model:
-    """Restores the stock forward of everything `fuse` changed inside `model`, in place; returns the same object."""
+    """Restores the stock forward of everything `fuse` changed inside `model`, in place; returns the same object.
+
+    Other threads may be calling `model` meanwhile, and `fuse` may be called so, too: a forward ends as it began. This
+    waits for those under way; those that begin meanwhile run stock.
+
+    Raises:
+        RuntimeError: it is called within a forward of `model`, by a hook say, for which it would have to wait. Nothing
+            was changed.
+    """
     found = base_models(model)
     with _all_or_nothing(model):
         _unfuse(model, found)
@@ -222,14 +230,16 @@ def unfuse(model: Model) -> Model:
 
 
 def _unfuse(model: nn.Module, found: list[tuple[str, nn.Module, Any]]) -> None:
+    found = [each for each in found if hasattr(encoder_of(each[1]), "fastbert")]
+    for _, base, _ in found:
+        del encoder_of(base).fastbert  # first: calls that begin from here on run stock
+    if found:
+        _wait_for_forwards(model)
     for _, base, family in found:
-        if not hasattr(encoder_of(base), "fastbert"):
-            continue
         stock = {fused: plain for plain, fused in family.CLASSES.items()}
         for module in base.modules():
             if type(module) in stock:
                 _become(module, stock[type(module)])
-        del encoder_of(base).fastbert
     families = _families()
     for module in model.modules():
         module.__dict__.pop(HOLDS, None)
@@ -239,6 +249,34 @@ def _unfuse(model: nn.Module, found: list[tuple[str, nn.Module, Any]]) -> None:
             for plain, fused in family.LOSS_HEADS.items():
                 if type(module) is fused:
                     _become(module, plain)
+
+
+def _forwards(modules: set[int]) -> dict[int, tuple[int, FrameType]]:
+    """The forwards of modules, given by id, that threads are in: by the frame's id, the thread and the frame."""
+    found = {}
+    for thread, innermost in sys._current_frames().items():
+        frame: FrameType | None = innermost
+        while frame is not None:
+            if frame.f_code.co_name in _CALLS and id(frame.f_locals.get("self")) in modules:
+                found[id(frame)] = thread, frame
+            frame = frame.f_back
+    return found
+
+
+_CALLS = ("forward", "_call_impl")
+"""Functions of a module whose frames say that it is being called; its hooks run within the second."""
+
+
+def _wait_for_forwards(model: nn.Module) -> None:
+    """Waits for the forwards of `model` and of modules inside it that other threads are in at this moment."""
+    modules = set(map(id, model.modules()))
+    under_way = _forwards(modules)  # which keeps the frames, so that no other has the id of one
+    if any(thread == threading.get_ident() for thread, _ in under_way.values()):
+        raise RuntimeError(
+            f"unfuse is called within a forward of this {type(model).__name__}; call it once that is done"
+        )
+    while under_way and not under_way.keys().isdisjoint(_forwards(modules)):
+        time.sleep(0.001)
 
 
 def _remove_hook(module: nn.Module, hook: Any) -> None:
@@ -339,7 +377,7 @@ def _explain_base(model: nn.Module, name: str, base: Any, family: Any) -> Encode
         eager = reason
     else:
         eager = "a layer runs stock" if layers else graphs.refuses(encoder)
-    fp8, not_fp8 = _explain_fp8(encoder, family)
+    fp8, not_fp8 = _explain_fp8(encoder, settings, family)
     dense, _ = why_dense(base, settings, Reads(told=True), bool(layers) or watched)
     if dense == UNKNOWN:
         around = outermost(base, settings.holders)
@@ -360,13 +398,12 @@ def _explain_base(model: nn.Module, name: str, base: Any, family: Any) -> Encode
         fp8,
         not_fp8,
         dense,
-        _explain_outside(model, base),
+        _explain_outside(model, base, settings),
     )
 
 
-def _explain_outside(model: nn.Module, base: Any) -> str | None:
+def _explain_outside(model: nn.Module, base: Any, settings: Settings) -> str | None:
     """`EncoderExplanation.outside` of a fused base model."""
-    settings = encoder_of(base).fastbert
     around = outermost(base, settings.holders)
     if settings.padding != "auto" or unknown_reader(around) is not None or model is around:
         return None
@@ -375,9 +412,9 @@ def _explain_outside(model: nn.Module, base: Any) -> str | None:
     return f"{why}; fuse the whole {type(model).__name__}, to have it looked at"
 
 
-def _explain_fp8(encoder: Any, family: Any) -> tuple[str | None, dict[str, str]]:
+def _explain_fp8(encoder: Any, settings: Settings, family: Any) -> tuple[str | None, dict[str, str]]:
     """`EncoderExplanation.fp8` and `.not_fp8` of a fused encoder."""
-    settings, layers = encoder.fastbert, encoder.layer
+    layers = encoder.layer
     if settings.fp8 is None:
         return None, {}
     sample = next(encoder.parameters())

@@ -57,8 +57,9 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     args, kwargs = plan_call(self, parameter_names(hf.MPNetModel), args, kwargs)
     plan = kwargs.pop("plan", None)
     if not isinstance(plan, Plan):
-        if plan is not None:
-            self.encoder.fastbert.counts.add(self.encoder.fastbert.counts.stock, plan)
+        settings = getattr(self.encoder, "fastbert", None)
+        if plan is not None and settings is not None:
+            settings.counts.add(settings.counts.stock, plan)
         return hf.MPNetModel.forward(self, *args, **kwargs)
     given = {name: kwargs.get(name) for name in ("input_ids", "position_ids", "inputs_embeds")}
     hidden = self.encoder(self.embeddings(**given), plan=plan).last_hidden_state
