@@ -4,8 +4,9 @@
 
 prints tables for BERT-large: the goals, where the time of each goes, and what each step of optimisation brings; --write
 puts them into benchmarks/NOTES.md. A launch takes the longest of its arithmetic, its bytes from memory, and its tiles'
-way from the L2 cache into the multiprocessors; then what nothing overlaps: the start and the end of a tile, and the gap
-to the next launch. What a chip can do is in CHIPS, with its source; what kernels make of it is assumed: ASSUMED.
+way from the L2 cache into the multiprocessors, wave by wave; then what nothing overlaps: the start and the end of a
+tile, and the gap to the next launch. What a chip can do is in CHIPS, with its source; what kernels make of it is
+assumed: ASSUMED.
 """
 
 from __future__ import annotations
@@ -70,8 +71,10 @@ class Assumed:
     """Of the copy's rate, where nothing but rows are read and written."""
     gap_s: float = 1e-6
     """Between two launches that wait for each other, in a stream with the host ahead or in a graph."""
-    persistent: float = 0.0
-    """Of tile_s, what a program hides that goes on to its next tile meanwhile."""
+    persistent: float = 0.4
+    """Of tile_s, what a program of 16 bits hides that goes on to its next tile: first loads, but no epilogue."""
+    split: bool = True
+    """Whether rows beyond whole waves of tiles may take a launch of their own, in smaller tiles."""
     tiles: tuple[tuple[int, int], ...] = ((128, 256), (256, 128), (128, 128), (64, 128), (64, 64), (64, 32))
     """Of a product; the fastest is taken."""
     folded: bool = False
@@ -199,22 +202,31 @@ def seconds(launch: Launch, chip: Chip, assumed: Assumed) -> tuple[float, float]
     if launch.kind == "attention":
         rate = assumed.attention if launch.products == 2 else assumed.attention_backward
         return max(launch.products * 2 * HIDDEN * launch.block_pairs / rate, launch.bytes / chip.copy), fixed
-    m, n, k = launch.product
+    m, n, _ = launch.product
+    work = min(_tiled(launch, m, tile, chip, assumed) for tile in assumed.tiles)
+    for tile in assumed.tiles if assumed.split else ():
+        columns = math.ceil(n / tile[1])
+        waves = math.ceil(m / tile[0]) * columns // chip.multiprocessors
+        first = waves * chip.multiprocessors // columns * tile[0]
+        if 0 < first < m:
+            rest = min(_tiled(launch, m - first, other, chip, assumed) for other in assumed.tiles)
+            work = min(work, _tiled(launch, first, tile, chip, assumed) + fixed + rest)
+    return max(work, launch.bytes / chip.copy), fixed
+
+
+def _tiled(launch: Launch, rows: int, tile: tuple[int, int], chip: Chip, assumed: Assumed) -> float:
+    """Seconds of so many rows of a product in tiles of one size; the first one's start and the last one's end apart."""
+    (block_m, block_n), (_, n, k) = tile, launch.product
     rate = chip.product["fp8" if launch.width == 1 else "bf16"] * assumed.main_loop
-    least = math.inf
-    for block_m, block_n in assumed.tiles:
-        tiles = math.ceil(m / block_m) * math.ceil(n / block_n)
-        each = math.ceil(tiles / chip.multiprocessors)  # tiles of the multiprocessor that has most
-        loaded = (block_m + block_n) * k * launch.width
-        work = max(
-            each * 2 * block_m * block_n * k / (rate / chip.multiprocessors),
-            each * loaded / chip.fill_bytes,
-            tiles * loaded / chip.l2_bytes,
-            launch.bytes / chip.copy,
-        )
-        # The first tile's start and the last one's end are `fixed`.
-        least = min(least, work + (each - 1) * assumed.tile_s * (1 - assumed.persistent))
-    return least, fixed
+    loaded = (block_m + block_n) * k * launch.width
+    alone = max(2 * block_m * block_n * k / (rate / chip.multiprocessors), loaded / chip.fill_bytes)
+    waves, rest = divmod(math.ceil(rows / block_m) * math.ceil(n / block_n), chip.multiprocessors)
+    work = waves * max(alone, chip.multiprocessors * loaded / chip.l2_bytes)
+    if rest:
+        work += max(alone, rest * loaded / chip.l2_bytes)
+        waves += 1
+    hidden = assumed.persistent if launch.width == 2 else 0.0  # there is no persistent kernel of 8 bits
+    return work + (waves - 1) * assumed.tile_s * (1 - hidden)
 
 
 @dataclass(frozen=True)
@@ -392,13 +404,15 @@ def tables(name: str) -> str:
 
 
 # What each step changes, one after the other; the largest gain in what it is for comes first.
-BEGAN = replace(ASSUMED, main_loop=0.8, tiles=((128, 256), (128, 128)))
+BEGAN = replace(ASSUMED, main_loop=0.8, tiles=((128, 256), (128, 128)), persistent=0.0, split=False)
 """Tiles read through pointers: a public sweep of fp16 products has 13 % more by descriptors."""
 STEPS: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (  # name, changes to what is assumed, and to the row
     ("CUDA graphs", {}, {"way": "graph"}),
     ("tiles for few rows", {"tiles": ASSUMED.tiles}, {}),
     ("programmatic dependent launch", {"overlap": OVERLAP}, {}),
     ("TMA descriptors", {"main_loop": ASSUMED.main_loop}, {}),
+    ("persistent, first loads hidden", {"persistent": ASSUMED.persistent}, {}),
+    ("whole waves", {"split": True}, {}),
     ("persistent, epilogue overlapped", {"persistent": 0.75}, {}),
     ("LayerNorm in the products", {"folded": True}, {}),
     ("attention at 400, backward at 300 TFLOP/s", {"attention": 400e12, "attention_backward": 300e12}, {}),

@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 from .calibration import Calibration, calibrate
 from .exporting import fused_export
 from .fuse import Explanation, UnsupportedModelError, explain, fuse, unfuse
+from .tuned import set_batch_invariant
 from .verify import verify
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ __all__ = [
     "explain",
     "fuse",
     "fused_export",
+    "set_batch_invariant",
     "unfuse",
     "verify",
     *sorted(_CLASSES),

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .fp8 import Fp8
+from .kernels import launch
 from .packing import Packing, tiles_of
 from .support import is_hooked
 
@@ -54,6 +55,8 @@ class Bucket(NamedTuple):
     longest: int
     precision: str
     """torch.get_float32_matmul_precision()."""
+    batch_invariant: bool
+    """As `fastbert.set_batch_invariant` has it."""
 
 
 def bucket_of(tokens: int, sequences: int, longest: int) -> Bucket:
@@ -65,7 +68,7 @@ def bucket_of(tokens: int, sequences: int, longest: int) -> Bucket:
     length = max(FILLER, 1 << (longest - 1).bit_length())
     whole = -(-tokens // step) * step
     count = (1 << (sequences - 1).bit_length()) + step // FILLER
-    return Bucket(whole, count, length, torch.get_float32_matmul_precision())
+    return Bucket(whole, count, length, torch.get_float32_matmul_precision(), launch.batch_invariant)
 
 
 _INNER = itemgetter(

@@ -1,5 +1,6 @@
 """Launch configurations that `fastbert tune` found for this machine's GPU: the file they are kept in, and its use.
 
+Where PyTorch's GEMM was found to be faster than all of these it is used only after `set_batch_invariant(False)`.
 The file lies in $XDG_CACHE_HOME/fastbert (~/.cache/fastbert), one a GPU, and is read when the first kernel is launched.
 It holds for the versions and the kernels that it was made with. One that doesn't hold, or isn't what `write` writes, is
 left aside with a warning: then the shipped tables hold.
@@ -41,6 +42,25 @@ RANGES = {
     "group_m": (1, 64, True),
     "programs": (0, 8, False),
 }
+
+
+def set_batch_invariant(enabled: bool) -> None:
+    """Whether a sequence's result, in inference on a GPU, is the same bits whatever it is batched with; the default.
+
+    Without that, GEMMs of 16 bits are PyTorch's (cuBLAS) where those are faster: where `fastbert tune --library` has
+    found so on this GPU, or a shipped table says so. cuBLAS chooses among kernels by the number of rows. Results stay
+    within the numerical policy, and two runs of one batch still give the same bits. For the whole process, from the
+    next call on.
+
+    Args:
+        enabled: False gives the guarantee up; True takes it back.
+
+    Raises:
+        TypeError: `enabled` is no bool.
+    """
+    from .kernels import launch
+
+    launch.set_batch_invariant(enabled)
 
 
 class Unusable(Exception):
@@ -101,8 +121,9 @@ def problem(key: Key, config: Config) -> str | None:
             if type(value) is not type(getattr(shipped, name)) or value != getattr(shipped, name):
                 return f"{name} is {value!r}; expected {getattr(shipped, name)!r}"
         elif name == "variant":
-            if value not in launch.VARIANTS:
-                return f"variant is {value!r}; expected one of {', '.join(map(repr, launch.VARIANTS))}"
+            known = (*launch.VARIANTS, launch.LIBRARY)
+            if value not in known:
+                return f"variant is {value!r}; expected one of {', '.join(map(repr, known))}"
         else:
             least, most, powers = RANGES[name]
             if type(value) is not int or not least <= value <= most or (powers and value & (value - 1)):
@@ -231,5 +252,6 @@ def apply() -> tuple[Path, tuple[Entry, ...]] | None:
             stacklevel=2,
         )
         return None
-    launch.use({entry.key: entry.config for entry in entries})
+    by_library = [entry.key for entry in entries if entry.config.variant == launch.LIBRARY]
+    launch.use({e.key: e.config for e in entries if e.config.variant != launch.LIBRARY}, by_library)
     return file, tuple(entries)

@@ -20,7 +20,9 @@ H200 = estimate.CHIPS["NVIDIA H200"]
 ROUND = estimate.Chip(
     {"bf16": 2e14, "fp8": 4e14}, {"bf16": 132e12, "fp8": 264e12}, copy=1e12, l2_bytes=1e18, fill_bytes=1e18
 )
-PLAIN = replace(estimate.ASSUMED, main_loop=1.0, rows=1.0, attention=1e12, tile_s=1.0, gap_s=0.5)
+PLAIN = replace(
+    estimate.ASSUMED, main_loop=1.0, rows=1.0, attention=1e12, tile_s=1.0, gap_s=0.5, persistent=0.0, split=False
+)
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -60,6 +62,20 @@ def test_the_time_of_a_product() -> None:
     assert estimate.seconds(replace(one, bytes=10**9), ROUND, assumed)[0] == pytest.approx(1e-3)
     assert estimate.seconds(one, replace(ROUND, fill_bytes=1e9), assumed)[0] == pytest.approx(512e-6)
     assert estimate.seconds(one, replace(ROUND, l2_bytes=1e9), assumed)[0] == pytest.approx(132 * 512e-6)
+
+
+def test_the_last_wave() -> None:
+    """A tile alone has more of the cache than one of 132; rows beyond a whole wave may take a launch of their own."""
+    assumed = replace(PLAIN, tiles=((128, 128),))
+    more = estimate.Launch("", "product", 0, (128 * 132 + 1, 128, 1000))
+    slow = replace(ROUND, l2_bytes=1e9)
+    assert estimate.seconds(more, slow, assumed)[0] == pytest.approx(132 * 512e-6 + 512e-6 + 1.0)
+    small = replace(assumed, tiles=((128, 128), (16, 16)))
+    assert estimate.seconds(more, ROUND, small)[0] == pytest.approx(2 * 32.768e-6 + 1.0)
+    split = replace(small, split=True, gap_s=0.0, tile_s=1e-6)
+    # 8 tiles of 16 x 16 x 1000 are 0.512 us, after a start and an end of 1 us.
+    assert estimate.seconds(more, ROUND, split)[0] == pytest.approx(32.768e-6 + 1e-6 + 0.512e-6)
+    assert estimate.seconds(more, ROUND, replace(split, gap_s=1.0))[0] == pytest.approx(2 * 32.768e-6 + 1e-6)
 
 
 def test_the_fastest_tile_is_taken() -> None:

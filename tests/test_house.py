@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "readers": {"known", "support"},
     "layer": {"autograd", "known", "ops", "packing", "support"},
     "fp8": {"layer", "ops", "packing", "support"},
-    "graphs": {"fp8", "packing", "support"},
+    "graphs": {"fp8", "kernels", "packing", "support"},
     "coverage": {"support", "wrappers"},
     "encoder": {"coverage", "fp8", "graphs", "known", "layer", "ops", "packing", "readers", "support", "wrappers"},
     "fuse": {"encoder", "fp8", "layer", "readers", "support", "wrappers"},
@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calibration": {"fp8", "fuse", "support", "verify"},
     "sensitivity": {"fuse", "readers"},
     "verify": {"encoder", "fuse", "layer", "numerics", "quality", "sensitivity", "support"},
-    "__init__": {"calibration", "exporting", "fuse", "models", "verify"},
+    "__init__": {"calibration", "exporting", "fuse", "models", "tuned", "verify"},
     "cli": {
         "__init__",
         "encoder",

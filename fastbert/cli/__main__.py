@@ -230,6 +230,9 @@ def parser() -> argparse.ArgumentParser:
     kind = tune.add_mutually_exclusive_group()
     kind.add_argument("--train", action="store_true", help="the kernels of the backward, too")
     kind.add_argument("--precision", choices=("fp8",), help='the products of fuse(model, precision="fp8")')
+    tune.add_argument(
+        "--library", action="store_true", help="PyTorch's GEMMs, too, for use after fastbert.set_batch_invariant(False)"
+    )
     tune.add_argument("--minutes", type=float, default=10.0, help="stop about then; default: 10")
     tune.add_argument("--json", metavar="FILE", help="write everything that was tried there, too; -: standard output")
 

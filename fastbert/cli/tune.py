@@ -5,7 +5,9 @@ tried: first in processes of their own, where they are compiled and their result
 one that hangs or crashes takes nothing along; those that are right are timed in this process, one by one. Time is that
 of the device: launches captured into a CUDA graph, over buffers that the L2 cache can't hold. One that is faster than
 the shipped configuration beyond the spread of both is kept. Where a table is by the number of rows, only one that gives
-the same bits as the shipped one is, so that a sequence's result still doesn't depend on its batch.
+the same bits as the shipped one is, so that a sequence's result still doesn't depend on its batch. With `--library`
+PyTorch's GEMM is tried, too: where it beats the best tile it is kept beside that, for those who give this up
+(`fastbert.set_batch_invariant`).
 """
 
 from __future__ import annotations
@@ -158,14 +160,24 @@ def beats(new: dict[int, Samples], old: dict[int, Samples]) -> bool:
 class Search:
     """What is tried, what is known so far, and what is best; `entries` is right at any moment."""
 
-    def __init__(self, work: Sequence[Problem], rig: Rig, note: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        work: Sequence[Problem],
+        rig: Rig,
+        note: Callable[[str], None] = lambda _: None,
+        library: bool = False,
+    ) -> None:
         self.work = work
         self.rig = rig
+        self.library = library
+        """Whether PyTorch's GEMMs are tried, too."""
         self.note = note
         """Told what happens, a few words for each candidate."""
         self.times: dict[tuple[Any, ...], dict[Config, dict[int, Samples]]] = {problem.key: {} for problem in work}
         self.dropped: list[tuple[Candidate, str]] = []
         self.won: dict[tuple[Any, ...], tuned.Entry] = {}
+        self.by_library: dict[tuple[Any, ...], tuned.Entry] = {}
+        """Where PyTorch's GEMM beats what is best."""
         self.settled: dict[tuple[Any, ...], Config] = {}
         """By key, the best configuration, once it has been compared with the shipped one again."""
 
@@ -174,7 +186,8 @@ class Search:
         times, shipped = self.times[problem.key], problem.shipped()
         if shipped not in times:
             return shipped
-        return max(times, key=lambda config: gain(times[config], times[shipped]))
+        tiles = [config for config in times if config != launch.BY_LIBRARY]
+        return max(tiles, key=lambda config: gain(times[config], times[shipped]))
 
     def candidates(self, first: bool) -> list[Candidate]:
         """What to try next, nothing twice."""
@@ -183,6 +196,8 @@ class Search:
         for problem in self.work:
             shipped, best = problem.shipped(), self.best(problem)
             near = seeds(problem, self.work) if first else []
+            if first and self.library and problem.key[0] == "linear":
+                found[problem.key, launch.BY_LIBRARY] = Candidate(problem, launch.BY_LIBRARY)
             if first or best in self.times[problem.key]:  # without a shipped one that works there is no more to know
                 near = [*near, *neighbours(problem, best)]
             for config in near:
@@ -198,7 +213,8 @@ class Search:
             right = []
             for candidate, status in self.rig.check(self.candidates(turn == 0), deadline):
                 self.note(f"checked {candidate.problem.name}")
-                if status == OK:
+                other_bits = status.startswith(OTHER_BITS) and candidate.config == launch.BY_LIBRARY
+                if status == OK or other_bits:
                     right.append(candidate)
                 else:
                     self.dropped.append((candidate, status))
@@ -233,21 +249,32 @@ class Search:
         shipped, best = problem.shipped(), self.best(problem)
         if shipped not in self.times[problem.key] or self.settled.get(problem.key) == best:
             return
-        if best != shipped:
-            new: dict[int, Samples] = {rows: [] for rows in problem.rows}
-            old: dict[int, Samples] = {rows: [] for rows in problem.rows}
-            for rows, _ in itertools.product(problem.rows, range(3)):
-                old[rows] += self.rig.time(problem, rows, problem.shipped(rows))
-                new[rows] += self.rig.time(problem, rows, best)
-            if beats(new, old):
-                seconds = [{str(rows): quantiles(each[rows]) for rows in problem.rows} for each in (new, old)]
-                self.won[problem.key] = tuned.Entry(problem.key, best, *seconds)
+        if best != shipped and (entry := self._compared(problem, best, problem.shipped)):
+            self.won[problem.key] = entry
+        if launch.BY_LIBRARY in self.times[problem.key]:
+            self.by_library.pop(problem.key, None)
+            won = self.won.get(problem.key)
+            rival = problem.shipped if won is None else lambda rows: won.config
+            if entry := self._compared(problem, launch.BY_LIBRARY, rival):
+                self.by_library[problem.key] = entry
         self.settled[problem.key] = best
+
+    def _compared(self, problem: Problem, config: Config, other: Callable[[int], Config]) -> tuned.Entry | None:
+        """Times a configuration and another, by the number of rows, in turns; what to keep if the first one wins."""
+        new: dict[int, Samples] = {rows: [] for rows in problem.rows}
+        old: dict[int, Samples] = {rows: [] for rows in problem.rows}
+        for rows, _ in itertools.product(problem.rows, range(3)):
+            old[rows] += self.rig.time(problem, rows, other(rows))
+            new[rows] += self.rig.time(problem, rows, config)
+        if not beats(new, old):
+            return None
+        seconds = [{str(rows): quantiles(each[rows]) for rows in problem.rows} for each in (new, old)]
+        return tuned.Entry(problem.key, config, *seconds)
 
     def entries(self, before: Iterable[tuned.Entry] = ()) -> list[tuned.Entry]:
         """What was won, and of `before` what this search has not settled."""
         kept = [entry for entry in before if entry.key not in self.settled]
-        return [*kept, *self.won.values()]
+        return [*kept, *self.won.values(), *self.by_library.values()]
 
 
 class Checker:
@@ -527,16 +554,21 @@ def lines(search: Search) -> Iterator[str]:
             pairs = [(entry.shipped_seconds[rows][1], entry.seconds[rows][1]) for rows in entry.seconds]
             each = ", ".join(f"{1e6 * old:.1f} -> {1e6 * new:.1f} us" for old, new in pairs)
             yield f"{problem.name:<26}{short(shipped):<26}{short(entry.config):<30}{each}; {tried}"
+        if problem.key in search.by_library:
+            found = search.by_library[problem.key]
+            pairs = [(found.shipped_seconds[rows][1], found.seconds[rows][1]) for rows in found.seconds]
+            each = ", ".join(f"{1e6 * old:.1f} -> {1e6 * new:.1f} us" for old, new in pairs)
+            yield f"{'':<26}where results may depend on the batch: {short(found.config)}, {each}"
     for (problem, config), reason in search.dropped:
         yield f"dropped for {problem.name}: {short(config)}: {reason}"
 
 
 def tune(
-    work: Sequence[Problem], rig: Rig, file: Path, made_for: dict[str, str], minutes: float
+    work: Sequence[Problem], rig: Rig, file: Path, made_for: dict[str, str], minutes: float, library: bool = False
 ) -> tuple[Search, bool]:
     """Searches and writes what was found, also where it is interrupted; the search, and whether it was."""
     bar = _Bar(minutes)
-    search, interrupted = Search(work, rig, bar.note), False
+    search, interrupted = Search(work, rig, bar.note, library), False
     try:
         before = tuned.read(file, made_for)
     except (FileNotFoundError, tuned.Unusable):
@@ -571,7 +603,7 @@ def main(arguments: argparse.Namespace) -> int:
     what = arguments.train, arguments.precision
     rig = Gpu(device, shape, dtype, *what, jobs=max(1, min(8, (os.cpu_count() or 2) // 2, room)))
     work = problems(shape, dtype, arch, *what, launch.multiprocessors(device))
-    search, interrupted = tune(work, rig, file, made_for, arguments.minutes)
+    search, interrupted = tune(work, rig, file, made_for, arguments.minutes, arguments.library)
     print(f"{gpu}, {arguments.dtype}, hidden {shape.hidden}: {len(search.won)} of {len(work)} faster")
     for line in lines(search):
         print(line)
@@ -588,7 +620,11 @@ def report(search: Search, made_for: dict[str, str]) -> dict[str, Any]:
     """Everything that was tried, as plain data."""
     tried = [
         {"problem": problem.name, "config": dataclasses.asdict(config), "shipped": config == problem.shipped()}
-        | {"kept": problem.key in search.won and search.won[problem.key].config == config}
+        | {
+            "kept": any(
+                problem.key in to and to[problem.key].config == config for to in (search.won, search.by_library)
+            )
+        }
         | {"seconds": {str(rows): quantiles(samples) for rows, samples in times.items()}}
         for problem in search.work
         for config, times in search.times[problem.key].items()

@@ -157,6 +157,37 @@ def test_a_shipped_configuration_that_is_wrong_is_told_and_nothing_compared_with
     assert any("not right" in line for line in tune.lines(search))
 
 
+def test_the_library_is_tried_where_asked_for() -> None:
+    """Its bits are its own; where it beats the best tile it is kept beside that, where it doesn't it is not."""
+
+    def cost(config: Config) -> float:
+        return 0.5 if config.variant == launch.LIBRARY else steps_away(config)
+
+    def fails(config: Config) -> str | None:
+        return f"{tune.OTHER_BITS} than the shipped one's" if config.variant == launch.LIBRARY else None
+
+    problem = pick("down, 512")
+    for library, wins in ((False, True), (True, True), (True, False)):
+        rig = Arithmetic(cost if wins else steps_away, fails=fails)
+        rig.fails = lambda config: None  # when it is timed
+        rig.check = lambda candidates, deadline, fails=fails: (  # type: ignore[method-assign]
+            (candidate, fails(candidate.config) or OK) for candidate in candidates
+        )
+        search = Search([problem], rig, library=library)
+        search.run(time.monotonic() + 60)
+        tile, *rest = search.entries()
+        assert tile.config.variant != launch.LIBRARY
+        assert (tile.config.block_m, tile.config.block_n) == (64, 128)
+        assert [entry.config for entry in rest] == ([launch.BY_LIBRARY] if library and wins else [])
+        assert any(config.variant == launch.LIBRARY for *_, config in rig.timed) == library
+        said = [line for line in tune.lines(search) if "may depend on the batch" in line]
+        assert len(said) == len(rest)
+        for entry in rest:
+            assert tuned.problem(*entry[:2]) is None
+            assert entry.shipped_seconds["512"][1] == pytest.approx(512)  # of the tile that won
+            assert entry.seconds["512"][1] == pytest.approx(256)
+
+
 def test_a_launch_that_breaks_when_timed_is_dropped() -> None:
     problem, rig = pick("attention"), Arithmetic(steps_away)
     whole = rig.time

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastbert import tuned
+import fastbert
+from fastbert import graphs, tuned
 from fastbert.kernels import launch
 
 GPU, ARCH = "NVIDIA H200", "sm_90"
@@ -75,6 +76,27 @@ def test_what_is_written_is_applied(cache: Path) -> None:
     assert launch.row_config(torch.float32, 1024) == launch.OPERATIONS["row"].choose(torch.float32, 1024)
     tuned.write(cache, tuned.made_for(GPU, ARCH), [])  # whole, in place of the other
     assert [each.name for each in cache.parent.iterdir()] == [cache.name]
+
+
+def test_the_library_is_used_by_those_who_ask(cache: Path) -> None:
+    """A tile and PyTorch's GEMM of one key lie side by side in the file."""
+    by_library = ENTRIES[0]._replace(config=launch.BY_LIBRARY)
+    tuned.write(cache, tuned.made_for(GPU, ARCH), [*ENTRIES, by_library])
+    assert tuned.apply() == (cache, (*ENTRIES, by_library))
+    assert launch.linear_config(*LINEAR[1:]) == ENTRIES[0].config
+    assert launch.linear_config(*LINEAR[1:], batch_invariant=False) == launch.BY_LIBRARY
+    assert launch.linear_config(*LINEAR[1:], batch_invariant=True) == ENTRIES[0].config
+    try:
+        fastbert.set_batch_invariant(False)
+        assert launch.batch_invariant is False
+        assert graphs.bucket_of(128, 1, 128) != (
+            invariant := graphs.bucket_of(128, 1, 128)._replace(batch_invariant=True)
+        )
+    finally:
+        fastbert.set_batch_invariant(True)
+    assert graphs.bucket_of(128, 1, 128) == invariant
+    with pytest.raises(TypeError, match="enabled is None; expected True or False"):
+        fastbert.set_batch_invariant(None)  # type: ignore[arg-type]
 
 
 def test_a_failed_write_leaves_the_old_file(cache: Path) -> None:
