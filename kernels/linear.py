@@ -336,16 +336,15 @@ def _plan(
     precision: str,
     early: bool,
 ) -> tuple[int, launch.Config, Constants, launch.Config, Constants]:
-    """How a GEMM is launched: (rows of the first launch, configuration and constants, the same by pointers).
+    """How a GEMM is launched: (rows of the first launch, configuration and constants, those of unaligned operands).
 
-    The latter are the first themselves, but where these are of `linear_persistent_kernel`: what takes its place where
-    descriptors cannot read an operand.
+    The latter are the first themselves, but where that is `linear_persistent_kernel`, or a tile that would spill.
     """
     config: launch.Config = choose(arch, dtype, n, k, segments, rows, multiprocessors, batch_invariant)
     whole = launch.full_waves(config, arch, dtype.itemsize, n, k, segments, rows, multiprocessors)
 
-    def constants(config: launch.Config) -> dict[str, Any]:
-        return {
+    def constants(config: launch.Config) -> Constants:
+        shared = {
             "SEGMENTS": segments,
             "GELU": gelu,
             "BLOCK_M": config.block_m,
@@ -356,10 +355,13 @@ def _plan(
             "num_stages": config.num_stages,
             **launch.dependent(arch),
         }
+        by_pointers = {"EVEN_K": k % config.block_k == 0, "INPUT_PRECISION": precision}
+        return Constants(shared if config.variant == "persistent" else {**shared, **by_pointers})
 
-    pointers = launch.UNALIGNED if config.variant == "persistent" else config
-    more = {"EVEN_K": k % pointers.block_k == 0, "INPUT_PRECISION": precision}
-    return whole, config, Constants(constants(config)), pointers, Constants({**constants(pointers), **more})
+    small = launch.UNALIGNED.block_m * launch.UNALIGNED.block_n
+    larger = dtype.itemsize == 2 and config.block_m * config.block_n > small
+    unaligned = launch.UNALIGNED if larger or config.variant == "persistent" else config
+    return whole, config, constants(config), unaligned, constants(unaligned)
 
 
 def _launch(
@@ -404,7 +406,7 @@ def _launch(
     arch, multiprocessors = launch.architecture(x.device), launch.multiprocessors(x.device)
     shape = n, k, segments, launch.round_rows(m), multiprocessors
     how = launch.batch_invariant, gelu, launch.input_precision(dtype), launch.is_dependent(arch)
-    whole, config, shared, pointers, by_pointers = _plan(launch.linear_config, arch, dtype, *shape, *how)
+    whole, config, constants, unaligned, others = _plan(launch.linear_config, arch, dtype, *shape, *how)
     if whole < m and m >= launch.SPLIT_ROWS:
         for rows in (slice(whole), slice(whole, m)):
             parts = (None if each is None else each[rows] for each in (residual, pre, out))
@@ -416,18 +418,19 @@ def _launch(
         added += (None, None)
     if config.variant == launch.LIBRARY:
         return _by_library(x, operands, added, gelu, residual, pre, out)
-    if config.variant == "persistent" and all(w is None or _descriptor_fits(w) for w in (x, *operands)):
-        tiles = -(-m // config.block_m) * -(-n // config.block_n) * segments
+    if unaligned is not config and not all(w is None or _descriptor_fits(w) for w in (x, *operands)):
+        config, constants = unaligned, others
+    tiles = -(-m // config.block_m) * -(-n // config.block_n) * segments
+    if config.variant == "persistent":
         w_block = [config.block_n, config.block_k]
         descriptors = [None if w is None else Descriptor(w, w_block) for w in operands]
         x_desc = Descriptor(x, [config.block_m, config.block_k])
         programs = min(tiles, config.programs * max(multiprocessors, 1)) if config.programs else tiles
         arguments = (x_desc, *descriptors, *added, residual, pre, out, m, n, k, stride_rm)
-        run(linear_persistent_kernel, (programs, 1, 1), arguments, shared)
+        run(linear_persistent_kernel, (programs, 1, 1), arguments, constants)
     else:
-        tiles = -(-m // pointers.block_m) * -(-n // pointers.block_n) * segments
         arguments = (x, *operands, *added, residual, pre, out, m, n, k, x.stride(0), stride_rm)
-        run(linear_kernel, (tiles, 1, 1), arguments, by_pointers)
+        run(linear_kernel, (tiles, 1, 1), arguments, constants)
     return out
 
 
@@ -457,7 +460,7 @@ def _by_library(
 
 
 def _descriptor_fits(x: Tensor) -> bool:
-    """Whether the persistent kernel can read `x`: 16 bits an element, rows that start at 16 bytes and don't overlap."""
+    """Whether descriptors can read `x`: 16 bits an element, rows that start at 16 bytes and don't overlap."""
     return x.dtype.itemsize == 2 and x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(0) >= x.shape[1]
 
 

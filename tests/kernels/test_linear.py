@@ -295,7 +295,7 @@ def test_persistent(
 def test_what_descriptors_cannot_read_goes_by_pointers(
     dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch, launched: list[str]
 ) -> None:
-    """In the tiles for rows at any address: those of the persistent kernel would spill."""
+    """In the tiles for rows at any address, which are compiled for that; so does what would spill."""
     monkeypatch.setattr(launch, "linear_config", lambda *_: PERSISTENT)
     used: list[dict[str, Any]] = []
     run = kernel.linear_kernel
@@ -312,8 +312,17 @@ def test_what_descriptors_cannot_read_goes_by_pointers(
         check(kernel, "linear", [each, weight, bias])
     check(kernel, "linear", make_args("linear", 9, 48, 68, dtype, device))
     assert launched == ["linear_kernel"] * 4
-    tile = launch.UNALIGNED.block_m, launch.UNALIGNED.block_n, launch.UNALIGNED.block_k, launch.UNALIGNED.num_warps
-    assert [tuple(each[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps")) for each in used] == [tile] * 4
+    large = launch.Config(128, 128, 32, 4, 3)
+    monkeypatch.setattr(launch, "linear_config", lambda *_: large)
+    for each in (x, shifted):
+        check(kernel, "linear", [each, weight, bias])
+
+    def tile(config: launch.Config) -> tuple[int, ...]:
+        return config.block_m, config.block_n, config.block_k, config.num_warps
+
+    found = [tuple(each[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps")) for each in used]
+    last = [tile(large), tile(launch.UNALIGNED if dtype == torch.float16 else large)]
+    assert found == [tile(launch.UNALIGNED)] * 4 + last
 
 
 @pytest.mark.parametrize("gelu", ["none", "tanh"])
