@@ -251,6 +251,7 @@ importlib.metadata.version = version
     assert available == "False"
     assert ast.literal_eval(added) == [
         "fastbert.kernels",
+        "fastbert.kernels.launch",
         "fastbert.kernels.reference",
         "fastbert.kernels.reference_fp8",
     ]
