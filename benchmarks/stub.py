@@ -60,6 +60,9 @@ class Compilation:
     """Of the compiler: num_warps, num_stages, launch_pdl and so on."""
     key: Any
     """What Triton tells specializations of a kernel apart by."""
+    launches: list[tuple[Any, ...]] = field(default_factory=list)
+    """The arguments of each of its launches as a compiled kernel takes them, the grid's three and the stream first;
+    where they are kept, and nothing is compiled."""
 
 
 @dataclass
@@ -69,6 +72,7 @@ class Gpu:
     arch: str
     compilations: list[Compilation] = field(default_factory=list)
     launches: int = 0
+    keeps_arguments: bool = False
 
     def launch(self, *args: Any) -> None:
         """In place of a compiled kernel's launch."""
@@ -127,8 +131,13 @@ class Compiled:
     packed_metadata = None
     function = 1
 
-    def __init__(self, gpu: Gpu) -> None:
-        self.run = gpu.launch
+    def __init__(self, gpu: Gpu, compilation: Compilation) -> None:
+        self.gpu, self.compilation = gpu, compilation
+
+    def run(self, *args: Any) -> None:
+        self.gpu.launches += 1
+        if self.gpu.keeps_arguments:
+            self.compilation.launches.append(args)
 
     def launch_metadata(self, *args: Any) -> None:
         pass
@@ -171,10 +180,11 @@ def device(arch: str = "sm_90", compiles: bool = False) -> Iterator[Gpu]:
 
     def record(self: Any, key: Any, signature: Any, device: int, constexprs: Any, options: Any, *rest: Any) -> Any:
         values = {str(self.arg_names[path[0]]): str(value) for path, value in constexprs.items()}
-        gpu.compilations.append(Compilation(self.__name__, values, options, key))
+        compilation = Compilation(self.__name__, values, options, key)
+        gpu.compilations.append(compilation)
         if compiles:
             return compile_it(self, key, signature, device, constexprs, options, *rest)
-        kernel = self.device_caches[device][0][key] = Compiled(gpu)
+        kernel = self.device_caches[device][0][key] = Compiled(gpu, compilation)
         return kernel
 
     stubs = {"architecture": lambda _: known_as, "multiprocessors": lambda _: MULTIPROCESSORS.get(arch, 48)}

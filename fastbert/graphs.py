@@ -54,7 +54,7 @@ class Bucket(NamedTuple):
     """With those that fill up."""
     longest: int
     precision: str
-    """torch.get_float32_matmul_precision()."""
+    """`launch.float32_precision()`."""
     batch_invariant: bool
     """As `fastbert.set_batch_invariant` has it."""
 
@@ -68,7 +68,7 @@ def bucket_of(tokens: int, sequences: int, longest: int) -> Bucket:
     length = max(FILLER, 1 << (longest - 1).bit_length())
     whole = -(-tokens // step) * step
     count = (1 << (sequences - 1).bit_length()) + step // FILLER
-    return Bucket(whole, count, length, torch.get_float32_matmul_precision(), launch.batch_invariant)
+    return Bucket(whole, count, length, launch.float32_precision(), launch.batch_invariant)
 
 
 _INNER = itemgetter(

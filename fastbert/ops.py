@@ -128,7 +128,6 @@ CPU_BACKEND: dict[str, Callable[..., Any]] = {
 
 def _on_cpu(name: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        _refuse_gradients(name, args)
         if torch.is_autocast_enabled("cpu"):  # dtypes have been chosen by now
             with torch.autocast("cpu", enabled=False):
                 return CPU_BACKEND[name](*args)
@@ -156,16 +155,31 @@ def _run_kernel(name: str, args: Sequence[Any]) -> Any:
         ) from error
 
 
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
+
 def _on_cuda(name: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        _refuse_gradients(name, args)
-        device = args[0].device
-        if device.index == torch.cuda.current_device() and not torch.is_autocast_enabled("cuda"):
+        first = args[0]
+        if first.get_device() == _current_device() and not torch.is_autocast_enabled("cuda"):
             return _run_kernel(name, args)
-        with torch.cuda.device(device), torch.autocast("cuda", enabled=False):
+        with torch.cuda.device(first.device), torch.autocast("cuda", enabled=False):
             return _run_kernel(name, args)
 
     return run
+
+
+def _without_gradients(name: str, backend: Callable[..., Any]) -> Callable[..., Any]:
+    """What the dispatcher calls: a backend that refuses to be differentiated."""
+
+    def run(*args: Any) -> Any:
+        _refuse_gradients(name, args)
+        return backend(*args)
+
+    return run
+
+
+_BACKENDS = {name: (_on_cpu(name), _on_cuda(name)) for name in _OPERATORS}
 
 
 def _like(x: Tensor, *shape: Any) -> Tensor:
@@ -245,9 +259,12 @@ _SHAPES: dict[str, Callable[..., Any]] = {
 
 for _name, (_module, _schema) in _OPERATORS.items():
     _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(_name, _on_cpu(_name), "CPU")
-    _LIBRARY.impl(_name, _on_cuda(_name), "CUDA")
+    for _backend, _key in zip(_BACKENDS[_name], ("CPU", "CUDA"), strict=True):
+        _LIBRARY.impl(_name, _without_gradients(_name, _backend), _key)
     torch.library.register_fake(f"fastbert::{_name}", _SHAPES[_name], lib=_LIBRARY)
+
+
+_is_grad_enabled, _dispatch_modes = torch.is_grad_enabled, torch._C._len_torch_dispatch_stack
 
 
 def _callable(name: str) -> Callable[..., Any]:
@@ -256,14 +273,16 @@ def _callable(name: str) -> Callable[..., Any]:
     That is dozens of microseconds for each of the 168 operators of a BERT-large, as much as a small batch takes.
     """
     operator = getattr(torch.ops.fastbert, name).default
-    backends = {"cpu": _on_cpu(name), "cuda": _on_cuda(name)}
+    on_cpu, on_cuda = _BACKENDS[name]
 
     def call(*args: Any) -> Any:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-            return operator(*args)
         first = args[0]
-        backend = backends.get(first.device.type) if type(first) is Tensor else None
-        return operator(*args) if backend is None else backend(*args)
+        if type(first) is Tensor and not (torch.compiler.is_compiling() or _is_grad_enabled() or _dispatch_modes()):
+            if first.is_cuda:
+                return on_cuda(*args)
+            if first.is_cpu:
+                return on_cpu(*args)
+        return operator(*args)
 
     call.__name__ = name
     return call

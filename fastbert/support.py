@@ -19,8 +19,8 @@ from transformers import modeling_flash_attention_utils as flash
 from . import exporting, known
 from .wrappers import is_transparent, is_wrapper, reached, unwrapped, wrapped
 
-# The attention kernel's grid has a sequence in its last dimension, where CUDA takes no more.
-MAX_SEQUENCES = 65535
+# More than 65,535 sequences share out attention's work by a list, which takes milliseconds to make of this many.
+MAX_SEQUENCES = 2**18
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

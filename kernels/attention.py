@@ -54,6 +54,8 @@ from .quantize_fp8 import to_e4m3
 TILE_ROWS = tl.constexpr(128)
 # Sequences that a program of `tiles_kernel` takes at a time.
 TILES_BLOCK = 64
+# Sequences that a grid of them may have, in its last axis. More go by a list of tiles, which is one axis.
+GRID_SEQUENCES = 65535
 TILES = Constants(BLOCK=TILES_BLOCK, num_warps=4)
 LOG2E = math.log2(math.e)
 
@@ -96,11 +98,9 @@ def tiles_kernel(
 def locate(cu_seqlens_ptr, tiles_ptr, heads, max_seqlen, BLOCK: tl.constexpr):
     """Of the rows of a program: the head, the sequence, its first row and length, and where in it they start."""
     if tiles_ptr is None:
-        # All in one axis of the grid: the others end at 65,535.
-        blocks = tl.cdiv(max_seqlen, BLOCK)
-        start = tl.program_id(0) % blocks * BLOCK
-        head = (tl.program_id(0) // blocks % heads).to(tl.int64)
-        sequence = (tl.program_id(0) // blocks // heads).to(tl.int64)
+        start = tl.program_id(0) * BLOCK
+        head = tl.program_id(1).to(tl.int64)
+        sequence = tl.program_id(2).to(tl.int64)
         if cu_seqlens_ptr is None:
             row = sequence * max_seqlen
             length = max_seqlen
@@ -137,7 +137,7 @@ def attention_kernel(
     key_mask_ptr,  # None: every key takes part
     seed_ptr,  # of dropout, or None
     bias_ptr,  # (heads, 2 * bias_span - 1) float32, by how far the key is from the query; or None
-    tiles_ptr,  # (entries, 4) int32, as `attention_tiles` returns; None: programs are sequences x heads x blocks
+    tiles_ptr,  # (entries, 4) int32, as `attention_tiles` returns; None: the grid is of blocks, heads and sequences
     heads,
     max_seqlen,
     scale_log2e,  # scale * log2(e)
@@ -521,6 +521,7 @@ def _checked(
     max_seqlen: int,
     scale: float,
     tiles: Tensor | None,
+    device: torch.device,
 ) -> tuple[int, Tensor | None, Tensor | None]:
     """The number of sequences, the mask contiguous, tiles where they help. Raises ValueError as `attention` says."""
     if not scale > 0:
@@ -535,20 +536,25 @@ def _checked(
                 f"tiles has shape {tuple(tiles.shape)} and dtype {tiles.dtype}; "
                 f"expected {(entries, 4)} and torch.int32, as attention_tiles returns"
             )
+        if batch > GRID_SEQUENCES:
+            return batch, None, attention_tiles(cu_seqlens, rows) if tiles is None else tiles
         return batch, None, tiles if max_seqlen > SHORT else None  # one block a sequence is as good as a list
     if tiles is not None:
         raise ValueError("tiles are given without cu_seqlens, of which they are a list")
     batch = rows // max_seqlen if rows else 0
     if batch * max_seqlen != rows:
         raise ValueError(f"q has {rows} rows; expected a multiple of max_seqlen ({max_seqlen})")
+    if batch > GRID_SEQUENCES:
+        starts = torch.arange(0, rows + 1, max_seqlen, dtype=torch.int32, device=device)
+        tiles = attention_tiles(starts, rows)
     if key_mask is None:
-        return batch, None, None
+        return batch, None, tiles
     if key_mask.shape != (batch, max_seqlen) or key_mask.dtype != torch.bool:
         raise ValueError(
             f"key_mask has shape {tuple(key_mask.shape)} and dtype {key_mask.dtype}; "
             f"expected {(batch, max_seqlen)} and torch.bool"
         )
-    return batch, contiguous(key_mask), None
+    return batch, contiguous(key_mask), tiles
 
 
 def attention_tiles(cu_seqlens: Tensor, rows: int) -> Tensor:
@@ -576,7 +582,7 @@ def _grid(block: int, max_seqlen: int, heads: int, batch: int, tiles: Tensor | N
     """Of programs of `block` rows, as `locate` reads it."""
     if tiles is not None:
         return tiles.shape[0] * (TILE_ROWS.value // block) * heads, 1, 1
-    return -(-max_seqlen // block) * heads * batch, 1, 1
+    return -(-max_seqlen // block), heads, batch
 
 
 @planned
@@ -615,7 +621,7 @@ def _launch_forward(
     out_scale: float | None = None,
 ) -> Tensor:
     rows, heads, head_dim = q.shape
-    batch, key_mask, tiles = _checked(rows, cu_seqlens, key_mask, max_seqlen, scale, tiles)
+    batch, key_mask, tiles = _checked(rows, cu_seqlens, key_mask, max_seqlen, scale, tiles, q.device)
     if out_scale is None:
         out = q.new_empty((rows, heads, head_dim))
     else:
@@ -740,7 +746,7 @@ def attention_backward(
     """
     qkv, seed = _rows_of(qkv), checked_seed(dropout, seed)
     rows, _, heads, head_dim = qkv.shape
-    batch, key_mask, tiles = _checked(rows, cu_seqlens, key_mask, max_seqlen, scale, tiles)
+    batch, key_mask, tiles = _checked(rows, cu_seqlens, key_mask, max_seqlen, scale, tiles, qkv.device)
     if grad.shape != out.shape:
         raise ValueError(f"grad has shape {tuple(grad.shape)}; expected {tuple(out.shape)}, the shape of out")
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)

@@ -9,7 +9,6 @@ launch hooks (profilers) and Triton's debug settings, and with a Triton whose in
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -52,11 +51,47 @@ class Descriptor:
         return TensorDescriptor(self.base, [*self.shape], [*self.strides], self.block_shape)
 
 
-def _items(indices: list[int]) -> Callable[[Any], tuple[Any, ...]]:
-    """What picks these items of a sequence."""
-    if len(indices) > 1:
-        return itemgetter(*indices)
-    return lambda sequence: tuple(sequence[i] for i in indices)
+def _write(names: list[str], tensors: int, descriptors: int, specialized: list[str]) -> Callable[..., Any]:
+    """The function that launches what is known to be compiled, written out for a kernel: loops would double its time.
+
+    Args:
+        names: of the parameters, but for constexprs: `descriptors`, then pointers, `tensors` together, then numbers.
+        tensors: how many of them are tensors or None.
+        descriptors: how many of those are Descriptors or None.
+        specialized: the numbers whose values are compiled in.
+
+    Returns:
+        A function of the arguments, the grid, the constants, what is known, and Triton's driver. It returns None where
+        it has launched; else the key of what is to be known, or () where that is not to be kept.
+    """
+    first, *rest = given = names[:tensors]
+    numbers = names[tensors:]
+    lines = [f"place, {first}_at, {first}_is = {first}.get_device(), {first}.data_ptr(), {first}.dtype"]
+    for name in rest:
+        lines += [
+            f"if {name} is None: {name}_at = {name}_is = None",
+            f"elif {name}.get_device() != place: return ()",  # Triton's to say
+            f"else: {name}_at, {name}_is = {name}.data_ptr(), {name}.dtype",
+        ]
+    lines += [f"if {name} > {2**31 - 1}: return ()" for name in numbers if name not in specialized]  # of 64 bits
+    union = " | ".join(f"({name}_at or 0)" for name in given)
+    each = ", ".join(f"not ({name}_at or 0) & 15" for name in given)
+    key = ", ".join([f"{name}_is" for name in given] + specialized)
+    passed = ", ".join([*given[:descriptors], *(f"{name}_at" for name in given[descriptors:]), *numbers])
+    lines += [
+        f"aligned = not ({union}) & 15 or ({each},)",
+        "device = driver.get_current_device()",
+        f"key = constants, device, place, aligned, {key}",
+        "known = launches.get(key)",
+        "if known is None: return key",
+        "run, function, metadata, constexprs = known",
+        "stream = driver.get_current_stream(device)",
+        f"run(*grid, stream, function, metadata, None, None, None, {passed}, *constexprs)",
+    ]
+    space: dict[str, Any] = {}
+    exec("\n    ".join([f"def launch({', '.join(names)}, grid, constants, launches, driver):", *lines]), space)
+    launch: Callable[..., Any] = space["launch"]
+    return launch
 
 
 class _Kernel:
@@ -65,39 +100,39 @@ class _Kernel:
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel  # which goes by its id, and so has to live on
         self.launches: dict[Any, Any] = {}
-        self.is_known = isinstance(kernel, JITFunction) and not torch.version.hip and self._learn()
+        self.launch: Callable[..., Any] | None = None
+        if isinstance(kernel, JITFunction) and not torch.version.hip:
+            self._learn()
 
-    def _learn(self) -> bool:
-        """Whether Triton's insides are as expected, and the kernel's parameters: tensors, numbers, constexprs."""
+    def _learn(self) -> None:
+        """Sets `launch`, where Triton's insides are as expected, and the kernel's parameters: tensors, then numbers."""
         try:
             parameters = [p for p in self.kernel.params if not p.is_constexpr]
             self.constexprs = [(p.name, p.default) for p in self.kernel.params if p.is_constexpr]
             typed = any(p.annotation_type or p.is_const for p in parameters)
-            loose = [p.do_not_specialize for p in parameters]
+            names, loose = [p.name for p in parameters], [p.do_not_specialize for p in parameters]
         except AttributeError:
-            return False
-        names = [p.name for p in parameters]
+            return
         kinds = [0 if name.endswith("_desc") else 1 if name.endswith("_ptr") else 2 for name in names]
-        self.descriptors, self.tensors = kinds.count(0), len(kinds) - kinds.count(2)
-        numbers = range(self.tensors, len(names))
-        self.specialized = _items([i for i in numbers if not loose[i]])
-        self.others = _items([i for i in numbers if loose[i]])
-        return kinds == sorted(kinds) and not typed and self.tensors > 0
+        tensors = len(kinds) - kinds.count(2)
+        specialized = [name for name in names[tensors:] if not loose[names.index(name)]]
+        if kinds == sorted(kinds) and tensors and not typed:
+            self.launch = _write(names, tensors, kinds.count(0), specialized)
 
-    def remember(self, key: Any, compiled: Any, place: int, constants: Constants) -> None:
+    def remember(self, key: Any, compiled: Any, constants: Constants) -> None:
         """Keeps what a launch was compiled to, where it ran on the device that its tensors are on."""
+        place = key[2]
         try:
             entry = compiled.run, compiled.function, compiled.packed_metadata
             there = driver.active.get_active_torch_device().type == ("cpu" if place < 0 else "cuda")
         except AttributeError:
-            self.is_known = False
+            self.launch = None
             return
         if there:
             self.launches[key] = *entry, tuple(constants.get(name, default) for name, default in self.constexprs)
 
 
 _kernels: dict[int, _Kernel] = {}
-_LARGEST = 2**31 - 1
 
 
 def forget() -> None:
@@ -140,38 +175,11 @@ def run(kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], con
     known = _kernels.get(id(kernel))
     if known is None:
         known = _kernels[id(kernel)] = _Kernel(kernel)
-    if not known.is_known or _is_watched(kernel):
+    if known.launch is None or _is_watched(kernel):
         _by_triton(kernel, grid, arguments, constants)
         return
-    place = arguments[0].get_device()
-    union = 0
-    addresses: list[Any] = []
-    dtypes: list[Any] = []
-    for x in arguments[: known.tensors]:
-        if x is None:
-            addresses.append(None)
-            dtypes.append(None)
-        else:
-            address = x.data_ptr()
-            union |= address
-            addresses.append(address)
-            dtypes.append(x.dtype)
-            if x.get_device() != place:
-                union = -1
-    others = known.others(arguments)
-    if union < 0 or (others and max(others) > _LARGEST):  # tensors of several devices; a number of 64 bits
-        _by_triton(kernel, grid, arguments, constants)
-        return
-    aligned = not union & 15 or tuple(address is None or not address & 15 for address in addresses)
-    active = driver.active
-    device = active.get_current_device()
-    key = constants, device, place, aligned, tuple(dtypes), known.specialized(arguments)
-    entry = known.launches.get(key)
-    if entry is None:
-        known.remember(key, _by_triton(kernel, grid, arguments, constants), place, constants)
-        return
-    launch, function, metadata, constexprs = entry
-    addresses[: known.descriptors] = arguments[: known.descriptors]
-    stream = active.get_current_stream(device)
-    numbers = arguments[known.tensors :]
-    launch(*grid, stream, function, metadata, None, None, None, *addresses, *numbers, *constexprs)
+    key = known.launch(*arguments, grid, constants, known.launches, driver.active)
+    if key is not None:
+        compiled = _by_triton(kernel, grid, arguments, constants)
+        if key:
+            known.remember(key, compiled, constants)

@@ -152,18 +152,18 @@ def in_use() -> dict[tuple[Any, ...], Config]:
 
 
 @functools.cache
-def _architecture(index: int) -> str:
-    if torch.version.hip:
+def _architecture(device: torch.device) -> str:
+    if torch.version.hip or device.type != "cuda":
         return "portable"
-    major, minor = torch.cuda.get_device_capability(index)
+    major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
 
 
 def architecture(device: torch.device) -> str:
     """The name the tables below know `device` by: "sm_90" and so on, or "portable" where it is no NVIDIA GPU."""
-    if device.type != "cuda":
-        return "portable"
-    return _architecture(device.index if device.index is not None else torch.cuda.current_device())
+    if device.index is None and device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _architecture(device)
 
 
 @functools.cache

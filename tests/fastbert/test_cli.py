@@ -713,8 +713,8 @@ def test_rates_are_those_of_the_machine() -> None:
     ("arguments", "message"),
     [
         (["--minutes", "0"], "--minutes is 0.0; expected more than 0"),
-        (["--batch", "4", "0"], "--batch is 0; expected 1 to 65535"),
-        (["--batch", "99999999999999"], "--batch is 99999999999999; expected 1 to 65535"),
+        (["--batch", "4", "0"], "--batch is 0; expected 1 to 262144"),
+        (["--batch", "99999999999999"], "--batch is 99999999999999; expected 1 to 262144"),
         (["--cold", "--train"], "--cold is given with --train"),
         (["--output", "{file}"], "--output {file}: File exists; expected a folder"),
         (["--report", "{file}"], "holds a record without backend, "),

@@ -1,10 +1,9 @@
 """What launches of many batch shapes compile, without a GPU: nothing is compiled or launched, only chosen.
 
-    python -m tests.kernels.specializations [--arch sm_90] [--dependent]
+    python -m tests.kernels.specializations [--arch sm_90] [--dependent] [--train]
 
-runs a layer of BERT-large in bfloat16 in inference, embeddings and all, over batches of many shapes and masks, and
-prints a JSON line for everything it would compile: the kernel, the values of its constexprs, and the shape it was first
-met at.
+runs two layers of BERT in bfloat16, embeddings and all, over batches of many shapes and masks, and prints a JSON
+line for everything it would compile: the kernel, the values of its constexprs, and the shape it was first met at.
 """
 
 from __future__ import annotations
@@ -42,19 +41,25 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--arch", default="sm_90", choices=TARGETS)
     parser.add_argument("--dependent", action="store_true", help="with programmatic dependent launch")
+    parser.add_argument("--train", action="store_true", help="training steps, with dropout, in place of inference")
     given = parser.parse_args()
     if given.dependent:
         launch.DEPENDENT.add(given.arch)
-    sizes = {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096, "num_hidden_layers": 1}
-    model = fastbert.fuse(hf.BertModel(BertConfig(vocab_size=64, **sizes)).eval().bfloat16())
+    width = 256 if given.train else 1024  # products of gradients are torch's, on this CPU
+    sizes = {"hidden_size": width, "num_attention_heads": width // 64, "intermediate_size": 4 * width}
+    model = fastbert.fuse(
+        hf.BertModel(BertConfig(vocab_size=64, num_hidden_layers=2, **sizes)).train(given.train).bfloat16()
+    )
     generator = torch.Generator().manual_seed(0)
-    with torch.inference_mode(), stub.device(given.arch) as gpu:
+    with torch.inference_mode(not given.train), stub.device(given.arch) as gpu:
         for shape in SHAPES:
             ids = torch.ones(shape, dtype=torch.int64)
             lengths = torch.randint(1, shape[1] + 1, (shape[0], 1), generator=generator)
             masks: list[Any] = [None, (torch.arange(shape[1]) < lengths).long(), torch.zeros_like(ids)]
             for mask in masks:
-                model(ids, attention_mask=mask)
+                result = model(ids, attention_mask=mask).last_hidden_state
+                if given.train:
+                    result.sum().backward()
                 for found in gpu.compilations:
                     options = found.options
                     configuration = {"num_warps": options.num_warps, "num_stages": options.num_stages}

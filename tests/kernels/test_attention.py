@@ -290,6 +290,27 @@ def test_tiles_change_no_bit(dtype: torch.dtype, device: str) -> None:
     assert all(map(torch.equal, *found))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("layout", ["packed", "dense", "masked"])
+def test_more_sequences_than_a_grid_has_room_for_change_no_bit(
+    layout: str, dropout: float, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, length = 5, 20
+    qkv = torch.stack(make_qkv(batch * length, 2, 16, torch.float16, device), 1)
+    cu_seqlens = cumulative([20, 3, 0, 37, 40], device) if layout == "packed" else None
+    mask = make_mask("holes", batch, length, device) if layout == "masked" else None
+    sequences = cu_seqlens, mask, 40 if layout == "packed" else length, 0.3
+    seed = torch.tensor([7], device=device) if dropout else None
+    results = []
+    for most in (65535, 4):
+        monkeypatch.setattr(kernel, "GRID_SEQUENCES", most)
+        out, stats = kernel.attention_forward(qkv, *sequences, dropout, seed)
+        results.append((out, stats, kernel.attention_backward(out, qkv, out, stats, *sequences, dropout, seed)))
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
+    assert results[0][2].abs().max() > 0
+
+
 def test_tiles_are_checked(device: str) -> None:
     q, k, v = make_qkv(8, 2, 16, torch.float32, device)
     cu_seqlens = cumulative([3, 5], device)
