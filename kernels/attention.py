@@ -506,8 +506,9 @@ def _check_inference(q: Tensor, k: Tensor, v: Tensor, max_seqlen: int, bias: Ten
                 f"bias has shape {tuple(bias.shape)} and dtype {bias.dtype}; expected a contiguous float32 tensor of "
                 f"({heads}, 2 R - 1), R at least {max_seqlen}"
             )
+    shape = q.shape
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.shape != q.shape or x.stride(2) != 1:
+        if x.shape != shape or x.stride(2) != 1:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)} and strides {x.stride()}; "
                 f"expected shape {tuple(q.shape)}, contiguous in the last dimension"

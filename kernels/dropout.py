@@ -105,7 +105,7 @@ def keep_row(seed, row, threshold, COLS: tl.constexpr):
 
 def draw_threshold(dropout: float) -> int:
     """What 16 bits are compared with, for a rate of 0 to 1: at most 65535. `keep_scale` is 0 where all is dropped."""
-    return min(round(dropout * 2**16), 2**16 - 1)
+    return min(round(dropout * 2**16), 2**16 - 1) if dropout else 0
 
 
 def keep_scale(dropout: float) -> float:
@@ -119,8 +119,10 @@ def checked_seed(dropout: float, seed: Tensor | None) -> Tensor | None:
     Raises:
         ValueError: `dropout` is no rate, or has no seed of one int64 element.
     """
+    if dropout == 0:
+        return None
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout is {dropout}; expected 0 to 1")
-    if dropout and (seed is None or seed.numel() != 1 or seed.dtype != torch.int64):
+    if seed is None or seed.numel() != 1 or seed.dtype != torch.int64:
         raise ValueError("seed: expected an int64 tensor of one element where dropout is not 0")
-    return seed if dropout else None
+    return seed

@@ -155,8 +155,9 @@ def add_layer_norm_backward_kernel(
 
 def _check(x: Tensor, residual: Tensor | None, *vectors: tuple[str, Tensor]) -> None:
     rows, width = x.shape
+    expected = (width,)
     for name, vector in vectors:
-        if vector.shape != (width,):
+        if vector.shape != expected:
             raise ValueError(
                 f"{name} has shape {tuple(vector.shape)}; expected {(width,)} for x of shape {(rows, width)}"
             )

@@ -384,7 +384,8 @@ def _launch(
     for weight in weights:
         if weight.shape != (n, k):
             raise ValueError(f"weight has shape {tuple(weight.shape)}; expected {(n, k)} for x of shape {(m, k)}")
-        operands.append(launch.operand(weight, dtype))
+        plain = weight.dtype is dtype and weight.is_contiguous()
+        operands.append(weight if plain else launch.operand(weight, dtype))
     added: list[Tensor | None] = []
     for bias in biases:
         if bias is None:
@@ -392,7 +393,8 @@ def _launch(
             continue
         if bias.shape != (n,):
             raise ValueError(f"bias has shape {tuple(bias.shape)}; expected {(n,)}")
-        added.append(launch.operand(bias, dtype))
+        plain = bias.dtype is dtype and bias.is_contiguous()
+        added.append(bias if plain else launch.operand(bias, dtype))
     stride_rm = 0
     if residual is not None:
         if residual.shape != (m, n):
