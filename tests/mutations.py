@@ -34,8 +34,8 @@ class Fault(NamedTuple):
 FAULTS = {
     "a dropped mask": Fault(
         "kernels/attention.py",
-        "    if key_mask is None:\n        return batch, None, None\n",
-        "    return batch, None, None\n",
+        "    if key_mask is None:\n        return batch, None, tiles\n",
+        "    return batch, None, tiles\n",
         KERNELS,
     ),
     "a swapped stride": Fault(
