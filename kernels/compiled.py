@@ -9,7 +9,7 @@ launch hooks (profilers) and Triton's debug settings, and with a Triton whose in
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class Constants(dict[str, Any]):
-    """Constexprs by name, and options of the compiler. Known by identity: made once for a configuration, and kept."""
+    """Constexprs by name, and options of the compiler. Equal ones are one object, known by its identity."""
+
+    _made: ClassVar[dict[Any, Constants]] = {}
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Constants:
+        values = sorted(dict(*args, **kwargs).items())
+        return cls._made.setdefault(tuple((name, type(value), value) for name, value in values), super().__new__(cls))
 
     __hash__ = object.__hash__  # type: ignore[assignment]
 
@@ -170,7 +176,7 @@ def run(kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], con
         grid: programs along each axis.
         arguments: in the order of the parameters, but for constexprs: Descriptors, tensors, None for those that are
             absent (not for the first), integers and floats.
-        constants: the same object for the same values, or each launch asks Triton.
+        constants: of the kernel and of the compiler.
     """
     known = _kernels.get(id(kernel))
     if known is None:

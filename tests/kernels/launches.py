@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks import stub
 from fastbert.kernels import attention, compiled, embedding, launch, layer_norm, linear, padding
+from fastbert.kernels.compiled import Constants
 
 BF16 = torch.bfloat16
 
@@ -64,9 +65,12 @@ def check_alignment(gpu: stub.Gpu) -> None:
     """At every offset, what is launched is what Triton would choose, with the addresses and numbers it would have."""
     watch = Watch(gpu)
     cases: list[tuple[Any, tuple[Any, ...], Any]] = []
+    tile = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP_M": 8, "EVEN_K": True, "INPUT_PRECISION": "ieee"}
+    constants = Constants(tile, SEGMENTS=1, GELU="", num_warps=4)
+    assert constants is Constants(num_warps=4, GELU="", SEGMENTS=1, **tile)
+    assert constants is not Constants(constants, SEGMENTS=True)
     for a, b, c in itertools.product((0, 2, 4, 8, 16), (0, 2), (0, 8)):
         x, weight, out = at(a, 16, 64), at(b, 32, 64), at(c, 16, 32)
-        _, _, constants = linear._plan(launch.linear_config, "sm_90", BF16, 32, 64, 1, 64, "", "ieee", False)
         others = *(None,) * 7, out, 16, 32, 64
         cases.append((linear.linear_kernel, (x, weight, *others, 64, 0), constants))
         cases.append((linear.linear_kernel, (x, weight, *others, 40, 0), constants))  # rows that aren't aligned
