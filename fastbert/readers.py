@@ -99,7 +99,7 @@ def tell_features(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
     Tokens that expand a query have mask 0 unless they are attended to, and are scored.
     """
-    if module.model_forward_params is not None:  # it would not hand them on
+    if getattr(module, "model_forward_params", ()) is not None:  # it would not hand them on
         return None
     features = {**(args[0] if args else {}), **kwargs}
     expands = features.get("query_expansion_positions") is not None and not _attends(module)
