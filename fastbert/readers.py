@@ -148,7 +148,7 @@ def _decoder(module: Any) -> str | None:
     kind = type(module.decoder)
     if kind.__module__.startswith("transformers.models.") and _is_original(kind, "forward"):
         return None
-    return f"its decoder is a {kind.__name__}"
+    return f"its decoder is {_a(kind)}"
 
 
 def _rowwise(module: Any) -> str | None:
@@ -176,7 +176,12 @@ _NAMED: dict[str, Reader] = {
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper:OffloadWrapper": _AROUND,
     "torch.optim.swa_utils:AveragedModel": _AROUND,
     # The decoder attends to rows of the encoder by its mask.
-    "transformers:EncoderDecoderModel": Reader(around=True, unless=_decoder, children=("encoder", "enc_to_dec_proj")),
+    "transformers:EncoderDecoderModel": Reader(
+        around=True,
+        first=lambda model: True,  # of a sequence without a real token it takes the mean
+        unless=_decoder,
+        children=("encoder", "enc_to_dec_proj"),
+    ),
     # PEFT: what hands its arguments on, with prompts before them in the mask, too; and wrappers around a head's layers.
     "peft:PeftModel": _PEFT,
     "peft:PeftModelForSequenceClassification": _PEFT,
@@ -243,7 +248,7 @@ def reader_of(kind: type[nn.Module]) -> Reader | str:
     else:
         changed = [name for own in kind.__mro__[: kind.__mro__.index(known)] for name in _overridden(own, known)]
     if changed:
-        return f"a {known.__name__} with {_listed(changed)} of its own, which may read padding"
+        return f"{_a(known)} with {_listed(changed)} of its own, which may read padding"
     package = known.__module__.partition(".")[0]
     replaced = [] if package == "fastbert" else [name for name in _used(known) if not _is_original(known, name)]
     if found is not None or replaced:  # met with another forward before, or with one that its package has not
@@ -270,6 +275,10 @@ def _overridden(own: type, known: type) -> list[str]:
     names = [n for n in vars(own) if n in _CALLS or not (n.startswith("__") or n in _HARMLESS)]
     kinds = (FunctionType, property, classmethod, staticmethod)
     return [name for name in names if isinstance(inspect.getattr_static(known, name, None), kinds)]
+
+
+def _a(kind: type) -> str:
+    return f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}"
 
 
 def _listed(names: list[str]) -> str:
@@ -323,7 +332,7 @@ def readings(root: nn.Module) -> Readings:
         if row is None or kind.forward is not row.forward:
             judged = reader_of(kind)
             if isinstance(judged, str):
-                return Readings((module, f"a {kind.__name__}, {judged}"))
+                return Readings((module, f"{_a(kind)}, {judged}"))
             row = judged
         attributes = module.__dict__
         if attributes["_forward_hooks"] or attributes["_backward_hooks"] or attributes["_backward_pre_hooks"]:
@@ -337,7 +346,7 @@ def readings(root: nn.Module) -> Readings:
         if "forward" in attributes and not _hands_on(module):
             return Readings((module, "given a forward of its own, which may read padding"))
         if row.unless is not None and (why := row.unless(module)) is not None:
-            return Readings((module, f"a {kind.__name__}: {why}"))
+            return Readings((module, f"{_a(kind)}: {why}"))
         first = first or (row.first is not None and row.first(module))
         tells = module if row.hook is not None and tells is None else tells
         children = attributes["_modules"]

@@ -258,7 +258,7 @@ def verify(
             report says what they change in what the model is used for.
 
     Returns:
-        The report: `.ok`, `.rows`, `.first_departure`, `.ran`, `str()`, `.to_dict()`, `.to_json()`.
+        The report: `.ok`, `.rows`, `.first_departure`, `.ran`, `.padding`, `str()`, `.to_dict()`, `.to_json()`.
 
     Raises:
         ValueError: an argument is out of range, empty, all padding, or lacks what it needs; ids are not of the model;

@@ -191,7 +191,10 @@ def test_verify_writes_its_report(checkpoint: Path, tmp_path: Path, capsys: pyte
     report = json.loads(file.read_text())
     assert (report["ok"], report["model"], report["dtype"]) == (True, "BertForSequenceClassification", "float32")
     assert {row["name"] for row in report["rows"]} >= {"embeddings", "layer.0", "layer.1", "pooler_output", "logits"}
-    assert "ok: every output is within the numerical policy" in capsys.readouterr().out
+    assert report["padding"] == {"reads": {}, "packed": False, "unseen": None}
+    said = capsys.readouterr().out
+    assert "padding: ignored: nothing that is returned at real tokens depends on it" in said
+    assert "ok: every output is within the numerical policy" in said
 
 
 @pytest.mark.usefixtures("wrong")

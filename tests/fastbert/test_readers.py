@@ -145,7 +145,7 @@ def test_a_module_of_ones_own_around_a_base_model(reduce: Any) -> None:
     ours, theirs = (model(**call()) for model in (fused, stock))
     torch.testing.assert_close(ours, theirs)
     assert layouts(fused) == {"dense": 1}
-    assert "the model itself is a Around, which may read padding" in str(dense(fused))
+    assert "the model itself is an Around, which may read padding" in str(dense(fused))
 
 
 @pytest.mark.parametrize("reduce", [mean_of_all, attention_pooling])
@@ -339,7 +339,7 @@ def test_what_stands_outside_is_told() -> None:
     with torch.no_grad():
         outer(**call())
     assert layouts(outer) == {"packed": 1}
-    assert "outside of what fuse was given: the model itself is a Around" in str(fastbert.explain(outer))
+    assert "outside of what fuse was given: the model itself is an Around" in str(fastbert.explain(outer))
     assert "outside" not in str(fastbert.explain(inner))
     fastbert.fuse(outer)
     assert "outside" not in str(fastbert.explain(outer))
@@ -464,7 +464,7 @@ def test_a_module_appended_after_fuse() -> None:
         model[1] = Attentive()
     ours, theirs = (model.encode(TEXTS, convert_to_tensor=True) for model in (fused, stock))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert "1 is a Attentive" in str(dense(fused))
+    assert "1 is an Attentive" in str(dense(fused))
     fused[1] = st.Pooling(384)
     fused.encode(TEXTS)
     assert layouts(fused) == {"dense": 1, "packed": 1}
@@ -612,7 +612,7 @@ def test_an_encoder_and_a_decoder() -> None:
             pass
 
         fused.decoder.__class__ = Own
-        assert "its decoder is a Own" in str(dense(fused))
+        assert "its decoder is an Own" in str(dense(fused))
 
 
 def test_the_probe_of_a_family(monkeypatch: pytest.MonkeyPatch) -> None:
