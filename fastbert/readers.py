@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from .known import ELEMENTWISE
 from .support import ROWWISE_LINEARS, is_harmless, is_placed, is_rowwise
+from .wrappers import is_transparent
 
 HOLDS = "_fastbert"
 """Attribute of a module that holds base models: its `Holder`."""
@@ -133,7 +134,11 @@ SUMMARY = Reader(
 """It reads a summary of the rows: of the first, or of others, padding too (`config.summary_type`)."""
 
 
-def _expansion(module: Any) -> str | None:
+def _longer(module: Any) -> str | None:
+    """Of sentence-transformers' Transformer: whether its mask is not that of the rows that are read."""
+    adapters = getattr(module._modules.get("model"), "peft_config", None) or {}
+    if isinstance(adapters, dict) and any(getattr(each, "is_prompt_learning", False) for each in adapters.values()):
+        return "its prompts make sequences longer than the mask, and then all rows are pooled"
     if getattr(module, "query_expansion", None) is None or _attends(module) or module.model_forward_params is None:
         return None
     return "it expands queries with tokens of mask 0, which are scored"
@@ -197,8 +202,8 @@ _NAMED: dict[str, Reader] = {
     "sentence_transformers:SparseEncoder": _AROUND,
     "sentence_transformers:MultiVectorEncoder": _AROUND,
     "sentence_transformers:Router": _AROUND,
-    "sentence_transformers:Transformer": Reader(around=True, hook=tell_features, unless=_expansion),
-    "sentence_transformers:MLMTransformer": Reader(around=True, hook=tell_features, unless=_expansion),
+    "sentence_transformers:Transformer": Reader(around=True, hook=tell_features, unless=_longer),
+    "sentence_transformers:MLMTransformer": Reader(around=True, hook=tell_features, unless=_longer),
     "sentence_transformers:Pooling": Reader(first=lambda pooling: "cls" in pooling.pooling_mode),  # others by the mask
     "sentence_transformers:Normalize": _ROWS,
     "sentence_transformers:Dense": Reader(unless=_activation),
@@ -358,19 +363,10 @@ def readings(root: nn.Module) -> Readings:
 
 
 def _hands_on(module: nn.Module) -> bool:
-    """Whether the forward of a module itself hands on to that of its class: torch's and accelerate's wrappers do."""
+    """Whether the forward of a module itself hands on to that of its class."""
     if is_placed(module) or type(module).__module__ == "torch._dynamo.eval_frame":
         return True
-    function, own = module.__dict__["forward"], type(module).forward
-    for _ in range(8):
-        function = getattr(function, "__func__", function)
-        if function is own:
-            return True
-        source = getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
-        if not source.startswith(("accelerate.", "torch.")):
-            return False
-        function = getattr(function, "__wrapped__", None)
-    return False
+    return is_transparent(module.__dict__["forward"], type(module).forward)
 
 
 class Holder:

@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": {"kernels", "tuned"},
     "autograd": {"kernels", "ops"},
     "packing": {"ops", "support"},
-    "readers": {"known", "support"},
+    "readers": {"known", "support", "wrappers"},
     "layer": {"autograd", "known", "ops", "packing", "support"},
     "fp8": {"layer", "ops", "packing", "support"},
     "graphs": {"fp8", "kernels", "packing", "support"},

@@ -572,6 +572,23 @@ def test_prompts_of_peft_pack(task: str) -> None:
     assert layouts(fused) == {"packed": 1}
 
 
+def test_prompts_of_peft_in_sentence_transformers() -> None:
+    """Its pooling takes all rows where there are more than the mask has."""
+    peft = pytest.importorskip("peft")
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    st = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+    torch.manual_seed(0)
+    backbone = _transformer()
+    config = peft.PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=7)
+    backbone.model = peft.get_peft_model(backbone.model, config)
+    stock = sentence_transformers.SentenceTransformer(modules=[backbone, st.Pooling(384)], device="cpu").eval()
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    ours, theirs = (model.encode(TEXTS, convert_to_tensor=True) for model in (fused, stock))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert layouts(fused) == {"dense": 1}
+    assert "its prompts make sequences longer than the mask" in str(dense(fused))
+
+
 def test_a_loss_over_padding_under_peft() -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["query"], task_type="QUESTION_ANS", init_lora_weights=False)
