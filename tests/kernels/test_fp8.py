@@ -307,6 +307,26 @@ def test_products_at_the_shapes_of_models(t: int, dtype: torch.dtype, device: st
 
 
 @pytest.mark.parametrize("scale", [None, 0.25])
+def test_rows_beyond_whole_waves(scale: float | None, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take a launch of their own, with their own scales and residual."""
+    asked: list[int] = []
+
+    def whole(config: launch.Config, *given: int) -> int:
+        asked.append(given[5])
+        return 128 if given[5] == 192 else given[5]
+
+    choose = launch.linear_fp8_config
+    monkeypatch.setattr(launch, "SPLIT_ROWS", 100)
+    monkeypatch.setattr(launch, "full_waves", whole)
+    monkeypatch.setattr(launch, "linear_fp8_config", lambda *given: choose(*given))
+    check_products(linear_fp8, product_args(150, 48, 208, device, scale), torch.float16)
+    assert set(asked) == {192, 128, 64}
+    codes = linear_fp8.linear_gelu_fp8(*product_args(150, 48, 208, device, scale), torch.float16, "none", 1 / 16)
+    assert codes.dtype == torch.float8_e4m3fn
+    assert codes[128:].float().norm() > 0
+
+
+@pytest.mark.parametrize("scale", [None, 0.25])
 def test_a_row_does_not_depend_on_the_batch(scale: float | None, device: str) -> None:
     args = product_args(150, 48, 208, device, scale)
     whole = linear_fp8.linear_fp8(*args, torch.float16)

@@ -387,6 +387,17 @@ def test_rows_beyond_whole_waves_take_a_launch_of_their_own(
     assert launched[:4] == ["linear_persistent_kernel", "linear_kernel"] * 2
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("op", "rest"), OPS, ids=OP_NAMES)
+def test_a_row_is_the_same_beyond_whole_waves(op: str, rest: tuple[str, ...], device: str) -> None:
+    """Bitwise, in whichever of the two launches, and alone."""
+    args = make_args(op, 21222, 1024, 1024, torch.bfloat16, device)
+    together = getattr(kernel, op)(*args, *rest)
+    for rows in (slice(0, 128), slice(21000, 21222), slice(21121, 21122), slice(21221, 21222)):
+        part = [arg[rows] if arg is not None and len(arg) == 21222 else arg for arg in args]
+        assert torch.equal(getattr(kernel, op)(*part, *rest), together[rows])
+
+
 def cycles(config: launch.Config, arch: str, rows: int, n: int, k: int, segments: int = 1) -> float:
     rates = launch.RATES[launch.LIKE.get(arch, arch)]
     return launch.tile_cycles(config, rates, rows, n, k, segments, launch.MULTIPROCESSORS[arch])
