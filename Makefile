@@ -18,7 +18,7 @@ help:
 	@echo "make compat    tests under each version of triton and transformers that is tried; slow"
 	@echo "make clients   other people's packages over fused models, in environments of their own; slow"
 	@echo "make coverage  branches of the library that make test runs"
-	@echo "make mutants   plants ten faults one at a time: which test catches which"
+	@echo "make mutants   plants faults one at a time: which test catches which"
 	@echo "make lint      ruff and mypy"
 	@echo "make gpu       GPU tests and benchmarks by what tests prove, with \$$(PYTHON) as it is: nothing is installed"
 	@echo "make bench     the benchmarks on this machine, in .venv"

@@ -1,4 +1,4 @@
-"""Ten deliberate faults, planted one at a time in a copy of the tree: is each caught, and by which test?
+"""Deliberate faults, planted one at a time in a copy of the tree: is each caught, and by which test?
 
     make mutants        # or: python -m tests.mutations [NAME ...]
 
@@ -20,6 +20,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 LIFE = "tests/fastbert/test_life.py"
 KERNELS = "tests/kernels/test_properties.py"
+PROMISE = "tests/fastbert/test_promise.py"
 
 
 class Fault(NamedTuple):
@@ -87,6 +88,103 @@ FAULTS = {
         "packing = Packing(batch, seqlen, longest - 1, cu_seqlens,",
         "tests/fastbert/test_packing.py",
     ),
+    # One for each kind of situation that docs/trust.md has under a letter.
+    "A: readers that aren't known": Fault(
+        "fastbert/encoder.py",
+        'if padding == "auto" and (around.unknown is not None or (',
+        'if padding == "auto" and ((',
+        f"{PROMISE} -k Neighbours",
+    ),
+    "B: embeddings of one's own": Fault(
+        "fastbert/encoder.py",
+        "foreign = embeddings_are_foreign(model) is not None",
+        "foreign = False",
+        f"{PROMISE} -k embeddings",
+    ),
+    "B: the switch after the checks": Fault(
+        "fastbert/encoder.py",
+        "    if is_disabled():\n        call",
+        "    if False:\n        call",
+        "tests/fastbert/test_embeddings.py -k disabled",
+    ),
+    "C: replaced code": Fault(
+        "fastbert/support.py",
+        "    return known.foreign(",
+        "    return None and known.foreign(",
+        f"{PROMISE} -k patch",
+    ),
+    "D: hooks of layers": Fault(
+        "fastbert/encoder.py",
+        "if plan.hooked or any(plan.stock_layers):",
+        "if any(plan.stock_layers):",
+        f"{PROMISE} -k edited",
+    ),
+    "E: exported for other tools": Fault(
+        "fastbert/support.py",
+        "if torch.compiler.is_exporting() and not exporting.FUSED:",
+        "if torch.compiler.is_exporting() and False:",
+        "tests/fastbert/test_exporting.py tests/fastbert/test_pipelines.py -k export",
+    ),
+    "F: wrapped forwards": Fault(
+        "fastbert/fuse.py",
+        "redirect(module.__dict__[name], {type(module).forward: kind.forward}, seen)",
+        "module.__dict__[name]",
+        f"{PROMISE} -k around",
+    ),
+    "G: tensors without values": Fault(
+        "fastbert/packing.py",
+        "if torch.compiler.is_compiling() or is_fake(x):",
+        "if torch.compiler.is_compiling():",
+        "tests/fastbert/test_embeddings.py -k fake",
+    ),
+    "H: reasons without a module": Fault(
+        "fastbert/support.py",
+        'return f"{kind.__module__}.{kind.__qualname__}"',
+        "return kind.__name__",
+        "tests/fastbert/test_known.py -k reasons",
+    ),
+    "I: a plan that isn't taken": Fault(
+        "fastbert/models/family.py",
+        'check_taken(self, named.get("plan"))',
+        "check_taken(self, None)",
+        "tests/fastbert/test_readers.py -k plan",
+    ),
+    "J: noise at padding": Fault(
+        "fastbert/sensitivity.py",
+        "torch.where(mask[..., None] != 0, hidden, noise)",
+        "torch.where(mask[..., None] != 0, hidden, 0 * noise)",
+        "tests/fastbert/test_sensitivity.py -k named",
+    ),
+    "K: wrapped layers": Fault(
+        "fastbert/support.py",
+        "    layer = unwrapped(layer)\n",
+        "",
+        "tests/fastbert/test_wrappers.py",
+    ),
+    "L: a vmap in the backward": Fault(
+        "fastbert/autograd.py",
+        'torch.library.register_vmap(f"fastbert::{_name}", _one_by_one(_name), lib=ops._LIBRARY)',
+        "pass",
+        "tests/fastbert/test_transforms.py -k batch",
+    ),
+    "M: sharded tables": Fault(
+        "fastbert/encoder.py",
+        'width = tables["word_embeddings"].embedding_dim',
+        'width = tables["word_embeddings"].weight.shape[-1]',
+        "tests/fastbert/test_embeddings.py -k sharded",
+    ),
+    "N: explained otherwise": Fault(
+        "fastbert/fuse.py",
+        "foreign_code(base) or call_is_unsupported(base, {})",
+        "call_is_unsupported(base, {})",
+        f"{PROMISE} -k patch",
+    ),
+    "O: unfused meanwhile": Fault(
+        "fastbert/encoder.py",
+        "plan.settings if isinstance(plan, Plan) else getattr(self, ",
+        "getattr(self, ",
+        "tests/fastbert/test_transforms.py -k thread",
+    ),
 }
 
 
@@ -103,7 +201,7 @@ def caught_by(fault: Fault) -> str | None:
     """The first test that fails with a fault, or None where all pass."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "tree"
-        ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", "results", ".*_cache", ".hypothesis")
+        ignored = shutil.ignore_patterns(".git", ".venv", "build", "__pycache__", "results", ".*_cache", ".hypothesis")
         shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
         plant(fault, copy)
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-rf", *fault.tests.split()]
