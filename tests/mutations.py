@@ -91,8 +91,8 @@ FAULTS = {
     # One for each kind of situation that docs/trust.md has under a letter.
     "A: readers that aren't known": Fault(
         "fastbert/encoder.py",
-        'if padding == "auto" and (around.unknown is not None or (',
-        'if padding == "auto" and ((',
+        "        if around.unknown is not None:\n            return UNKNOWN, around\n",
+        "",
         f"{PROMISE} -k Neighbours",
     ),
     "B: embeddings of one's own": Fault(
@@ -114,16 +114,16 @@ FAULTS = {
         f"{PROMISE} -k patch",
     ),
     "D: hooks of layers": Fault(
-        "fastbert/encoder.py",
-        "if plan.hooked or any(plan.stock_layers):",
-        "if any(plan.stock_layers):",
-        f"{PROMISE} -k edited",
+        "fastbert/coverage.py",
+        "    hooked = any(",
+        "    hooked = False and any(",
+        "tests/fastbert/test_hooks.py",
     ),
     "E: exported for other tools": Fault(
         "fastbert/support.py",
         "if torch.compiler.is_exporting() and not exporting.FUSED:",
         "if torch.compiler.is_exporting() and False:",
-        "tests/fastbert/test_exporting.py tests/fastbert/test_pipelines.py -k export",
+        "tests/fastbert/test_pipelines.py -k export",
     ),
     "F: wrapped forwards": Fault(
         "fastbert/fuse.py",
@@ -133,8 +133,8 @@ FAULTS = {
     ),
     "G: tensors without values": Fault(
         "fastbert/packing.py",
-        "if torch.compiler.is_compiling() or is_fake(x):",
-        "if torch.compiler.is_compiling():",
+        "    if torch.compiler.is_compiling() or is_fake(x):\n        return False\n",
+        "    return not torch.compiler.is_compiling()\n",
         "tests/fastbert/test_embeddings.py -k fake",
     ),
     "H: reasons without a module": Fault(
@@ -183,7 +183,7 @@ FAULTS = {
         "fastbert/encoder.py",
         "plan.settings if isinstance(plan, Plan) else getattr(self, ",
         "getattr(self, ",
-        "tests/fastbert/test_transforms.py -k thread",
+        "tests/fastbert/test_threads.py",
     ),
 }
 
