@@ -35,6 +35,7 @@ from .support import (
     is_flash,
     is_hooked,
     is_transformed,
+    named,
     relative_is_unsupported,
 )
 from .wrappers import unwrapped
@@ -251,6 +252,13 @@ def _take(encoder: Any, rows: Tensor, plan: Plan) -> tuple[Tensor, Plan, str | N
     return packing.pack(rows), plan._replace(packing=packing), None
 
 
+def _encoder_is_unsupported(encoder: Any) -> str | None:
+    """Why an encoder that was fused takes no plan at this moment."""
+    if is_disabled():
+        return DISABLED
+    return None if isinstance(encoder, FusedEncoder) else f"its encoder is a {named(encoder)} of one's own"
+
+
 UNKNOWN = "a module may read padding"
 """`why_dense`, where `fastbert.readers` is to be asked which."""
 
@@ -281,7 +289,8 @@ def decide(model: Any, settings: Settings, call: Mapping[str, Any], foreign: boo
     encoder, graphs = encoder_of(model), settings.graphs
     layers = len(encoder.layer)
     seen = Seen((None,) * layers, (False,) * layers, (None,) * layers, False, False)
-    reason = foreign_code(model) or (_foreign_call_is_unsupported(call) if foreign and call else None)
+    reason = _encoder_is_unsupported(encoder) or foreign_code(model)
+    reason = reason or (_foreign_call_is_unsupported(call) if foreign and call else None)
     reason = reason or call_is_unsupported(model, call)
     assumed = assumes and reason is None and graphs is not None and graphs.expects() and not foreign
     assumed = assumed and _is_repeatable(model, call)
@@ -349,6 +358,9 @@ def plan_call(
         # Unfused, or given too many or twice: the forward itself says so.
         return args, {name: value for name, value in kwargs.items() if name not in Reads._fields}
     if not known.takes_plan(type(model).family):  # called as stock: what has replaced it may take nothing else
+        return args, {name: value for name, value in kwargs.items() if name not in Reads._fields}
+    if not isinstance(encoder, FusedEncoder):  # in place of the one that was fused
+        settings.counts.add(settings.counts.stock, str(_encoder_is_unsupported(encoder)))
         return args, {name: value for name, value in kwargs.items() if name not in Reads._fields}
     call.update(kwargs)
     reads = Reads(*(call.pop(name, default) for name, default in Reads._field_defaults.items()))

@@ -69,7 +69,7 @@ FAULTS = {
         "return 0.0 if dropout == 1 else 1.0",
         "tests/kernels/test_dropout.py tests/kernels/test_layer_norm.py",
     ),
-    "tanh for erf": Fault("fastbert/layer.py", '("gelu", "none")', '("gelu", "tanh")', LIFE),
+    "tanh for erf": Fault("fastbert/layer.py", '("GELUActivation", "none")', '("GELUActivation", "tanh")', LIFE),
     "stale fused weights": Fault(
         "fastbert/layer.py",
         "ops.qkv_linear(x, query.weight,",
@@ -175,8 +175,8 @@ FAULTS = {
     ),
     "N: explained otherwise": Fault(
         "fastbert/fuse.py",
-        "foreign_code(base) or call_is_unsupported(base, {})",
-        "call_is_unsupported(base, {})",
+        "reason, seen, _, watched = decide(base, settings, {}, foreign is not None)",
+        "(_, seen, _, watched), reason = decide(base, settings, {}, foreign is not None), None",
         f"{PROMISE} -k patch",
     ),
     "O: unfused meanwhile": Fault(
