@@ -29,7 +29,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
-import dataclasses
 import functools
 import itertools
 import json
@@ -509,15 +508,20 @@ def operators(
     found = problems(sizes, dtype, launch.architecture(device), multiprocessors=launch.multiprocessors(device))
     work = [problem for problem in found if problem.key[0] in ("linear", "attention")]
     rig, checker = Gpu(device, sizes, dtype), Checker(work, device)
-    chosen = {problem.name: configurations(problem) for problem in work}
+    # Of a product: shipped at so many rows, the likeliest persistent one, tiles of 128 x 128, cuBLAS.
+    chosen = {
+        (problem.name, count): variants.configurations(problem, count, work, rig.shared_limit)[0]
+        for problem, count in variants.cases(work, rows)
+    }
 
     def compile_all() -> None:
         """A round for each configuration: what `launch.use` is given is for the whole process."""
+        each = {p.key: dict.fromkeys(c for (name, _), cs in chosen.items() if name == p.name for c in cs) for p in work}
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            for round_ in itertools.zip_longest(*chosen.values()):
-                launch.use({p.key: config for p, config in zip(work, round_, strict=True) if config is not None})
-                jobs = [pool.submit(launched, problem) for problem, config in zip(work, round_, strict=True) if config]
-                for job in jobs:
+            for round_ in itertools.zip_longest(*each.values()):
+                given = {p: config for p, config in zip(work, round_, strict=True) if config is not None}
+                launch.use({p.key: config for p, config in given.items()})
+                for job in [pool.submit(launched, problem) for problem in given]:
                     job.exception()  # its own step will tell
         launch.use({})
 
@@ -540,7 +544,7 @@ def operators(
             "padded_tokens": count,
         }
         checked = []
-        for config in chosen[problem.name]:
+        for config in chosen[problem.name, count]:
             library = config.variant == launch.LIBRARY
             checked.append((Candidate(problem, config), OK if library else checker.check(problem.name, config)))
         stock: list[float] = []
@@ -559,19 +563,6 @@ def operators(
         for count in sorted(rows, reverse=True):
             for problem, _ in variants.cases(work, [count]):
                 steps.run("operators", f"{problem.name}: {count} rows", functools.partial(measure, problem, count))
-
-
-def configurations(problem: Any) -> list[Any]:
-    """What a product is compared in: shipped, cuBLAS, tiles of 128 x 128, persistent; attention as shipped."""
-    from fastbert.kernels import launch
-
-    shipped = problem.shipped()
-    if problem.key[0] != "linear":
-        return [shipped]
-    arch = problem.key[1]
-    found = [shipped, dataclasses.replace(shipped, variant=launch.LIBRARY)]
-    found += [c for c in launch.LINEAR_TILES.get(arch, ()) if (c.block_m, c.block_n) == (128, 128)]
-    return list(dict.fromkeys([*found, *launch.LINEAR_CANDIDATES.get(arch, ())]))
 
 
 def measure(given: argparse.Namespace) -> int:
