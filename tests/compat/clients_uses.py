@@ -359,7 +359,7 @@ def captum_layer_integrated_gradients(ready: Ready) -> dict[str, Any]:
     }
 
 
-@use("captum", runs="stock")
+@use("captum")
 def captum_interpretable_embeddings(ready: Ready) -> dict[str, Any]:
     """The embeddings replaced by a module that hands through what it is given in place of ids."""
     from captum.attr import (
