@@ -17,15 +17,14 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from itertools import chain
-from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .coverage import Snapshot
 from .fp8 import Fp8
 from .kernels import launch
 from .packing import Packing, tiles_of
@@ -71,57 +70,29 @@ def bucket_of(tokens: int, sequences: int, longest: int) -> Bucket:
     return Bucket(whole, count, length, launch.float32_precision(), launch.batch_invariant)
 
 
-_INNER = itemgetter(
-    "_parameters",
-    "_buffers",
-    "_modules",
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-_dtype = Tensor.dtype.__get__  # type: ignore[attr-defined]
-
-
 def _version(parameter: Tensor) -> int:
     return -1 if parameter.is_inference() else parameter._version
 
 
 class Fingerprint:
-    """What decides how layers compute, as it was: modules, their attributes and hooks, parameters and where they lie.
-
-    Of BERT-large that is ten thousand objects: they are compared by identity, in loops that run in C.
-    """
+    """What decides how layers compute, as it was: a `Snapshot`, and where parameters lie."""
 
     def __init__(self, layers: nn.ModuleList, versions: bool) -> None:
         """`versions`: a parameter that has been written to is another one, too."""
-        self._versions = versions
-        self._modules = list(layers.modules())
-        self._parameters = list(layers.parameters())
-        self._end = object()
-        self._objects = list(self._look())
-        self._layouts = self._look_at_parameters()
+        self._layers = layers
+        self._kinds: tuple[Any, ...] = (Tensor.data_ptr, Tensor.size, Tensor.stride)
+        self._kinds += (_version,) if versions else ()
+        self._snapshot = Snapshot([[layers], *(list(layer.modules()) for layer in layers)])
+        self._layouts = self._look()
         # Until `holds` has said no a graph may be replayed: the memory it reads stays.
-        self._memory = [parameter.detach() for parameter in self._parameters]
+        self._memory = [parameter.detach() for parameter in self._snapshot.parameters]
 
     def holds(self, layers: nn.ModuleList) -> bool:
         """Whether nothing of it has changed."""
-        return (
-            layers is self._modules[0]
-            and all(map(is_, self._look(), self._objects))
-            and self._look_at_parameters() == self._layouts
-        )
+        return layers is self._layers and self._snapshot.holds() and self._look() == self._layouts
 
-    def _look(self) -> Iterator[Any]:
-        attributes = list(map(vars, self._modules))
-        inner = filter(None, chain.from_iterable(map(_INNER, attributes)))
-        values = chain.from_iterable(map(dict.values, chain(attributes, inner)))
-        return chain(map(type, self._modules), values, (self._end,))
-
-    def _look_at_parameters(self) -> tuple[list[Any], ...]:
-        kinds: tuple[Any, ...] = (Tensor.data_ptr, Tensor.size, Tensor.stride, _dtype)
-        kinds += (_version,) if self._versions else ()
-        return tuple(list(map(kind, self._parameters)) for kind in kinds)
+    def _look(self) -> list[list[Any]]:
+        return [list(map(kind, self._snapshot.parameters)) for kind in self._kinds]
 
 
 def _is_open(layers: nn.ModuleList) -> str | None:

@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "readers": {"known", "support", "wrappers"},
     "layer": {"autograd", "known", "ops", "packing", "support"},
     "fp8": {"layer", "ops", "packing", "support"},
-    "graphs": {"fp8", "kernels", "packing", "support"},
+    "graphs": {"coverage", "fp8", "kernels", "packing", "support"},
     "coverage": {"support", "wrappers"},
     "encoder": {"coverage", "fp8", "graphs", "known", "layer", "ops", "packing", "readers", "support", "wrappers"},
     "fuse": {"encoder", "fp8", "layer", "readers", "support", "wrappers"},
