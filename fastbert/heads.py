@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import known, ops
 from .support import encoder_of, is_asked, is_hooked, is_plain, needs_stock
 
 
@@ -32,6 +32,9 @@ def takes_labelled_rows(model: Any, vocabulary: Vocabulary, call: Mapping[str, A
     settings = getattr(encoder_of(model.base_model), "fastbert", None)
     if settings is None or not settings.loss_only or call.get("labels") is None or torch.compiler.is_compiling():
         return False
+    stock = next(kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers."))
+    if not all(known.is_stock_class(kind, stock.__module__) for kind in (stock, *map(type, vocabulary.modules))):
+        return False  # somebody has replaced code of the head
     if any(map(is_hooked, vocabulary.modules)) or not is_plain(vocabulary.decoder, nn.Linear):
         return False
     if needs_stock(vocabulary.decoder.weight):  # type: ignore[arg-type]

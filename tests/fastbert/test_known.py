@@ -159,6 +159,28 @@ def test_the_mask_is_handed_to_what_replaces_the_model() -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("owner", [hf.BertForMaskedLM, hf.BertOnlyMLMHead, hf.BertLMPredictionHead])
+def test_a_replaced_head_gives_its_own_loss(owner: Any) -> None:
+    stock = models.seeded(hf.BertForMaskedLM, **SMALL)
+    fused = fastbert.fuse(copy.deepcopy(stock), loss_only=True)
+    call = {"input_ids": models.ids(3, 11), "labels": models.ids(3, 11)}
+    with torch.no_grad():
+        assert fused(**call).logits is None
+        own = owner.forward
+
+        def doubled(*args: Any, **kwargs: Any) -> Any:
+            out = own(*args, **kwargs)
+            if not isinstance(out, Tensor):
+                out.loss, out.logits = out.loss * 2, out.logits * 2
+            return out * 2 if isinstance(out, Tensor) else out
+
+        with replaced(owner, "forward", doubled):
+            expected, found = stock(**call), fused(**call)
+        torch.testing.assert_close(found.loss, expected.loss)
+        torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
+        assert fused(**call).logits is None
+
+
 def test_an_attention_function_registered_anew() -> None:
     stock = models.seeded(attn_implementation="sdpa", **SMALL)
     fused = fastbert.fuse(copy.deepcopy(stock))
