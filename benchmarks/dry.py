@@ -436,6 +436,7 @@ def install(arch: str, compiles: bool, listed: Path | None, small: bool) -> None
     }
     for name, value in constants.items():
         setattr(torch.cuda, name, lambda *args, value=value, **more: value)
+    ops._current_device = lambda: 0
     torch.cuda.is_current_stream_capturing = lambda: bool(capturing)
     torch.cuda.current_stream = lambda device=None: streams[-1]  # type: ignore
     torch.cuda.default_stream = lambda device=None: streams[0]  # type: ignore
