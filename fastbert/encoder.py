@@ -153,7 +153,8 @@ class FusedEncoder(_Module):
         """
         settings: Settings | None = plan.settings if isinstance(plan, Plan) else getattr(self, "fastbert", None)
         if settings is None:  # unfused, in a class that FSDP has derived from this one
-            return stock_forward(FusedEncoder, self)(self, hidden_states, *args, **kwargs)
+            stock: ModelOutput = stock_forward(FusedEncoder, self, hidden_states, *args, **kwargs)
+            return stock
         counts, fp8 = settings.counts, settings.fp8
         if fp8 is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._drop()  # the step that comes of gradients may leave no version: that of torch's fused optimizers
@@ -162,7 +163,8 @@ class FusedEncoder(_Module):
                 counts.add(counts.stock, str(known.foreign(type(self).family, None)))
             elif plan or not self.relative:  # there its model has counted
                 counts.add(counts.stock, plan or "called past the forward of its model")
-            return stock_forward(FusedEncoder, self)(self, hidden_states, *args, **kwargs)
+            stock = stock_forward(FusedEncoder, self, hidden_states, *args, **kwargs)
+            return stock
         if plan.receipt is not None:
             plan.receipt.taken = True
         if plan.foreign:
@@ -171,7 +173,8 @@ class FusedEncoder(_Module):
             if odd is not None:
                 counts.add(counts.stock, odd)
                 kwargs["attention_mask"] = _stock_mask(given, plan)
-                return stock_forward(FusedEncoder, self)(self, given, *args, **kwargs)
+                stock = stock_forward(FusedEncoder, self, given, *args, **kwargs)
+                return stock
         packing = plan.packing
         if fp8 is not None and (plan.seeds is not None or not fp8.runs(self.layer, hidden_states)):
             fp8 = None

@@ -51,12 +51,13 @@ def child(module: Any, *path: str) -> Any:
 Path = tuple[str, ...]
 
 
-def stock_forward(mixin: Any, module: Any) -> Callable[..., Any]:
-    """The forward of the class that `mixin` is mixed into, in `module`; its class is read once, for another thread may
-    unfuse it meanwhile."""
-    kind: Any = type(module)
-    forward: Callable[..., Any] = super(mixin, kind).forward if issubclass(kind, mixin) else kind.forward
-    return forward
+def stock_forward(mixin: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+    """Calls the forward of the class that `mixin` is mixed into; of `module`, which may have been unfused meanwhile."""
+    if torch.compiler.is_compiling():
+        return super(mixin, module).forward(*args, **kwargs)
+    kind: Any = type(module)  # once: another thread may unfuse it
+    forward = super(mixin, kind).forward if issubclass(kind, mixin) else kind.forward
+    return forward(module, *args, **kwargs)
 
 
 class Shape(NamedTuple):
@@ -196,7 +197,7 @@ class FusedLayer(_Module):
         `_infer`, given the layer as its first argument. `weights` are its own, looked up already, or None.
         """
         if packing is None:
-            stock: Tensor = stock_forward(FusedLayer, self)(self, hidden_states, *args, **kwargs)
+            stock: Tensor = stock_forward(FusedLayer, self, hidden_states, *args, **kwargs)
             return stock
         x = hidden_states.flatten(0, 1)  # [T, H]
         trains = self.training or seeds is not None or torch.is_grad_enabled()
@@ -394,7 +395,7 @@ class FusedEmbeddings(_Module):
         odd = odd or not isinstance(input_ids, Tensor) or input_ids.dim() != 2
         odd = odd or known.foreign(family, None) is not None
         if odd or cached or embeddings_are_unsupported(self):
-            stock: Tensor = stock_forward(FusedEmbeddings, self)(self, *args, **kwargs)
+            stock: Tensor = stock_forward(FusedEmbeddings, self, *args, **kwargs)
             return stock
         shape = input_ids.shape
         if position_ids is None:

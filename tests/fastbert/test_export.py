@@ -1,0 +1,83 @@
+"""Exported programs: torch's own operators for other tools, fastbert's for those who ask for them."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.export import export
+from transformers.models.distilbert import modeling_distilbert
+
+import fastbert
+from tests import models
+
+
+def call(rows: int = 3, length: int = 17) -> dict[str, Any]:
+    return {"input_ids": models.ids(rows, length, high=90) + 5, "attention_mask": models.masks(rows, length)["right"]}
+
+
+def operators(program: Any) -> set[str]:
+    return {str(node.target).split(".")[0] for node in program.graph.nodes if node.op == "call_function"}
+
+
+def pair(family: str) -> tuple[Any, Any]:
+    """(stock, fused)"""
+    if family == "distilbert":
+        torch.manual_seed(0)
+        config = modeling_distilbert.DistilBertConfig(vocab_size=99, dim=64, n_layers=1, n_heads=4, hidden_dim=128)
+        stock = modeling_distilbert.DistilBertModel(config).eval()
+    else:
+        stock = models.seeded(num_hidden_layers=1)
+    return stock, fastbert.fuse(copy.deepcopy(stock))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_a_program_is_stocks_unless_asked_for(family: str, strict: bool) -> None:
+    stock, fused = pair(family)
+    with torch.no_grad():
+        programs = [export(model, (), call(), strict=strict) for model in (stock, fused)]
+        theirs, ours = ([str(node.target) for node in program.graph.nodes] for program in programs)
+        assert ours == theirs
+        assert not any("fastbert" in name for name in operators(programs[1].run_decompositions()))
+        assert torch.equal(programs[1].module()(**call())[0], stock(**call())[0])
+        with fastbert.fused_export():
+            asked = export(fused, (), call(), strict=strict)
+        assert "fastbert" in operators(asked)
+        torch.testing.assert_close(asked.module()(**call())[0], stock(**call())[0], rtol=1e-4, atol=1e-5)
+        assert "fastbert" not in operators(export(fused, (), call(), strict=strict))
+
+
+def test_what_is_asked_for_ends_with_its_block() -> None:
+    _, fused = pair("bert")
+    with torch.no_grad():
+        with fastbert.fused_export():
+            with pytest.raises(ZeroDivisionError), fastbert.fused_export():
+                raise ZeroDivisionError
+            assert "fastbert" in operators(export(fused, (), call()))
+        assert "fastbert" not in operators(export(fused, (), call()))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", ["ExportedProgram", "OnnxExporter"])
+def test_to_onnx(way: str, tmp_path: Path) -> None:
+    """By torch from an exported program, and by transformers' own exporter."""
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    stock, fused = pair("bert")
+    file = tmp_path / "model.onnx"
+    with torch.no_grad():
+        if way == "ExportedProgram":
+            torch.onnx.export(export(fused, (), call()), f=str(file), verbose=False)
+        else:
+            exporters = pytest.importorskip("transformers.exporters")
+            exporters.OnnxExporter().export(fused, call(), config=exporters.OnnxConfig(output_path=str(file)))
+        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        given = {each.name: call()[each.name].numpy() for each in session.get_inputs()}
+        ours = torch.from_numpy(session.run(None, given)[0])
+        torch.testing.assert_close(ours, stock(**call())[0], rtol=1e-3, atol=1e-4)
