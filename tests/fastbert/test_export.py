@@ -40,7 +40,7 @@ def test_a_program_is_stocks_unless_asked_for(family: str, strict: bool) -> None
     stock, fused = pair(family)
     with torch.no_grad():
         programs = [export(model, (), call(), strict=strict) for model in (stock, fused)]
-        theirs, ours = ([str(node.target) for node in program.graph.nodes] for program in programs)
+        theirs, ours = ([str(n.target) for n in p.graph.nodes if n.op == "call_function"] for p in programs)
         assert ours == theirs
         assert not any("fastbert" in name for name in operators(programs[1].run_decompositions()))
         assert torch.equal(programs[1].module()(**call())[0], stock(**call())[0])
