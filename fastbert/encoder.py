@@ -205,7 +205,8 @@ class FusedEncoder(_Module):
                 hidden_states = layer(hidden_states, *shown, **kwargs)
             else:
                 own = {"packing": packing, "seeds": own_seeds, "infer": infer, "weights": weights}
-                hidden_states = layer(hidden_states, *shown, **own, **kwargs)
+                mask = shown or ((_FUSED_ALONE,) if _runs_again(layer) else ())
+                hidden_states = layer(hidden_states, *mask, **own, **kwargs)
         return self.output(last_hidden_state=packing.unpack(hidden_states))
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
@@ -235,6 +236,30 @@ class FusedEncoder(_Module):
     def relative_bias(self, length: int) -> Tensor:
         """`Packing.bias` for sequences of `length` tokens at most."""
         raise NotImplementedError
+
+
+class _FusedAlone:
+    """In the mask's place where a layer may run again in the backward: stock code that meets it raises.
+
+    It would take packed rows for one sequence, which an `unfuse` between forward and backward leads to.
+    """
+
+    @classmethod
+    def __torch_function__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(
+            "a checkpointed layer ran fused in the forward and runs stock in its backward: "
+            "fastbert.unfuse(model) came in between; call it after the backward"
+        )
+
+
+_FUSED_ALONE = _FusedAlone()
+
+
+def _runs_again(layer: nn.Module) -> bool:
+    """Whether the backward calls `layer` anew: transformers' checkpointing, or torch's wrapper."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return bool(layer.__dict__.get("gradient_checkpointing")) or type(layer).__name__ == "CheckpointWrapper"
 
 
 def _stock_mask(hidden_states: Tensor, plan: Plan) -> Any:

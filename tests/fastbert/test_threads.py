@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from transformers.models.bert import modeling_bert as hf
 from transformers.models.roberta import modeling_roberta
 
@@ -177,3 +178,26 @@ def test_models_are_swapped_under_load(mask: str, often: None) -> None:
     for thread in threads:
         thread.join(60)
     assert not wrong and all(ran)
+
+
+def _checkpointed(model: Any, how: str) -> None:
+    if how == "wrapper":
+        apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, hf.BertLayer))
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("how", ["reentrant", "not reentrant", "wrapper"])
+def test_unfuse_between_forward_and_backward_is_told(how: str, attention: str) -> None:
+    """A checkpointed layer would run stock over packed rows: as if they were one sequence."""
+    model = models.seeded().train()
+    model.config._attn_implementation = attention
+    _checkpointed(model, how)
+    fused = fastbert.fuse(copy.deepcopy(model))
+    fused(**call()).last_hidden_state.sum().backward()
+    assert fastbert.explain(fused).encoders[0].fused_calls["packed"] == 1
+    loss = fused(**call()).last_hidden_state.sum()
+    fastbert.unfuse(fused)
+    with pytest.raises(RuntimeError, match=r"unfuse\(model\) came in between"):
+        loss.backward()
