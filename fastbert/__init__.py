@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+import transformers
 
 # These two modules share their names with the functions in them: bound here, at once, the functions win.
 from .calibration import Calibration, calibrate
@@ -17,6 +17,11 @@ from .exporting import fused_export
 from .fuse import Explanation, UnsupportedModelError, explain, fuse, unfuse
 from .tuned import set_batch_invariant
 from .verify import verify
+from .version import VERSION, warn_of_newer
+
+__version__ = VERSION
+
+warn_of_newer("transformers", transformers.__version__)
 
 if TYPE_CHECKING:
     from .models.bert import *  # noqa: F403

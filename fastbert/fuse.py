@@ -7,11 +7,13 @@ import importlib
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+import transformers
 from torch import nn
 
 from .encoder import PADDINGS, UNKNOWN, Settings, decide, why_dense
@@ -24,6 +26,7 @@ from .support import (
     fp8_is_unsupported,
     model_is_unsupported,
 )
+from .version import is_newer
 from .wrappers import redirect
 
 FAMILIES = ("bert", "roberta", "xlm_roberta", "camembert", "electra", "ernie", "distilbert", "mpnet")
@@ -38,11 +41,34 @@ class UnsupportedModelError(ValueError):
 
 def _families() -> list[Any]:
     """The families of which there may be a model: those whose code in transformers has been imported."""
-    return [
-        importlib.import_module(f".models.{name}", __package__)
-        for name in FAMILIES
-        if f"transformers.models.{name}.modeling_{name}" in sys.modules
-    ]
+    found = []
+    for name in FAMILIES:
+        if f"transformers.models.{name}.modeling_{name}" in sys.modules and (family := _family(name)) is not None:
+            found.append(family)
+    return found
+
+
+def _family(name: str) -> Any:
+    """A module of `fastbert.models`; None where a transformers newer than those tried has not what it is made of."""
+    if name in _GONE:
+        return None
+    try:
+        return importlib.import_module(f".models.{name}", __package__)
+    except Exception as error:
+        if not is_newer("transformers", transformers.__version__):
+            raise
+        _GONE.add(name)
+        warnings.warn(
+            f"fastbert runs models of {name} on their stock code, which transformers {transformers.__version__} has "
+            f"changed: {error}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return None
+
+
+_GONE: set[str] = set()
+"""The families that could not be made."""
 
 
 def base_models(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:

@@ -99,13 +99,13 @@ def made_for(gpu: str, arch: str) -> dict[str, str]:
     """What configurations hold for."""
     import triton
 
-    from . import __version__
+    from .version import VERSION
 
     return {
         "gpu": gpu,
         "architecture": arch,
         "triton": triton.__version__,
-        "fastbert": __version__,
+        "fastbert": VERSION,
         "kernels": _sources(),
     }
 

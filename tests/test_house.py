@@ -16,19 +16,22 @@ import pytest
 from packaging.requirements import Requirement
 
 import fastbert
+from fastbert.version import DISTRIBUTION, TRIED, VERSION, minor
 from tests.mutations import FAULTS, plant
 
 ROOT = Path(__file__).resolve().parent.parent
+INFO = f"{DISTRIBUTION.replace('-', '_')}-{VERSION}.dist-info"
 
 # Who may import whom inside the library: each room, and the rooms it may reach for.
 MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
+    "version": set(),
     "numerics": set(),
     "exporting": set(),
     "known": set(),
     "wrappers": set(),
     "support": {"exporting", "known", "wrappers"},
-    "tuned": {"__init__", "kernels"},
+    "tuned": {"kernels", "version"},
     "ops": {"kernels", "tuned"},
     "autograd": {"kernels", "ops"},
     "packing": {"ops", "support"},
@@ -38,14 +41,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "graphs": {"coverage", "fp8", "kernels", "packing", "support"},
     "coverage": {"support", "wrappers"},
     "encoder": {"coverage", "fp8", "graphs", "known", "layer", "ops", "packing", "readers", "support", "wrappers"},
-    "fuse": {"encoder", "fp8", "layer", "readers", "support", "wrappers"},
+    "fuse": {"encoder", "fp8", "layer", "readers", "support", "version", "wrappers"},
     "heads": {"known", "ops", "support"},
     "models": {"encoder", "fuse", "graphs", "heads", "known", "layer", "readers", "support"},
     "quality": set(),
     "calibration": {"fp8", "fuse", "support", "verify"},
     "sensitivity": {"fuse", "readers"},
     "verify": {"encoder", "fuse", "layer", "numerics", "quality", "sensitivity", "support"},
-    "__init__": {"calibration", "exporting", "fuse", "models", "tuned", "verify"},
+    "__init__": {"calibration", "exporting", "fuse", "models", "tuned", "verify", "version"},
     "cli": {
         "__init__",
         "encoder",
@@ -59,6 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "support",
         "tuned",
         "verify",
+        "version",
     },
 }
 
@@ -175,14 +179,15 @@ def test_wheel(checkout: Path, tmp_path: Path) -> None:
     wheel = build("build_wheel", checkout, tmp_path / "wheel")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {path.relative_to(checkout).as_posix() for path in files(checkout / "fastbert")} <= names
-    assert {name.split("/")[0] for name in names} == {"fastbert", f"fastbert-{fastbert.__version__}.dist-info"}
+    assert {name.split("/")[0] for name in names} == {"fastbert", INFO}
     installed = unpack(wheel, tmp_path / "installed")
     assert run(sys.executable, "-c", IMPORTED, cwd=tmp_path, path=installed).splitlines() == found_in(installed)
 
     # The reference environment lies within what the package says it supports, and pins all of it.
     lines = re.findall(r"^[^#\s].*", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M)
     pins = {pin.name: pin for pin in map(Requirement, lines)}
-    metadata = (installed / f"fastbert-{fastbert.__version__}.dist-info" / "METADATA").read_text(encoding="utf-8")
+    metadata = (installed / INFO / "METADATA").read_text(encoding="utf-8")
+    assert f"\nName: {DISTRIBUTION}\nVersion: {VERSION}\n" in metadata
     for wanted in map(Requirement, re.findall(r"^Requires-Dist: (.*)", metadata, re.M)):
         (pin,) = pins[wanted.name].specifier
         assert wanted.specifier.contains(pin.version), f"constraints.txt pins {wanted.name} outside {wanted.specifier}"
@@ -301,19 +306,45 @@ def test_commands_the_documents_name_exist() -> None:
         assert {first or second for first, second in named} <= targets, name
 
 
+def listed() -> list[str]:
+    """The files of the tree, those that are new too."""
+    return run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).strip("\0").split("\0")
+
+
 def test_one_version() -> None:
-    packaged = re.search(r'version="([^"]+)"', (ROOT / "setup.py").read_text(encoding="utf-8"))
     logged = re.search(r"^## \[([^\]]+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
-    assert packaged is not None
     assert logged is not None
-    assert packaged[1] == logged[1] == fastbert.__version__
+    assert logged[1] == fastbert.__version__ == VERSION
+
+
+def test_nothing_would_install_the_other_project_of_this_name() -> None:
+    """`fastbert` on the package index is not this: what installs goes by DISTRIBUTION, or by the checkout."""
+    other = re.compile(r"""pip3? install\b[^`\n]*[\s'"]fastbert(?![-\w./])|\bfastbert\[\w+\]['"`]|["']fastbert[=~>]=""")
+    for text in ("pip install fastbert", "pip install -U 'fastbert[x]'", '"fastbert[x]"', "'fastbert>=1'"):
+        assert other.search(text), text
+    for text in (f"pip install '{DISTRIBUTION}[x]'", "pip install '.[x]'", "fastbert verify --model x"):
+        assert not other.search(text), text
+    for name in listed():
+        path = ROOT / name
+        if path.is_file() and name != "tests/test_house.py":
+            found = other.search(path.read_text(encoding="utf-8"))
+            assert not found, f"{name}: {found}"
+
+
+def test_documents_name_the_versions_that_are_tried() -> None:
+    oldest = {name: ".".join(map(str, minor(tried[0]))) for name, tried in TRIED.items()}
+    newest = {name: ".".join(map(str, minor(tried[-1]))) for name, tried in TRIED.items()}
+    told = " and ".join(f"{name} >= {oldest[name]} (tried up to {newest[name]})" for name in ("torch", "transformers"))
+    assert f"Requires {told}" in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    logged = f"torch from {oldest['torch']} on, transformers from {oldest['transformers']} on (tried up to "
+    logged += f"{newest['transformers']}) and triton {oldest['triton']} to {newest['triton']}"
+    assert logged in " ".join((ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split())
 
 
 def test_no_paths_of_one_machine() -> None:
     # Spelled in pieces, so that this file holds none of them either.
     pattern = re.compile("|".join(rf"(?<![\w.])/{place}/\w" for place in ("work", "root", "home", "opt", "Users")))
-    listed = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).split("\0")
-    for name in listed:
+    for name in listed():
         path = ROOT / name
         if path.is_file():
             found = pattern.search(path.read_text(encoding="utf-8"))
@@ -323,6 +354,6 @@ def test_no_paths_of_one_machine() -> None:
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_can_be_planted(name: str, tmp_path: Path) -> None:
     """Those of `make mutants`: where the line has changed, so must the fault."""
-    (tmp_path / FAULTS[name].file).parent.mkdir()
+    (tmp_path / FAULTS[name].file).parent.mkdir(parents=True)
     shutil.copy(ROOT / FAULTS[name].file, tmp_path / FAULTS[name].file)
     plant(FAULTS[name], tmp_path)

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
+from ..version import VERSION, install
 from . import UsageError, in_a_line
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -72,7 +72,7 @@ class _PrintCompletion(argparse.Action):
 
     def __call__(self, own: argparse.ArgumentParser, namespace: Any, shell: Any, option: str | None = None) -> None:
         if importlib.util.find_spec("shtab") is None:
-            own.error("--print-completion takes shtab, which is not installed: pip install 'fastbert[completion]'")
+            own.error(f"--print-completion takes shtab, which is not installed: {install('completion')}")
         import shtab
 
         print(shtab.complete(own, shell))
@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0 done; 1 the numbers are not right, or something is slower, or failed; 2 bad usage; "
         "130 interrupted; 141 whoever read the output has closed it.",
     )
-    top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    top.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
     top.add_argument(
         "--print-completion",
         action=_PrintCompletion,

@@ -26,6 +26,7 @@ from .. import calibrate, fuse
 from ..kernels import launch
 from ..packing import pack_mask
 from ..support import fp8_is_unsupported
+from ..version import install
 from .cases import workload
 
 
@@ -158,7 +159,7 @@ def _example() -> dict[str, Tensor]:
 
 def _need_cpu(model: BertModel, *packages: str) -> None:
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
-        raise Unavailable(f"{' and '.join(missing)} not installed; pip install 'fastbert[bench]'")
+        raise Unavailable(f"{' and '.join(missing)} not installed; {install('bench')}")
     if model.device.type != "cpu":
         raise Unavailable("compared on a CPU only")
 

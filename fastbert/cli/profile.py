@@ -34,6 +34,7 @@ from transformers.utils import logging
 
 from .. import explain, fuse
 from ..layer import positions
+from ..version import install
 from . import UsageError, check_file, counts, in_a_line, write_text
 from .cases import SHAPES, Workload, build, check_batch, workload
 from .checkpoints import check_folder
@@ -360,7 +361,7 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
     check_file("--trace", arguments.trace)
     if arguments.plot is not None:
         if importlib.util.find_spec("matplotlib") is None:
-            raise UsageError("--plot needs matplotlib, which is not installed: pip install 'fastbert[bench]'")
+            raise UsageError(f"--plot needs matplotlib, which is not installed: {install('bench')}")
         try:
             Path(arguments.plot).mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..version import install
 from . import UsageError, in_a_line
 from .records import device_folder, latest, load, proven
 
@@ -222,7 +223,7 @@ def splice(text: str, table: str) -> str:
 
 def main(files: Sequence[str], document: str) -> int:
     if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("--report needs matplotlib, which is not installed: pip install 'fastbert[bench]'")
+        raise UsageError(f"--report needs matplotlib, which is not installed: {install('bench')}")
     records = proven(record for file in files for record in load(file, "--report"))
     path = Path(document)
     try:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..version import install
 from . import UsageError, in_a_line
 
 LONGEST = 2**24
@@ -153,7 +154,7 @@ class Input:
 
     def _parquet(self, path: str, wanted: Callable[[], bool]) -> Iterator[tuple[Any, Any] | None]:
         if importlib.util.find_spec("pyarrow") is None:
-            raise UsageError(f"{path}: parquet needs pyarrow, which is not installed: pip install 'fastbert[embed]'")
+            raise UsageError(f"{path}: parquet needs pyarrow, which is not installed: {install('embed')}")
         import pyarrow
         import pyarrow.parquet
 

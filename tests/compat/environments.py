@@ -19,15 +19,6 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "compat"
 CLIENTS = ROOT / "build" / "clients"
 
-# The versions tried: the oldest supported, that of constraints.txt, the newest. setup.py supports what lies between
-# them, and no more, but for a newer torch, which it leaves where it is. torch is tried as it is: here as
-# constraints.txt pins it, by `make gpu` as the machine has it.
-TRIED = {
-    "torch": ("2.11.0", "2.13.0"),
-    "transformers": ("5.4.0", "5.17.0", "5.24.0"),
-    "triton": ("3.6.0", "3.7.1", "3.9.0"),
-}
-
 # Heads that transformers itself can't run, by its version: they read a pooler that they leave out. Any test that goes
 # over all heads would end there.
 BROKEN_HEADS = {"5.4.0": ("XLMRobertaForMultipleChoice", "CamembertForMultipleChoice")}

@@ -24,8 +24,9 @@ from typing import Any
 
 import fastbert
 from fastbert.fuse import FAMILIES
+from fastbert.version import TRIED
 
-from .environments import CACHE, TRIED, environment, library, overlay, pip
+from .environments import CACHE, environment, library, overlay, pip
 
 # Tests that can't hold of a fused model, and why.
 DIFFERENT: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""The dependency ranges of setup.py, tried: the oldest version of each, the reference and the newest.
+"""The versions of dependencies in fastbert/version.py, tried: the oldest of each, the reference and the newest.
 
     python -m tests.compat.matrix [--only triton transformers] [--versions 3.6.0 ...]
 
@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from .environments import CACHE, ROOT, TRIED, environment, overlay
+from fastbert.version import TRIED
+
+from .environments import CACHE, ROOT, environment, overlay
 
 # Of a dependency: what is run, by name, as pytest is told.
 TESTS = {

@@ -182,7 +182,7 @@ def test_completion_without_shtab(capsys: pytest.CaptureFixture[str], monkeypatc
     with pytest.raises(SystemExit) as ended:
         main(["--print-completion", "zsh"])
     assert ended.value.code == 2
-    assert "pip install 'fastbert[completion]'" in capsys.readouterr().err
+    assert "pip install 'fastbert-triton[completion]'" in capsys.readouterr().err
 
 
 def test_verify_writes_its_report(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from transformers.models.bert import modeling_bert as hf
 
 import fastbert
 from fastbert import fuse, ops, support
+from fastbert.version import TRIED, warn_of_newer
 from tests import models
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -337,6 +338,74 @@ def run_python(code: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr.decode()
+
+
+NEWER_TRANSFORMERS = """
+import warnings
+from transformers.models.bert import modeling_bert
+from transformers.models.electra import modeling_electra
+import transformers  # which makes itself anew as its models are first imported
+transformers.__version__ = "5.99.0.dev0"
+del modeling_electra.ElectraLayer  # as a release that renamed it
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import fastbert
+    import fastbert.encoder
+    sizes = {"vocab_size": 16, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    bert = modeling_bert.BertModel(transformers.BertConfig(**sizes))
+    for _ in range(2):
+        fastbert.fuse(bert)
+        fastbert.unfuse(bert)
+    fastbert.fuse(bert)
+    bert(input_ids=modeling_bert.torch.ones(1, 2, dtype=modeling_bert.torch.int64))
+    assert "ran fused" in str(fastbert.explain(bert)), fastbert.explain(bert)
+    electra = modeling_electra.ElectraPreTrainedModel(transformers.ElectraConfig(**sizes, embedding_size=16))
+    try:
+        fastbert.fuse(electra)
+    except fastbert.UnsupportedModelError:
+        pass
+    else:
+        raise AssertionError("fused what its adapter can't be made of")
+said = [str(one.message) for one in caught if "fastbert" in str(one.message)]
+assert len(said) == 2, said
+assert said[0].startswith("transformers 5.99.0.dev0 is newer than 5."), said
+assert said[1].startswith("fastbert runs models of electra on their stock code"), said
+assert "ElectraLayer" in said[1], said
+"""
+
+
+def test_a_transformers_newer_than_those_tried_is_taken_with_one_warning() -> None:
+    """What it changed runs stock: here a class that the adapter of a family is made of, which has gone."""
+    run_python(NEWER_TRANSFORMERS)
+
+
+def test_an_adapter_that_fails_under_a_version_that_was_tried_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str, package: str) -> None:
+        raise AttributeError("ElectraLayer")
+
+    model = models.seeded()
+    monkeypatch.setattr("importlib.import_module", fail)
+    with pytest.raises(AttributeError, match="ElectraLayer"):
+        fastbert.fuse(model)
+
+
+@pytest.mark.parametrize(
+    ("version", "newer"),
+    [
+        ("5.24.0", False),
+        ("5.24.9", False),
+        ("5.9.0", False),
+        ("5.25.0.dev0", True),
+        ("5.100rc1", True),
+        ("6.0.0", True),
+    ],
+)
+def test_which_transformers_is_newer_than_those_tried(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder, version: str, newer: bool
+) -> None:
+    monkeypatch.setitem(TRIED, "transformers", ("5.4.0", "5.24.0"))
+    warn_of_newer("transformers", version)
+    assert [str(one.message).partition(" is newer")[0] for one in recwarn] == [f"transformers {version}"] * newer
 
 
 FORK_AFTER_CUDA = """

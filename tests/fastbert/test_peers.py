@@ -91,7 +91,7 @@ def test_8_bits_are_judged_by_their_own_policy(monkeypatch: pytest.MonkeyPatch) 
 def test_a_peer_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     record = run(["openvino"], torch.float32)["one OpenVINO"]
-    assert record["status"] == "UNAVAILABLE: openvino not installed; pip install 'fastbert[bench]'"
+    assert record["status"] == "UNAVAILABLE: openvino not installed; pip install 'fastbert-triton[bench]'"
 
 
 @pytest.mark.usefixtures("tiny")

@@ -353,7 +353,7 @@ def test_says_which_extra_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: py
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
     assert main(["profile", "--plot", "anywhere"]) == 2
-    assert "pip install 'fastbert[bench]'" in capsys.readouterr().err
+    assert "pip install 'fastbert-triton[bench]'" in capsys.readouterr().err
     assert not Path("anywhere").exists()
 
 
