@@ -105,7 +105,9 @@ def test_the_sources_unpickle_nothing_and_trust_no_code() -> None:
             for name, given in calls(path):
                 last = name.rsplit(".", 1)[-1]
                 assert not name.startswith(("pickle.", "marshal.", "shelve.", "joblib.")), path
-                assert name not in ("eval", "exec", "os.system", "os.popen"), path
+                # One exec: a launcher written out of the parameter names of a kernel of this package.
+                writes_launchers = name == "exec" and path == ROOT / "kernels" / "compiled.py"
+                assert writes_launchers or name not in ("eval", "exec", "os.system", "os.popen"), path
                 assert not given.get("shell"), path
                 assert not given.get("allow_pickle"), path
                 assert not given.get("trust_remote_code"), path
