@@ -41,39 +41,46 @@ READ_BY_PEOPLE = frozenset({".ttir", ".ttgir", ".llir", ".ptx", ".source", ".amd
 def pack(output: Path, folder: Path, names: Iterable[str] = (MEASURED, CACHES), limit: int = LIMIT) -> list[str]:
     """Packs `output`, a folder of benchmarks/suite.py, into archives in `folder`; returns what it left out, by line.
 
-    Files that others write, replace or remove meanwhile are taken as they are found.
+    Files that others write, replace or remove meanwhile are taken as they are found. An archive that can't be written,
+    where the disk is full, say, is left as it was, and is one of those lines: what measures goes on.
     """
     left_out: list[str] = []
-    folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        found = list((_measured if name == MEASURED else _caches)(output))
-        left_out += _write(folder / name, output, found, limit)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            found = list((_measured if name == MEASURED else _caches)(output))
+            left_out += _write(folder / name, output, found, limit)
+        except OSError as error:
+            left_out.append(f"{name}, all of it: {error}")
     return left_out
 
 
 def restore(folder: Path, output: Path) -> list[str]:
     """Unpacks what archives there are in `folder` into `output`, but for files that are there; returns their names.
 
-    What Triton compiled is told where it is now.
-
-    Raises:
-        tarfile.TarError, OSError: an archive can't be read.
+    What Triton compiled is told where it is now. Of an archive that is cut off or damaged comes back what can be read,
+    and stderr says so: what it lacks is measured again.
     """
     found = []
     for name in (MEASURED, CACHES):
         if not (folder / name).is_file():
             continue
-        with tarfile.open(folder / name, "r:gz") as archive:
-            for member in archive:
-                target = output / member.name
-                if member.name.endswith(LEFT_OUT) or not member.isfile() or target.exists():
-                    continue
-                if not target.resolve().is_relative_to(output.resolve()):
-                    continue
-                read = archive.extractfile(member)
-                assert read is not None
-                _replace(target, read.read())
-                found.append(member.name)
+        try:
+            with tarfile.open(folder / name, "r:gz") as archive:
+                for member in archive:
+                    target = output / member.name
+                    if member.name.endswith(LEFT_OUT) or not member.isfile() or target.exists():
+                        continue
+                    if not target.resolve().is_relative_to(output.resolve()):
+                        continue
+                    read = archive.extractfile(member)
+                    assert read is not None
+                    _replace(target, read.read())
+                    found.append(member.name)
+                assert archive.fileobj is not None
+                archive.fileobj.read()  # to the checksum
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+            print(f"{folder / name} can't be read to its end: {error}", file=sys.stderr)
     rebase(output / CACHE / "triton")
     return found
 
@@ -159,8 +166,11 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 def _replace(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -46,7 +46,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
 
-from benchmarks import archive  # noqa: E402
+from benchmarks import archive, processes  # noqa: E402
 
 LIMITS = {"gates": 100.0, "rates": 20.0, "forwards": 100.0, "operators": 90.0, "training": 60.0}
 """Seconds of each section, in all."""
@@ -64,10 +64,12 @@ PACKED_EVERY_S = 20.0
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
-    """Appends a line of JSON that is on the disk when this returns."""
+    """Appends a line of JSON that is on the disk when this returns; after one that a kill cut off, on its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
-        file.write(json.dumps(line).encode() + b"\n")
+    with open(path, "ab+") as file:
+        file.seek(-1 if file.tell() else 0, os.SEEK_END)
+        cut = file.read() not in (b"", b"\n")
+        file.write(b"\n" * cut + json.dumps(line).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -93,11 +95,10 @@ class Child:
         self.said: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, "-X", "faulthandler", __file__, *arguments, "--measure"],
+            self.process = processes.start(
+                ["-X", "faulthandler", __file__, *arguments, "--measure"],
                 stdout=subprocess.PIPE,
                 stderr=file,
-                start_new_session=True,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
             )
         threading.Thread(target=self._listen, daemon=True).start()
@@ -105,14 +106,13 @@ class Child:
     def _listen(self) -> None:
         assert self.process.stdout is not None
         for text in self.process.stdout:
-            self.said.put(json.loads(text))
+            with contextlib.suppress(ValueError):  # a line that was cut off as the process ended
+                self.said.put(json.loads(text))
         self.said.put(None)
 
     def end(self) -> None:
         """Ends it, with all that it started, whatever it does."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        processes.end(self.process)
 
 
 def watch(given: argparse.Namespace, arguments: Sequence[str]) -> int:

@@ -33,7 +33,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -43,7 +43,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
 
-from benchmarks import archive, gates  # noqa: E402
+from benchmarks import archive, gates, processes  # noqa: E402
 
 TESTS = "tests: "
 """How the names of the steps begin that are tests."""
@@ -216,7 +216,7 @@ class Progress:
         """What became of a step: "done", "failed", "cut", "closed", or "begun" while it runs."""
         self.states[name] = state
         told = {"steps": self.states, "keys": {name: self.keys[name] for name in self.states}}
-        partial = self.path.with_suffix(".partial")
+        partial = self.path.with_suffix(f".{os.getpid()}.partial")
         partial.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, self.path)
 
@@ -252,13 +252,11 @@ def kept(output: Path, folder: Path | None) -> Iterator[Any]:
 
 
 def interrupt(process: subprocess.Popen[bytes]) -> None:
-    """Ends a step as Ctrl-C does, which keeps what it measured; or by force, where that takes long."""
-    os.killpg(process.pid, signal.SIGINT)
-    try:
+    """Ends a step as Ctrl-C does, which keeps what it measured; who takes long for that is ended by force next."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGINT)
+    with suppress(subprocess.TimeoutExpired):
         process.wait(GRACE_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def command(step: Step, minutes: float, output: Path) -> list[str]:
@@ -291,14 +289,8 @@ def run(step: Step, minutes: float, output: Path, verdicts: dict[str, str] | Non
     }
     log = output / "logs" / f"{re.sub('[^a-z0-9]+', '-', step.name)}.log"
     log.parent.mkdir(exist_ok=True)
-    process = subprocess.Popen(
-        command(step, minutes, output),
-        cwd=ROOT,
-        env=environment,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    words = command(step, minutes, output)[1:]
+    process = processes.start(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     with open(log, "ab" if step.name.startswith(TESTS) else "wb") as file:  # tests go on, and so does what they say
         told = threading.Thread(target=tell, args=(process, file))
         told.start()
@@ -312,7 +304,8 @@ def run(step: Step, minutes: float, output: Path, verdicts: dict[str, str] | Non
             interrupt(process)
             raise
         finally:
-            told.join(GRACE_S)  # what the step left running may hold its output open
+            processes.end(process)  # what the step left running would hold the GPU, and the step's output open
+            told.join(GRACE_S)
 
 
 def tell(process: subprocess.Popen[bytes], file: BinaryIO) -> None:

@@ -156,3 +156,38 @@ def test_what_was_compiled_is_loaded_elsewhere_and_not_compiled_again(tmp_path: 
     # What only people read was left behind, and would be there if it had been compiled.
     (tmp_path / "here").rename(tmp_path / "gone")
     assert compiled(tmp_path / "there") == (said, {".cubin", ".json"})
+
+
+def test_of_a_damaged_archive_comes_back_what_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here, folder = tmp_path / "here", tmp_path / "out"
+    fill(here)
+    (here / "nvidia-h100" / "noise.json").write_bytes(random.Random(0).randbytes(100_000))
+    archive.pack(here, folder)
+    whole = (folder / archive.MEASURED).read_bytes()
+    flipped = bytes([whole[60_000] ^ 255])
+    for i, damaged in enumerate((whole[:60_000], whole[:60_000] + flipped + whole[60_001:], b"junk", b"")):
+        (folder / archive.MEASURED).write_bytes(damaged)
+        back = archive.restore(folder, tmp_path / str(i))
+        assert ("gates.jsonl" in back) == (i < 2)
+        assert "cache/triton/KEY/k.cubin" in back  # of the other archive
+        assert "measured.tar.gz can't be read to its end" in capsys.readouterr().err
+        assert not list((tmp_path / str(i)).rglob("*.partial"))
+
+
+def test_an_archive_that_cant_be_written_is_told_and_stays_as_it_was(tmp_path: Path) -> None:
+    here, folder = tmp_path / "here", tmp_path / "out"
+    fill(here)
+    archive.pack(here, folder)
+    before = (folder / archive.CACHES).read_bytes()
+    code = (
+        "import pathlib, resource, signal, sys; from benchmarks.archive import pack\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "print(*pack(*map(pathlib.Path, sys.argv[1:])), sep='\\n')"
+    )
+    for place in (folder, here / "progress.json"):  # full; no folder
+        words = [sys.executable, "-c", code, str(here), str(place)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+        assert "caches.tar.gz, all of it: " in done.stdout
+    assert (folder / archive.CACHES).read_bytes() == before
+    assert sorted(path.name for path in folder.iterdir()) == ["caches.tar.gz", "measured.tar.gz"]

@@ -368,6 +368,55 @@ def test_the_suite_keeps_to_its_time(suite: Any, tmp_path: Path, monkeypatch: py
     assert json.loads((tmp_path / "out" / "progress.json").read_text())["steps"] == {"one": "cut"}
 
 
+def lives(pid: int) -> bool:
+    """Whether a process runs; one that has ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+LEAVES = """
+import pathlib, subprocess, sys
+left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+pathlib.Path({file!r}).write_text(str(left.pid))
+"""
+
+
+def test_what_a_step_left_running_ends_with_it(suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would hold the GPU, and the output of its step."""
+    file, start = tmp_path / "pid", time.monotonic()
+    one, two = steps(suite, tmp_path / "ran", one=LEAVES.format(file=str(file)), two="pass")
+    monkeypatch.setattr(suite, "ON_A_CPU", (one, two))
+    assert suite.main(["--output", str(tmp_path / "out")]) == 0
+    assert time.monotonic() - start < suite.GRACE_S
+    assert not lives(int(file.read_text()))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="by a signal that Linux has")
+def test_a_step_ends_with_a_suite_that_is_killed(tmp_path: Path) -> None:
+    file = str(tmp_path / "pid")
+    waits = f"import os, pathlib, time; pathlib.Path({file!r}).write_text(str(os.getpid())); time.sleep(300)"
+    code = (
+        "import sys; from benchmarks import suite; "
+        f"suite.ON_A_CPU = (suite.Step('one', 9.0, {shlex.join(['-c', waits])!r}),); sys.exit(suite.main(sys.argv[1:]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", code, "--output", str(tmp_path / "out"), "--minutes", "5"]
+    process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            assert process.poll() is None
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    step, deadline = int((tmp_path / "pid").read_text()), time.monotonic() + 10
+    while lives(step) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not lives(step)
+
+
 def test_ending_the_suite_ends_its_step(tmp_path: Path) -> None:
     """A benchmark that is measuring is interrupted, and has kept what it wrote."""
     arguments = ["--only", "cold", "--output", str(tmp_path)]

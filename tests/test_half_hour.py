@@ -65,6 +65,15 @@ def test_what_hangs_or_crashes_is_passed_over(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(first, "Child", None)  # none may be started: the same command has nothing left to do
 
 
+def test_a_line_that_was_cut_off_takes_no_other_with_it(tmp_path: Path) -> None:
+    file = tmp_path / "first.jsonl"
+    first.append(file, {"a": 1})
+    file.write_bytes(file.read_bytes() + b'{"b": ')
+    for value in (2, 3):
+        first.append(file, {"c": value})
+    assert first.lines(file) == [{"a": 1}, {"c": 2}, {"c": 3}]
+
+
 def test_a_section_has_a_deadline_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(first.LIMITS, "gates", 1.0)
     slow = "lambda: time.sleep(0.7)"
