@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import re
@@ -187,6 +188,32 @@ def test_the_page_names_steps_there_are() -> None:
     assert len(calls) == 4
     assert max(minutes) < 10
     assert sum(minutes) < 28
+
+
+BARE = {
+    "huggingface_hub",
+    "numpy",
+    "packaging",
+    "pytest",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "triton",
+}
+OWN = {"benchmarks", "examples", "fastbert", "kernels", "tests"}
+
+
+@pytest.mark.parametrize("folder", ["tests/kernels", "tests/fastbert", "tests/examples", "tests"])
+def test_tests_are_collected_on_a_bare_machine(folder: str) -> None:
+    """What a test module imports beyond torch and transformers, and what these need, is asked for by who uses it."""
+    pattern, allowed = "test_*.py", BARE | OWN | set(sys.stdlib_module_names)
+    for file in sorted((ROOT / folder).glob(pattern)):
+        nodes = ast.parse(file.read_bytes()).body
+        names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        names += [str(node.module) for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+        skips = re.findall(r'^(?:\w+ = )?pytest\.importorskip\("(\w+)"\)', file.read_text(), re.MULTILINE)
+        assert {name.partition(".")[0] for name in names} - allowed - set(skips) == set(), file
 
 
 def dry(tmp_path: Path, *command: str, options: tuple[str, ...] = ("--small",), **more: str) -> str:

@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -94,7 +92,7 @@ def read(output: Path) -> tuple[list[Any], np.ndarray]:
     ids: list[Any] = []
     found = []
     for file in sorted(output.glob("part-*.parquet")):
-        table = pyarrow.parquet.read_table(file)
+        table = pytest.importorskip("pyarrow.parquet").read_table(file)
         ids += table["id"].to_pylist()
         width = table["embedding"].type.list_size
         found.append(table["embedding"].combine_chunks().flatten().to_numpy().reshape(-1, width))
@@ -301,8 +299,9 @@ def test_no_rows(tiny: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("here")
 def test_every_format_gives_the_same(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [text.replace("\r", "") for text in sentences(20)] + ['a "quoted", one', "naïve ☕"]
+    pyarrow = pytest.importorskip("pyarrow")
     table = pyarrow.table({"text": texts, "other": list(range(len(texts)))})
-    pyarrow.parquet.write_table(table, tmp_path / "in.parquet", row_group_size=7)
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "in.parquet", row_group_size=7)
     (tmp_path / "in.txt").write_text("\ufeff" + "\n".join(texts), encoding="utf-8")
     (tmp_path / "windows.txt").write_bytes("\r\n".join(texts).encode() + b"\r\n")
     with gzip.open(tmp_path / "in.jsonl.gz", "wt", encoding="utf-8") as file:
@@ -354,7 +353,8 @@ def test_rows_of_other_ranks_are_not_parsed(tmp_path: Path) -> None:
     texts = [f"text {i}" for i in range(10)]
     (tmp_path / "in.txt").write_text("\n".join(texts))
     (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"text": text}) if "3" in text else "?" for text in texts))
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "in.parquet", row_group_size=4)
+    table = pytest.importorskip("pyarrow").table({"text": texts})
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "in.parquet", row_group_size=4)
     for name in ("in.txt", "in.jsonl", "in.parquet"):
         found = list(rows.Input([str(tmp_path / name)], "text").rows(lambda number: number == 3))
         assert [row.number for row in found] == list(range(10))
