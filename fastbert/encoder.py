@@ -284,7 +284,11 @@ def _encoder_is_unsupported(encoder: Any) -> str | None:
     """Why an encoder that was fused takes no plan at this moment."""
     if is_disabled():
         return DISABLED
-    return None if isinstance(encoder, FusedEncoder) else f"its encoder is a {named(encoder)} of one's own"
+    if not isinstance(encoder, FusedEncoder):
+        return f"its encoder is a {named(encoder)} of one's own"
+    if type(encoder.layer).__iter__ is not nn.ModuleList.__iter__:  # which may leave some out, by chance
+        return f"its layers are in a {named(encoder.layer)} of one's own"
+    return None
 
 
 UNKNOWN = "a module may read padding"

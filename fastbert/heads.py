@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import known, ops
+from .readers import readings
 from .support import encoder_of, is_asked, is_hooked, is_plain, needs_stock
 
 
@@ -35,6 +36,8 @@ def takes_labelled_rows(model: Any, vocabulary: Vocabulary, call: Mapping[str, A
     stock = next(kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers."))
     if not all(known.is_stock_class(kind, stock.__module__) for kind in (stock, *map(type, vocabulary.modules))):
         return False  # somebody has replaced code of the head
+    if any(readings(module).unknown is not None for module in vocabulary.modules):
+        return False  # something in there may need every row
     if any(map(is_hooked, vocabulary.modules)) or not is_plain(vocabulary.decoder, nn.Linear):
         return False
     if needs_stock(vocabulary.decoder.weight):  # type: ignore[arg-type]

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import activations
+from transformers import activations, masking_utils
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 _OWNERS = ("torch", "transformers")
@@ -94,7 +95,7 @@ def _foreign_method(kind: type[Any]) -> str | None:
         if name in _CALLS:
             return name
         aside = name in _ASIDE or name.startswith(("get_", "set_"))
-        counts = name == "forward" or (not aside and isinstance(function, FunctionType))
+        counts = name == "forward" or (not aside and callable(function) and not isinstance(function, type))
         if counts and not _is_own(function, kind.__module__, f"{kind.__qualname__}.{name}"):
             return name
     return None
@@ -108,11 +109,38 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
+def methods_used(kind: Any) -> list[str]:
+    """The methods of a class that its forward calls, directly or not, and forward itself."""
+    names, todo = [], ["forward"]
+    while todo:
+        name = todo.pop()
+        if name not in names and isinstance(inspect.getattr_static(kind, name, None), (FunctionType, staticmethod)):
+            names.append(name)
+            todo += inspect.unwrap(getattr(kind, name)).__code__.co_names
+    return names
+
+
 def said(value: Any) -> str:
     """How an error names a function or a class: by its module, too."""
     value = inspect.unwrap(value) if callable(value) else value
     module = _defined_in(value) or getattr(value, "__module__", None) or type(value).__module__
     return f"{module}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+
+
+def _is_theirs_class(kind: type[Any]) -> bool:
+    return kind.__module__.partition(".")[0] == "transformers"
+
+
+def _masking() -> tuple[str, ...]:
+    """Functions of transformers' module of masks that take part in one of BERT's, by name."""
+    space, found = vars(masking_utils), set()
+    todo = {"create_bidirectional_mask", *(getattr(f, "__name__", "") for f in ALL_MASK_ATTENTION_FUNCTIONS.values())}
+    while todo:
+        function = space.get(name := todo.pop())
+        if isinstance(function, FunctionType) and name not in found:
+            found.add(name)
+            todo |= set(_names(inspect.unwrap(function).__code__)) & space.keys()
+    return tuple(sorted(found))
 
 
 class Code:
@@ -125,9 +153,11 @@ class Code:
         own = activations.__name__
         theirs = [x for x in vars(activations).values() if isinstance(x, type) and x.__module__ == own]
         self._kinds = (*self._classes, *_PLAIN, *dict.fromkeys(theirs))
+        # Those that they are derived from, of which what decides how they are called is looked at.
+        self._bases = {base for kind in self._kinds for base in kind.__mro__ if _is_theirs_class(base)} - {*self._kinds}
         # A class shows its dictionary through a proxy; that refers to nothing else.
-        self._dictionaries = [get_referents(vars(kind))[0] for kind in (*self._kinds, nn.Module)]
-        self._names = {module: self._globals()}
+        self._dictionaries = [get_referents(vars(kind))[0] for kind in (*self._kinds, *self._bases, nn.Module)]
+        self._names = {module: self._globals(), masking_utils: _masking()}
         self._names |= {importlib.import_module(owner): names for owner, names in _FUNCTIONS.items()}
         self._kept = {f: f.__code__ for f in self._functions()}
         self._last: tuple[list[Any], str | None, bool] = ([], None, True)
@@ -175,17 +205,18 @@ class Code:
         for kind in self._kinds:
             if name := _foreign_method(kind):
                 return f"{kind.__qualname__}.{name} is {said(vars(kind)[name])}"
-        for name in _CALLS:
-            value = vars(nn.Module).get(name)
-            if value is not None and not _is_theirs(value):
-                return f"torch.nn.Module.{name} is {said(value)}"
+        for kind in (nn.Module, *self._bases):
+            for name in _CALLS:
+                value = vars(kind).get(name)
+                if value is not None and not _is_theirs(value):
+                    return f"{kind.__qualname__}.{name} is {said(value)}"
         for module, names in self._names.items():
             for name in names:
                 value = vars(module).get(name)
                 if isinstance(value, ModuleType):
                     own = value.__name__ == name or value.__name__.partition(".")[0] in _OWNERS
                     own = own and value is sys.modules.get(value.__name__)
-                elif module is self._module:  # defined there, or imported from elsewhere
+                elif module in (self._module, masking_utils):  # defined there, or imported from elsewhere
                     own = _is_theirs(value) and getattr(value, "__name__", None) == name
                 else:
                     own = _is_own(value, module.__name__, name)
@@ -215,9 +246,13 @@ def foreign(family: str, implementation: str | None) -> str | None:
     """
     if (reason := _CODES[family].foreign()[0]) is not None:
         return reason
-    function = ALL_ATTENTION_FUNCTIONS.get(implementation)
-    if function is not None and not _is_theirs(function):
-        return f"attention {implementation!r} is {said(function)}"
+    for what, registry in (
+        ("attention", ALL_ATTENTION_FUNCTIONS),
+        ("the mask of attention", ALL_MASK_ATTENTION_FUNCTIONS),
+    ):
+        function = registry.get(implementation)
+        if function is not None and not _is_theirs(function):
+            return f"{what} {implementation!r} is {said(function)}"
     return None
 
 

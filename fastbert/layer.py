@@ -16,7 +16,7 @@ from transformers import activations
 from . import autograd as autograd  # registers the operators' gradients
 from . import known, ops
 from .packing import Packing
-from .support import activation_is_unsupported, embeddings_are_unsupported, is_a, is_placed, is_plain
+from .support import activation_is_unsupported, embeddings_are_unsupported, is_a, is_placed, is_plain, own_method
 
 # transformers' activation classes by the value of torch.nn.functional.gelu's `approximate` that computes the same.
 _GELU = {
@@ -353,11 +353,13 @@ def embeddings_are_foreign(model: Any) -> str | None:
     kind = type(embeddings)
     if is_a(embeddings, "torch.distributed.fsdp", "FSDPModule"):
         kind = kind.__mro__[2]  # fully_shard's subclass of it is (FSDPModule, kind)
-    stock, forward, fused = model.own_embeddings
+    stock, forward, fused, called = model.own_embeddings
     if kind is not stock and kind is not fused:
         return f"the embeddings are a {kind.__name__} of one's own"
     if stock.forward is not forward or _is_replaced(embeddings):
         return f"the forward of {kind.__name__} has been replaced"
+    if (name := own_method(embeddings, called)) is not None:
+        return f"{name} of {kind.__name__} has been replaced"
     for name, part in embeddings.__dict__["_modules"].items():
         if type(part).forward is not _ROWWISE_FORWARDS.get(name) or _is_replaced(part):
             return f"{name} of the embeddings is a {type(part).__name__}"
@@ -382,6 +384,8 @@ class FusedEmbeddings(_Module):
     family: ClassVar[str]
     names: ClassVar[tuple[str, ...]]
     """Of the parameters of the stock forward, in its order."""
+    called: ClassVar[tuple[str, ...]]
+    """Methods that the stock forward calls."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Ids (B, S) -> embeddings (B, S, H); stock where the kernels don't apply, and where it would complain."""
@@ -393,7 +397,7 @@ class FusedEmbeddings(_Module):
         odd = len(call) < len(args) + len(kwargs) or any(name not in names for name in kwargs)
         cached = call.get("past_key_values_length") or call.get("cache_length")  # before transformers 5.24; since
         odd = odd or not isinstance(input_ids, Tensor) or input_ids.dim() != 2
-        odd = odd or known.foreign(family, None) is not None
+        odd = odd or known.foreign(family, None) is not None or own_method(self, self.called) is not None
         if odd or cached or embeddings_are_unsupported(self):
             stock: Tensor = stock_forward(FusedEmbeddings, self, *args, **kwargs)
             return stock

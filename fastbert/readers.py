@@ -22,9 +22,10 @@ from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from .known import ELEMENTWISE
+from .known import ELEMENTWISE, methods_used
 from .support import ROWWISE_LINEARS, is_harmless, is_placed, is_rowwise
 from .wrappers import is_transparent
 
@@ -63,6 +64,8 @@ class Reader(NamedTuple):
     """Whether classes derived from it count, whatever they override, while they keep its forward."""
     forward: Any = None
     """Its forward, as it was when the class was first met."""
+    methods: frozenset[str] = frozenset()
+    """Other methods of the class that its forward calls: one that a module has for its own may read padding."""
 
 
 @functools.cache
@@ -76,20 +79,38 @@ def named_arguments(kind: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     return {**dict(zip(parameter_names(kind), args, strict=False)), **kwargs}
 
 
+def _is_overtaken(module: nn.Module, hook: Hook, positional: bool = False) -> bool:
+    """Whether pre-hooks that came after `hook` may change what it tells of: arguments by name, or `positional` ones."""
+    hooks, named = list(module._forward_pre_hooks.items()), module._forward_pre_hooks_with_kwargs
+    place = next((i for i, (_, each) in enumerate(hooks) if each is hook), len(hooks))
+    later = [each for key, each in hooks[place + 1 :] if positional or key in named]
+    return not all(is_harmless(each, called=True) for each in later)
+
+
+def _tells(module: nn.Module, hook: Hook, args: tuple[Any, ...]) -> bool:
+    """Whether `hook`, which runs, sees the call as it will be; if not, it comes last from the next call on."""
+    if not _is_overtaken(module, hook, positional=bool(args)):
+        return True
+    if not torch.compiler.is_compiling():
+        hooks: Any = module._forward_pre_hooks
+        hooks.move_to_end(next(key for key, value in hooks.items() if value is hook))
+    return False
+
+
 def tell_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """Of a head with a loss over labelled tokens: shows its base model the labels.
 
     transformers hands unknown keyword arguments on to the base model, where `plan_call` takes them.
     """
     labels = named_arguments(type(model), args, kwargs).get("labels")
-    return args, {**kwargs, "padded_labels": labels, "told": True}
+    return args, {**kwargs, "padded_labels": labels, "told": _tells(model, tell_labels, args)}
 
 
 def tell_spans(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """Of a head with a loss that takes in padding: tells its base model so when there is a loss."""
     call = named_arguments(type(model), args, kwargs)
     loss = call.get("labels") is not None or call.get("start_positions") is not None
-    return args, {**kwargs, "reads_padding": loss, "told": True}
+    return args, {**kwargs, "reads_padding": loss, "told": _tells(model, tell_spans, args)}
 
 
 _LOSSES = ("labels", "start_positions", "end_positions")
@@ -104,7 +125,7 @@ def tell_features(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return None
     features = {**(args[0] if args else {}), **kwargs}
     expands = features.get("query_expansion_positions") is not None and not _attends(module)
-    told = all(features.get(name) is None for name in _LOSSES)
+    told = all(features.get(name) is None for name in _LOSSES) and _tells(module, tell_features, args)
     return args, {**kwargs, "reads_padding": expands, "told": told}
 
 
@@ -156,17 +177,23 @@ def _decoder(module: Any) -> str | None:
     return f"its decoder is {_a(kind)}"
 
 
+def _layer_norm(module: Any) -> str | None:
+    return None if len(module.normalized_shape) == 1 else "it normalises over more than the last dimension"
+
+
 def _rowwise(module: Any) -> str | None:
     return None if is_rowwise(module, sharded=True) else "it is no adapter of a plain linear layer"
 
 
 _ROWS = Reader()  # each row from the same row of its input alone
 _AROUND = Reader(around=True)
+_BASE = Reader(around=True, children=("pooler",))
 _PEFT = Reader(around=True, children=("base_model",))  # beside it, what makes prompts
 
 # By class: torch's.
 _KNOWN: dict[type[nn.Module], Reader] = {
-    **dict.fromkeys((nn.Linear, nn.Dropout, nn.LayerNorm, nn.Identity, nn.Sequential, *ELEMENTWISE), _ROWS),
+    **dict.fromkeys((nn.Linear, nn.Dropout, nn.Identity, nn.Sequential, *ELEMENTWISE), _ROWS),
+    nn.LayerNorm: Reader(unless=_layer_norm),
     **dict.fromkeys((nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict), _ROWS),
     nn.Embedding: Reader(children=()),
     nn.CrossEntropyLoss: Reader(children=()),  # DistilBERT's: of logits and labels that its head tells
@@ -227,7 +254,7 @@ _CALLS = {"__call__", "__getattr__", "__getattribute__", "_call_impl", "_wrapped
 
 def know(bases: Iterable[Any], heads: Mapping[Any, Reader], parts: Iterable[Any], fused: Mapping[Any, Any]) -> None:
     """Makes the classes of a family known: its base models, its HEADS, PARTS and LOSS_HEADS."""
-    _KNOWN.update(dict.fromkeys(bases, Reader(around=True, children=("pooler",))))
+    _KNOWN.update(dict.fromkeys(bases, _BASE))
     _KNOWN.update(dict.fromkeys(parts, _ROWS))
     _KNOWN.update(heads)
     _KNOWN.update({own: heads[plain] for plain, own in fused.items()})
@@ -255,10 +282,11 @@ def reader_of(kind: type[nn.Module]) -> Reader | str:
     if changed:
         return f"{_a(known)} with {_listed(changed)} of its own, which may read padding"
     package = known.__module__.partition(".")[0]
-    replaced = [] if package == "fastbert" else [name for name in _used(known) if not _is_original(known, name)]
+    used = methods_used(known)
+    replaced = [] if package == "fastbert" else [name for name in used if not _is_original(known, name)]
     if found is not None or replaced:  # met with another forward before, or with one that its package has not
         return f"whose {_listed(replaced) or 'forward'} has been replaced, and may read padding"
-    _MET[kind] = row._replace(forward=kind.forward)
+    _MET[kind] = row._replace(forward=kind.forward, methods=frozenset(used) - {"forward"})
     return _MET[kind]
 
 
@@ -288,17 +316,6 @@ def _a(kind: type) -> str:
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
-
-
-def _used(kind: Any) -> list[str]:
-    """The methods of a class that its forward calls, directly or not, and forward itself."""
-    names, todo = [], ["forward"]
-    while todo:
-        name = todo.pop()
-        if name not in names and isinstance(inspect.getattr_static(kind, name, None), FunctionType | staticmethod):
-            names.append(name)
-            todo += inspect.unwrap(getattr(kind, name)).__code__.co_names
-    return names
 
 
 def _is_original(kind: Any, name: str) -> bool:
@@ -345,11 +362,20 @@ def readings(root: nn.Module) -> Readings:
                 return Readings((module, "hooked: what sees its output may read padding"))
             if attributes["_backward_hooks"] or attributes["_backward_pre_hooks"]:
                 return Readings((module, "hooked: what sees its gradients may read padding"))
-        before = None if row.around else attributes["_forward_pre_hooks"]
-        if before and not all(is_harmless(hook, called=True) for hook in before.values()):
+        before = attributes["_forward_pre_hooks"]
+        if row.hook is not None and before and _is_overtaken(module, row.hook):
+            return Readings((module, "hooked after fuse: what a hook adds to its call may read padding"))
+        if (
+            before
+            and not (row.around and _holds_base_model(module))
+            and not all(is_harmless(hook, called=True) for hook in before.values())
+        ):
             return Readings((module, "hooked: what sees its input may read padding"))
         if "forward" in attributes and not _hands_on(module):
             return Readings((module, "given a forward of its own, which may read padding"))
+        if not row.methods.isdisjoint(attributes):
+            own = sorted(row.methods.intersection(attributes))
+            return Readings((module, f"given {_listed(own)} of its own, which may read padding"))
         if row.unless is not None and (why := row.unless(module)) is not None:
             return Readings((module, f"{_a(kind)}: {why}"))
         first = first or (row.first is not None and row.first(module))
@@ -360,6 +386,12 @@ def readings(root: nn.Module) -> Readings:
         else:
             todo += [children[name] for name in row.children if children.get(name) is not None]
     return Readings(None, first, tells)
+
+
+def _holds_base_model(module: nn.Module) -> bool:
+    """Whether a module is a base model, or around one: it is called with what goes into that."""
+    bases = tuple(kind for kind, row in _KNOWN.items() if row is _BASE)
+    return any(isinstance(each, bases) for each in module.modules())
 
 
 def _hands_on(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_globals
+from torch.overrides import _get_current_function_mode_stack
 from transformers import modeling_flash_attention_utils as flash
 
 from . import exporting, known
@@ -260,6 +261,9 @@ def layer_is_unsupported(layer: Any, name: str) -> str | None:
             return f"{'.'.join((name, *path))} has hooks"
         if module.__dict__.get("is_causal"):
             return f"{'.'.join((name, *path))} is causal"
+        implementation = getattr(module.__dict__.get("config"), "_attn_implementation", None)
+        if implementation not in _PLAIN_ATTENTION:
+            return f"{'.'.join((name, *path))} has a config of its own, of attention {implementation!r}"
     if reason := activation_is_unsupported(layer.activation()):
         return f"{'.'.join((name, *layer.shape.activation))} is {reason}"
     weights: list[Tensor] = []
@@ -338,6 +342,17 @@ def needs_stock(sample: Tensor) -> str | None:
         return "tracing for export"
     if module_globals._has_any_global_hook():
         return "global module hooks"
+    if torch._C._len_torch_function_stack() and (mode := _foreign_mode()) is not None:
+        return f"a {mode}, which may replace what functions of torch compute"
+    return None
+
+
+def _foreign_mode() -> str | None:
+    """A TorchFunctionMode that is active and not torch's own, as that of devices is; or of context parallelism."""
+    for mode in _get_current_function_mode_stack():
+        module = type(mode).__module__
+        if not module.startswith("torch.") or module.startswith("torch.distributed."):
+            return named(mode)
     return None
 
 
@@ -392,6 +407,19 @@ def forward_is_replaced(model: Any) -> str | None:
     )
 
 
+def own_method(module: Any, called: tuple[str, ...]) -> str | None:
+    """The first of the methods `called`, by name, that `module` has for its own, in place of its class's; or None."""
+    return next((name for name in called if name in module.__dict__), None)
+
+
+def method_is_replaced(model: Any) -> str | None:
+    """Which method of a base model or of its encoder is not its class's."""
+    for module in (model, encoder_of(model)):
+        if (name := own_method(module, type(module).called)) is not None:
+            return f"{name} of its {type(module).__name__} is {known.said(module.__dict__[name])}"
+    return None
+
+
 def foreign_code(model: Any) -> str | None:
     """What of the code that a fused base model stands in for is not torch's or transformers' own."""
     implementation = model.config._attn_implementation
@@ -438,7 +466,7 @@ def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
     dtypes = {parameter.dtype, weight.dtype} | (set() if embeds is None else {embeds.dtype})
     if len(dtypes) > 1:
         return f"mixed dtypes: {', '.join(sorted(map(str, dtypes)))}"
-    if reason := needs_stock(parameter) or forward_is_replaced(model):
+    if reason := needs_stock(parameter) or forward_is_replaced(model) or method_is_replaced(model):
         return reason
     if is_hooked(encoder_of(model), called=True):
         return "the encoder has hooks"

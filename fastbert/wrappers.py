@@ -152,7 +152,17 @@ def reached(function: Any, seen: dict[int, Any] | None = None) -> Iterator[Any]:
 
 def is_transparent(forward: Any, own: Any) -> bool:
     """Whether a forward on a module does no more than hand its arguments on to `own`, its class's."""
-    functions = [f for f in reached(forward) if isinstance(f, FunctionType)]
-    around = [f.__globals__.get("__name__", "") for f in functions if f is not own]
-    known = [name == _MIXED_PRECISION or name.partition(".")[0] in _TRANSPARENT for name in around]
-    return own in functions and all(known)
+    found = list(reached(forward))
+    for each in found:
+        if isinstance(each, functools.partial) and (each.args or each.keywords) and own in reached(each.func):
+            return False  # it adds arguments
+    # A method is its function and its object; what any other object does, its class says.
+    around = [_code_of(f) for f in found if f is not own and not isinstance(f, (MethodType, functools.partial))]
+    return own in found and all(n == _MIXED_PRECISION or n.partition(".")[0] in _TRANSPARENT for n in around)
+
+
+def _code_of(function: Any) -> str:
+    """The module whose code runs where a function, or an object, is called."""
+    if isinstance(function, FunctionType):
+        return str(function.__globals__.get("__name__", ""))
+    return type(function).__module__

@@ -37,8 +37,14 @@ from ..support import encoder_of
 T = TypeVar("T", bound=nn.Module)
 
 
+def _called(kind: Any) -> tuple[str, ...]:
+    """The methods of a class that its forward calls."""
+    return tuple(name for name in known.methods_used(kind) if name != "forward")
+
+
 def _derive(kind: type[T], module: str, mixin: type, **attributes: Any) -> type[T]:
     about = {"__module__": module, "__doc__": f"transformers' {kind.__name__}, fused.", "family": module}
+    about["called"] = _called(kind)
     return type(kind.__name__, (mixin, kind), {**about, **attributes})
 
 
@@ -97,7 +103,7 @@ def base_model(kind: Any, module: str, embeddings: Any, own: Callable[..., Any] 
         check_taken(self, named.get("plan"))
         return output
 
-    attributes = {"own_embeddings": (stock, stock.forward, embeddings)}
+    attributes = {"own_embeddings": (stock, stock.forward, embeddings, _called(stock))}
     return _derive(kind, module, FusedModel, forward=forward if own is None else own, **attributes)
 
 

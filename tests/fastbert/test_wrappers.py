@@ -412,14 +412,14 @@ def test_an_interrupted_fuse_leaves_wrapped_forwards(monkeypatch: pytest.MonkeyP
 
     model = prepared(small())
     before = dict(vars(model))
-    monkeypatch.setattr(sys.modules["fastbert.fuse"], "_fuse_base", _interrupted(sys.modules["fastbert.fuse"]))
+    monkeypatch.setattr(sys.modules["fastbert.fuse"], "_fuse", _interrupted(sys.modules["fastbert.fuse"]))
     with pytest.raises(KeyboardInterrupt):
         fastbert.fuse(model)
     assert all(vars(model)[name] is before[name] for name in ("forward", "_original_forward"))
 
 
 def _interrupted(module: Any) -> Callable[..., None]:
-    own = module._fuse_base
+    own = module._fuse
 
     def fuse_base(*args: Any) -> None:
         own(*args)

@@ -1,0 +1,277 @@
+"""What changes a call, or reads what comes of it, behind the back of what is known: by values that would be wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.overrides import TorchFunctionMode
+from transformers import masking_utils, modeling_layers
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.bert import modeling_bert as hf
+from transformers.models.roberta import modeling_roberta as roberta
+
+import fastbert
+from tests import models
+
+SMALL = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "hidden_dropout_prob": 0.0}
+CALL = {"input_ids": models.ids(3, 11), "attention_mask": models.masks(3, 11)["right"]}
+REAL = models.masks(3, 11)["right"].bool()  # type: ignore[union-attr]
+LABELS = torch.arange(33).view(3, 11) % 2
+
+Change = Callable[[Any], None]
+
+
+def small(kind: Any = hf.BertForTokenClassification) -> Any:
+    return models.seeded(kind, **SMALL)
+
+
+def ran(model: Any) -> tuple[dict[str, int], dict[str, int]]:
+    said = fastbert.explain(model).encoders[0]
+    return said.fused_calls, said.stock_calls
+
+
+def answers(model: Any, **more: Any) -> list[Tensor]:
+    with torch.no_grad():
+        found = model(**CALL, **more)
+    return [*([] if found.loss is None else [found.loss]), found.logits[REAL]]
+
+
+def agree(stock: Any, fused: Any, **more: Any) -> None:
+    said = fastbert.explain(fused).encoders[0]
+    for ours, theirs in zip(answers(fused, **more), answers(stock, **more), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    layouts, reasons = ran(fused)
+    assert bool(reasons) == (said.reason is not None)
+    assert said.dense is None or "packed" not in layouts
+
+
+def both(change: Change, when: str, kind: Any = hf.BertForTokenClassification) -> tuple[Any, Any]:
+    """A stock and a fused model, changed before or after `fuse`."""
+    stock, fused = small(kind), small(kind)
+    if when == "after":
+        fastbert.fuse(fused)
+    change(stock)
+    change(fused)
+    return stock, fused if when == "after" else fastbert.fuse(fused)
+
+
+class Edits:
+    """A callable around a forward, which centres over all rows what that returns."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        rows = self.inner(*args, **kwargs)
+        return rows - rows.mean(1, keepdim=True)
+
+
+class Blind(Edits):
+    """One that calls a layer without its mask."""
+
+    def __call__(self, hidden_states: Tensor, mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(hidden_states, None, *args, **kwargs)
+
+
+def object_on_a_head(model: Any) -> None:
+    model.classifier.forward = Edits(model.classifier.forward)
+
+
+def object_on_a_layer(model: Any) -> None:
+    layer = model.bert.encoder.layer[0]
+    layer.forward = Blind(layer.forward)
+
+
+def labels_by_a_partial(model: Any) -> None:
+    model.forward = functools.partial(model.forward, labels=LABELS)
+
+
+def labels_by_a_hook(model: Any) -> None:
+    model.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, "labels": LABELS}), with_kwargs=True)
+
+
+def hook_on_a_wrapper(model: Any) -> None:
+    model.classifier = checkpoint_wrapper(model.classifier)
+    model.classifier.register_forward_pre_hook(lambda _, args: (args[0] - args[0].mean(1, keepdim=True),))
+
+
+def norm_over_tokens(model: Any) -> None:
+    model.classifier = nn.Sequential(nn.LayerNorm((11, 32)), model.classifier)
+
+
+def causal_by_a_method(model: Any) -> None:
+    own = model.bert._create_attention_masks
+
+    def causal(*args: Any, **kwargs: Any) -> Any:
+        return torch.ones(11, 11, dtype=torch.bool).tril().expand(3, 1, 11, 11), own(*args, **kwargs)[1]
+
+    model.bert._create_attention_masks = causal
+
+
+def attention_of_one_layer(model: Any) -> None:
+    attention = model.bert.encoder.layer[0].attention.self
+    attention.config = copy.deepcopy(attention.config)
+    attention.config._attn_implementation = "values alone"
+
+
+CHANGES = (
+    object_on_a_head,
+    object_on_a_layer,
+    labels_by_a_partial,
+    labels_by_a_hook,
+    hook_on_a_wrapper,
+    norm_over_tokens,
+    causal_by_a_method,
+    attention_of_one_layer,
+)
+
+
+@pytest.fixture
+def values_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+        return value.transpose(1, 2).contiguous(), None
+
+    ALL_ATTENTION_FUNCTIONS["values alone"] = attend
+    yield
+    del ALL_ATTENTION_FUNCTIONS["values alone"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_one_change(change: Change, when: str, values_alone: None) -> None:
+    stock, fused = both(change, when)
+    agree(stock, fused)
+    assert answers(small())[-1].ne(answers(stock)[-1]).any() or "labels" in change.__name__
+    agree(stock, fused)  # and as often as it is called
+
+
+def test_labels_that_a_hook_makes_are_told_from_the_second_call_on() -> None:
+    ignored = torch.where(REAL, LABELS, -100)
+    _, fused = both(lambda model: None, "after")
+    fused.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, "labels": ignored}), with_kwargs=True)
+    assert "hooked after fuse" in str(fastbert.explain(fused).encoders[0].dense)
+    for _ in range(3):
+        answers(fused)
+    assert ran(fused) == ({"dense": 1, "packed": 2}, {})
+    assert fastbert.explain(fused).encoders[0].dense is None
+
+
+def test_a_method_of_roberta_embeddings() -> None:
+    def backwards(ids: Tensor, padding_idx: int, *_: Any) -> Tensor:
+        return (torch.arange(ids.shape[1]).flip(0) + padding_idx + 1).expand(ids.shape)
+
+    def change(model: Any) -> None:
+        model.roberta.embeddings.create_position_ids_from_input_ids = backwards
+
+    stock, fused = both(change, "after", roberta.RobertaForTokenClassification)
+    agree(stock, fused)
+
+
+class Chance(nn.ModuleList):
+    """Layers of which every other time one is left out."""
+
+    times = 0
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        self.times += 1
+        return iter(list(self._modules.values())[: 1 + self.times % 2])
+
+
+def test_layers_that_are_left_out_by_chance() -> None:
+    def change(model: Any) -> None:
+        model.bert.encoder.layer = Chance(list(model.bert.encoder.layer))
+
+    stock, fused = both(change, "after")
+    for _ in range(2):
+        stock.bert.encoder.layer.times = fused.bert.encoder.layer.times = 0
+        agree(stock, fused)
+    assert "Chance" in next(iter(ran(fused)[1]))
+
+
+def test_losses_of_labelled_tokens_behind_a_norm_over_all() -> None:
+    stock, fused = small(hf.BertForMaskedLM), small(hf.BertForMaskedLM)
+    for model in (stock, fused):
+        model.cls.predictions.transform.LayerNorm = nn.LayerNorm((11, 32))
+    fastbert.fuse(fused, loss_only=True)
+    agree(stock, fused, labels=torch.where(REAL, LABELS, -100))
+
+
+# Code that takes part without being of the family's own classes.
+
+
+class Halved(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        return 0.5 * out if getattr(function, "__name__", "") == "gelu" else out
+
+
+class OnAClass:
+    """A method of a class that is no function."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __call__(self, layer: Any, x: Tensor) -> Tensor:
+        return 0.5 * self.inner(layer, x)
+
+    def __get__(self, layer: Any, kind: Any = None) -> Any:
+        return lambda x: self(layer, x)
+
+
+def no_mask(self: Any, hidden_states: Tensor, mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+    return nn.Module.__call__(self, hidden_states, None, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def put(owner: Any, name: str, value: Any) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, value)
+        yield
+
+
+@contextlib.contextmanager
+def mask_registered() -> Iterator[None]:
+    ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = lambda *args, **kwargs: None
+    yield
+    del ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+
+
+PATCHES: dict[str, Callable[[], Any]] = {
+    "a function mode": Halved,
+    "no function": lambda: put(hf.BertLayer, "feed_forward_chunk", OnAClass(hf.BertLayer.feed_forward_chunk)),
+    "a class derived from": lambda: put(modeling_layers.GradientCheckpointingLayer, "__call__", no_mask),
+    "a mask in its registry": mask_registered,
+    "what makes masks": lambda: put(masking_utils, "bidirectional_mask_function", lambda b, h, q, k: q >= k),
+}
+
+
+@pytest.mark.parametrize("first", ["patch", "fuse"])
+@pytest.mark.parametrize("what", PATCHES)
+def test_one_patch(what: str, first: str) -> None:
+    stock, fused = small(), small()
+    before = answers(stock)[-1]
+    if first == "fuse":
+        fastbert.fuse(fused)
+    with PATCHES[what]():
+        fastbert.fuse(fused)
+        agree(stock, fused)
+        assert answers(stock)[-1].ne(before).any()
+        assert fastbert.explain(fused).encoders[0].reason is not None
+    torch.testing.assert_close(answers(fused)[-1], before, rtol=1e-4, atol=1e-5)
+    assert ran(fused)[0] == {"packed": 1}
+
+
+def test_the_mode_of_a_device_runs_fused() -> None:
+    fused = fastbert.fuse(small())
+    with torch.device("cpu"):
+        answers(fused)
+    assert ran(fused) == ({"packed": 1}, {})
