@@ -23,7 +23,7 @@ from .fp8 import Fp8
 from .graphs import Graphs
 from .layer import default_positions, embeddings_are_foreign, first_position, stock_forward
 from .packing import Packing, flattened, has_values, host_integers, isolating_mask, pack_mask
-from .readers import Holder, Readings, Reads, outermost, readings
+from .readers import Holder, Readings, Reads, outermost, readings_of
 from .support import (
     CACHES,
     DISABLED,
@@ -356,7 +356,7 @@ def why_dense(model: Any, settings: Settings, reads: Reads, keeps: bool) -> tupl
         return "the call reads padding", nobody
     if torch.compiler.is_compiling():
         return "it is being compiled", nobody
-    around = readings(outermost(model, settings.holders))
+    around = readings_of(outermost(model, settings.holders))
     if settings.padding == "auto":
         if around.unknown is not None:
             return UNKNOWN, around

@@ -204,6 +204,8 @@ def _fuse(model: nn.Module, supported: list[tuple[Any, Any, Settings]], loss_onl
         encoder = encoder_of(base)
         if (before := getattr(encoder, "fastbert", None)) is not None:  # fused before: goes on counting
             settings.counts = before.counts
+            for holder in before.holders:
+                holder.hand_on(before, settings)
         encoder.fastbert = settings
 
 
@@ -390,7 +392,7 @@ def explain(model: nn.Module) -> Explanation:
 def _explain_base(model: nn.Module, name: str, base: Any, family: Any) -> EncoderExplanation:
     encoder = encoder_of(base)
     settings: Settings | None = getattr(encoder, "fastbert", None)
-    if settings is None:
+    if settings is None or not hasattr(base, "own_embeddings"):  # another class since
         why = model_is_unsupported(base, family) or "not fused; call fastbert.fuse"
         return EncoderExplanation(name, False, None, why, {}, None, {}, {})
     foreign = embeddings_are_foreign(base)
@@ -431,9 +433,10 @@ def _explain_base(model: nn.Module, name: str, base: Any, family: Any) -> Encode
 def _explain_outside(model: nn.Module, base: Any, settings: Settings) -> str | None:
     """`EncoderExplanation.outside` of a fused base model."""
     around = outermost(base, settings.holders)
-    if settings.padding != "auto" or unknown_reader(around) is not None or model is around:
+    if settings.padding != "auto" or unknown_reader(around) is not None or any(model is each for each in around):
         return None
-    if all(module is not around for module in model.modules()) or (why := unknown_reader(model)) is None:
+    inside = set(map(id, model.modules()))
+    if not any(id(each) in inside for each in around) or (why := unknown_reader([model])) is None:
         return None
     return f"{why}; fuse the whole {type(model).__name__}, to have it looked at"
 

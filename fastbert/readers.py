@@ -413,6 +413,13 @@ class Holder:
         for each in settings:
             each.holders = sorted([*each.holders, self], key=lambda holder: holder.depth)
 
+    def hand_on(self, before: Any, settings: Any) -> None:
+        """Ties its module, if it still has this one, to what a later `fuse`, of less than that, leaves there."""
+        module = self.module()
+        if module is not None and module.__dict__.get(HOLDS) is self:
+            self.settings = [settings if each is before else each for each in self.settings]
+            settings.holders = sorted([*settings.holders, self], key=lambda holder: holder.depth)
+
     def __getstate__(self) -> tuple[Any, ...]:
         return self.module(), self.depth, self.settings
 
@@ -420,20 +427,28 @@ class Holder:
         self.__init__(*state)  # type: ignore[misc]
 
 
-def outermost(base: nn.Module, holders: list[Holder]) -> nn.Module:
+def outermost(base: nn.Module, holders: list[Holder]) -> list[nn.Module]:
     """What `fuse` was given, if there still is such a thing, or what is left of it around the base model."""
-    for holder in holders:
-        module = holder.module()
-        if module is not None:
-            return module
-    return base
+    alive = [(holder.depth, module) for holder in holders if (module := holder.module()) is not None]
+    return [module for depth, module in alive if depth == alive[0][0]] or [base]
 
 
-def unknown_reader(root: nn.Module) -> str | None:
-    """Why padded calls of a base model in `root` are dense under padding="auto", for a reader to read."""
-    found = readings(root).unknown
-    if found is None:
-        return None
-    module, why = found
-    name = next((name for name, each in root.named_modules() if each is module), "")
-    return f"{name or 'the model itself'} is {why}"
+def readings_of(roots: list[nn.Module]) -> Readings:
+    """`readings` of all that a base model stands in."""
+    found = Readings()
+    for each in map(readings, roots):
+        if each.unknown is not None:
+            return each
+        tells = each.tells if found.tells is None else found.tells
+        found = Readings(None, found.first or each.first, tells)
+    return found
+
+
+def unknown_reader(roots: list[nn.Module]) -> str | None:
+    """Why padded calls of a base model in `roots` are dense under padding="auto", for a reader to read."""
+    for root in roots:
+        if (found := readings(root).unknown) is not None:
+            module, why = found
+            name = next((name for name, each in root.named_modules() if each is module), "")
+            return f"{name or 'the model itself'} is {why}"
+    return None

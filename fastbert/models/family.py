@@ -43,8 +43,8 @@ def _called(kind: Any) -> tuple[str, ...]:
 
 
 def _derive(kind: type[T], module: str, mixin: type, **attributes: Any) -> type[T]:
-    about = {"__module__": module, "__doc__": f"transformers' {kind.__name__}, fused.", "family": module}
-    about["called"] = _called(kind)
+    about: dict[str, Any] = {"__module__": module, "__doc__": f"transformers' {kind.__name__}, fused."}
+    about.update(family=module, called=_called(kind))
     return type(kind.__name__, (mixin, kind), {**about, **attributes})
 
 

@@ -275,3 +275,54 @@ def test_the_mode_of_a_device_runs_fused() -> None:
     with torch.device("cpu"):
         answers(fused)
     assert ran(fused) == ({"packed": 1}, {})
+
+
+class Mean(nn.Module):
+    """Around a base model: the mean of all rows."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **arguments: Any) -> Tensor:
+        return self.inner(**arguments)[0].mean(1)
+
+
+def pair() -> tuple[Any, Any]:
+    """Two modules around one base model, of which the first reads padding."""
+    head = small(hf.BertForSequenceClassification)
+    return Mean(head.bert), head
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (0, 1, 0)])
+def test_two_models_share_a_base_model(order: tuple[int, ...]) -> None:
+    fused = pair()
+    for each in order:
+        fastbert.fuse(fused[each])
+    with torch.no_grad():
+        torch.testing.assert_close(fused[0](**CALL), pair()[0](**CALL), rtol=1e-4, atol=1e-5)
+    assert ran(fused[0])[0] == {"dense": 1}
+
+
+@pytest.mark.parametrize("inner", ["fuse", "unfuse, fuse"])
+def test_a_part_is_fused_again(inner: str) -> None:
+    fused = fastbert.fuse(pair()[0])
+    if inner != "fuse":
+        fastbert.unfuse(fused)
+        fastbert.fuse(fused)
+    fastbert.fuse(fused.inner, loss_only=True)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(**CALL), pair()[0](**CALL), rtol=1e-4, atol=1e-5)
+    assert ran(fused)[0] == {"dense": 1}
+    assert "Mean" in str(fastbert.explain(fused).encoders[0].dense)
+
+
+def test_a_base_model_of_another_class_since() -> None:
+    class Own(hf.BertModel):
+        pass
+
+    fused = fastbert.fuse(small())
+    fused.bert.__class__ = Own
+    assert fastbert.explain(fused).encoders[0].reason is not None
+    for ours, theirs in zip(answers(fused), answers(small()), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
