@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from .known import ELEMENTWISE, methods_used
 from .support import ROWWISE_LINEARS, is_harmless, is_placed, is_rowwise
-from .wrappers import is_transparent
+from .wrappers import is_transparent, is_wrapper
 
 HOLDS = "_fastbert"
 """Attribute of a module that holds base models: its `Holder`."""
@@ -188,6 +188,9 @@ def _rowwise(module: Any) -> str | None:
 _ROWS = Reader()  # each row from the same row of its input alone
 _AROUND = Reader(around=True)
 _BASE = Reader(around=True, children=("pooler",))
+_WRAPPER = Reader(
+    around=True, unless=lambda module: None if is_wrapper(module) else "its checkpoint_fn is one of one's own"
+)
 _PEFT = Reader(around=True, children=("base_model",))  # beside it, what makes prompts
 
 # By class: torch's.
@@ -204,8 +207,8 @@ _KNOWN: dict[type[nn.Module], Reader] = {
 _NAMED: dict[str, Reader] = {
     "torch.distributed.fsdp.fully_sharded_data_parallel:FullyShardedDataParallel": _AROUND,
     "torch._dynamo.eval_frame:OptimizedModule": _AROUND,
-    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper:CheckpointWrapper": _AROUND,
-    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper:OffloadWrapper": _AROUND,
+    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper:CheckpointWrapper": _WRAPPER,
+    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper:OffloadWrapper": _WRAPPER,
     "torch.optim.swa_utils:AveragedModel": _AROUND,
     # The decoder attends to rows of the encoder by its mask.
     "transformers:EncoderDecoderModel": Reader(

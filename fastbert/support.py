@@ -18,7 +18,7 @@ from torch.overrides import _get_current_function_mode_stack
 from transformers import modeling_flash_attention_utils as flash
 
 from . import exporting, known
-from .wrappers import is_transparent, is_wrapper, reached, unwrapped, wrapped
+from .wrappers import is_rewritten, is_transparent, is_wrapper, reached, unwrapped, wrapped
 
 # More than 65,535 sequences share out attention's work by a list, which takes milliseconds to make of this many.
 MAX_SEQUENCES = 2**18
@@ -243,6 +243,8 @@ def _oddity(module: Any) -> str:
 def layer_is_unsupported(layer: Any, name: str) -> str | None:
     """Why a layer, of that name, runs its stock code: a submodule replaced or watched, or parameters of mixed kinds."""
     seen = next((module for module in wrapped(layer) if sees_arguments(module)), None)
+    if any(is_rewritten(module) for module in wrapped(layer) if is_wrapper(module)):
+        return f"{name} is in a wrapper whose forward has been replaced"
     layer = unwrapped(layer)
     sharded = is_a(layer, "torch.distributed.fsdp", "FSDPModule")
     if not hasattr(type(layer), "parts"):
@@ -470,4 +472,8 @@ def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
         return reason
     if is_hooked(encoder_of(model), called=True):
         return "the encoder has hooks"
+    modules = model.__dict__["_modules"]
+    around = wrapped(modules["encoder"] if "encoder" in modules else modules["transformer"])
+    if any(is_rewritten(module) for module in around if is_wrapper(module)):
+        return "the encoder is in a wrapper whose forward has been replaced"
     return None

@@ -28,14 +28,32 @@ _TRANSPARENT = ("fastbert", "torch", "transformers")
 _MIXED_PRECISION = "accelerate.utils.operations"
 
 
+def _inside(module: Any) -> str | None:
+    """The attribute that a module, if it is known to hand its arguments on, has the one inside under."""
+    name = _WRAPPERS.get((type(module).__module__, type(module).__qualname__))
+    if name is None:
+        return None
+    by = module.__dict__.get("checkpoint_fn")  # torch's, or one of one's own, which may change anything
+    by = getattr(by, "func", by)
+    return name if by is None or str(getattr(by, "__module__", "")).startswith("torch.") else None
+
+
 def is_wrapper(module: Any) -> bool:
     """Whether `module` is known to hand its arguments on to the one inside."""
-    return (type(module).__module__, type(module).__qualname__) in _WRAPPERS
+    return _inside(module) is not None
+
+
+def is_rewritten(module: Any) -> bool:
+    """Whether a wrapper has a forward of its own that does more than hand on; compiled ones come with one."""
+    forward = module.__dict__.get("forward")
+    if forward is None or type(module).__module__ == "torch._dynamo.eval_frame":
+        return False
+    return not is_transparent(forward, type(module).forward)
 
 
 def unwrapped(module: Any) -> Any:
     """The module that wrappers, if there are any, are around."""
-    while (name := _WRAPPERS.get((type(module).__module__, type(module).__qualname__))) is not None:
+    while (name := _inside(module)) is not None:
         module = module.__dict__["_modules"][name]
     return module
 
@@ -43,7 +61,7 @@ def unwrapped(module: Any) -> Any:
 def wrapped(module: Any) -> Iterator[Any]:
     """A module, and what is inside of it as far as it is known to be a wrapper; the module itself first."""
     yield module
-    while (name := _WRAPPERS.get((type(module).__module__, type(module).__qualname__))) is not None:
+    while (name := _inside(module)) is not None:
         module = module.__dict__["_modules"][name]
         yield module
 

@@ -104,6 +104,29 @@ def hook_on_a_wrapper(model: Any) -> None:
     model.classifier.register_forward_pre_hook(lambda _, args: (args[0] - args[0].mean(1, keepdim=True),))
 
 
+def without_mask(module: Any, hidden_states: Tensor, mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+    return module(hidden_states, None, *args, **kwargs)
+
+
+def checkpointed_without_mask(model: Any) -> None:
+    layers = model.bert.encoder.layer
+    layers[0] = checkpoint_wrapper(layers[0], checkpoint_fn=without_mask)
+
+
+def checkpointed_by_a_reader(model: Any) -> None:
+    def read(module: Any, rows: Tensor) -> Tensor:
+        return module(rows - rows.mean(1, keepdim=True))
+
+    model.classifier = checkpoint_wrapper(model.classifier, checkpoint_fn=read)
+
+
+def forward_of_a_wrapper(model: Any) -> None:
+    layers = model.bert.encoder.layer
+    wrapper: Any = checkpoint_wrapper(layers[0])
+    wrapper.forward = lambda rows, mask=None, *args, **kwargs: type(wrapper).forward(wrapper, rows, None)
+    layers[0] = wrapper
+
+
 def norm_over_tokens(model: Any) -> None:
     model.classifier = nn.Sequential(nn.LayerNorm((11, 32)), model.classifier)
 
@@ -129,6 +152,9 @@ CHANGES = (
     labels_by_a_partial,
     labels_by_a_hook,
     hook_on_a_wrapper,
+    checkpointed_without_mask,
+    checkpointed_by_a_reader,
+    forward_of_a_wrapper,
     norm_over_tokens,
     causal_by_a_method,
     attention_of_one_layer,
