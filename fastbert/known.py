@@ -209,7 +209,8 @@ class Code:
             for name in _CALLS:
                 value = vars(kind).get(name)
                 if value is not None and not _is_theirs(value):
-                    return f"{kind.__qualname__}.{name} is {said(value)}"
+                    owner = "torch.nn.Module" if kind is nn.Module else kind.__qualname__
+                    return f"{owner}.{name} is {said(value)}"
         for module, names in self._names.items():
             for name in names:
                 value = vars(module).get(name)
