@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "coverage": {"support", "wrappers"},
     "encoder": {"coverage", "fp8", "graphs", "known", "layer", "ops", "packing", "readers", "support", "wrappers"},
     "fuse": {"encoder", "fp8", "layer", "readers", "support", "version", "wrappers"},
-    "heads": {"known", "ops", "support"},
+    "heads": {"known", "ops", "readers", "support"},
     "models": {"encoder", "fuse", "graphs", "heads", "known", "layer", "readers", "support"},
     "quality": set(),
     "calibration": {"fp8", "fuse", "support", "verify"},
