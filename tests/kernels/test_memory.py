@@ -118,17 +118,21 @@ def test_a_weight_of_many_rows() -> None:
 def test_attention_of_many_rows(packed: bool) -> None:
     heads, head_dim = 2, 16
     qkv, last = (x.unflatten(1, (3, heads, head_dim)) for x in tall(3 * heads * head_dim, 1))
-    starts = torch.tensor([0, len(qkv) - 5, len(qkv)], dtype=torch.int32) if packed else None
-    arguments, scale = (starts, None, 5), head_dim**-0.5
+    starts, length = torch.tensor([0, len(qkv) - 5, len(qkv)], dtype=torch.int32) if packed else None, 5
+    if not packed:  # more sequences than a grid has go by a list, which isn't of the last program alone
+        length = 640
+        assert len(qkv) % length == 0 and len(qkv) // length <= attention.GRID_SEQUENCES
+        last = qkv[-length:].clone()
+    arguments, scale = (starts, None, length), head_dim**-0.5
     found = attention.attention(*qkv.unbind(1), *arguments, scale)
-    near(found[:, -1], reference.attention(*last.unbind(1), None, None, 5, scale)[:, -1])
+    near(found[:, -1], reference.attention(*last.unbind(1), None, None, length, scale)[:, -1])
     out, stats = attention.attention_forward(qkv, *arguments, scale, 0.0, None)
-    small = reference.attention_forward(last, None, None, 5, scale, 0.0, None)
+    small = reference.attention_forward(last, None, None, length, scale, 0.0, None)
     near(out[:, -1], small[0][:, -1])
     grad = reserve(out.numel(), torch.float16).view(out.shape)
     grad[-5:] = normal(3, 5, heads, head_dim)
     found = attention.attention_backward(grad, qkv, out, stats, *arguments, scale, 0.0, None)
-    truth = reference.attention_backward(grad[-5:], last, *small, None, None, 5, scale, 0.0, None)
+    truth = reference.attention_backward(grad[-length:], last, *small, None, None, length, scale, 0.0, None)
     near(found[:, :, -1], truth[:, :, -1])
 
 
