@@ -80,4 +80,4 @@ def test_to_onnx(way: str, tmp_path: Path) -> None:
         session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
         given = {each.name: call()[each.name].numpy() for each in session.get_inputs()}
         ours = torch.from_numpy(session.run(None, given)[0])
-        torch.testing.assert_close(ours, stock(**call())[0], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(ours, stock(**call())[0], rtol=1e-4, atol=1e-5)

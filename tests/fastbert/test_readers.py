@@ -486,11 +486,11 @@ def test_query_expansion(strategy: str, attend: bool) -> None:
     queries = [model.encode_query(TEXTS) for model in (fused, stock)]
     for ours, theirs in zip(*queries, strict=True):
         assert len(ours) == 24
-        torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(theirs), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(theirs), rtol=1e-4, atol=1e-5)
     assert layouts(fused) == {"dense": 1}
     documents = [model.encode_document(TEXTS) for model in (fused, stock)]
     for ours, theirs in zip(*documents, strict=True):
-        torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(theirs), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(theirs), rtol=1e-4, atol=1e-5)
     assert layouts(fused) == {"dense": 1, "packed": 1}
 
 
@@ -507,7 +507,7 @@ def test_splade(strategy: str, tmp_path: Path) -> None:
     stock = sentence_transformers.SparseEncoder(modules=[backbone, modules.SpladePooling(strategy)], device="cpu")
     fused = fastbert.fuse(copy.deepcopy(stock))
     ours, theirs = (model.encode(TEXTS).to_dense() for model in (fused, stock))
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert layouts(fused) == {"packed": 1}
 
 
