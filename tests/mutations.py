@@ -123,7 +123,7 @@ FAULTS = {
         "fastbert/support.py",
         "if torch.compiler.is_exporting() and not exporting.FUSED:",
         "if torch.compiler.is_exporting() and False:",
-        "tests/fastbert/test_pipelines.py -k export",
+        "tests/fastbert/test_export.py",
     ),
     "F: wrapped forwards": Fault(
         "fastbert/fuse.py",
