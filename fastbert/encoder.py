@@ -83,6 +83,16 @@ class Counts:
                 which[key] += 1
 
 
+class Running:
+    """The threads that are in a forward of a fused base model at this moment. A copy of it begins with none."""
+
+    def __init__(self) -> None:
+        self.threads: list[int] = []
+
+    def __reduce__(self) -> tuple[type[Running], tuple[()]]:
+        return Running, ()
+
+
 class Settings:
     """What `fuse` leaves on an encoder: what was asked of it, counts, and what its base model stood in."""
 
@@ -94,6 +104,7 @@ class Settings:
         self.holders: list[Holder] = []
         """What the base model stood in, outermost first."""
         self.counts = Counts()
+        self.running = Running()
         self.coverage = Coverage()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -10,13 +10,12 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import transformers
 from torch import nn
 
-from .encoder import PADDINGS, UNKNOWN, Settings, decide, why_dense
+from .encoder import PADDINGS, UNKNOWN, Running, Settings, decide, why_dense
 from .fp8 import PRODUCTS, Fp8, calibrated
 from .layer import embeddings_are_foreign
 from .readers import HOLDS, HOOKS, Holder, Reads, outermost, reader_of, unknown_reader
@@ -203,7 +202,7 @@ def _fuse(model: nn.Module, supported: list[tuple[Any, Any, Settings]], loss_onl
     for base, _, settings in supported:  # last: until then every call runs stock, of other threads, too
         encoder = encoder_of(base)
         if (before := getattr(encoder, "fastbert", None)) is not None:  # fused before: goes on counting
-            settings.counts = before.counts
+            settings.counts, settings.running = before.counts, before.running
             for holder in before.holders:
                 holder.hand_on(before, settings)
         encoder.fastbert = settings
@@ -259,10 +258,11 @@ def unfuse(model: Model) -> Model:
 
 def _unfuse(model: nn.Module, found: list[tuple[str, nn.Module, Any]]) -> None:
     found = [each for each in found if hasattr(encoder_of(each[1]), "fastbert")]
+    running = [encoder_of(base).fastbert.running for _, base, _ in found]
     for _, base, _ in found:
         del encoder_of(base).fastbert  # first: calls that begin from here on run stock
     if found:
-        _wait_for_forwards(model)
+        _wait_for_forwards(model, running)
     for _, base, family in found:
         stock = {fused: plain for plain, fused in family.CLASSES.items()}
         for module in base.modules():
@@ -279,31 +279,15 @@ def _unfuse(model: nn.Module, found: list[tuple[str, nn.Module, Any]]) -> None:
                     _become(module, plain)
 
 
-def _forwards(modules: set[int]) -> dict[int, tuple[int, FrameType]]:
-    """The forwards of modules, given by id, that threads are in: by the frame's id, the thread and the frame."""
-    found = {}
-    for thread, innermost in sys._current_frames().items():
-        frame: FrameType | None = innermost
-        while frame is not None:
-            if frame.f_code.co_name in _CALLS and id(frame.f_locals.get("self")) in modules:
-                found[id(frame)] = thread, frame
-            frame = frame.f_back
-    return found
-
-
-_CALLS = ("forward", "_call_impl")
-"""Functions of a module whose frames say that it is being called; its hooks run within the second."""
-
-
-def _wait_for_forwards(model: nn.Module) -> None:
-    """Waits for the forwards of `model` and of modules inside it that other threads are in at this moment."""
-    modules = set(map(id, model.modules()))
-    under_way = _forwards(modules)  # which keeps the frames, so that no other has the id of one
-    if any(thread == threading.get_ident() for thread, _ in under_way.values()):
+def _wait_for_forwards(model: nn.Module, running: list[Running]) -> None:
+    """Waits for the forwards of base models inside `model` that other threads are in at this moment."""
+    if any(threading.get_ident() in each.threads for each in running):
         raise RuntimeError(
             f"unfuse is called within a forward of this {type(model).__name__}; call it once that is done"
         )
-    while under_way and not under_way.keys().isdisjoint(_forwards(modules)):
+    while not {thread.ident for thread in threading.enumerate()}.isdisjoint(
+        t for each in running for t in each.threads
+    ):
         time.sleep(0.001)
 
 

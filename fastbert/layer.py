@@ -389,15 +389,16 @@ class FusedEmbeddings(_Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Ids (B, S) -> embeddings (B, S, H); stock where the kernels don't apply, and where it would complain."""
-        family, names = getattr(self, "family", None), getattr(self, "names", None)
-        if family is None or names is None:  # unfused since; or called by what was put around the forward of fused ones
+        family, names, called = (getattr(self, name, None) for name in ("family", "names", "called"))
+        # Unfused since; or called by what was put around the forward of fused ones.
+        if family is None or names is None or called is None:
             return type(self).forward(self, *args, **kwargs)
         call = {**dict(zip(names, args, strict=False)), **kwargs}
         input_ids, token_type_ids, position_ids = (call.get(name) for name in _TABLES)
         odd = len(call) < len(args) + len(kwargs) or any(name not in names for name in kwargs)
         cached = call.get("past_key_values_length") or call.get("cache_length")  # before transformers 5.24; since
         odd = odd or not isinstance(input_ids, Tensor) or input_ids.dim() != 2
-        odd = odd or known.foreign(family, None) is not None or own_method(self, self.called) is not None
+        odd = odd or known.foreign(family, None) is not None or own_method(self, called) is not None
         if odd or cached or embeddings_are_unsupported(self):
             stock: Tensor = stock_forward(FusedEmbeddings, self, *args, **kwargs)
             return stock

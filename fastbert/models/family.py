@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -103,8 +104,22 @@ def base_model(kind: Any, module: str, embeddings: Any, own: Callable[..., Any] 
         check_taken(self, named.get("plan"))
         return output
 
+    planned_forward = forward if own is None else own
+
+    @functools.wraps(kind.forward)
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        settings = None if torch.compiler.is_compiling() else getattr(encoder_of(self), "fastbert", None)
+        if settings is None:
+            return planned_forward(self, *args, **kwargs)
+        threads, thread = settings.running.threads, threading.get_ident()
+        threads.append(thread)  # before there is a plan: `unfuse` waits for who has one
+        try:
+            return planned_forward(self, *args, **kwargs)
+        finally:
+            threads.remove(thread)
+
     attributes = {"own_embeddings": (stock, stock.forward, embeddings, _called(stock))}
-    return _derive(kind, module, FusedModel, forward=forward if own is None else own, **attributes)
+    return _derive(kind, module, FusedModel, forward=noted, **attributes)
 
 
 def introduce(model: Any, config: type[Any], probes: bool = True) -> None:

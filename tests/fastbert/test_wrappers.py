@@ -225,7 +225,9 @@ def test_in_8_bits_wrapped_layers_run_in_the_models_dtype() -> None:
 
 def prepared(model: Any) -> Any:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # which other tests have made in another precision
     return Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
 
 
