@@ -43,7 +43,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=["fastbert", "fastbert.kernels", "fastbert.models", "fastbert.cli"],
+    packages=["fastbert", "fastbert.kernels", "fastbert.models", "fastbert.layers", "fastbert.runtime", "fastbert.cli"],
     package_data={"fastbert": ["py.typed"], "fastbert.cli": ["*.json"]},
     python_requires=">=3.10",
     # The oldest that are tried, and nothing newest: asked for an older torch, pip would replace the build for the

@@ -16,7 +16,7 @@ from fastbert.cli.__main__ import WORKLOADS
 from fastbert.cli.cases import SHAPES, workload
 from fastbert.cli.info import default_device
 from fastbert.cli.machine import Machine, environment
-from fastbert.packing import pack_mask
+from fastbert.runtime.packing import pack_mask
 
 # On a GPU a round is this many calls and one wait for the device, or waiting would be most of what is timed.
 CALLS = 20

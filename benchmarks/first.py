@@ -287,7 +287,7 @@ def cases(shape: dict[str, int], rows: int, device: Any, train: bool) -> Iterato
     from fastbert import ops
     from fastbert.cli.problems import EPS, Sizes, lengths_of, problems
     from fastbert.kernels import launch, reference
-    from fastbert.packing import pack_mask
+    from fastbert.runtime.packing import pack_mask
 
     h, i, words = shape["hidden_size"], shape["intermediate_size"], 30522
     sizes, dtype = Sizes(h, i, shape["num_attention_heads"]), torch.bfloat16

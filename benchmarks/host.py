@@ -30,7 +30,8 @@ from transformers import BertConfig
 from transformers.models.bert import modeling_bert as hf
 
 import fastbert
-from fastbert import encoder, graphs, ops
+from fastbert import ops
+from fastbert.runtime import encoder, graphs
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import stub

@@ -33,8 +33,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fastbert import encoder, ops, packing
+from fastbert import ops
 from fastbert.kernels import compiled, reference
+from fastbert.runtime import encoder, packing
 
 MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 142, "sm_90": 132, "sm_100": 148, "sm_103": 160, "sm_120": 170}
 """Of an A100, A40, L40S, H100 or H200, B200, B300 and RTX 5090; of others, 48 as a GB10 has."""

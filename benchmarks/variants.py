@@ -43,7 +43,7 @@ from fastbert.cli.problems import Problem, Sizes, problems
 from fastbert.cli.tune import OK, OTHER_BITS, Candidate, Gpu, of_variant, plausible, seeds, short
 from fastbert.kernels import launch
 from fastbert.kernels.launch import Config
-from fastbert.support import fp8_is_unsupported
+from fastbert.runtime.support import fp8_is_unsupported
 
 PROGRAMS = (0, 1, 2)
 MOST = 12

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .fp8 import PRODUCTS, Fp8, Key, calibrated
 from .fuse import fuse, unfuse
-from .support import encoder_of
+from .layers.fp8 import PRODUCTS, Fp8, Key, calibrated
+from .runtime.support import encoder_of
 from .verify import at_real_tokens, batches_of, inner_model, real_tokens, twin
 
 ROOM = (8, 4, 2, 1)

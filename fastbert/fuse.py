@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import transformers
 from torch import nn
 
-from .encoder import PADDINGS, UNKNOWN, Running, Settings, decide, why_dense
-from .fp8 import PRODUCTS, Fp8, calibrated
-from .layer import embeddings_are_foreign
-from .readers import HOLDS, HOOKS, Holder, Reads, outermost, reader_of, unknown_reader
-from .support import (
+from .layers.fp8 import PRODUCTS, Fp8, calibrated
+from .layers.layer import embeddings_are_foreign
+from .runtime.encoder import PADDINGS, UNKNOWN, Running, Settings, decide, why_dense
+from .runtime.readers import HOLDS, HOOKS, Holder, Reads, outermost, reader_of, unknown_reader
+from .runtime.support import (
     embeddings_are_unsupported,
     encoder_of,
     fp8_is_unsupported,
     model_is_unsupported,
 )
+from .runtime.wrappers import redirect
 from .version import is_newer
-from .wrappers import redirect
 
 FAMILIES = ("bert", "roberta", "xlm_roberta", "camembert", "electra", "ernie", "distilbert", "mpnet")
 """Modules of `fastbert.models`, each named as transformers names the family's."""
@@ -104,8 +104,8 @@ def fuse(
         padding: "packed" computes real tokens only, and returns zeros at padding, at the price of one host
             synchronisation a forward; "dense" computes every row, exactly as stock does, with none; "auto" packs where
             every module that may read the output of the base model, inside `model`, is known to leave padding alone
-            (`fastbert.readers`), and is dense elsewhere, as where the model itself reads padding (a pooler over a
-            masked first position, a loss taken over padding): `explain` says why. Calls whose hidden states are asked
+            (`fastbert.runtime.readers`), and is dense elsewhere, as where the model itself reads padding (a pooler over
+            a masked first position, a loss taken over padding): `explain` says why. Calls whose hidden states are asked
             for or watched by hooks are dense under any of them. A base model alone packs: zeros at padding are in what
             `pipeline("feature-extraction")` returns of a batch, too, and `row / row.norm()` of such a row is NaN. What
             stands outside `model` is not seen: fuse the whole model, not the encoder of one.

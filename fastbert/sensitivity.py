@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .fuse import base_models, explain, fuse, unfuse
-from .readers import named_arguments
+from .runtime.readers import named_arguments
 
 NOISE = 10.0
 """Of what is put at padding, in standard deviations of the rows that are real."""

@@ -23,10 +23,10 @@ from transformers import PreTrainedModel
 
 from . import numerics
 from .fuse import explain, fuse, unfuse
-from .layer import first_position, positions
+from .layers.layer import first_position, positions
 from .quality import Measure, Quality
+from .runtime.support import encoder_of
 from .sensitivity import Sensitivity, sensitivity
-from .support import encoder_of
 
 LAYOUTS = ("packed", "dense")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
-from ..support import MAX_SEQUENCES
+from ..runtime.support import MAX_SEQUENCES
 from . import UsageError
 
 SHAPES: dict[str, dict[str, int]] = {

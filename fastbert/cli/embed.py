@@ -37,8 +37,8 @@ from transformers.utils import logging
 
 from .. import fuse
 from ..fuse import explain
-from ..layer import first_position, positions
-from ..support import MAX_SEQUENCES
+from ..layers.layer import first_position, positions
+from ..runtime.support import MAX_SEQUENCES
 from . import UsageError, in_a_line
 from .checkpoints import load_tokenizer
 from .info import default_device

@@ -17,7 +17,7 @@ import fastbert
 
 from .. import tuned
 from ..kernels import launch
-from ..support import DTYPES, gpu_is_unsuitable, triton_is_unsuitable
+from ..runtime.support import DTYPES, gpu_is_unsuitable, triton_is_unsuitable
 from . import UsageError
 
 PACKAGES = ("torch", "triton", "transformers")

@@ -24,8 +24,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from .. import calibrate, fuse
 from ..kernels import launch
-from ..packing import pack_mask
-from ..support import fp8_is_unsupported
+from ..runtime.packing import pack_mask
+from ..runtime.support import fp8_is_unsupported
 from ..version import install
 from .cases import workload
 

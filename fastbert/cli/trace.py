@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from .. import ops
-from ..support import encoder_of
+from ..runtime.support import encoder_of
 from .counts import Cost
 
 RUN = "fastbert profile: run"

@@ -36,7 +36,7 @@ from torch import Tensor
 from .. import numerics, tuned
 from ..kernels import launch
 from ..kernels.launch import Config
-from ..support import fp8_is_unsupported
+from ..runtime.support import fp8_is_unsupported
 from . import UsageError, check_file, in_a_line, write_text
 from .cases import SHAPES
 from .info import default_device

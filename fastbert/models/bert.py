@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.bert import modeling_bert as hf
 
-from ..readers import LABELS, REAL, SPANS, know
+from ..runtime.readers import LABELS, REAL, SPANS, know
 from .family import (
     base_model,
     bert_like,

@@ -7,10 +7,10 @@ from typing import Any
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.distilbert import modeling_distilbert as hf
 
-from ..heads import Vocabulary
-from ..layer import Shape
-from ..readers import FIRST, LABELS, SPANS, know
+from ..layers.layer import Shape
+from ..runtime.readers import FIRST, LABELS, SPANS, know
 from .family import base_model, encoder, head, introduce, layer, masked_lm
+from .heads import Vocabulary
 
 __all__ = [
     "DistilBertForMaskedLM",

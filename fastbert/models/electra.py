@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers.models.electra import modeling_electra as hf
 
-from ..heads import Vocabulary
-from ..readers import FIRST, LABELS, REAL, SPANS, SUMMARY, know
+from ..runtime.readers import FIRST, LABELS, REAL, SPANS, SUMMARY, know
 from .family import base_model, bert_like, embeddings, encoder, head, introduce, layer, masked_lm
+from .heads import Vocabulary
 
 __all__ = [
     "ElectraForCausalLM",

@@ -5,8 +5,8 @@ what to wrap), and because a saved config records them. An adapter is a module w
 
 BASE, ENCODER: the stock classes of the base model, and of its stack of layers.
 CLASSES: which fused class takes the place of which stock one, in the base model.
-HEADS: for every head, what it reads of the base model's output (`fastbert.readers`). One that is not listed may read
-    padding: then calls are dense.
+HEADS: for every head, what it reads of the base model's output (`fastbert.runtime.readers`). One that is not listed
+    may read padding: then calls are dense.
 PARTS: what heads, and the pooler, are made of, where that is the family's own: each row from the same row alone.
 LOSS_HEADS: heads that can return their loss alone, and the fused classes that do.
 """
@@ -26,14 +26,14 @@ from torch import nn
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.utils.generic import can_return_tuple
 
-from .. import known
-from ..encoder import FusedEncoder, check_taken, plan_call
 from ..fuse import FusedModel
-from ..graphs import Stale
-from ..heads import Vocabulary, labelled_loss, takes_labelled_rows
-from ..layer import FusedEmbeddings, FusedLayer, Shape
-from ..readers import named_arguments, parameter_names
-from ..support import encoder_of
+from ..layers.layer import FusedEmbeddings, FusedLayer, Shape
+from ..runtime import known
+from ..runtime.encoder import FusedEncoder, check_taken, plan_call
+from ..runtime.graphs import Stale
+from ..runtime.readers import named_arguments, parameter_names
+from ..runtime.support import encoder_of
+from .heads import Vocabulary, labelled_loss, takes_labelled_rows
 
 T = TypeVar("T", bound=nn.Module)
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.models.mpnet import modeling_mpnet as hf
 
-from ..encoder import Plan, plan_call
-from ..layer import Shape
-from ..readers import REAL, know, parameter_names
+from ..layers.layer import Shape
+from ..runtime.encoder import Plan, plan_call
+from ..runtime.readers import REAL, know, parameter_names
 from .family import base_model, encoder, head, introduce, layer
 
 __all__ = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.roberta import modeling_roberta as hf
 
-from ..readers import FIRST, LABELS, REAL, SPANS, know
+from ..runtime.readers import FIRST, LABELS, REAL, SPANS, know
 from .family import base_model, bert_like, embeddings, encoder, head, introduce, layer, lm_head, masked_lm
 
 __all__ = [

@@ -113,7 +113,9 @@ def test_the_plugin_fuses_what_is_built_once_and_counts_its_forwards(
 
     fused = []
     monkeypatch.setattr(fastbert, "fuse", lambda model, fuse=fastbert.fuse: fused.append(type(model)) or fuse(model))
-    monkeypatch.setattr(fastbert.encoder.Counts, "add", fastbert.encoder.Counts.add)  # put back afterwards
+    monkeypatch.setattr(
+        fastbert.runtime.encoder.Counts, "add", fastbert.runtime.encoder.Counts.add
+    )  # put back afterwards
     monkeypatch.setattr(models.hf.BertModel, "__init__", models.hf.BertModel.__init__)
     hf_plugin.fuse_when_built(Whole)
     hf_plugin.fuse_when_built(models.hf.BertModel)

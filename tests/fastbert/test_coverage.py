@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fastbert
-from fastbert import coverage
+from fastbert.runtime import coverage
 from tests import models
 
 from .test_graphs import CHANGES, SMALL

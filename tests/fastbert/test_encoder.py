@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.bert import modeling_bert as hf
 
 import fastbert
-from fastbert import encoder, ops, packing
+from fastbert import ops
 from fastbert.numerics import assert_within_policy
+from fastbert.runtime import encoder, packing
 from tests import models
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -18,7 +18,8 @@ import torch
 from transformers.models.bert import modeling_bert as hf
 
 import fastbert
-from fastbert import fuse, ops, support
+from fastbert import fuse, ops
+from fastbert.runtime import support
 from fastbert.version import TRIED, warn_of_newer
 from tests import models
 
@@ -312,7 +313,7 @@ def test_threads_fuse_models_of_their_own() -> None:
 FORK = """
 import os, signal, sys, torch
 import fastbert
-from fastbert import encoder
+from fastbert.runtime import encoder
 from tests import models
 torch.set_num_threads(1)  # as a DataLoader's workers have it; OpenMP's own threads don't outlive a fork
 model = fastbert.fuse(models.seeded())
@@ -350,7 +351,7 @@ del modeling_electra.ElectraLayer  # as a release that renamed it
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import fastbert
-    import fastbert.encoder
+    import fastbert.runtime.encoder
     sizes = {"vocab_size": 16, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
     bert = modeling_bert.BertModel(transformers.BertConfig(**sizes))
     for _ in range(2):

@@ -20,10 +20,12 @@ from transformers.models.distilbert import modeling_distilbert as distil
 from transformers.models.mpnet import modeling_mpnet as mpnet
 
 import fastbert
-from fastbert import calibration, fp8, fuse, graphs, ops, packing, support
+from fastbert import calibration, fuse, ops
 from fastbert.kernels import attention, launch, linear_fp8, quantize_fp8, reference_fp8
+from fastbert.layers import fp8
 from fastbert.models.bert import BertModel
 from fastbert.numerics import as_fp8, assert_within_policy, relative_error
+from fastbert.runtime import graphs, packing, support
 from tests import models
 from tests.fastbert.test_encoder import launches
 from tests.fastbert.test_graphs import StandIn

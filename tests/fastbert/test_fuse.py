@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from transformers.models.bert import modeling_bert as hf
 
 import fastbert
-from fastbert.support import CACHES
+from fastbert.runtime.support import CACHES
 from tests import models
 
 

@@ -25,9 +25,9 @@ from transformers import DistilBertModel, ElectraModel, MPNetConfig, MPNetModel,
 from transformers.models.bert import modeling_bert as hf
 
 import fastbert
-from fastbert import graphs, support
 from fastbert.kernels import launch
 from fastbert.numerics import assert_within_policy
+from fastbert.runtime import graphs, support
 from tests import models
 
 

@@ -369,7 +369,7 @@ def test_reasons_name_the_module() -> None:
 def test_asking_whether_code_is_known_costs_microseconds() -> None:
     import time
 
-    from fastbert import known
+    from fastbert.runtime import known
 
     fastbert.fuse(models.seeded(**SMALL))
     times = []

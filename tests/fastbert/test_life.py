@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.models.bert import modeling_bert as hf
 
 import fastbert
-from fastbert import support
+from fastbert.runtime import support
 from tests import models
 
 pytest.importorskip("hypothesis")

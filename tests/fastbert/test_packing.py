@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastbert import packing
+from fastbert.runtime import packing
 from tests import models
 
 

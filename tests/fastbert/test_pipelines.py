@@ -19,8 +19,8 @@ from transformers.models.roberta import modeling_roberta as roberta
 from transformers.models.xlm_roberta import modeling_xlm_roberta as xlm_roberta
 
 import fastbert
-from fastbert import encoder
 from fastbert.numerics import assert_within_policy
+from fastbert.runtime import encoder
 from tests import models
 from tests.compat.environments import BROKEN_TRACES
 

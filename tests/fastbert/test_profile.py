@@ -19,10 +19,11 @@ from transformers.models.bert import modeling_bert as hf
 from transformers.models.distilbert import modeling_distilbert
 
 import fastbert
-from fastbert import encoder, ops
+from fastbert import ops
 from fastbert.cli import cases, counts, machine, profile, trace
 from fastbert.cli.__main__ import main
 from fastbert.cli.counts import Cost
+from fastbert.runtime import encoder
 from tests import models
 
 LAYERS = 2

@@ -22,7 +22,7 @@ from transformers.models.bert import modeling_bert as hf
 from transformers.utils import ModelOutput
 
 import fastbert
-from fastbert import support
+from fastbert.runtime import support
 from tests import models
 
 pytest.importorskip("hypothesis")

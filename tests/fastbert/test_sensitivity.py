@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.models.bert import modeling_bert as hf
 
 import fastbert
-from fastbert import readers
+from fastbert.runtime import readers
 from tests import models
 from tests.fastbert.test_readers import TEXTS, Around, Attentive, BiLSTM, _transformer, attention_pooling, mean_of_all
 

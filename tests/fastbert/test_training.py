@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers.models.bert import modeling_bert as hf
 
 import fastbert
-from fastbert import layer, ops
+from fastbert import ops
+from fastbert.layers import layer
 from fastbert.numerics import assert_within_policy
 from tests import models
 

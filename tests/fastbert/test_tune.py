@@ -23,7 +23,7 @@ from fastbert.cli.tune import OK, Candidate, Checker, Gpu, Search, beats
 from fastbert.kernels import launch
 from fastbert.kernels.launch import Config
 from fastbert.numerics import relative_error
-from fastbert.support import fp8_is_unsupported
+from fastbert.runtime.support import fp8_is_unsupported
 
 SMALL = Sizes(16, 32, 1)
 LARGE = Sizes(1024, 4096, 16)

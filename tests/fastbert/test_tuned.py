@@ -15,8 +15,9 @@ import pytest
 import torch
 
 import fastbert
-from fastbert import graphs, tuned
+from fastbert import tuned
 from fastbert.kernels import launch
+from fastbert.runtime import graphs
 
 GPU, ARCH = "NVIDIA H200", "sm_90"
 LINEAR = ("linear", ARCH, torch.bfloat16, 4096, 1024, 1, 8192)

@@ -24,7 +24,8 @@ SETTINGS = [
 CODE = """
 import os, sys, torch, fastbert
 from benchmarks import stub
-from fastbert import graphs, ops
+from fastbert.runtime import graphs
+from fastbert import ops
 from fastbert.kernels import launch
 
 def look():

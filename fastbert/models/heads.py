@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import known, ops
-from .readers import readings
-from .support import encoder_of, is_asked, is_hooked, is_plain, needs_stock
+from .. import ops
+from ..runtime import known
+from ..runtime.readers import readings
+from ..runtime.support import encoder_of, is_asked, is_hooked, is_plain, needs_stock
 
 
 class Vocabulary(NamedTuple):

@@ -17,7 +17,8 @@ from torch.nn.modules import module as module_globals
 from torch.overrides import _get_current_function_mode_stack
 from transformers import modeling_flash_attention_utils as flash
 
-from . import exporting, known
+from .. import exporting
+from . import known
 from .wrappers import is_rewritten, is_transparent, is_wrapper, reached, unwrapped, wrapped
 
 # More than 65,535 sequences share out attention's work by a list, which takes milliseconds to make of this many.

@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..kernels import launch
+from ..layers.fp8 import Fp8
 from .coverage import Snapshot
-from .fp8 import Fp8
-from .kernels import launch
 from .packing import Packing, tiles_of
 from .support import is_hooked
 
@@ -260,7 +260,7 @@ class Graphs:
         Args:
             encoder: the fused encoder.
             x: (1, T, H) or (B, S, H), hidden states as `plan` lays them out.
-            plan: the `fastbert.encoder.Plan` of the call.
+            plan: the `fastbert.runtime.encoder.Plan` of the call.
             fp8: of the encoder, where the call is one in 8 bits.
 
         Returns:

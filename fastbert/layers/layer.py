@@ -13,10 +13,18 @@ import torch
 from torch import Tensor, nn
 from transformers import activations
 
-from . import autograd as autograd  # registers the operators' gradients
-from . import known, ops
-from .packing import Packing
-from .support import activation_is_unsupported, embeddings_are_unsupported, is_a, is_placed, is_plain, own_method
+from .. import autograd as autograd  # registers the operators' gradients
+from .. import ops
+from ..runtime import known
+from ..runtime.packing import Packing
+from ..runtime.support import (
+    activation_is_unsupported,
+    embeddings_are_unsupported,
+    is_a,
+    is_placed,
+    is_plain,
+    own_method,
+)
 
 # transformers' activation classes by the value of torch.nn.functional.gelu's `approximate` that computes the same.
 _GELU = {
@@ -88,7 +96,7 @@ Norm = tuple[Tensor, Tensor, float]
 
 
 class Weights(NamedTuple):
-    """All that a layer reads in inference, looked up once: see `fastbert.coverage`."""
+    """All that a layer reads in inference, looked up once: see `fastbert.runtime.coverage`."""
 
     query: Linear
     key: Linear

@@ -112,7 +112,7 @@ class Seen(NamedTuple):
     stock: tuple[bool, ...]
     """For each layer, whether it does."""
     weights: tuple[Any, ...]
-    """For each layer its `fastbert.layer.Weights`, or None where they are to be looked up as it runs."""
+    """For each layer its `fastbert.layers.layer.Weights`, or None where they are to be looked up as it runs."""
     watched: bool
     """Whether hooks see the hidden states between embeddings and output."""
     hooked: bool

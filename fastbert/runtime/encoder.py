@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, ModelOutput
 
+from ..layers.fp8 import Fp8
+from ..layers.layer import default_positions, embeddings_are_foreign, first_position, stock_forward
 from . import known
 from .coverage import Coverage, Seen, before_layers
-from .fp8 import Fp8
 from .graphs import Graphs
-from .layer import default_positions, embeddings_are_foreign, first_position, stock_forward
 from .packing import Packing, flattened, has_values, host_integers, isolating_mask, pack_mask
 from .readers import Holder, Readings, Reads, outermost, readings_of
 from .support import (
@@ -131,7 +131,7 @@ class Plan(NamedTuple):
     weights: tuple[Any, ...] | None = None
     """`Seen.weights`."""
     assumed: bool = False
-    """Whether the layers were not looked at, but taken to be as they were: see `fastbert.graphs`."""
+    """Whether the layers were not looked at, but taken to be as they were: see `fastbert.runtime.graphs`."""
     settings: Any = None
     """The `Settings` it was planned by, whatever `fuse` and `unfuse` leave on the encoder meanwhile."""
     config: Any = None
@@ -303,7 +303,7 @@ def _encoder_is_unsupported(encoder: Any) -> str | None:
 
 
 UNKNOWN = "a module may read padding"
-"""`why_dense`, where `fastbert.readers` is to be asked which."""
+"""`why_dense`, where `fastbert.runtime.readers` is to be asked which."""
 
 
 class Decision(NamedTuple):

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from . import ops
+from .. import ops
+from ..runtime.packing import Packing
+from ..runtime.support import fp8_is_unsupported, is_hooked, is_plain
 from .layer import Shape, child, gelu_of
-from .packing import Packing
-from .support import fp8_is_unsupported, is_hooked, is_plain
 
 PRODUCTS = ("qkv", "context", "up", "down")
 """The products of a layer: queries, keys and values; attention's output; both linear layers of the feed-forward."""

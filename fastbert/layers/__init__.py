@@ -1,0 +1,1 @@
+"""The fused layer and embeddings, and the arithmetic that they are given."""
