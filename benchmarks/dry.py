@@ -9,7 +9,7 @@ specialised as on a device, and with --compiles compiled, into TRITON_CACHE_DIR,
 launch an operator's plain-PyTorch twin writes its result, if that takes milliseconds, else zeros. Large results of
 PyTorch's own are zeros, too. What a device refuses is refused: tensors of both kinds in one product, NumPy, reading a
 value while a graph is captured. So a call that fails here fails there; a wrong number says nothing, and no time does.
-torch.compile has no device to compile for.
+torch.compile compiles nothing.
 
 Under pytest, which loads this as a plugin then, a test that asserts something of values is reported as expected to
 fail: "dry". --list appends what would be compiled, a line each, for benchmarks/prebuild.py.
@@ -64,6 +64,8 @@ def install(arch: str, compiles: bool, listed: Path | None, small: bool) -> None
     import torch
     from torch import Tensor
     from torch.overrides import TorchFunctionMode
+    from torch.overrides import _get_current_function_mode_stack as modes
+    from torch.utils._device import DeviceContext
     from torch.utils._pytree import tree_flatten, tree_map
 
     from benchmarks import stub
@@ -111,8 +113,12 @@ def install(arch: str, compiles: bool, listed: Path | None, small: bool) -> None
         return torch.device(device).type if not isinstance(device, int) else "cuda"
 
     def factory(make: Callable[..., Any]) -> Callable[..., Any]:
+        own = make.__name__.endswith("_like") or make.__name__.startswith("new_")  # as their argument, else
+
         @functools.wraps(make)
         def made(*args: Any, device: Any = None, **more: Any) -> Any:
+            if device is None and not own:
+                device = next((mode.device for mode in modes() if isinstance(mode, DeviceContext)), None)
             if wanted(device) != "cuda":
                 return make(*args, **more) if device is None else mark(make(*args, device=device, **more), False)
             if make.__name__.startswith("rand") and more.get("generator") is not None:
@@ -280,6 +286,8 @@ def install(arch: str, compiles: bool, listed: Path | None, small: bool) -> None
         return 2 * sizes[0] * max((t.shape[-2] if t.dim() > 1 else 1) for t in tensors) if sizes else 0
 
     class Mode(TorchFunctionMode):
+        __module__ = "torch.dry"  # as torch's own are, for fused models, which run stock under anybody else's
+
         def __torch_function__(self, call: Any, kinds: Any, args: Any = (), more: Any = None) -> Any:
             more, name = more or {}, getattr(call, "__name__", "")
             if name in (
@@ -319,8 +327,8 @@ def install(arch: str, compiles: bool, listed: Path | None, small: bool) -> None
                         return mark(torch.ones_like(_shaped(call, args, more)))
             elif name in products and flops(tensors) > FLOPS:
                 return more["out"]
-            if name in written and args[0].numel() > LARGE:
-                return args[0]
+            if name in written and tensors[0].numel() > LARGE:
+                return tensors[0]
             with _within("inside"):
                 found = call(*args, **more)
             return tree_map(
@@ -457,7 +465,7 @@ def install(arch: str, compiles: bool, listed: Path | None, small: bool) -> None
     with contextlib.suppress(ImportError):
         from torch.nn.attention import varlen
 
-        varlen.varlen_attn = lambda q, *rest, **more: _shaped(lambda x: x.new_empty(x.shape), (q,), {})
+        varlen.varlen_attn = lambda q, k, v, *rest, **more: _shaped(lambda q, k, v: q.new_empty(q.shape), (q, k, v), {})
 
     if small:
         for shape in cases.SHAPES.values():
@@ -473,6 +481,12 @@ def install(arch: str, compiles: bool, listed: Path | None, small: bool) -> None
         return found if out_dtype is None else found.to(out_dtype)
 
     torch.mm = mm_as  # type: ignore[assignment]
+
+    def uncompiled(model: Any = None, **more: Any) -> Any:
+        """There is nothing to compile for."""
+        return model if model is not None else (lambda call: call)
+
+    torch.compile = uncompiled
 
     # It traces by transforms of tensors, which know the host's memory alone.
     torch.library.opcheck = lambda operator, args, *rest, **more: operator(*args)  # type: ignore

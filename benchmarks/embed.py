@@ -128,7 +128,7 @@ def main() -> int:
         arguments += ["--json"] + (["--batch-tokens", str(given.batch_tokens)] if given.batch_tokens else [])
         device = default_device(None)
         parsed = parser().parse_args(arguments)
-        embed._tokenizer = embed._load_tokenizer(name)
+        embed._tokenizer = embed.load_tokenizer(name)
         model, recipe, longest = embed._load(parsed, embed._tokenizer, device)
         command = Command(arguments, output)
         try:

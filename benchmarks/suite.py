@@ -32,7 +32,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,16 +70,23 @@ class Step:
     """Of the user's caches in OUTPUT/cache, the one it has. Steps that share one find what another wrote."""
     rows: tuple[tuple[str, str, str], ...] = ()
     """What it measures: a record's `what`, `candidate` and `dtype`. Closed where each has a red gate."""
+    needs: str = ""
+    """A package it can't do without, by the name it is imported by; where there is none, the step is left out."""
 
 
 FORWARD, STEP = "BertModel forward", "BertModel training step"
 IN_16 = ((FORWARD, "fused", "bfloat16"),)
+IN_FP8 = ((FORWARD, "fused in fp8", "bfloat16"),)
+WITH_GRAPHS = ((FORWARD, "fused + CUDA graphs", "bfloat16"),)
+FP8_WITH_GRAPHS = ((FORWARD, "fused in fp8 + CUDA graphs", "bfloat16"),)
 STEP_IN_16 = ((STEP, "fused", "bfloat16"),)
 
 # A file that can't be imported, for want of a package, keeps none of the others from running.
 PYTEST = "-m pytest -q --tb=short --maxfail=100 --continue-on-collection-errors -m gpu --gates {output}/gates.jsonl"
 BENCH = "-m fastbert.cli bench --output {output} --minutes {minutes} --dtype"
 SMALL_PEERS = "graphs graphs-pdl fp8-graphs torch-varlen"
+OPERATORS = "-m pytest -q benchmarks --records {output} --workload"
+TEXTS = "sentence_transformers"
 PROFILE = "-m fastbert.cli profile --dtype bfloat16 --compare stock --json {output}/profile-"
 
 # Tests take what is left, most of it compilation: those of what is timed next come before it, the others after it.
@@ -87,9 +94,17 @@ ON_A_GPU = (
     Step("first", 5.0, "benchmarks/first.py --output {output} --minutes {minutes}"),
     Step("tests: bfloat16", 9.5, f"{PYTEST} --covering *.bfloat16 --covering dropout.* --covering graphs.* tests"),
     Step(
-        "throughput", 2.0, f"{BENCH} bfloat16 --workload squad dense512 --peers fp8 torch-varlen flash-attn", rows=IN_16
+        "throughput",
+        2.0,
+        f"{BENCH} bfloat16 --workload squad dense512 --peers fp8 torch-varlen flash-attn",
+        rows=IN_16 + IN_FP8,
     ),
-    Step("latency", 1.5, f"{BENCH} bfloat16 --workload dense128 --batch 1 8 --peers {SMALL_PEERS}", rows=IN_16),
+    Step(
+        "latency",
+        1.5,
+        f"{BENCH} bfloat16 --workload dense128 --batch 1 8 --peers {SMALL_PEERS}",
+        rows=IN_16 + WITH_GRAPHS + FP8_WITH_GRAPHS,
+    ),
     Step(
         "training",
         1.5,
@@ -126,14 +141,14 @@ ON_A_GPU = (
         f"{BENCH} float16 float32 --workload squad dense512",
         rows=((FORWARD, "fused", "float16"), (FORWARD, "fused", "float32")),
     ),
-    Step("operators", 2.0, "-m pytest -q benchmarks --records {output} --workload squad"),
-    Step("encode", 1.0, "benchmarks/encode.py --dtype bfloat16 --output {output}", rows=IN_16),
-    Step("embed", 1.5, "benchmarks/embed.py --dtype bfloat16 --lines 50000", rows=IN_16),
+    Step("operators", 2.0, f"{OPERATORS} squad", needs="pytest_benchmark"),
+    Step("encode", 1.0, "benchmarks/encode.py --dtype bfloat16 --output {output}", rows=IN_16, needs=TEXTS),
+    Step("embed", 1.5, "benchmarks/embed.py --dtype bfloat16 --lines 50000", rows=IN_16, needs=TEXTS),
     Step(
         "small batches",
         1.0,
         f"{BENCH} bfloat16 --workload squad search --batch 8 16 32 --peers graphs torch-varlen",
-        rows=IN_16,
+        rows=IN_16 + WITH_GRAPHS,
     ),
     Step(
         "compiled training",
@@ -152,9 +167,9 @@ ON_A_CPU = (
     Step("latency", 10.0, f"{BENCH} bfloat16 float32 --workload squad dense128 --batch 1 --peers all"),
     Step("training", 20.0, f"{BENCH} bfloat16 float32 --train --workload squad --repeats 3"),
     Step("cold", 10.0, f"{BENCH} bfloat16 float32 --cold --workload dense128 --batch 1 --peers compile"),
-    Step("encode", 10.0, "benchmarks/encode.py --dtype bfloat16 float32 --output {output}"),
-    Step("operators", 10.0, "-m pytest -q benchmarks --records {output} --workload squad --dtype float32"),
-    Step("operators, bfloat16", 10.0, "-m pytest -q benchmarks --records {output} --workload squad --dtype bfloat16"),
+    Step("encode", 10.0, "benchmarks/encode.py --dtype bfloat16 float32 --output {output}", needs=TEXTS),
+    Step("operators", 10.0, f"{OPERATORS} squad --dtype float32", needs="pytest_benchmark"),
+    Step("operators, bfloat16", 10.0, f"{OPERATORS} squad --dtype bfloat16", needs="pytest_benchmark"),
 )
 
 
@@ -176,12 +191,12 @@ def key(step: Step) -> str:
     return found.hexdigest()[:16]
 
 
-def closed(step: Step, verdicts: dict[str, str]) -> str | None:
-    """Why nothing of a step can be timed; None where something can."""
+def closed(step: Step, verdicts: dict[str, str]) -> dict[str, str]:
+    """Of a step's rows those with a red gate, and which; they are not timed."""
     from fastbert.cli.gates import judge  # with transformers, seconds
 
-    states = [judge(verdicts, what, candidate, getattr(torch, dtype)) for what, candidate, dtype in step.rows]
-    return "; ".join(states) if states and all(state.startswith(gates.RED) for state in states) else None
+    found = {", ".join(row): judge(verdicts, *row[:2], getattr(torch, row[2])) for row in step.rows}
+    return {row: state for row, state in found.items() if state.startswith(gates.RED)}
 
 
 def judge_again(output: Path, since: str) -> None:
@@ -206,17 +221,34 @@ class Progress:
         self.keys = {step.name: key(step) for step in steps}
         try:
             noted = json.loads(path.read_text(encoding="utf-8"))
-            known, keys = dict(noted["steps"]), dict(noted["keys"])
+            known, keys, shut = dict(noted["steps"]), dict(noted["keys"]), dict(noted["closed"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or another's: from the beginning
-            known, keys = {}, {}
+            known, keys, shut = {}, {}, {}
         self.states: dict[str, str] = {
             name: state for name, state in known.items() if keys.get(name) == self.keys.get(name)
         }
+        self.closed: dict[str, list[str]] = {name: shut[name] for name in self.states if name in shut}
+        """Of a step that is done, the rows that red gates had closed."""
 
-    def note(self, name: str, state: str) -> None:
-        """What became of a step: "done", "failed", "cut", "closed", or "begun" while it runs."""
+    def is_done(self, step: Step, verdicts: dict[str, str] | None) -> bool:
+        """Whether nothing of a step is left to measure: not a row, either, that a gate closed which is red no more."""
+        if self.states.get(step.name) != "done":
+            return False
+        shut = self.closed.get(step.name, [])
+        return not shut or verdicts is None or set(shut) <= set(closed(step, verdicts))
+
+    def note(self, name: str, state: str, rows: Iterable[str] = ()) -> None:
+        """What became of a step: "done", "failed", "cut", "closed", "left out", or "begun" while it runs.
+
+        And which of its rows red gates closed.
+        """
         self.states[name] = state
-        told = {"steps": self.states, "keys": {name: self.keys[name] for name in self.states}}
+        self.closed[name] = sorted(rows)
+        told = {
+            "steps": self.states,
+            "keys": {name: self.keys[name] for name in self.states},
+            "closed": {name: rows for name, rows in self.closed.items() if rows},
+        }
         partial = self.path.with_suffix(f".{os.getpid()}.partial")
         partial.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, self.path)
@@ -343,7 +375,8 @@ def main(argv: list[str] | None = None) -> int:
             words = shlex.join(command(step, step.minutes, given.output)[1:])
             print(f"{step.name:<20}{progress.states.get(step.name, 'not begun'):<11}{step.minutes:>4} min  {words}")
         return 0
-    wanted = [steps[name] for name in given.only or steps if given.only or progress.states.get(name) != "done"]
+    verdicts = gates.verdicts(output / GATES) if on_a_gpu else None
+    wanted = [steps[name] for name in given.only or steps if given.only or not progress.is_done(steps[name], verdicts)]
     with kept(output, folder) as keep:
         return go_through(wanted, output, progress, deadline, on_a_gpu, keep)
 
@@ -358,9 +391,14 @@ def go_through(
             names = ", ".join(step.name for step in wanted[i:])
             print(f"out of time: {names} not begun; the same command goes on", file=sys.stderr)
             return 3
+        if step.needs and importlib.util.find_spec(step.needs) is None:
+            print(f"== {step.name}: left out, {step.needs} is not installed", file=sys.stderr)
+            progress.note(step.name, "left out")
+            continue
         verdicts = gates.verdicts(output / GATES) if on_a_gpu else None
-        if verdicts is not None and (why := closed(step, verdicts)):
-            print(f"== {step.name}: closed, {why}", file=sys.stderr)
+        shut = closed(step, verdicts) if verdicts is not None and step.rows else {}
+        if step.rows and len(shut) == len(step.rows):
+            print(f"== {step.name}: closed, {'; '.join(dict.fromkeys(shut.values()))}", file=sys.stderr)
             progress.note(step.name, "closed")
             continue
         print(f"\n== {step.name}: {step.command}", flush=True)
@@ -371,7 +409,7 @@ def go_through(
             state = run(step, left, output, verdicts)
             if state != "broken" or not step.name.startswith(TESTS):
                 break
-        progress.note(step.name, "failed" if state == "broken" else state)
+        progress.note(step.name, "failed" if state == "broken" else state, shut)
         print(f"== {step.name}: {state}, {time.monotonic() - start:.0f} s", flush=True)
         if on_a_gpu:
             judge_again(output, since)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import numerics
 from .fuse import fuse, unfuse
 from .layers.fp8 import PRODUCTS, Fp8, Key, calibrated
 from .runtime.support import encoder_of
@@ -112,7 +113,7 @@ def calibrate(
 
     def error(chosen: Iterable[Key]) -> float:
         encoder.fastbert.fp8 = Fp8(scales_of(chosen))
-        return ((_last(base, first, real) - truth).norm() / truth.norm()).item()
+        return numerics.relative_error(_last(base, first, real), truth)
 
     with torch.inference_mode():
         largest = _observe(base, batches, products, {})
@@ -122,7 +123,7 @@ def calibrate(
 
         fuse(working, padding="packed")
         first, real = batches[0], real_tokens(batches[0])
-        truth = _last(base, first, real)
+        truth = _last(base, first, real).double()
         alone = {key: error([key]) for key in products}
         chosen = dict(alone)
         # Errors of products add up as independent ones do, about; whether it was so is looked at in the end.

@@ -268,6 +268,49 @@ def test_red_closes_what_needs_it_and_nothing_else(
 
 
 @pytest.mark.usefixtures("on_a_gpu")
+def test_a_step_is_done_once_none_of_its_rows_is_closed(
+    suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that measured some rows, while others had a red gate: not run again while that is red, but once it isn't."""
+    ran, out = tmp_path / "ran", tmp_path / "out"
+    one, two = steps(suite, ran, one="pass", two="pass")
+    monkeypatch.setattr(suite, "ON_A_GPU", (dataclasses.replace(one, rows=(IN_16, IN_FP8)), two))
+    note(suite, out, fp8="failed")
+    for expected in ("one two ", "one two "):
+        assert suite.main(["--output", str(out)]) == 0
+        assert ran.read_text() == expected
+    note(suite, out, fp8="passed")
+    for _ in range(2):
+        assert suite.main(["--output", str(out)]) == 0
+        assert ran.read_text() == "one two one "
+    note(suite, out, fp8="failed")  # what it measured while that was green it keeps
+    assert suite.main(["--output", str(out)]) == 0
+    assert ran.read_text() == "one two one "
+
+
+def test_a_step_whose_package_is_not_installed_is_left_out(
+    suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = tmp_path / "ran"
+    one, two = steps(suite, ran, one="pass", two="pass")
+    monkeypatch.setattr(suite, "ON_A_CPU", (dataclasses.replace(one, needs="no_such_package"), two))
+    for expected in ("two ", "two "):
+        assert suite.main(["--output", str(tmp_path / "out")]) == 0
+        assert ran.read_text() == expected
+        assert "== one: left out, no_such_package is not installed" in capsys.readouterr().err
+    monkeypatch.setattr(suite, "ON_A_CPU", (dataclasses.replace(one, needs="pytest"), two))
+    assert suite.main(["--output", str(tmp_path / "out")]) == 0
+    assert ran.read_text() == "two one "
+
+
+def test_steps_name_the_packages_that_a_bare_machine_lacks(suite: Any) -> None:
+    needs = {step.name: step.needs for step in (*suite.ON_A_GPU, *suite.ON_A_CPU) if step.needs}
+    texts, timed = "sentence_transformers", "pytest_benchmark"
+    expected = {"operators": timed, "operators, bfloat16": timed, "encode": texts, "embed": texts}
+    assert needs == expected
+
+
+@pytest.mark.usefixtures("on_a_gpu")
 def test_rows_are_judged_again_when_their_tests_have_run(
     suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
