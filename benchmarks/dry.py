@@ -70,7 +70,7 @@ def install(arch: str, compiles: bool, listed: Path | None, small: bool) -> None
 
     from benchmarks import stub
     from fastbert import numerics, ops
-    from fastbert.cli import cases, counts
+    from fastbert.cli import bench, cases, counts
     from fastbert.kernels import reference, reference_fp8
 
     cuda, base = torch.device("cuda", 0), torch._C.TensorBase
@@ -470,8 +470,9 @@ def install(arch: str, compiles: bool, listed: Path | None, small: bool) -> None
     if small:
         for shape in cases.SHAPES.values():
             shape["num_hidden_layers"] = 1
-        workload = cases.workload  # before who imports it by name has
-        cases.workload = lambda name, batch=16: workload(name, min(batch, 8))
+        workload, run = cases.workload, bench.run  # before who imports them by name has
+        cases.workload = lambda name, batch=16: workload(name, min(batch, 4))
+        bench.run = lambda *args, **more: run(*args, **{**more, "repeats": 3})
 
     mm = torch.mm
 
@@ -625,7 +626,7 @@ def main() -> int:
     parser.add_argument("--arch", default="sm_90")
     parser.add_argument("--compiles", action="store_true", help="Triton compiles what would be launched")
     parser.add_argument("--list", type=Path, metavar="FILE", help="append what would be compiled")
-    parser.add_argument("--small", action="store_true", help="models of one layer, batches of 8 sequences at most")
+    parser.add_argument("--small", action="store_true", help="models of one layer, 4 sequences at most, 3 repeats")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

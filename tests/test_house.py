@@ -73,7 +73,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "runtime.support",
     },
     "quality": set(),
-    "calibration": {"layers.fp8", "fuse", "runtime.support", "verify"},
+    "calibration": {"layers.fp8", "fuse", "numerics", "runtime.support", "verify"},
     "sensitivity": {"fuse", "runtime.readers"},
     "verify": {"runtime.encoder", "fuse", "layers.layer", "numerics", "quality", "sensitivity", "runtime.support"},
     "__init__": {"calibration", "exporting", "fuse", "models", "tuned", "verify", "version"},
