@@ -24,14 +24,183 @@ __version__ = VERSION
 warn_of_newer("transformers", transformers.__version__)
 
 if TYPE_CHECKING:
-    from .models.bert import *  # noqa: F403
-    from .models.camembert import *  # noqa: F403
-    from .models.distilbert import *  # noqa: F403
-    from .models.electra import *  # noqa: F403
-    from .models.ernie import *  # noqa: F403
-    from .models.mpnet import *  # noqa: F403
-    from .models.roberta import *  # noqa: F403
-    from .models.xlm_roberta import *  # noqa: F403
+    from transformers import (
+        BertForMaskedLM as BertForMaskedLM,
+    )
+    from transformers import (
+        BertForMultipleChoice as BertForMultipleChoice,
+    )
+    from transformers import (
+        BertForNextSentencePrediction as BertForNextSentencePrediction,
+    )
+    from transformers import (
+        BertForPreTraining as BertForPreTraining,
+    )
+    from transformers import (
+        BertForQuestionAnswering as BertForQuestionAnswering,
+    )
+    from transformers import (
+        BertForSequenceClassification as BertForSequenceClassification,
+    )
+    from transformers import (
+        BertForTokenClassification as BertForTokenClassification,
+    )
+    from transformers import (
+        BertLMHeadModel as BertLMHeadModel,
+    )
+    from transformers import (
+        BertModel as BertModel,
+    )
+    from transformers import (
+        CamembertForCausalLM as CamembertForCausalLM,
+    )
+    from transformers import (
+        CamembertForMaskedLM as CamembertForMaskedLM,
+    )
+    from transformers import (
+        CamembertForMultipleChoice as CamembertForMultipleChoice,
+    )
+    from transformers import (
+        CamembertForQuestionAnswering as CamembertForQuestionAnswering,
+    )
+    from transformers import (
+        CamembertForSequenceClassification as CamembertForSequenceClassification,
+    )
+    from transformers import (
+        CamembertForTokenClassification as CamembertForTokenClassification,
+    )
+    from transformers import (
+        CamembertModel as CamembertModel,
+    )
+    from transformers import (
+        DistilBertForMaskedLM as DistilBertForMaskedLM,
+    )
+    from transformers import (
+        DistilBertForMultipleChoice as DistilBertForMultipleChoice,
+    )
+    from transformers import (
+        DistilBertForQuestionAnswering as DistilBertForQuestionAnswering,
+    )
+    from transformers import (
+        DistilBertForSequenceClassification as DistilBertForSequenceClassification,
+    )
+    from transformers import (
+        DistilBertForTokenClassification as DistilBertForTokenClassification,
+    )
+    from transformers import (
+        DistilBertModel as DistilBertModel,
+    )
+    from transformers import (
+        ElectraForCausalLM as ElectraForCausalLM,
+    )
+    from transformers import (
+        ElectraForMaskedLM as ElectraForMaskedLM,
+    )
+    from transformers import (
+        ElectraForMultipleChoice as ElectraForMultipleChoice,
+    )
+    from transformers import (
+        ElectraForPreTraining as ElectraForPreTraining,
+    )
+    from transformers import (
+        ElectraForQuestionAnswering as ElectraForQuestionAnswering,
+    )
+    from transformers import (
+        ElectraForSequenceClassification as ElectraForSequenceClassification,
+    )
+    from transformers import (
+        ElectraForTokenClassification as ElectraForTokenClassification,
+    )
+    from transformers import (
+        ElectraModel as ElectraModel,
+    )
+    from transformers import (
+        ErnieForCausalLM as ErnieForCausalLM,
+    )
+    from transformers import (
+        ErnieForMaskedLM as ErnieForMaskedLM,
+    )
+    from transformers import (
+        ErnieForMultipleChoice as ErnieForMultipleChoice,
+    )
+    from transformers import (
+        ErnieForNextSentencePrediction as ErnieForNextSentencePrediction,
+    )
+    from transformers import (
+        ErnieForPreTraining as ErnieForPreTraining,
+    )
+    from transformers import (
+        ErnieForQuestionAnswering as ErnieForQuestionAnswering,
+    )
+    from transformers import (
+        ErnieForSequenceClassification as ErnieForSequenceClassification,
+    )
+    from transformers import (
+        ErnieForTokenClassification as ErnieForTokenClassification,
+    )
+    from transformers import (
+        ErnieModel as ErnieModel,
+    )
+    from transformers import (
+        MPNetForMaskedLM as MPNetForMaskedLM,
+    )
+    from transformers import (
+        MPNetForMultipleChoice as MPNetForMultipleChoice,
+    )
+    from transformers import (
+        MPNetForQuestionAnswering as MPNetForQuestionAnswering,
+    )
+    from transformers import (
+        MPNetForSequenceClassification as MPNetForSequenceClassification,
+    )
+    from transformers import (
+        MPNetForTokenClassification as MPNetForTokenClassification,
+    )
+    from transformers import (
+        MPNetModel as MPNetModel,
+    )
+    from transformers import (
+        RobertaForCausalLM as RobertaForCausalLM,
+    )
+    from transformers import (
+        RobertaForMaskedLM as RobertaForMaskedLM,
+    )
+    from transformers import (
+        RobertaForMultipleChoice as RobertaForMultipleChoice,
+    )
+    from transformers import (
+        RobertaForQuestionAnswering as RobertaForQuestionAnswering,
+    )
+    from transformers import (
+        RobertaForSequenceClassification as RobertaForSequenceClassification,
+    )
+    from transformers import (
+        RobertaForTokenClassification as RobertaForTokenClassification,
+    )
+    from transformers import (
+        RobertaModel as RobertaModel,
+    )
+    from transformers import (
+        XLMRobertaForCausalLM as XLMRobertaForCausalLM,
+    )
+    from transformers import (
+        XLMRobertaForMaskedLM as XLMRobertaForMaskedLM,
+    )
+    from transformers import (
+        XLMRobertaForMultipleChoice as XLMRobertaForMultipleChoice,
+    )
+    from transformers import (
+        XLMRobertaForQuestionAnswering as XLMRobertaForQuestionAnswering,
+    )
+    from transformers import (
+        XLMRobertaForSequenceClassification as XLMRobertaForSequenceClassification,
+    )
+    from transformers import (
+        XLMRobertaForTokenClassification as XLMRobertaForTokenClassification,
+    )
+    from transformers import (
+        XLMRobertaModel as XLMRobertaModel,
+    )
 
 _COMMON = (
     "ForMaskedLM",

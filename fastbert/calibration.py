@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import numerics
 from .fuse import fuse, unfuse
 from .layers.fp8 import PRODUCTS, Fp8, Key, calibrated
-from .runtime.support import encoder_of
+from .models.family import encoder_of, layers_in
 from .verify import at_real_tokens, batches_of, inner_model, real_tokens, twin
 
 ROOM = (8, 4, 2, 1)
@@ -104,12 +104,12 @@ def calibrate(
     base = working.base_model
     fuse(working, precision="fp8")  # refused before anything is computed, where it can't be
     encoder = encoder_of(base)
-    products = encoder.fastbert.fp8.groups(encoder.layer)
+    products = encoder.fastbert.fp8.groups(layers_in(encoder))
     unfuse(working)
 
     def scales_of(chosen: Iterable[Key]) -> list[dict[str, float | None]]:
-        wanted = set(chosen)
-        return [{n: scales[i, n] if (i, n) in wanted else None for n in PRODUCTS} for i in range(len(encoder.layer))]
+        wanted, layers = set(chosen), len(layers_in(encoder))
+        return [{n: scales[i, n] if (i, n) in wanted else None for n in PRODUCTS} for i in range(layers)]
 
     def error(chosen: Iterable[Key]) -> float:
         encoder.fastbert.fp8 = Fp8(scales_of(chosen))

@@ -10,18 +10,18 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import transformers
 from torch import nn
 
+from .layers.embeddings import embeddings_are_foreign
 from .layers.fp8 import PRODUCTS, Fp8, calibrated
-from .layers.layer import embeddings_are_foreign
+from .models.family import REGISTERED, Family, embeddings_of, encoder_of, layers_in, layers_of
 from .runtime.encoder import PADDINGS, UNKNOWN, Running, Settings, decide, why_dense
 from .runtime.readers import HOLDS, HOOKS, Holder, Reads, outermost, reader_of, unknown_reader
 from .runtime.support import (
     embeddings_are_unsupported,
-    encoder_of,
     fp8_is_unsupported,
     model_is_unsupported,
 )
@@ -38,21 +38,18 @@ class UnsupportedModelError(ValueError):
     """Nothing in a model could be fused; the message says why. The model has not been changed."""
 
 
-def _families() -> list[Any]:
-    """The families of which there may be a model: those whose code in transformers has been imported."""
-    found = []
+def _families() -> list[Family]:
+    """The families of which there may be a model: of fastbert's own, those whose code has been imported."""
     for name in FAMILIES:
-        if f"transformers.models.{name}.modeling_{name}" in sys.modules and (family := _family(name)) is not None:
-            found.append(family)
-    return found
+        if f"transformers.models.{name}.modeling_{name}" in sys.modules and name not in _GONE:
+            _import_family(name)
+    return list(REGISTERED.values())
 
 
-def _family(name: str) -> Any:
-    """A module of `fastbert.models`; None where a transformers newer than those tried has not what it is made of."""
-    if name in _GONE:
-        return None
+def _import_family(name: str) -> None:
+    """Registers a family, unless a transformers newer than those tried has not what it is made of."""
     try:
-        return importlib.import_module(f".models.{name}", __package__)
+        importlib.import_module(f".models.{name}", __package__)
     except Exception as error:
         if not is_newer("transformers", transformers.__version__):
             raise
@@ -63,20 +60,19 @@ def _family(name: str) -> Any:
             RuntimeWarning,
             stacklevel=4,
         )
-        return None
 
 
 _GONE: set[str] = set()
 """The families that could not be made."""
 
 
-def base_models(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
-    """Every base model of a known family inside `model`: (name, module, family)."""
+def base_models(model: nn.Module) -> list[tuple[str, nn.Module, Family]]:
+    """Every base model of a registered family inside `model`: (name, module, family)."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module that holds a BERT encoder")
     found, families = [], _families()
     for name, module in model.named_modules():
-        family = next((f for f in families if isinstance(module, f.BASE)), None)
+        family = next((f for f in families if isinstance(module, f.base)), None)
         if family is not None:
             found.append((name or type(module).__name__, module, family))
     return found
@@ -134,7 +130,7 @@ def fuse(
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; expected one of {', '.join(map(repr, PRECISIONS))}")
     found = base_models(model)
-    reasons = [model_is_unsupported(base, family) for _, base, family in found]
+    reasons = [model_is_unsupported(base) for _, base, _ in found]
     if all(reasons):
         why = "; ".join(f"{name}: {reason}" for (name, _, _), reason in zip(found, reasons, strict=True))
         raise UnsupportedModelError(
@@ -183,15 +179,15 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
 def _fuse(model: nn.Module, supported: list[tuple[Any, Any, Settings]], loss_only: bool) -> None:
     for base, family, _ in supported:
         for module in base.modules():
-            if type(module) in family.CLASSES:
-                _become(module, family.CLASSES[type(module)])
+            if type(module) in family.fused:
+                _become(module, family.fused[type(module)])
     fused = {id(base): settings for base, _, settings in supported}
     families = _families()
-    bases = tuple(family.BASE for family in families)
+    bases = tuple(family.base for family in families)
     for name, module in list(model.named_modules()):
         for family in families if loss_only else ():
-            if type(module) in family.LOSS_HEADS and id(module.base_model) in fused:
-                _become(module, family.LOSS_HEADS[type(module)])
+            if type(module) in family.loss_heads and id(module.base_model) in fused:
+                _become(module, family.loss_heads[type(module)])
         held = [each for each in module.modules() if isinstance(each, bases)]
         own = [fused[id(base)] for base in held if id(base) in fused]
         if own and module not in held:
@@ -213,8 +209,8 @@ def _fp8(name: str, base: Any, family: Any) -> Fp8:
     if reason := fp8_is_unsupported(next(encoder_of(base).parameters()).device):
         raise UnsupportedModelError(f"{name} can't be fused with precision='fp8': {reason}")
     state = Fp8(calibrated(base.config))
-    layers = encoder_of(base).layer
-    if len(reasons := state.reasons(layers, family.CLASSES)) == len(PRODUCTS) * len(layers):
+    layers = layers_of(base)
+    if len(reasons := state.reasons(layers, family.fused)) == len(PRODUCTS) * len(layers):
         (index, product), why = next(iter(reasons.items()))
         raise UnsupportedModelError(
             f"{name} can't be fused with precision='fp8': no product can run in 8 bits; layer {index} {product}: {why}"
@@ -264,7 +260,7 @@ def _unfuse(model: nn.Module, found: list[tuple[str, nn.Module, Any]]) -> None:
     if found:
         _wait_for_forwards(model, running)
     for _, base, family in found:
-        stock = {fused: plain for plain, fused in family.CLASSES.items()}
+        stock = {fused: plain for plain, fused in family.fused.items()}
         for module in base.modules():
             if type(module) in stock:
                 _become(module, stock[type(module)])
@@ -274,7 +270,7 @@ def _unfuse(model: nn.Module, found: list[tuple[str, nn.Module, Any]]) -> None:
         for hook in HOOKS:
             _remove_hook(module, hook)
         for family in families:
-            for plain, fused in family.LOSS_HEADS.items():
+            for plain, fused in family.loss_heads.items():
                 if type(module) is fused:
                     _become(module, plain)
 
@@ -377,12 +373,12 @@ def _explain_base(model: nn.Module, name: str, base: Any, family: Any) -> Encode
     encoder = encoder_of(base)
     settings: Settings | None = getattr(encoder, "fastbert", None)
     if settings is None or not hasattr(base, "own_embeddings"):  # another class since
-        why = model_is_unsupported(base, family) or "not fused; call fastbert.fuse"
+        why = model_is_unsupported(base) or "not fused; call fastbert.fuse"
         return EncoderExplanation(name, False, None, why, {}, None, {}, {})
     foreign = embeddings_are_foreign(base)
     reason, seen, _, watched = decide(base, settings, {}, foreign is not None)  # as every call does
-    if type(base).forward is not family.CLASSES[family.BASE].forward:
-        reason = model_is_unsupported(base, family)
+    if type(base).forward is not family.fused[family.base].forward:
+        reason = model_is_unsupported(base)
     layers = {i: why for i, why in enumerate(seen.reasons) if why}
     counts, graphs = settings.counts, settings.graphs
     if graphs is None or reason is not None:
@@ -400,7 +396,7 @@ def _explain_base(model: nn.Module, name: str, base: Any, family: Any) -> Encode
         settings.padding,
         reason,
         layers,
-        foreign or embeddings_are_unsupported(base.embeddings, sharded=True),
+        foreign or embeddings_are_unsupported(embeddings_of(base), sharded=True),
         dict(counts.fused),
         dict(counts.stock),
         graphs is not None,
@@ -427,14 +423,14 @@ def _explain_outside(model: nn.Module, base: Any, settings: Settings) -> str | N
 
 def _explain_fp8(encoder: Any, settings: Settings, family: Any) -> tuple[str | None, dict[str, str]]:
     """`EncoderExplanation.fp8` and `.not_fp8` of a fused encoder."""
-    layers = encoder.layer
+    layers = layers_in(encoder)
     if settings.fp8 is None:
         return None, {}
     sample = next(encoder.parameters())
     if not settings.fp8.runs(layers, sample):
         why = fp8_is_unsupported(sample.device) or "gradients are enabled, or it is training, autocast or torch.compile"
         return f"off: {why}", {}
-    reasons = settings.fp8.reasons(layers, family.CLASSES)
+    reasons = settings.fp8.reasons(layers, family.fused)
     products = len(PRODUCTS) * len(layers)
     how = "a scale of each row's own" if settings.fp8.scales is None else "scales from calibration"
     simulated = ", simulated" if sample.device.type == "cpu" else ""
@@ -449,10 +445,7 @@ _Module: Any = nn.Module if TYPE_CHECKING else object
 class FusedModel(_Module):
     """Fuses a model as it is built; one that can't be (a decoder) stays stock, and `explain` says why."""
 
-    unsupported: ClassVar[str | None] = None
-    """Why no base model of this class can run fused: what a probe found as it was imported."""
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if any(model_is_unsupported(base, family) is None for _, base, family in base_models(self)):
+        if any(model_is_unsupported(base) is None for _, base, _ in base_models(self)):
             fuse(self)

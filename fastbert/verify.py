@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 
 from . import numerics
 from .fuse import explain, fuse, unfuse
-from .layers.layer import first_position, positions
+from .layers.embeddings import first_position, positions
+from .models.family import embeddings_of, encoder_of, layers_in, layers_of
 from .quality import Measure, Quality
-from .runtime.support import encoder_of
 from .sensitivity import Sensitivity, sensitivity
 
 LAYOUTS = ("packed", "dense")
@@ -362,7 +362,7 @@ def stock_in_fp8(inner: PreTrainedModel, device: torch.device, dtype: torch.dtyp
     """A stock twin of `inner` whose linear layers multiply 8-bit numbers, where `inner`, fused in 8 bits, would."""
     model = twin(inner, device, dtype)
     encoder = encoder_of(fuse(model, precision="fp8").base_model)
-    for group in encoder.fastbert.fp8.groups(encoder.layer).values():
+    for group in encoder.fastbert.fp8.groups(layers_in(encoder)).values():
         for linear in group:
             linear.weight = nn.Parameter(numerics.as_fp8(linear.weight.detach()), False)
             linear.register_forward_pre_hook(lambda module, args: (numerics.as_fp8(args[0]), *args[1:]))
@@ -503,8 +503,8 @@ def _outputs(model: PreTrainedModel, batch: Mapping[str, Tensor], real: Tensor) 
     encoded: list[Mapping[str, Any]] = []
     base = model.base_model
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_recorded(base.embeddings, "embeddings", outputs, real))
-        for i, layer in enumerate(encoder_of(base).layer):
+        stack.enter_context(_recorded(embeddings_of(base), "embeddings", outputs, real))
+        for i, layer in enumerate(layers_of(base)):
             stack.enter_context(_recorded(layer, f"layer.{i}", outputs, real))
         stack.callback(base.register_forward_hook(lambda module, args, output: encoded.append(output)).remove)
         result = model(**call, return_dict=True)

@@ -46,15 +46,15 @@ FAULTS = {
         KERNELS,
     ),
     "scale off by sqrt(2)": Fault(
-        "fastbert/layers/layer.py",
-        'return float(getattr(attention, "scaling"',
-        'return 2**0.5 * float(getattr(attention, "scaling"',
+        "fastbert/layers/attention.py",
+        'scale = float(getattr(module, "scaling"',
+        'scale = 2**0.5 * float(getattr(module, "scaling"',
         LIFE,
     ),
     "eps wrong": Fault(
         "fastbert/layers/layer.py",
-        "return ops.add_layer_norm(added, x, norm.weight, norm.bias, norm.eps,",
-        "return ops.add_layer_norm(added, x, norm.weight, norm.bias, 1e-5,",
+        "return ops.add_layer_norm(added, x, *half.norm, rate",
+        "return ops.add_layer_norm(added, x, half.norm.weight, half.norm.bias, 1e-5, rate",
         LIFE,
     ),
     "one sequence leaks into the next": Fault(
@@ -69,17 +69,19 @@ FAULTS = {
         "return 0.0 if dropout == 1 else 1.0",
         "tests/kernels/test_dropout.py tests/kernels/test_layer_norm.py",
     ),
-    "tanh for erf": Fault("fastbert/layers/layer.py", '("GELUActivation", "none")', '("GELUActivation", "tanh")', LIFE),
+    "tanh for erf": Fault(
+        "fastbert/layers/feed_forward.py", '("GELUActivation", "none")', '("GELUActivation", "tanh")', LIFE
+    ),
     "stale fused weights": Fault(
-        "fastbert/layers/layer.py",
-        "ops.qkv_linear(x, query.weight,",
-        'ops.qkv_linear(x, query.__dict__.setdefault("_kept", query.weight.detach().clone()),',
+        "fastbert/layers/gemm.py",
+        "tuple(p for linear in linears for p in (linear.weight, linear.bias))",
+        "tuple(p for l in linears for p in (l.__dict__.setdefault('_kept', l.weight.detach().clone()), l.bias))",
         LIFE,
     ),
     "LoRA ignored": Fault(
-        "fastbert/layers/layer.py",
-        "torch.stack([p(x) for p in projections], 1)",
-        'torch.stack([getattr(p, "base_layer", p)(x) for p in projections], 1)',
+        "fastbert/layers/gemm.py",
+        "[linear(x) for linear in self.linears]",
+        '[getattr(linear, "base_layer", linear)(x) for linear in self.linears]',
         "tests/fastbert/test_fuse.py::test_lora_adapters",
     ),
     "a length off by one": Fault(
@@ -144,8 +146,8 @@ FAULTS = {
         "tests/fastbert/test_known.py -k reasons",
     ),
     "I: a plan that isn't taken": Fault(
-        "fastbert/models/family.py",
-        'check_taken(self, named.get("plan"))',
+        "fastbert/models/classes.py",
+        "check_taken(self, plan)",
         "check_taken(self, None)",
         "tests/fastbert/test_readers.py -k plan",
     ),
@@ -156,7 +158,7 @@ FAULTS = {
         "tests/fastbert/test_sensitivity.py -k named",
     ),
     "K: wrapped layers": Fault(
-        "fastbert/runtime/support.py",
+        "fastbert/layers/layer.py",
         "    layer = unwrapped(layer)\n",
         "",
         "tests/fastbert/test_wrappers.py",
@@ -169,8 +171,8 @@ FAULTS = {
     ),
     "M: sharded tables": Fault(
         "fastbert/runtime/encoder.py",
-        'width = tables["word_embeddings"].embedding_dim',
-        'width = tables["word_embeddings"].weight.shape[-1]',
+        "width = tables[next(iter(names.values()))].embedding_dim",
+        "width = tables[next(iter(names.values()))].weight.shape[-1]",
         "tests/fastbert/test_embeddings.py -k sharded",
     ),
     "N: explained otherwise": Fault(

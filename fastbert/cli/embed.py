@@ -37,7 +37,7 @@ from transformers.utils import logging
 
 from .. import fuse
 from ..fuse import explain
-from ..layers.layer import first_position, positions
+from ..layers.embeddings import first_position, positions
 from ..runtime.support import MAX_SEQUENCES
 from . import UsageError, in_a_line
 from .checkpoints import load_tokenizer

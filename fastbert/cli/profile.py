@@ -33,7 +33,7 @@ from transformers import AutoConfig, AutoModel, BertConfig
 from transformers.utils import logging
 
 from .. import explain, fuse
-from ..layers.layer import positions
+from ..layers.embeddings import positions
 from ..version import install
 from . import UsageError, check_file, counts, in_a_line, write_text
 from .cases import SHAPES, Workload, build, check_batch, workload

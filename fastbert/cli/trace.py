@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from .. import ops
-from ..runtime.support import encoder_of
+from ..models.family import layers_of
 from .counts import Cost
 
 RUN = "fastbert profile: run"
@@ -93,8 +93,8 @@ def annotated(model: Any) -> Iterator[None]:
     Operators are wrapped, not sent through the dispatcher, as in inference they do not go through it: that would add
     dozens of microseconds to the time of each, where a range adds a few before and after it, to the gaps.
     """
-    layers = {id(layer): i for i, layer in enumerate(encoder_of(model).layer)}
-    kind = type(encoder_of(model).layer[0])  # on the class: a layer that is itself hooked or changed runs stock
+    layers = {id(layer): i for i, layer in enumerate(layers_of(model))}
+    kind = type(layers_of(model)[0])  # on the class: a layer that is itself hooked or changed runs stock
     call = kind.__call__
 
     def layer(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -7,34 +7,34 @@ from typing import Any
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.distilbert import modeling_distilbert as hf
 
-from ..layers.layer import Shape
-from ..runtime.readers import FIRST, LABELS, SPANS, know
-from .family import base_model, encoder, head, introduce, layer, masked_lm
+from ..layers.attention import Attention
+from ..layers.feed_forward import FeedForward
+from ..layers.layer import Layer
+from ..runtime.readers import FIRST, LABELS, SPANS
+from .classes import register
+from .family import Family
 from .heads import Vocabulary
 
-__all__ = [
-    "DistilBertForMaskedLM",
-    "DistilBertForMultipleChoice",
-    "DistilBertForQuestionAnswering",
-    "DistilBertForSequenceClassification",
-    "DistilBertForTokenClassification",
-    "DistilBertModel",
-]
-
-_SHAPE = Shape(
-    attention=("attention",),
-    query=("attention", "q_lin"),
-    key=("attention", "k_lin"),
-    value=("attention", "v_lin"),
-    context=("attention", "out_lin"),
-    context_dropout=None,
-    context_norm=("sa_layer_norm",),
-    up=("ffn", "lin1"),
-    activation=("ffn", "activation"),
-    down=("ffn", "lin2"),
-    down_dropout=("ffn", "dropout"),
-    down_norm=("output_layer_norm",),
-    chunk=("ffn", "ff_chunk"),
+_LAYOUT = Layer(
+    Attention(
+        module=("attention",),
+        query=("attention", "q_lin"),
+        key=("attention", "k_lin"),
+        value=("attention", "v_lin"),
+        output=("attention", "out_lin"),
+        output_dropout=None,
+        norm=("sa_layer_norm",),
+        kinds={("attention",): hf.DistilBertSelfAttention},
+    ),
+    FeedForward(
+        up=("ffn", "lin1"),
+        activation=("ffn", "activation"),
+        down=("ffn", "lin2"),
+        down_dropout=("ffn", "dropout"),
+        norm=("output_layer_norm",),
+        chunk=("ffn", "ff_chunk"),
+        kinds={("ffn",): hf.FFN},
+    ),
 )
 
 
@@ -44,33 +44,25 @@ def _vocabulary(model: Any) -> Vocabulary:
     )
 
 
-TransformerBlock = layer(
-    hf.TransformerBlock, __name__, {("attention",): hf.DistilBertSelfAttention, ("ffn",): hf.FFN}, _SHAPE
+FAMILY = register(
+    Family(
+        hf,
+        hf.DistilBertModel,
+        hf.Transformer,
+        hf.TransformerBlock,
+        _LAYOUT,
+        hf.Embeddings,
+        hf.DistilBertConfig,
+        stack=("transformer", "layer"),
+        output=BaseModelOutput,
+        heads={
+            hf.DistilBertForMaskedLM: LABELS,
+            hf.DistilBertForMultipleChoice: FIRST,
+            hf.DistilBertForQuestionAnswering: SPANS,
+            hf.DistilBertForSequenceClassification: FIRST,
+            hf.DistilBertForTokenClassification: LABELS,
+        },
+        vocabularies={hf.DistilBertForMaskedLM: _vocabulary},
+    ),
+    __name__,
 )
-Transformer = encoder(hf.Transformer, __name__, output=BaseModelOutput)
-DistilBertModel = base_model(hf.DistilBertModel, __name__, hf.Embeddings)
-DistilBertForMaskedLM = masked_lm(hf.DistilBertForMaskedLM, __name__, _vocabulary)
-DistilBertForMultipleChoice = head(hf.DistilBertForMultipleChoice, __name__)
-DistilBertForQuestionAnswering = head(hf.DistilBertForQuestionAnswering, __name__)
-DistilBertForSequenceClassification = head(hf.DistilBertForSequenceClassification, __name__)
-DistilBertForTokenClassification = head(hf.DistilBertForTokenClassification, __name__)
-
-BASE = hf.DistilBertModel
-ENCODER = hf.Transformer
-HEADS = {
-    hf.DistilBertForMaskedLM: LABELS,
-    hf.DistilBertForMultipleChoice: FIRST,
-    hf.DistilBertForQuestionAnswering: SPANS,
-    hf.DistilBertForSequenceClassification: FIRST,
-    hf.DistilBertForTokenClassification: LABELS,
-}
-PARTS = ()
-LOSS_HEADS = {hf.DistilBertForMaskedLM: DistilBertForMaskedLM}
-CLASSES = {
-    hf.DistilBertModel: DistilBertModel,
-    hf.TransformerBlock: TransformerBlock,
-    hf.Transformer: Transformer,
-}
-
-know((hf.DistilBertModel, DistilBertModel), HEADS, PARTS, LOSS_HEADS)
-introduce(DistilBertModel, hf.DistilBertConfig)

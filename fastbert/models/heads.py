@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..runtime import known
 from ..runtime.readers import readings
-from ..runtime.support import encoder_of, is_asked, is_hooked, is_plain, needs_stock
+from ..runtime.support import is_asked, is_hooked, is_plain, needs_stock
+from .family import encoder_of, family_of
 
 
 class Vocabulary(NamedTuple):
@@ -34,7 +35,8 @@ def takes_labelled_rows(model: Any, vocabulary: Vocabulary, call: Mapping[str, A
     settings = getattr(encoder_of(model.base_model), "fastbert", None)
     if settings is None or not settings.loss_only or call.get("labels") is None or torch.compiler.is_compiling():
         return False
-    stock = next(kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers."))
+    code = family_of(model.base_model).code.__name__
+    stock = next(kind for kind in type(model).__mro__ if kind.__module__ == code)
     if not all(known.is_stock_class(kind, stock.__module__) for kind in (stock, *map(type, vocabulary.modules))):
         return False  # somebody has replaced code of the head
     if any(readings(module).unknown is not None for module in vocabulary.modules):

@@ -1,96 +1,87 @@
 """MPNet: BERT's layers under other names; attention adds a bias by the distance of key and query, one for all layers.
 
-Inference runs fused; training, autocast and hidden states run stock. Its model hands no arguments of ours on, so that
-the fused one has a forward of its own, and heads can't tell what they read: under padding="auto" they are dense.
+Its model hands no arguments of ours on to its encoder, so that the fused one has a forward of its own.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.models.mpnet import modeling_mpnet as hf
 
-from ..layers.layer import Shape
-from ..runtime.encoder import Plan, plan_call
-from ..runtime.readers import REAL, know, parameter_names
-from .family import base_model, encoder, head, introduce, layer
+from ..layers.attention import Attention
+from ..layers.feed_forward import FeedForward
+from ..layers.layer import Layer
+from ..runtime.encoder import Plan
+from ..runtime.packing import Packing
+from ..runtime.readers import FIRST, LABELS, REAL, SPANS
+from ..runtime.support import is_plain
+from .classes import lm_head, register
+from .family import Family
 
-__all__ = [
-    "MPNetForMaskedLM",
-    "MPNetForMultipleChoice",
-    "MPNetForQuestionAnswering",
-    "MPNetForSequenceClassification",
-    "MPNetForTokenClassification",
-    "MPNetModel",
-]
-
-_SHAPE = Shape(
-    attention=("attention", "attn"),
-    query=("attention", "attn", "q"),
-    key=("attention", "attn", "k"),
-    value=("attention", "attn", "v"),
-    context=("attention", "attn", "o"),
-    context_dropout=("attention", "dropout"),
-    context_norm=("attention", "LayerNorm"),
+_LAYOUT = Layer(
+    Attention(
+        module=("attention", "attn"),
+        query=("attention", "attn", "q"),
+        key=("attention", "attn", "k"),
+        value=("attention", "attn", "v"),
+        output=("attention", "attn", "o"),
+        output_dropout=("attention", "dropout"),
+        norm=("attention", "LayerNorm"),
+        bias="distance",
+        kinds={("attention",): hf.MPNetAttention, ("attention", "attn"): hf.MPNetSelfAttention},
+    ),
+    FeedForward(kinds={("intermediate",): hf.MPNetIntermediate, ("output",): hf.MPNetOutput}),
 )
-_KINDS = {
-    ("attention",): hf.MPNetAttention,
-    ("attention", "attn"): hf.MPNetSelfAttention,
-    ("intermediate",): hf.MPNetIntermediate,
-    ("output",): hf.MPNetOutput,
-}
 
 
-def _relative_bias(self: Any, length: int) -> Tensor:
-    distances = torch.arange(1 - length, length)
-    buckets = self.relative_position_bucket(distances)  # of 32, whatever the config says: so has stock
-    found: Tensor = self.relative_attention_bias(buckets.to(self.relative_attention_bias.weight.device))
-    return found.t().float().contiguous()
+def _tables(encoder: Any, hidden_states: Tensor, packing: Packing, position_ids: Tensor | None) -> dict[str, Tensor]:
+    """The bias by distance, (heads, 2 R - 1) float32; whatever the positions are, as stock."""
+    table = encoder.relative_attention_bias
+    distances = torch.arange(1 - packing.max_seqlen, packing.max_seqlen)
+    buckets = encoder.relative_position_bucket(distances)  # of 32, whatever the config says: so has stock
+    buckets = buckets.to(hidden_states.device)
+    if is_plain(table, nn.Embedding) and table.max_norm is None:  # gradients of a bucket are summed up in float32
+        bias = nn.functional.embedding(buckets, table.weight.float())
+    else:
+        bias = table(buckets).float()
+    return {"distance": bias.t().contiguous()}
 
 
-@functools.wraps(hf.MPNetModel.forward)
-def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    args, kwargs = plan_call(self, parameter_names(hf.MPNetModel), args, kwargs)
-    plan = kwargs.pop("plan", None)
-    if not isinstance(plan, Plan):
-        settings = getattr(self.encoder, "fastbert", None)
-        if plan is not None and settings is not None:
-            settings.counts.add(settings.counts.stock, plan)
-        return hf.MPNetModel.forward(self, *args, **kwargs)
-    given = {name: kwargs.get(name) for name in ("input_ids", "position_ids", "inputs_embeds")}
-    hidden = self.encoder(self.embeddings(**given), plan=plan).last_hidden_state
-    pooled = None if self.pooler is None else self.pooler(hidden)
-    whole = kwargs.get("return_dict")
-    if not (self.config.return_dict if whole is None else whole):
-        return hidden, pooled
-    return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)
+def _run(model: Any, call: dict[str, Any], plan: Plan) -> Any:
+    given = {name: call.get(name) for name in ("input_ids", "position_ids", "inputs_embeds")}
+    hidden_states = model.encoder(model.embeddings(**given), plan=plan).last_hidden_state
+    pooled = None if model.pooler is None else model.pooler(hidden_states)
+    whole = call.get("return_dict")
+    if not (model.config.return_dict if whole is None else whole):
+        return hidden_states, pooled
+    return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 
 
-MPNetLayer = layer(hf.MPNetLayer, __name__, _KINDS, _SHAPE)
-MPNetEncoder = encoder(hf.MPNetEncoder, __name__, output=BaseModelOutput, relative=True, relative_bias=_relative_bias)
-MPNetModel = base_model(hf.MPNetModel, __name__, hf.MPNetEmbeddings, _forward)
-MPNetForMaskedLM = head(hf.MPNetForMaskedLM, __name__)
-MPNetForMultipleChoice = head(hf.MPNetForMultipleChoice, __name__)
-MPNetForQuestionAnswering = head(hf.MPNetForQuestionAnswering, __name__)
-MPNetForSequenceClassification = head(hf.MPNetForSequenceClassification, __name__)
-MPNetForTokenClassification = head(hf.MPNetForTokenClassification, __name__)
-
-BASE = hf.MPNetModel
-ENCODER = hf.MPNetEncoder
-HEADS = {
-    hf.MPNetForMultipleChoice: REAL,
-}
-PARTS = (hf.MPNetPooler,)
-LOSS_HEADS: dict[Any, Any] = {}
-CLASSES = {
-    hf.MPNetModel: MPNetModel,
-    hf.MPNetLayer: MPNetLayer,
-    hf.MPNetEncoder: MPNetEncoder,
-}
-
-know((hf.MPNetModel, MPNetModel), HEADS, PARTS, LOSS_HEADS)
-introduce(MPNetModel, hf.MPNetConfig, probes=False)
+FAMILY = register(
+    Family(
+        hf,
+        hf.MPNetModel,
+        hf.MPNetEncoder,
+        hf.MPNetLayer,
+        _LAYOUT,
+        hf.MPNetEmbeddings,
+        hf.MPNetConfig,
+        output=BaseModelOutput,
+        tables=_tables,
+        run=_run,
+        heads={
+            hf.MPNetForMaskedLM: LABELS,
+            hf.MPNetForMultipleChoice: REAL,
+            hf.MPNetForQuestionAnswering: SPANS,
+            hf.MPNetForSequenceClassification: FIRST,
+            hf.MPNetForTokenClassification: LABELS,
+        },
+        parts=(hf.MPNetClassificationHead, hf.MPNetLMHead, hf.MPNetPooler),
+        vocabularies={hf.MPNetForMaskedLM: lm_head},
+    ),
+    __name__,
+)

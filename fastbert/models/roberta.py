@@ -2,53 +2,31 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from transformers.models.roberta import modeling_roberta as hf
 
-from ..runtime.readers import FIRST, LABELS, REAL, SPANS, know
-from .family import base_model, bert_like, embeddings, encoder, head, introduce, layer, lm_head, masked_lm
+from ..runtime.readers import FIRST, LABELS, REAL, SPANS
+from .classes import bert_like, lm_head, register
+from .family import Family
 
-__all__ = [
-    "RobertaForCausalLM",
-    "RobertaForMaskedLM",
-    "RobertaForMultipleChoice",
-    "RobertaForQuestionAnswering",
-    "RobertaForSequenceClassification",
-    "RobertaForTokenClassification",
-    "RobertaModel",
-]
 
-RobertaEmbeddings = embeddings(hf.RobertaEmbeddings, __name__)
-RobertaLayer = layer(hf.RobertaLayer, __name__, bert_like(hf, "Roberta"))
-RobertaEncoder = encoder(hf.RobertaEncoder, __name__)
-RobertaModel = base_model(hf.RobertaModel, __name__, RobertaEmbeddings)
-RobertaForCausalLM = head(hf.RobertaForCausalLM, __name__)
-RobertaForMaskedLM = masked_lm(hf.RobertaForMaskedLM, __name__, lm_head)
-RobertaForMultipleChoice = head(hf.RobertaForMultipleChoice, __name__)
-RobertaForQuestionAnswering = head(hf.RobertaForQuestionAnswering, __name__)
-RobertaForSequenceClassification = head(hf.RobertaForSequenceClassification, __name__)
-RobertaForTokenClassification = head(hf.RobertaForTokenClassification, __name__)
+def kin(code: ModuleType, prefix: str) -> Family:
+    """A family that is RoBERTa after renaming: its classes are in `code`, their names begin with `prefix`."""
+    return bert_like(
+        code,
+        prefix,
+        heads={
+            "ForMaskedLM": LABELS,
+            "ForMultipleChoice": REAL,
+            "ForQuestionAnswering": SPANS,
+            "ForSequenceClassification": FIRST,
+            "ForTokenClassification": LABELS,
+        },
+        others=("ForCausalLM",),
+        parts=("ClassificationHead", "LMHead", "Pooler"),
+        vocabularies={"ForMaskedLM": lm_head},
+    )
 
-BASE = hf.RobertaModel
-ENCODER = hf.RobertaEncoder
-HEADS = {
-    hf.RobertaForMaskedLM: LABELS,
-    hf.RobertaForMultipleChoice: REAL,
-    hf.RobertaForQuestionAnswering: SPANS,
-    hf.RobertaForSequenceClassification: FIRST,
-    hf.RobertaForTokenClassification: LABELS,
-}
-PARTS = (
-    hf.RobertaClassificationHead,
-    hf.RobertaLMHead,
-    hf.RobertaPooler,
-)
-LOSS_HEADS = {hf.RobertaForMaskedLM: RobertaForMaskedLM}
-CLASSES = {
-    hf.RobertaModel: RobertaModel,
-    hf.RobertaEmbeddings: RobertaEmbeddings,
-    hf.RobertaLayer: RobertaLayer,
-    hf.RobertaEncoder: RobertaEncoder,
-}
 
-know((hf.RobertaModel, RobertaModel), HEADS, PARTS, LOSS_HEADS)
-introduce(RobertaModel, hf.RobertaConfig)
+FAMILY = register(kin(hf, "Roberta"), __name__)

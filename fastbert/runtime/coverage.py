@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .support import encoder_of, is_hooked, layer_is_unsupported
+from ..layers.layer import layer_is_unsupported
+from ..models.family import before_layers, family_of, layers_of, wrapped_encoder_of
+from .support import is_hooked
 from .wrappers import is_wrapper, wrapped
 
 _dtype = Tensor.dtype.__get__  # type: ignore[attr-defined]
@@ -111,8 +113,8 @@ class Seen(NamedTuple):
     """For each layer, why it runs stock, or None."""
     stock: tuple[bool, ...]
     """For each layer, whether it does."""
-    weights: tuple[Any, ...]
-    """For each layer its `fastbert.layers.layer.Weights`, or None where they are to be looked up as it runs."""
+    bound: tuple[Any, ...]
+    """For each layer its `fastbert.layers.layer.Bound`, or None where it is to be looked up as it runs."""
     watched: bool
     """Whether hooks see the hidden states between embeddings and output."""
     hooked: bool
@@ -120,24 +122,17 @@ class Seen(NamedTuple):
 
 
 def _roots(model: Any) -> tuple[Any, ...]:
-    """The layers of a base model, its embeddings, and, or None, ELECTRA's linear layer between the two."""
-    modules = model.__dict__["_modules"]
-    return encoder_of(model).__dict__["_modules"]["layer"], modules["embeddings"], modules.get("embeddings_project")
-
-
-def before_layers(model: Any) -> list[nn.Module]:
-    """The modules that make the first hidden states."""
-    _, embeddings, between = _roots(model)
-    return [*embeddings.modules(), *(() if between is None else (between,))]
+    """The layers of a base model, and what comes before them."""
+    return layers_of(model), *before_layers(model)
 
 
 def look(model: Any) -> Seen:
-    """What is to be found of a base model, at this moment; its weights are to be looked up as it runs."""
-    layers = encoder_of(model).layer
-    stack = "encoder.layer" if "encoder" in model.__dict__["_modules"] else "transformer.layer"
+    """What is to be found of a base model, at this moment; what layers read is to be looked up as they run."""
+    layers, stack = layers_of(model), ".".join(family_of(model).stack)
     reasons = tuple([layer_is_unsupported(layer, f"{stack}.{i}") for i, layer in enumerate(layers)])
     hooked = any(is_hooked(module, called=True) for layer in layers for module in wrapped(layer))
-    watched = hooked or any(is_hooked(module, called=True) for module in before_layers(model))
+    first = [module for each in before_layers(model) for module in each.modules()]
+    watched = hooked or any(is_hooked(module, called=True) for module in first)
     return Seen(reasons, tuple([reason is not None for reason in reasons]), (None,) * len(reasons), watched, hooked)
 
 
@@ -183,22 +178,19 @@ class Coverage:
             return look(model)
         self._misses = min(2 * self._misses + 1, _REST)
         self._rest = self._misses - 1
-        groups = [*([module] for module in (*before_layers(model), roots[0]))]
+        before = [module for each in roots[1:] for module in each.modules()]
+        groups = [[module] for module in (*before, roots[0])]
         groups += [list(layer.modules()) for layer in roots[0]]
         if not all(vars(m).keys() >= _ORDINARY for group in groups for m in group):  # one of torch.jit
             return look(model)
         snapshot = Snapshot(groups)  # first: what changes meanwhile is found at the next call
         seen = look(model)
         hooks = any(vars(m)[name] for m, *_ in groups for name in _FORWARD)  # which might bring other weights
-        if (
-            not hooks
-            and not is_wrapper(model._modules.get("encoder"))
-            and all(p.numel() > 1 for p in snapshot.parameters)
-        ):
-            weights = [
-                None if stock or _is_handed_on(layer) else layer.weights()
+        if not hooks and not is_wrapper(wrapped_encoder_of(model)) and all(p.numel() > 1 for p in snapshot.parameters):
+            bound = [
+                None if stock or _is_handed_on(layer) else type(layer).layout.bind(layer)
                 for layer, stock in zip(roots[0], seen.stock, strict=True)
             ]
-            seen = seen._replace(weights=tuple(weights))
+            seen = seen._replace(bound=tuple([b if b is not None and b.is_static() else None for b in bound]))
         self._last = roots, snapshot, seen
         return seen

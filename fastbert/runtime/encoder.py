@@ -15,20 +15,22 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, ModelOutput
+from transformers.modeling_outputs import ModelOutput
 
+from ..layers.context import Context
+from ..layers.embeddings import default_positions, embeddings_are_foreign, first_position
 from ..layers.fp8 import Fp8
-from ..layers.layer import default_positions, embeddings_are_foreign, first_position, stock_forward
+from ..layers.layer import stock_forward
+from ..models.family import Family, before_layers, embeddings_of, encoder_of, family_of, layers_in, layers_of
 from . import known
-from .coverage import Coverage, Seen, before_layers
+from .coverage import Coverage, Seen
 from .graphs import Graphs
 from .packing import Packing, flattened, has_values, host_integers, isolating_mask, pack_mask
-from .readers import Holder, Readings, Reads, outermost, readings_of
+from .readers import Holder, Readings, Reads, outermost, readings_of, told_aside
 from .support import (
     CACHES,
     DISABLED,
     call_is_unsupported,
-    encoder_of,
     foreign_code,
     is_asked,
     is_disabled,
@@ -36,19 +38,11 @@ from .support import (
     is_hooked,
     is_transformed,
     named,
-    relative_is_unsupported,
+    runs_its_own_way,
 )
 from .wrappers import unwrapped
 
 PADDINGS = ("auto", "packed", "dense")
-
-# Arguments of a base model's forward that hold one integer a token, each with the table that has a row for it.
-_IDS = {
-    "input_ids": "word_embeddings",
-    "token_type_ids": "token_type_embeddings",
-    "position_ids": "position_embeddings",
-    "task_type_ids": "task_type_embeddings",
-}
 
 _Module: Any = nn.Module if TYPE_CHECKING else object
 
@@ -128,8 +122,8 @@ class Plan(NamedTuple):
     """(layers, 3) int64, of the dropouts of each layer, drawn from torch's generator; None where none drops."""
     watched: bool = False
     """Whether something sees the hidden states between embeddings and output."""
-    weights: tuple[Any, ...] | None = None
-    """`Seen.weights`."""
+    bound: tuple[Any, ...] | None = None
+    """`Seen.bound`."""
     assumed: bool = False
     """Whether the layers were not looked at, but taken to be as they were: see `fastbert.runtime.graphs`."""
     settings: Any = None
@@ -142,6 +136,8 @@ class Plan(NamedTuple):
     """Whether a layer has hooks, which are to see it called as stock code calls it."""
     foreign: bool = False
     """Whether the hidden states come padded, of whatever shape: of embeddings that aren't the family's own."""
+    position_ids: Tensor | None = None
+    """Those of the call, as its rows are laid out; None: it gives none."""
     receipt: Receipt | None = None
     """Set by the encoder: see `check_taken`."""
 
@@ -150,12 +146,7 @@ class FusedEncoder(_Module):
     """A stack of fused layers; mixed into a family's own Hugging Face encoder class by `fastbert.models`."""
 
     fastbert: Settings
-    family: ClassVar[str]
-    """The module of `fastbert.models` that it is of."""
-    output: ClassVar[type[ModelOutput]] = BaseModelOutputWithPastAndCrossAttentions
-    """What the stock encoder returns."""
-    relative: ClassVar[bool] = False
-    """Whether attention adds a bias by distance: then `relative_bias` gives it, for inference alone."""
+    family: ClassVar[Family]
 
     def forward(self, hidden_states: Tensor, *args: Any, plan: Plan | str | None = None, **kwargs: Any) -> ModelOutput:
         """hidden_states (1, T, H) or (B, S, H) as `plan` lays out -> (B, S, H); stock where it is no Plan.
@@ -166,13 +157,13 @@ class FusedEncoder(_Module):
         if settings is None:  # unfused, in a class that FSDP has derived from this one
             stock: ModelOutput = stock_forward(FusedEncoder, self, hidden_states, *args, **kwargs)
             return stock
-        counts, fp8 = settings.counts, settings.fp8
+        counts, fp8, family, layers = settings.counts, settings.fp8, type(self).family, layers_in(self)
         if fp8 is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._drop()  # the step that comes of gradients may leave no version: that of torch's fused optimizers
         if not isinstance(plan, Plan):
-            if plan is None and not known.takes_plan(type(self).family):
-                counts.add(counts.stock, str(known.foreign(type(self).family, None)))
-            elif plan or not self.relative:  # there its model has counted
+            if plan is None and not known.takes_plan(family.name):
+                counts.add(counts.stock, str(known.foreign(family.name, None)))
+            elif plan or family.run is None:  # there its model has counted
                 counts.add(counts.stock, plan or "called past the forward of its model")
             stock = stock_forward(FusedEncoder, self, hidden_states, *args, **kwargs)
             return stock
@@ -187,7 +178,7 @@ class FusedEncoder(_Module):
                 stock = stock_forward(FusedEncoder, self, given, *args, **kwargs)
                 return stock
         packing = plan.packing
-        if fp8 is not None and (plan.seeds is not None or not fp8.runs(self.layer, hidden_states)):
+        if fp8 is not None and (plan.seeds is not None or not fp8.runs(layers, hidden_states)):
             fp8 = None
         result = None
         if settings.graphs is not None and not torch.compiler.is_compiling():
@@ -195,9 +186,11 @@ class FusedEncoder(_Module):
         layout = "dense" if packing.cu_seqlens is None else "packed"
         counts.add(counts.fused, layout if fp8 is None else f"{layout}, fp8")
         if result is not None:
-            return self.output(last_hidden_state=result)
-        if self.relative:
-            packing = packing._replace(bias=self.relative_bias(packing.max_seqlen))
+            return family.output(last_hidden_state=result)
+        if family.tables is None:
+            context = Context(packing)
+        else:
+            context = Context(packing, family.tables(self, hidden_states, packing, plan.position_ids))
         shown: tuple[Any, ...] = ()
         if plan.hooked or any(plan.stock_layers):  # they are called as stock code calls them
             for name in ("attention_mask", "use_cache"):  # the one replaced here, the other the encoder's alone
@@ -208,17 +201,16 @@ class FusedEncoder(_Module):
         else:
             kwargs = {}
         seeds = (None,) * len(plan.stock_layers) if plan.seeds is None else plan.seeds.unbind(0)
-        infers: Any = [None] * len(seeds) if fp8 is None else fp8.plan(self.layer, plan.stock_layers)
-        found = plan.weights or (None,) * len(seeds)
-        every = zip(self.layer, plan.stock_layers, seeds, infers, found, strict=True)
-        for layer, stock, own_seeds, infer, weights in every:
+        found: Any = plan.bound or (None,) * len(seeds)
+        if fp8 is not None:
+            found = fp8.bind(layers, plan.stock_layers)
+        for layer, stock, own_seeds, bound in zip(layers, plan.stock_layers, seeds, found, strict=True):
             if stock:
                 hidden_states = layer(hidden_states, *shown, **kwargs)
             else:
-                own = {"packing": packing, "seeds": own_seeds, "infer": infer, "weights": weights}
                 mask = shown or ((_FUSED_ALONE,) if _runs_again(layer) else ())
-                hidden_states = layer(hidden_states, *mask, **own, **kwargs)
-        return self.output(last_hidden_state=packing.unpack(hidden_states))
+                hidden_states = layer(hidden_states, *mask, context=context, seeds=own_seeds, bound=bound, **kwargs)
+        return family.output(last_hidden_state=packing.unpack(hidden_states))
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """As torch's `.to`, `.half` and others call it. Graphs and 8 bits would keep the memory that is being left."""
@@ -243,10 +235,6 @@ class FusedEncoder(_Module):
         for kept in () if settings is None else (settings.graphs, settings.fp8, settings.coverage):
             if kept is not None:
                 kept.drop()
-
-    def relative_bias(self, length: int) -> Tensor:
-        """`Packing.bias` for sequences of `length` tokens at most."""
-        raise NotImplementedError
 
 
 class _FusedAlone:
@@ -281,7 +269,7 @@ def _stock_mask(hidden_states: Tensor, plan: Plan) -> Any:
 def _take(encoder: Any, rows: Tensor, plan: Plan) -> tuple[Tensor, Plan, str | None]:
     """The hidden states of embeddings that aren't the family's own, laid out; with the reason where they can't be."""
     packing = plan.packing
-    shape, dtype = tuple(rows.shape[:2]), next(encoder.layer.parameters()).dtype
+    shape, dtype = tuple(rows.shape[:2]), next(layers_in(encoder).parameters()).dtype
     if plan.mask is None and packing.cu_seqlens is None:  # as long as they are
         packing = Packing(shape[0], shape[1], shape[1])
     flat = packing.cu_seqlens is not None and packing.indices is None
@@ -297,8 +285,9 @@ def _encoder_is_unsupported(encoder: Any) -> str | None:
         return DISABLED
     if not isinstance(encoder, FusedEncoder):
         return f"its encoder is a {named(encoder)} of one's own"
-    if type(encoder.layer).__iter__ is not nn.ModuleList.__iter__:  # which may leave some out, by chance
-        return f"its layers are in a {named(encoder.layer)} of one's own"
+    layers = layers_in(encoder)
+    if type(layers).__iter__ is not nn.ModuleList.__iter__:  # which may leave some out, by chance
+        return f"its layers are in a {named(layers)} of one's own"
     return None
 
 
@@ -330,7 +319,7 @@ def decide(model: Any, settings: Settings, call: Mapping[str, Any], foreign: boo
         assumes: as `plan_call` has it.
     """
     encoder, graphs = encoder_of(model), settings.graphs
-    layers = len(encoder.layer)
+    layers = len(layers_of(model))
     seen = Seen((None,) * layers, (False,) * layers, (None,) * layers, False, False)
     reason = _encoder_is_unsupported(encoder) or foreign_code(model)
     reason = reason or (_foreign_call_is_unsupported(call) if foreign and call else None)
@@ -341,8 +330,8 @@ def decide(model: Any, settings: Settings, call: Mapping[str, Any], foreign: boo
         seen = settings.coverage.look(model)
         if all(seen.stock):
             reason = f"no layer can run fused: {seen.reasons[0]}" if layers else "it has no layers"
-    if reason is None and encoder.relative:
-        reason = relative_is_unsupported(model, call, seen.hooked or any(seen.stock))
+    if reason is None and family_of(model).run is not None:
+        reason = runs_its_own_way(model, call, seen.hooked or any(seen.stock))
     # What foreign embeddings are given, and what comes of them, has stock's shape anyway.
     watched = seen.hooked or (seen.watched and not foreign)
     watched = watched or (not assumed and is_asked(model, call, "output_hidden_states"))
@@ -400,13 +389,15 @@ def plan_call(
     if settings is None or len(args) > len(names) or call.keys() & kwargs.keys():
         # Unfused, or given too many or twice: the forward itself says so.
         return args, {name: value for name, value in kwargs.items() if name not in Reads._fields}
-    if not known.takes_plan(type(model).family):  # called as stock: what has replaced it may take nothing else
+    if not known.takes_plan(family_of(model).name):  # called as stock: what has replaced it may take nothing else
         return args, {name: value for name, value in kwargs.items() if name not in Reads._fields}
     if not isinstance(encoder, FusedEncoder):  # in place of the one that was fused
         settings.counts.add(settings.counts.stock, str(_encoder_is_unsupported(encoder)))
         return args, {name: value for name, value in kwargs.items() if name not in Reads._fields}
     call.update(kwargs)
     reads = Reads(*(call.pop(name, default) for name, default in Reads._field_defaults.items()))
+    if family_of(model).run is not None and not torch.compiler.is_compiling() and not reads.told:
+        reads = told_aside(call)
     if (call.get("input_ids") is None) == (call.get("inputs_embeds") is None):
         return (), call  # both or neither: the forward itself says so
     if is_disabled():
@@ -433,19 +424,20 @@ def plan_call(
     mask = call.get("attention_mask")
     if cu_seqlens is None:
         packing = _lay_out(model, call, settings, reads, foreign, mixed or watched)
-    seeds = None if assumed else _draw_seeds(encoder.layer, seen.stock)
+    seeds = None if assumed else _draw_seeds(layers_of(model), seen.stock)
     call["plan"] = Plan(
         packing,
         seen.stock,
         seeds,
         watched,
-        None if watched else seen.weights,
+        None if watched else seen.bound,
         assumed,
         settings,
         model.config,
         mask,
         seen.hooked,
         foreign,
+        call.get("position_ids"),
         Receipt(),
     )
     return (), call
@@ -480,7 +472,7 @@ def _draw_seeds(layers: Any, stock: tuple[bool, ...]) -> Tensor | None:
     Drawn once, and handed to the layers as arguments: one computed again for its gradients drops the same.
     """
     fused = [layer for layer, is_stock in zip(layers, stock, strict=True) if not is_stock]
-    if not any(rate for layer in fused for rate in unwrapped(layer).dropouts()):
+    if not any(rate for layer in map(unwrapped, fused) for rate in type(layer).layout.dropouts(layer)):
         return None
     device = next(layers.parameters()).device
     return torch.randint(2**63 - 1, (len(layers), 3), dtype=torch.int64, device=device)
@@ -530,7 +522,8 @@ def _is_repeatable(model: Any, call: Mapping[str, Any]) -> bool:
     """Whether what runs before the layers can run twice and nobody sees it: without hooks, without dropout."""
     if is_asked(model, call, "output_hidden_states"):
         return False
-    return not any(module.training or is_hooked(module) for module in before_layers(model))
+    first = (module for each in before_layers(model) for module in each.modules())
+    return not any(module.training or is_hooked(module) for module in first)
 
 
 def _lay_out(model: Any, call: dict[str, Any], settings: Settings, reads: Reads, foreign: bool, keeps: bool) -> Packing:
@@ -555,7 +548,8 @@ def _lay_out(model: Any, call: dict[str, Any], settings: Settings, reads: Reads,
         return Packing(batch, seqlen, seqlen)
     # A pooler reads position 0 of every sequence, real or not.
     exact = selection.starts_real or not (around.first or getattr(model, "pooler", None) is not None)
-    if encoder_of(model).relative and selection.has_holes:  # distances are those of the padded layout
+    family = family_of(model)
+    if family.layout.attention.bias is not None and selection.has_holes:  # distances are those of the padded layout
         exact = False
     if selection.tokens == 0 or not exact or (selection.labels_padding and settings.padding == "auto"):
         return Packing(batch, seqlen, seqlen, key_mask=mask)
@@ -563,9 +557,9 @@ def _lay_out(model: Any, call: dict[str, Any], settings: Settings, reads: Reads,
     assert indices is not None and inverse is not None
     if foreign:
         return selection.packing
-    if call.get("position_ids") is None:
-        call["position_ids"] = default_positions(model.embeddings, call.get("input_ids"), seqlen)
-    for name in _IDS:
+    if call.get("position_ids") is None and family.ids.get("position_ids") is not None:
+        call["position_ids"] = default_positions(embeddings_of(model), call.get("input_ids"), seqlen)
+    for name in family.ids:
         if call.get(name) is not None:
             call[name] = call[name].expand(batch, seqlen).flatten()[indices][None]
     if call.get("inputs_embeds") is not None:
@@ -593,17 +587,17 @@ def _check(model: Any, call: Mapping[str, Any], foreign: bool) -> None:
     batch, seqlen = _shape(call)
     if not batch or not seqlen:
         raise ValueError(f"{given} has shape {tuple(values.shape)}; expected at least one sequence of one token")
-    embeddings = model.__dict__["_modules"]["embeddings"]
+    embeddings, names = embeddings_of(model), family_of(model).ids
     tables = embeddings.__dict__["_modules"]
-    width = tables["word_embeddings"].embedding_dim
+    width = tables[next(iter(names.values()))].embedding_dim
     if embeds is not None and embeds.shape[2] != width:
         raise ValueError(f"inputs_embeds has width {embeds.shape[2]}; expected that of the embeddings, {width}")
-    for name, table in _IDS.items():
-        if call.get(name) is not None and table in tables:
-            _check_ids(name, call[name], (batch, seqlen), tables[table])
+    for name, table in names.items():
+        if call.get(name) is not None and (table is None or table in tables):
+            _check_ids(name, call[name], (batch, seqlen), None if table is None else tables[table])
     if any(call.get(name) is not None for name in CACHES):
         return  # a cache changes which lengths are right
-    if call.get("position_ids") is None:
+    if call.get("position_ids") is None and names.get("position_ids") is not None:
         _check_length(embeddings, ids, given, seqlen)
     _check_mask(call.get("attention_mask"), (batch, seqlen))
     if call.get("cu_seq_lens_q") is not None:
@@ -635,8 +629,8 @@ def _check_ids(name: str, ids: Tensor, shape: tuple[int, int], table: Any) -> No
     sizes = (1,) * (2 - ids.dim()) + tuple(ids.shape)
     if len(sizes) != 2 or any(size not in (1, whole) for size, whole in zip(sizes, shape, strict=True)):
         raise ValueError(f"{name} has shape {tuple(ids.shape)}; expected {shape}")
-    weight = table.__dict__["_parameters"].get("weight")
-    if weight is None:  # parametrized, or held elsewhere
+    weight = None if table is None else table.__dict__["_parameters"].get("weight")
+    if weight is None:  # of none, parametrized, or held elsewhere
         return
     device = weight.device
     if ids.device != device and device.type != "meta":  # accelerate moves the inputs of an offloaded model

@@ -25,7 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import launch
+from ..layers.context import Context
 from ..layers.fp8 import Fp8
+from ..layers.layer import FusedLayer
+from ..models.family import layers_in
 from .coverage import Snapshot
 from .packing import Packing, tiles_of
 from .support import is_hooked
@@ -97,14 +100,14 @@ class Fingerprint:
 
 def _is_open(layers: nn.ModuleList) -> str | None:
     """Why more than parameters, as they are now, decides what layers compute; None where nothing does."""
-    if not all(hasattr(type(layer), "is_static") for layer in layers):
+    if not all(isinstance(layer, FusedLayer) for layer in layers):
         return "a layer is wrapped"
     for module in layers.modules():
         if module.training:
             return "a layer is in training mode"
         if is_hooked(module) or "forward" in vars(module):
             return "a layer has hooks"
-    if not all(layer.is_static() for layer in layers):  # type: ignore[operator]
+    if not all(layer.layout.bind(layer).is_static() for layer in layers):  # type: ignore[operator]
         return "a layer has an adapter, or an activation other than GELU"
     if any(type(parameter) is not nn.Parameter for parameter in layers.parameters()):
         return "parameters of a kind of their own"
@@ -216,13 +219,13 @@ class Graphs:
 
     def refuses(self, encoder: Any) -> str | None:
         """Why an ordinary call at this moment would not be a graph's; None where it would."""
-        sample = next(encoder.layer.parameters())
-        return self._refuses(encoder, sample) or _is_open(encoder.layer)
+        layers = layers_in(encoder)
+        return self._refuses(encoder, next(layers.parameters())) or _is_open(layers)
 
     def _refuses(self, encoder: Any, x: Tensor) -> str | None:
         """The same of calls with rows like `x`, whatever the layers are."""
-        if encoder.relative:
-            return "a bias by distance"
+        if type(encoder).family.tables is not None:
+            return "what attention reads is made anew in each forward"
         return self._state() or self._broken or self._device.refuses(x)
 
     def _state(self) -> str | None:
@@ -269,7 +272,7 @@ class Graphs:
         Raises:
             Stale: `plan` was assumed, and that was wrong.
         """
-        counts, layers = plan.settings.counts, encoder.layer
+        counts, layers = plan.settings.counts, layers_in(encoder)
         reason, result = self._refuses_call(encoder, x, plan), None
         with self._lock:
             fingerprint = self._fingerprint
@@ -352,14 +355,16 @@ class Graphs:
             layout = Packing(1, bucket.tokens, bucket.longest, starts)
 
             # Quantized weights are made before the capture, and kept: they are memory that the graph reads.
-            infers: Any = [None] * len(layers) if fp8 is None else fp8.plan(list(layers), [False] * len(layers))
-            self._quantized = infers
+            bound: Any = [None] * len(layers) if fp8 is None else fp8.bind(list(layers), [False] * len(layers))
+            self._quantized = bound
 
             def run() -> None:
                 hidden_states = whole[None]
-                tiled = layout._replace(tiles=tiles_of(starts, bucket.tokens))  # at each replay: lengths differ
-                for layer, infer in zip(layers, infers, strict=True):
-                    hidden_states = layer(hidden_states, packing=tiled, infer=infer)
+                context = Context(
+                    layout._replace(tiles=tiles_of(starts, bucket.tokens))
+                )  # at each replay: lengths differ
+                for layer, own in zip(layers, bound, strict=True):
+                    hidden_states = layer(hidden_states, context=context, bound=own)
                 whole.copy_(hidden_states[0])
 
             while len(self._graphs) >= MAX_GRAPHS:

@@ -25,6 +25,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 _OWNERS = ("torch", "transformers")
+_MODULES: set[str] = set()
+"""Modules of families that are not transformers'."""
 
 # Functions of torch, by module, that stock layers and attention call, and that kernels compute in their place.
 _FUNCTIONS = {
@@ -54,6 +56,10 @@ def _defined_in(function: Any) -> str:
     return str(getattr(function, "__globals__", {}).get("__name__", ""))
 
 
+def _is_owned(module: str) -> bool:
+    return module.partition(".")[0] in _OWNERS or module in _MODULES
+
+
 def _layers_of(function: Any) -> Iterator[Any]:
     """A function, and what it is wrapped around, the innermost last."""
     while function is not None:
@@ -66,7 +72,7 @@ def _is_own(function: Any, module: str, name: str) -> bool:
     if isinstance(function, BuiltinFunctionType):
         return function.__name__ == name
     *outer, inner = _layers_of(function)
-    if not all(isinstance(f, FunctionType) and _defined_in(f).partition(".")[0] in _OWNERS for f in (*outer, inner)):
+    if not all(isinstance(f, FunctionType) and _is_owned(_defined_in(f)) for f in (*outer, inner)):
         return False
     return _defined_in(inner) == module and inner.__qualname__ == name
 
@@ -74,7 +80,7 @@ def _is_own(function: Any, module: str, name: str) -> bool:
 @functools.lru_cache(256)
 def _is_theirs(function: Any) -> bool:
     """Whether a function was defined in torch or transformers, and everything that is wrapped around it."""
-    return all(_defined_in(f).partition(".")[0] in _OWNERS for f in _layers_of(function))
+    return all(_is_owned(_defined_in(f)) for f in _layers_of(function))
 
 
 def is_own_act(act: Any) -> bool:
@@ -127,8 +133,13 @@ def said(value: Any) -> str:
     return f"{module}.{getattr(value, '__qualname__', type(value).__qualname__)}"
 
 
-def _is_theirs_class(kind: type[Any]) -> bool:
+def is_transformers(kind: type[Any]) -> bool:
+    """Whether a class is one of transformers'."""
     return kind.__module__.partition(".")[0] == "transformers"
+
+
+def _is_theirs_class(kind: type[Any]) -> bool:
+    return is_transformers(kind) or kind.__module__ in _MODULES
 
 
 def _masking() -> tuple[str, ...]:
@@ -234,7 +245,10 @@ _CODES: dict[str, Code] = {}
 
 
 def keep(family: str, module: ModuleType, classes: Iterable[type[Any]]) -> None:
-    """Introduces the code of a family (a module of `fastbert.models`, by name); as `Code` has it."""
+    """Introduces the code of a family, by its name; as `Code` has it."""
+    if not module.__name__.startswith("transformers."):
+        _MODULES.add(module.__name__)
+        _is_theirs.cache_clear()
     _CODES[family] = Code(module, classes)
 
 
@@ -243,7 +257,7 @@ def foreign(family: str, implementation: str | None) -> str | None:
     """Why the code of a family is not what the fast path stands in for, at this moment; None where it is.
 
     Args:
-        family: a module of `fastbert.models`, by name.
+        family: by its name.
         implementation: of attention, as the model's config names it.
     """
     if (reason := _CODES[family].foreign()[0]) is not None:

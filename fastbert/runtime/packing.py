@@ -36,10 +36,18 @@ class Packing(NamedTuple):
     """(T,) int64, rows of the flattened (B * S) padded layout that hold real tokens, in order. None: none dropped."""
     inverse: Tensor | None = None
     """(B * S,) int64, the packed row of each padded row, or -1 where it is padding. None: nothing to unpack."""
-    bias: Tensor | None = None
-    """(heads, 2 R - 1) float32, what attention adds to scores by the distance of key and query. None: nothing."""
     tiles: Tensor | None = None
     """`ops.attention_tiles` of cu_seqlens, by which attention shares out its work. None: as on a CPU, it does not."""
+
+    def positions(self, device: torch.device) -> Tensor:
+        """(T,) or (B * S,) int64, the position of every row within its sequence, as the caller knows it."""
+        if self.indices is not None:
+            return self.indices % self.seqlen
+        if self.cu_seqlens is None:
+            return torch.arange(self.seqlen, device=device).repeat(self.batch)
+        rows = torch.arange(self.seqlen, device=device)
+        starts = self.cu_seqlens.to(rows.dtype)
+        return rows - starts[torch.bucketize(rows, starts[1:], right=True)]
 
     def pack(self, rows: Tensor) -> Tensor:
         """(B, S, H) as the caller knows them -> (1, T, H), the real tokens; unchanged where none are dropped."""
@@ -100,7 +108,7 @@ def pack_mask(mask: Tensor, labels: Tensor | None = None) -> Selection:
     cu_seqlens, indices, inverse, totals = ops.mask_layout(mask, labels)
     tokens, longest, starts_real, at_padding, has_holes = host_integers(totals)
     tiles = tiles_of(cu_seqlens, tokens)
-    packing = Packing(batch, seqlen, longest, cu_seqlens, None, indices[:tokens], inverse, None, tiles)
+    packing = Packing(batch, seqlen, longest, cu_seqlens, None, indices[:tokens], inverse, tiles)
     return Selection(packing, tokens, bool(starts_real), bool(at_padding), bool(has_holes))
 
 

@@ -2,7 +2,7 @@
 
 Packed rows come back with zeros at padding, where stock has values. So of all that stands in what `fuse` was given,
 around the base model or beside it, every module must be known to ignore those rows, its children too. What is known is
-data, one row a class: here, and in each family's HEADS and PARTS. A class without a row, one that overrides code of the
+data, one row a class: here, and in each family's heads and parts. A class without a row, one that overrides code of the
 class it is known as, one whose forward has been replaced, and a hook that sees the rows may all read padding: then the
 layout is dense, which is exact everywhere, and `explain` names who it is.
 
@@ -17,6 +17,7 @@ import functools
 import inspect
 import os
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..models.family import family_of
 from .known import ELEMENTWISE, methods_used
 from .support import ROWWISE_LINEARS, is_harmless, is_placed, is_rowwise
 from .wrappers import is_transparent, is_wrapper
@@ -97,20 +99,43 @@ def _tells(module: nn.Module, hook: Hook, args: tuple[Any, ...]) -> bool:
     return False
 
 
-def tell_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """Of a head with a loss over labelled tokens: shows its base model the labels.
+_ASIDE = threading.local()
 
-    transformers hands unknown keyword arguments on to the base model, where `plan_call` takes them.
+
+def _tell(model: Any, reads: Reads, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Has the base model of a head know what the call reads: by arguments of names that only `plan_call` knows.
+
+    transformers hands these on. Where a family's heads don't (`Family.run`), they are laid aside, for the next call in
+    this thread that is given the same tensor.
     """
+    if family_of(model.base_model).run is None:
+        return args, {**kwargs, **reads._asdict()}
+    given = _first(named_arguments(type(model), args, kwargs))
+    _ASIDE.last = None if given is None else (weakref.ref(given), reads)
+    return args, kwargs
+
+
+def _first(call: Mapping[str, Any]) -> Any:
+    return call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
+
+
+def told_aside(call: Mapping[str, Any]) -> Reads:
+    """What `_tell` has laid aside for a call of a base model, by its arguments; it is gone after that."""
+    last, _ASIDE.last = getattr(_ASIDE, "last", None), None
+    return last[1] if last is not None and last[0]() is _first(call) else Reads()
+
+
+def tell_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Of a head with a loss over labelled tokens: shows its base model the labels."""
     labels = named_arguments(type(model), args, kwargs).get("labels")
-    return args, {**kwargs, "padded_labels": labels, "told": _tells(model, tell_labels, args)}
+    return _tell(model, Reads(padded_labels=labels, told=_tells(model, tell_labels, args)), args, kwargs)
 
 
 def tell_spans(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """Of a head with a loss that takes in padding: tells its base model so when there is a loss."""
     call = named_arguments(type(model), args, kwargs)
     loss = call.get("labels") is not None or call.get("start_positions") is not None
-    return args, {**kwargs, "reads_padding": loss, "told": _tells(model, tell_spans, args)}
+    return _tell(model, Reads(reads_padding=loss, told=_tells(model, tell_spans, args)), args, kwargs)
 
 
 _LOSSES = ("labels", "start_positions", "end_positions")
@@ -136,7 +161,7 @@ def _attends(module: Any) -> bool:
 
 HOOKS: tuple[Hook, ...] = (tell_labels, tell_spans, tell_features)
 
-# What a head says of itself, in a family's HEADS.
+# What a head says of itself, in its family's heads.
 REAL = Reader(around=True)
 """It reads real tokens, and what the pooler of its base model makes of the first."""
 FIRST = Reader(around=True, first=lambda head: True)
@@ -256,7 +281,7 @@ _CALLS = {"__call__", "__getattr__", "__getattribute__", "_call_impl", "_wrapped
 
 
 def know(bases: Iterable[Any], heads: Mapping[Any, Reader], parts: Iterable[Any], fused: Mapping[Any, Any]) -> None:
-    """Makes the classes of a family known: its base models, its HEADS, PARTS and LOSS_HEADS."""
+    """Makes the classes of a family known: its base models, heads and parts, and heads that return their loss."""
     _KNOWN.update(dict.fromkeys(bases, _BASE))
     _KNOWN.update(dict.fromkeys(parts, _ROWS))
     _KNOWN.update(heads)

@@ -18,8 +18,9 @@ from torch.overrides import _get_current_function_mode_stack
 from transformers import modeling_flash_attention_utils as flash
 
 from .. import exporting
+from ..models.family import embeddings_of, encoder_of, family_of, layers_of, wrapped_encoder_of
 from . import known
-from .wrappers import is_rewritten, is_transparent, is_wrapper, reached, unwrapped, wrapped
+from .wrappers import is_rewritten, is_transparent, is_wrapper, reached, wrapped
 
 # More than 65,535 sequences share out attention's work by a list, which takes milliseconds to make of this many.
 MAX_SEQUENCES = 2**18
@@ -30,7 +31,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _FLASH_ATTENTION = {f"flash_attention_{version}" for version in (2, 3, 4)}
 # Kernels of the Hub, whose names transformers writes in place of these where a package is missing.
 _FLASH_ATTENTION |= set(getattr(flash, "FLASH_ATTN_KERNEL_FALLBACK", {}).values())
-_PLAIN_ATTENTION = {None, "eager", "sdpa", "flex_attention"} | _FLASH_ATTENTION
+PLAIN_ATTENTION = {None, "eager", "sdpa", "flex_attention"} | _FLASH_ATTENTION
 
 # Where linear layers come from that are called as they are: each maps the last dimension alone, so they are indifferent
 # to how rows are laid out. Not so all adapters of PEFT: some route by a mean over tokens.
@@ -170,34 +171,26 @@ def is_rowwise(linear: Any, sharded: bool) -> bool:
     return is_plain(linear.base_layer, nn.Linear, sharded) and not any(is_hooked(module) for module in linear.modules())
 
 
-def encoder_of(model: Any) -> Any:
-    """The stack of layers of a base model: its `encoder`, or DistilBERT's `transformer`."""
-    modules = model.__dict__["_modules"]
-    encoder = modules["encoder"] if "encoder" in modules else modules["transformer"]
-    return encoder if "layer" in encoder.__dict__["_modules"] else unwrapped(encoder)
-
-
 def _is_decoder(config: Any) -> bool:
     return bool(getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False))
 
 
-def model_is_unsupported(model: Any, family: Any) -> str | None:
-    """Why no call of `model`, a base model of `family` (a module of `fastbert.models`), can run fused."""
-    config = model.config
-    if (reason := family.CLASSES[family.BASE].unsupported) is not None:
-        found: str = reason
-        return found
-    if type(model) is not family.BASE and type(model).forward is not family.CLASSES[family.BASE].forward:
-        return f"{type(model).__name__} is a class of one's own; supported: {family.BASE.__name__} itself"
+def model_is_unsupported(model: Any) -> str | None:
+    """Why no call of `model`, a base model of a registered family, can run fused."""
+    config, family = model.config, family_of(model)
+    if family.unsupported is not None:
+        return family.unsupported
+    if type(model) is not family.base and type(model).forward is not family.fused[family.base].forward:
+        return f"{type(model).__name__} is a class of one's own; supported: {family.base.__name__} itself"
     if _is_decoder(config):
         return "it is a decoder (config.is_decoder or config.add_cross_attention)"
     encoder = type(encoder_of(model))
-    if encoder is not family.ENCODER and encoder.forward is not family.CLASSES[family.ENCODER].forward:
-        return f"its encoder is a {encoder.__name__}, not {family.ENCODER.__name__}"
-    head_dim = config.hidden_size // config.num_attention_heads
+    if encoder is not family.encoder and encoder.forward is not family.fused[family.encoder].forward:
+        return f"its encoder is a {encoder.__name__}, not {family.encoder.__name__}"
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if not 16 <= head_dim <= 128:
         return f"its head dimension is {head_dim}; supported: 16 to 128"
-    if not len(encoder_of(model).layer):
+    if not len(layers_of(model)):
         return "it has no layers"
     return None
 
@@ -231,7 +224,7 @@ def activation_is_unsupported(activation: Any) -> str | None:
     return None
 
 
-def _oddity(module: Any) -> str:
+def oddity(module: Any) -> str:
     """What a reason says of a module that isn't plain beside its class."""
     if is_hooked(module):
         return " with hooks" if "forward" not in module.__dict__ else " whose forward has been replaced"
@@ -241,55 +234,10 @@ def _oddity(module: Any) -> str:
     return "" if type(weight) is nn.Parameter else f" whose weight is a {named(weight)}"
 
 
-def layer_is_unsupported(layer: Any, name: str) -> str | None:
-    """Why a layer, of that name, runs its stock code: a submodule replaced or watched, or parameters of mixed kinds."""
-    seen = next((module for module in wrapped(layer) if sees_arguments(module)), None)
-    if any(is_rewritten(module) for module in wrapped(layer) if is_wrapper(module)):
-        return f"{name} is in a wrapper whose forward has been replaced"
-    layer = unwrapped(layer)
-    sharded = is_a(layer, "torch.distributed.fsdp", "FSDPModule")
-    if not hasattr(type(layer), "parts"):
-        return "fully_shard came before fuse" if sharded else f"{name} is a {named(layer)} of one's own"
-    if (chunk := layer.replaced_chunk()) is not None:
-        return f"{name}.{chunk} has been replaced"
-    own, forward = type(layer).forward, layer.__dict__.get("forward")
-    if forward is not None and not is_placed(layer) and not is_transparent(forward, own):
-        return f"{name}.forward has been replaced (accelerate does so to offload)"
-    if seen is not None:
-        return f"{name} has a hook that sees its arguments"
-    for path, module, kind in layer.parts():
-        if type(module) is not kind:
-            return f"{'.'.join((name, *path))} is a {named(module)}"
-        if is_hooked(module):
-            return f"{'.'.join((name, *path))} has hooks"
-        if module.__dict__.get("is_causal"):
-            return f"{'.'.join((name, *path))} is causal"
-        implementation = getattr(module.__dict__.get("config"), "_attn_implementation", None)
-        if implementation not in _PLAIN_ATTENTION:
-            return f"{'.'.join((name, *path))} has a config of its own, of attention {implementation!r}"
-    if reason := activation_is_unsupported(layer.activation()):
-        return f"{'.'.join((name, *layer.shape.activation))} is {reason}"
-    weights: list[Tensor] = []
-    for path, linear in layer.linears():
-        if is_plain(linear, nn.Linear, sharded):
-            weights += [p for p in linear._parameters.values() if p is not None]
-        elif not is_rowwise(linear, sharded):
-            return f"{'.'.join((name, *path))} is a {named(linear)}{_oddity(linear)}"
-    for path, norm in layer.norms():
-        if not is_plain(norm, nn.LayerNorm, sharded) or norm.weight is None or norm.bias is None:
-            odd = _oddity(norm)
-            return f"{'.'.join((name, *path))} is a {named(norm)}{odd}, not a plain nn.LayerNorm with weight and bias"
-        weights += norm._parameters.values()
-    dtype, device = weights[0].dtype, weights[0].device
-    for weight in weights:
-        if weight.dtype is not dtype or weight.device != device:
-            return f"the parameters of {name} differ in dtype or device"
-    return None
-
-
 def embeddings_are_unsupported(embeddings: Any, sharded: bool = False) -> str | None:
     """Why an embeddings module runs its stock code; `sharded` as `is_plain` has it."""
-    if getattr(embeddings, "use_task_id", False) or not hasattr(embeddings, "token_type_embeddings"):
+    more = getattr(embeddings, "use_task_id", False)  # of the classes that have it, it adds a fourth table
+    if more or not hasattr(embeddings, "token_type_embeddings"):
         return "there is a kernel for tables of words, types and positions, not for these"
     names = ("word_embeddings", "token_type_embeddings", "position_embeddings")
     tables = [getattr(embeddings, name) for name in names]
@@ -379,19 +327,18 @@ def is_asked(model: Any, call: Mapping[str, Any], name: str) -> bool:
     return bool(getattr(model.config, name, False) if asked is None else asked)
 
 
-def relative_is_unsupported(model: Any, call: Mapping[str, Any], mixed: bool) -> str | None:
-    """Why a call of a model whose attention adds a bias by distance runs stock; `mixed`: a layer of it does.
+def runs_its_own_way(model: Any, call: Mapping[str, Any], mixed: bool) -> str | None:
+    """Why a call of a base model whose family has a forward of its own (`Family.run`) runs stock.
 
-    Or has a hook: it would see the layer called without that bias.
+    There, nobody collects hidden states, and a layer is called with more than others know: `mixed` says that one of
+    them runs stock, or has a hook.
     """
     device = next(encoder_of(model).parameters()).device.type
     if torch.is_grad_enabled() or model.training or torch.is_autocast_enabled(device):
         return "a bias by distance, under gradients, dropout or autocast"
     if is_asked(model, call, "output_hidden_states"):
         return "output_hidden_states"
-    if mixed:
-        return "a bias by distance, and a layer that runs stock, or has a hook"
-    return None
+    return "a layer that runs stock, or has a hook, takes what only its own encoder gives" if mixed else None
 
 
 def is_flash(model: Any) -> bool:
@@ -427,8 +374,8 @@ def foreign_code(model: Any) -> str | None:
     """What of the code that a fused base model stands in for is not torch's or transformers' own."""
     implementation = model.config._attn_implementation
     # A kernel of the Hub brings a function of its own; one that isn't known is a reason by itself.
-    judged = implementation in _PLAIN_ATTENTION - _FLASH_ATTENTION
-    return known.foreign(type(model).family, implementation if judged else None)
+    judged = implementation in PLAIN_ATTENTION - _FLASH_ATTENTION
+    return known.foreign(family_of(model).name, implementation if judged else None)
 
 
 def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
@@ -451,7 +398,7 @@ def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
     if first is not None and (first.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1) > MAX_SEQUENCES:
         return f"more than {MAX_SEQUENCES} sequences"
     implementation = config._attn_implementation
-    if implementation not in _PLAIN_ATTENTION:
+    if implementation not in PLAIN_ATTENTION:
         return f"attention implementation {implementation!r}"
     infers_sequences = is_flash(model) and mask is None and cu_seqlens is None
     if infers_sequences and call.get("position_ids") is not None:
@@ -460,7 +407,7 @@ def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
     parameter = next(encoder_of(model).parameters(), None)
     if parameter is None:
         return "its parameters are elsewhere (a replica of torch.nn.DataParallel, FSDP1)"
-    norm = getattr(model.embeddings, "LayerNorm", None)  # embeddings of one's own may have none
+    norm = getattr(embeddings_of(model), "LayerNorm", None)  # embeddings of one's own may have none
     weight = getattr(norm, "weight", None)
     if not isinstance(weight, Tensor):
         weight = parameter
@@ -473,8 +420,6 @@ def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
         return reason
     if is_hooked(encoder_of(model), called=True):
         return "the encoder has hooks"
-    modules = model.__dict__["_modules"]
-    around = wrapped(modules["encoder"] if "encoder" in modules else modules["transformer"])
-    if any(is_rewritten(module) for module in around if is_wrapper(module)):
+    if any(is_rewritten(module) for module in wrapped(wrapped_encoder_of(model)) if is_wrapper(module)):
         return "the encoder is in a wrapper whose forward has been replaced"
     return None

@@ -13,6 +13,7 @@ from transformers.models.bert import modeling_bert as hf
 
 import fastbert
 from fastbert import ops
+from fastbert.layers.context import Context
 from fastbert.numerics import assert_within_policy
 from fastbert.runtime import encoder, packing
 from tests import models
@@ -298,7 +299,7 @@ def test_seven_operators_a_layer_and_nothing_else(monkeypatch: pytest.MonkeyPatc
 
     hidden, layout = torch.randn(1, 40, 128), packing.Packing(1, 40, 40)
     with torch.no_grad(), Record():
-        model.encoder.layer[0](hidden, packing=layout)
+        model.encoder.layer[0](hidden, context=Context(layout))
     assert names == ["qkv_linear", "attention", "linear_add", "layer_norm", "linear_gelu", "linear_add", "layer_norm"]
     assert seen == [f"fastbert.{name}.default" for name in names]
 
@@ -339,7 +340,7 @@ def test_every_operator_is_one_triton_launch(monkeypatch: pytest.MonkeyPatch) ->
         models.seeded(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, intermediate_size=32)
     )
     with torch.no_grad():
-        model.encoder.layer[0](torch.randn(1, 5, 32), packing=packing.Packing(1, 5, 5))
+        model.encoder.layer[0](torch.randn(1, 5, 32), context=Context(packing.Packing(1, 5, 5)))
     assert len(launched) == 7
 
 

@@ -21,6 +21,7 @@ from transformers.models.roberta import modeling_roberta
 import fastbert
 from fastbert import ops
 from fastbert.fuse import FAMILIES
+from fastbert.models.family import Family
 from fastbert.numerics import assert_within_policy
 from tests import models
 from tests.compat.environments import BROKEN_HEADS
@@ -31,23 +32,29 @@ COUNTING = tuple(PADDING_ID)
 """Families whose positions count real tokens, by their id."""
 
 
-def adapter(family: str) -> Any:
-    return importlib.import_module(f"fastbert.models.{family}")
+def adapter(family: str) -> Family:
+    found: Family = importlib.import_module(f"fastbert.models.{family}").FAMILY
+    return found
 
 
 def stock_class(family: str, name: str) -> Any:
-    return getattr(adapter(family).hf, name)
+    return getattr(adapter(family).code, name)
+
+
+def names_of(family: Family) -> list[str]:
+    """The base model, and every head."""
+    return sorted({kind.__name__ for kind in (family.base, *family.heads, *family.others)})
 
 
 def heads(*families: str) -> list[tuple[str, str]]:
     """(family, class) of every head, base models among them, but for those that stock can't run."""
     broken = BROKEN_HEADS.get(transformers.__version__, ())
-    return [(family, name) for family in families for name in adapter(family).__all__ if name not in broken]
+    return [(family, name) for family in families for name in names_of(adapter(family)) if name not in broken]
 
 
 OTHERS = tuple(family for family in FAMILIES if family != "bert")
 ALL_HEADS = [pytest.param(*pair, id=pair[1]) for pair in heads(*OTHERS)]
-BASES = [pytest.param(family, adapter(family).BASE.__name__, id=family) for family in OTHERS]
+BASES = [pytest.param(family, adapter(family).base.__name__, id=family) for family in OTHERS]
 
 
 def seeded(family: str, name: str, **changes: Any) -> Any:
@@ -130,7 +137,7 @@ def fused_calls(model: Any) -> dict[str, int]:
 @pytest.mark.parametrize(("family", "name"), ALL_HEADS)
 def test_outputs(family: str, name: str, dtype: torch.dtype, padding: str) -> None:
     fused = compare(seeded(family, name), calls(family, name), dtype, padding)
-    opaque = name not in {kind.__name__ for kind in (adapter(family).BASE, *adapter(family).HEADS)}
+    opaque = name not in {kind.__name__ for kind in (adapter(family).base, *adapter(family).heads)}
     assert ("packed" in fused_calls(fused)) is not (padding == "dense" or opaque)
 
 
@@ -275,7 +282,7 @@ def test_every_name_is_exported() -> None:
 @pytest.mark.parametrize("family", COUNTING)
 def test_positions_count_real_tokens(family: str, side: str) -> None:
     """Padding on either side, and padding's id in the middle, which the mask lets in."""
-    name = adapter(family).BASE.__name__
+    name = adapter(family).base.__name__
     model = seeded(family, name, max_position_embeddings=21)  # 19 positions beyond the padding's
     mask = models.masks(5, 25)["right"]
     assert mask is not None
@@ -299,7 +306,7 @@ def test_positions_count_real_tokens(family: str, side: str) -> None:
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("distilbert", "mpnet")])
 def test_embeddings_are_called_as_stock(family: str) -> None:
     """By position in the family's own order, up to how much a cache holds; what stock refuses, with stock's words."""
-    model = seeded(family, adapter(family).BASE.__name__)
+    model = seeded(family, adapter(family).base.__name__)
     stock, fused = model.embeddings, fastbert.fuse(copy.deepcopy(model)).embeddings
     names = list(inspect.signature(stock.forward).parameters)
     ids, zeros = models.ids(2, 7), torch.zeros(2, 7, dtype=torch.int64)
@@ -320,7 +327,7 @@ def test_embeddings_are_called_as_stock(family: str) -> None:
 
 @pytest.mark.parametrize("family", COUNTING[:-1])
 def test_padding_has_no_gradient(family: str) -> None:
-    model = fastbert.fuse(seeded(family, adapter(family).BASE.__name__), padding="dense").train()
+    model = fastbert.fuse(seeded(family, adapter(family).base.__name__), padding="dense").train()
     mask = models.masks(5, 19)["right"]
     assert mask is not None
     model(input_ids=padded(family, mask), attention_mask=mask).last_hidden_state.square().sum().backward()
@@ -372,7 +379,7 @@ def test_distilbert_drops_one_thing_fewer() -> None:
     """Attention probabilities and the feed-forward's output; and returns what stock returns."""
     model = seeded("distilbert", "DistilBertModel", dropout=0.25, attention_dropout=0.5).train()
     fused = fastbert.fuse(copy.deepcopy(model))
-    assert [layer.dropouts() for layer in fused.transformer.layer] == [(0.5, 0.0, 0.25)] * 2
+    assert [layer.layout.dropouts(layer) for layer in fused.transformer.layer] == [(0.5, 0.0, 0.25)] * 2
     call = {"input_ids": models.ids(3, 7)}
     assert type(fused(**call)) is type(model(**call)) is modeling_distilbert.BaseModelOutput
     torch.manual_seed(0)

@@ -272,8 +272,8 @@ def test_nothing_of_it_is_in_the_model(tmp_path: Path) -> None:
 
 def test_weights_are_quantized_once_and_again_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
-    right = fp8._quantize
-    monkeypatch.setattr(fp8, "_quantize", lambda *given: made.append(given) or right(*given))
+    right = fp8.Fp8Gemm
+    monkeypatch.setattr(fp8, "Fp8Gemm", lambda *given: made.append(given) or right(*given))
     model = fuse(models.seeded(), precision="fp8")
     first = run(model)
     assert len(made) == 8
@@ -347,7 +347,7 @@ def test_a_new_weight_at_an_old_address_is_seen() -> None:
 
 
 def _tensors(layer: Any) -> list[Any]:
-    return [x for group in fp8.linears(layer, layer.shape) for linear in group for x in (linear.weight, linear.bias)]
+    return [x for group in layer.layout.gemms(layer).values() for linear in group for x in (linear.weight, linear.bias)]
 
 
 @pytest.mark.parametrize("where", [0, 1])

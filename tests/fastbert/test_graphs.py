@@ -26,8 +26,9 @@ from transformers.models.bert import modeling_bert as hf
 
 import fastbert
 from fastbert.kernels import launch
+from fastbert.models.family import encoder_of
 from fastbert.numerics import assert_within_policy
-from fastbert.runtime import graphs, support
+from fastbert.runtime import graphs
 from tests import models
 
 
@@ -118,7 +119,7 @@ def fused_pair(kind: type[nn.Module] = hf.BertModel, **changes: Any) -> tuple[An
 
 
 def graphs_of(model: Any) -> Any:
-    return support.encoder_of(model.base_model).fastbert.graphs
+    return encoder_of(model.base_model).fastbert.graphs
 
 
 def calls(model: Any) -> dict[str, int]:
@@ -264,8 +265,8 @@ def test_other_families_replay(kind: Any, recorded: None) -> None:
     model = kind(kind.config_class(vocab_size=models.VOCABULARY, **sizes, **renamed)).eval()
     twin = fastbert.fuse(copy.deepcopy(model))
     assert_replays(fastbert.fuse(model, cuda_graphs=True), padded([37, 9, 60]), twin)
-    support.encoder_of(model).layer[0].register_forward_hook(lambda module, args, out: 2 * out)
-    support.encoder_of(twin).layer[0].register_forward_hook(lambda module, args, out: 2 * out)
+    encoder_of(model).layer[0].register_forward_hook(lambda module, args, out: 2 * out)
+    encoder_of(twin).layer[0].register_forward_hook(lambda module, args, out: 2 * out)
     assert torch.equal(last(model, padded([37, 9, 60])), last(twin, padded([37, 9, 60])))
 
 
@@ -364,11 +365,11 @@ def transposed(model: Any, layer: Any) -> None:
 
 
 def fewer_layers(model: Any, layer: Any) -> None:
-    support.encoder_of(model.base_model).layer = support.encoder_of(model.base_model).layer[:1]
+    encoder_of(model.base_model).layer = encoder_of(model.base_model).layer[:1]
 
 
 def reordered_layers(model: Any, layer: Any) -> None:
-    layers = support.encoder_of(model.base_model).layer
+    layers = encoder_of(model.base_model).layer
     layers[0], layers[1] = layers[1], layers[0]
 
 
@@ -437,7 +438,7 @@ def check_change(change: Callable[[Any, Any], None], device: str) -> None:
     before = last(model, call)
     for each in (model, twin):
         with torch.no_grad():
-            change(each, support.encoder_of(each.base_model).layer[0])
+            change(each, encoder_of(each.base_model).layer[0])
     stale = last(model, call)
     assert not torch.equal(stale, before)  # the change is one that tells
     expected = last(twin, call)
@@ -455,7 +456,7 @@ def test_hooks_see_each_call_once_after_they_are_added(recorded: None) -> None:
     for _ in range(3):
         last(model, padded([5, 9]))
     seen: list[tuple[int, ...]] = []
-    support.encoder_of(model).layer[1].register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape)))
+    encoder_of(model).layer[1].register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape)))
     last(model, padded([5, 9]))
     assert seen == [(2, 9, 32)]
     assert calls(model)["dropped: the model has changed"] == 1
@@ -665,7 +666,7 @@ def test_a_model_that_is_gone_leaves_nothing(recorded: None) -> None:
     model, _ = fused_pair()
     for _ in range(3):
         last(model, padded([5, 9]))
-    weight = weakref.ref(support.encoder_of(model).layer[0].output.dense.weight)
+    weight = weakref.ref(encoder_of(model).layer[0].output.dense.weight)
     graph = graphs_of(model)._device.captures[0]
     assert graph() is not None
     del model
@@ -701,7 +702,7 @@ def test_explained(recorded: None) -> None:
             last(model, padded([5, 9]))
         text = str(fastbert.explain(model))
         assert "CUDA graphs: yes" in text and "CUDA graphs, replayed: 1" in text
-        support.encoder_of(model).layer[0].output.dense.register_forward_hook(lambda *_: None)
+        encoder_of(model).layer[0].output.dense.register_forward_hook(lambda *_: None)
         assert fastbert.explain(model).encoders[0].eager == "a layer runs stock"
 
 

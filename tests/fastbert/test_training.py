@@ -270,8 +270,8 @@ def test_dropout_follows_torchs_generator() -> None:
 
 def test_each_layer_and_each_dropout_draws_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     model = fastbert.fuse(models.seeded(num_hidden_layers=3)).train()
-    seeds, train = [], layer.FusedLayer._train
-    monkeypatch.setattr(layer.FusedLayer, "_train", lambda *args: seeds.append(args[3].tolist()) or train(*args))
+    seeds, train = [], layer.Bound.train
+    monkeypatch.setattr(layer.Bound, "train", lambda *args: seeds.append(args[4].tolist()) or train(*args))
     for _ in range(2):
         model(**batch(hf.BertModel, 0)[0])
     assert len(set(itertools.chain.from_iterable(seeds))) == 18

@@ -1,0 +1,26 @@
+"""What goes with the rows of one forward through every layer: where they lie, and what attention asks of the place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..runtime.packing import Packing
+
+
+class Context(NamedTuple):
+    """A NamedTuple of tensors and integers: it travels through module calls, hooks and torch.compile as data."""
+
+    packing: Packing
+    tables: Mapping[str, Any] = {}
+    """What a family makes once a forward, by name (`Family.tables`); halves say which they read.
+
+    A bias by distance: (heads, 2 R - 1) float32, for keys 1 - R to R - 1 tokens after the query.
+    A rotation: cosines and sines, each (T, head_dim), of the two halves of every head.
+    """
+
+    def sequences(self) -> tuple[Tensor | None, Tensor | None, int]:
+        """As operators of attention take them: cu_seqlens, key_mask and the length of the longest."""
+        return self.packing.cu_seqlens, self.packing.key_mask, self.packing.max_seqlen

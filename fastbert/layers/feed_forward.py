@@ -1,0 +1,143 @@
+"""The feed-forward half of a layer: a linear layer, an activation, perhaps a gate, and the linear layer behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from transformers import activations
+
+from .. import ops
+from ..runtime.support import activation_is_unsupported, is_hooked
+from .context import Context
+from .gemm import Called, Gemm, Linear, Norm, Path, Precision, Quantized, child
+from .norm import norm_of, rate_of
+
+# transformers' activation classes by the value of torch.nn.functional.gelu's `approximate` that computes the same.
+_GELU = {
+    getattr(activations, name): approximate
+    for name, approximate in (
+        ("GELUActivation", "none"),
+        ("NewGELUActivation", "tanh"),
+        ("FastGELUActivation", "tanh"),
+        ("PytorchGELUTanh", "tanh"),  # before transformers 5
+        ("GELUTanh", "tanh"),
+    )
+    if hasattr(activations, name)
+}
+
+
+def gelu_of(activation: Any) -> str | None:
+    """`approximate` as torch.nn.functional.gelu has it, where an activation computes that; else None."""
+    return _GELU.get(type(activation)) if activation_is_unsupported(activation) is None else None
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """Where the layers of a family keep their feed-forward, and what is its own about it. The defaults are BERT's."""
+
+    up: Path = ("intermediate", "dense")
+    gate: Path | None = None
+    """A linear layer by whose result, activated, the one of `up` is multiplied."""
+    is_gated: bool = False
+    """Whether `up` gives both, side by side: first what is activated, then what it is multiplied by."""
+    activation: Path = ("intermediate", "intermediate_act_fn")
+    """Of a module or a function that works element by element."""
+    down: Path = ("output", "dense")
+    down_dropout: Path | None = ("output", "dropout")
+    norm: Path = ("output", "LayerNorm")
+    chunk: Path | None = ("feed_forward_chunk",)
+    """The method that computes it, if the layer has one, which somebody may replace."""
+    kinds: Mapping[Path, type[nn.Module]] = field(default_factory=dict)
+    """As `Attention.kinds`."""
+
+    def gemms(self) -> dict[str, tuple[Path, ...]]:
+        """The linear layers of each GEMM, side by side."""
+        found: dict[str, tuple[Path, ...]] = {"up": (self.up,), "down": (self.down,)}
+        return found if self.gate is None else {"gate": (self.gate,), **found}
+
+    def parts(self, layer: Any) -> Iterator[tuple[Path, nn.Module, type[nn.Module]]]:
+        """(path, submodule, class) of all whose code is known: `kinds`, and the dropout."""
+        for path, kind in self.kinds.items():
+            yield path, child(layer, *path), kind
+        if self.down_dropout is not None:
+            yield self.down_dropout, child(layer, *self.down_dropout), nn.Dropout
+
+    def activation_of(self, layer: Any) -> Any:
+        """What is applied between the two linear layers."""
+        *holder, name = self.activation
+        return getattr(child(layer, *holder), name)
+
+    def unsupported(self, layer: Any, name: str) -> str | None:
+        """Why a layer of that name can't run fused, by what is this half's own."""
+        if self.chunk is not None and self.chunk[-1] in child(layer, *self.chunk[:-1]).__dict__:
+            return f"{name}.{self.chunk[-1]} has been replaced"
+        for path, module, kind in self.parts(layer):
+            place = ".".join((name, *path))
+            if type(module) is not kind:
+                return f"{place} is a {type(module).__module__}.{type(module).__qualname__}"
+            if is_hooked(module):
+                return f"{place} has hooks"
+        if reason := activation_is_unsupported(self.activation_of(layer)):
+            return f"{'.'.join((name, *self.activation))} is {reason}"
+        return None
+
+    def bind(self, layer: Any, precision: Precision) -> BoundFeedForward:
+        """The half of a layer with all that it reads looked up."""
+        found = {
+            name: precision(name, tuple([child(layer, *path) for path in paths]))
+            for name, paths in self.gemms().items()
+        }
+        activation, up = self.activation_of(layer), found["up"]
+        gated = self.is_gated or self.gate is not None
+        approximate = None if gated or isinstance(up, Called) else gelu_of(activation)
+        norm = norm_of(child(layer, *self.norm))
+        return BoundFeedForward(up, found["down"], norm, activation, approximate, found.get("gate"), self.is_gated)
+
+    def dropouts(self, layer: Any) -> tuple[float]:
+        """The rate at which dropout of the result now drops."""
+        return (rate_of(layer, self.down_dropout),)
+
+
+class BoundFeedForward(NamedTuple):
+    """The feed-forward half of one layer."""
+
+    first: Gemm
+    last: Gemm
+    norm: Norm
+    activation: Callable[[Tensor], Tensor]
+    approximate: str | None
+    """As torch.nn.functional.gelu has it, where an epilogue can apply the activation; else None."""
+    gate: Gemm | None
+    is_gated: bool
+
+    @property
+    def is_static(self) -> bool:
+        """Whether tensors say all that it computes."""
+        static = self.first.is_static and self.last.is_static and (self.gate is None or self.gate.is_static)
+        return static and gelu_of(self.activation) is not None
+
+    def infer(self, x: Tensor, quantized: Quantized | None, context: Context) -> tuple[Tensor, Quantized | None]:
+        """x (T, H) -> what the last GEMM multiplies, (T, I)."""
+        if self.approximate is not None:
+            return self.first.gelu(x, quantized, self.approximate, self.last)
+        return self._between(x, quantized), None
+
+    def _between(self, x: Tensor, quantized: Quantized | None = None) -> Tensor:
+        raised = self.first(x, quantized)
+        if self.gate is not None:
+            return self.activation(self.gate(x, quantized)) * raised
+        if self.is_gated:
+            activated, factor = raised.chunk(2, 1)
+            return self.activation(activated) * factor
+        return self.activation(raised)
+
+    def train(self, x: Tensor) -> Tensor:
+        """x (T, H) -> (T, H), the last GEMM's result; differentiable."""
+        up, down = self.first, self.last
+        if self.approximate is not None and isinstance(up, Linear) and isinstance(down, Linear):
+            result, _ = ops.feed_forward(x, up.weight, up.bias, down.weight, down.bias, self.approximate)
+            return result
+        return down(self._between(x))

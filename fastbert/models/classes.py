@@ -1,0 +1,260 @@
+"""Makes the fused classes of a family: subclasses of its own, under the same names.
+
+Same names because transformers and accelerate look classes up by `__name__` (which blocks not to split over devices,
+what to wrap), and because a saved config records them.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from torch import nn
+from transformers.modeling_outputs import MaskedLMOutput
+from transformers.utils.generic import can_return_tuple
+
+from ..fuse import FusedModel
+from ..layers.attention import Attention
+from ..layers.embeddings import FusedEmbeddings
+from ..layers.feed_forward import FeedForward
+from ..layers.layer import FusedLayer, Layer
+from ..runtime import known
+from ..runtime.encoder import FusedEncoder, Plan, check_taken, plan_call
+from ..runtime.graphs import Stale
+from ..runtime.readers import Reader, know, named_arguments, parameter_names
+from .family import REGISTERED, Family, encoder_of
+from .heads import Vocabulary, labelled_loss, takes_labelled_rows
+
+T = TypeVar("T", bound=nn.Module)
+
+
+def register(family: Family, module: str) -> Family:
+    """Makes the fused classes of a family, into the module of that name, and has `fastbert.fuse` look for its models.
+
+    Args:
+        family: the family.
+        module: `__name__` of the adapter; there, fused classes have the names of the stock ones. It must be importable
+            by that name, for models are pickled by their classes.
+
+    Returns:
+        `family`.
+
+    Warns:
+        RuntimeWarning: the base model does not hand its encoder the keyword arguments that it doesn't know, which is
+            tried on the meta device; then none of the family is fused. See `Family.run`.
+    """
+    kinds = {
+        family.base: _base_model(family, module),
+        family.encoder: _derive(family, family.encoder, module, FusedEncoder),
+        family.layer: _derive(family, family.layer, module, FusedLayer, layout=family.layout),
+    }
+    if family.fuses_embeddings:
+        kinds[family.embeddings] = family.fused[family.embeddings]
+    family.fused.update(kinds)
+    family.loss_heads.update(
+        {kind: _masked_lm(family, kind, module, vocabulary) for kind, vocabulary in family.vocabularies.items()}
+    )
+    heads = {*family.heads, *family.others}
+    made = [*kinds.values(), *family.loss_heads.values()]
+    made += [_derive(family, kind, module, FusedModel) for kind in heads if kind not in family.loss_heads]
+    for kind in made:
+        setattr(sys.modules[module], kind.__name__, kind)
+
+    stood_in_for = (*kinds, *(kind for half in family.layout.halves() for kind in half.kinds.values()))
+    known.keep(family.name, family.code, stood_in_for)
+    know((family.base, kinds[family.base]), family.heads, family.parts, family.loss_heads)
+    REGISTERED[family.base] = family
+    _introduce(family)
+    return family
+
+
+def bert_like(
+    code: ModuleType,
+    prefix: str,
+    heads: Mapping[str, Reader],
+    others: tuple[str, ...] = (),
+    parts: tuple[str, ...] = (),
+    vocabularies: Mapping[str, Callable[[Any], Vocabulary]] | None = None,
+    **differences: Any,
+) -> Family:
+    """A family whose layers and embeddings are BERT's after renaming.
+
+    Args:
+        code: the module of its classes.
+        prefix: what the names of its classes begin with: "Bert".
+        heads, others, parts, vocabularies: as `Family` has them, by the rest of the name: "ForMaskedLM".
+        differences: what else is not BERT's, of `Family`.
+    """
+
+    def named(rest: str) -> Any:
+        return getattr(code, prefix + rest)
+
+    attention = Attention(
+        kinds={
+            ("attention",): named("Attention"),
+            ("attention", "self"): named("SelfAttention"),
+            ("attention", "output"): named("SelfOutput"),
+        }
+    )
+    feed_forward = FeedForward(kinds={("intermediate",): named("Intermediate"), ("output",): named("Output")})
+    base = named("Model")
+    family = Family(
+        code,
+        base,
+        named("Encoder"),
+        named("Layer"),
+        Layer(attention, feed_forward),
+        named("Embeddings"),
+        base.config_class,
+        fuses_embeddings=True,
+        heads={named(rest): reads for rest, reads in heads.items()},
+        others=tuple(map(named, others)),
+        parts=tuple(map(named, parts)),
+        vocabularies={named(rest): vocabulary for rest, vocabulary in (vocabularies or {}).items()},
+    )
+    return replace(family, **differences)
+
+
+def _called(kind: Any) -> tuple[str, ...]:
+    """The methods of a class that its forward calls."""
+    return tuple(name for name in known.methods_used(kind) if name != "forward")
+
+
+def _derive(family: Family, kind: type[T], module: str, mixin: type, **attributes: Any) -> type[T]:
+    about: dict[str, Any] = {"__module__": module, "__doc__": f"The stock {kind.__name__}, fused."}
+    about.update(family=family, called=_called(kind))
+    return type(kind.__name__, (mixin, kind), {**about, **attributes})
+
+
+def _base_model(family: Family, module: str) -> Any:
+    """The fused base model; its embeddings' class, too, if that is fused, goes into `family.fused`."""
+    kind: Any = family.base
+    stock: Any = family.embeddings
+    embeddings = stock
+    if family.fuses_embeddings:
+        embeddings = _derive(family, stock, module, FusedEmbeddings, names=parameter_names(stock))
+        family.fused[stock] = embeddings
+    names = parameter_names(kind)
+
+    def run(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any], assumes: bool) -> Any:
+        planned, named = plan_call(self, names, args, kwargs, assumes)
+        plan = named.get("plan")
+        if family.run is None:
+            output = kind.forward(self, *planned, **named)
+        elif isinstance(plan, Plan):
+            output = family.run(self, named, named.pop("plan"))
+        else:  # which its stock forward would not hand on
+            if named.pop("plan", None) is not None:
+                counts = encoder_of(self).fastbert.counts
+                counts.add(counts.stock, plan)
+            output = kind.forward(self, *planned, **named)
+        check_taken(self, plan)
+        return output
+
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return run(self, args, kwargs, True)
+        settings = getattr(encoder_of(self), "fastbert", None)
+        if settings is None:
+            return run(self, args, kwargs, True)
+        threads, thread = settings.running.threads, threading.get_ident()
+        threads.append(thread)  # before there is a plan: `unfuse` waits for who has one
+        try:
+            try:
+                return run(self, args, kwargs, True)
+            except Stale:
+                return run(self, args, kwargs, False)
+        finally:
+            threads.remove(thread)
+
+    own = (stock, stock.forward, embeddings, _called(stock))
+    return _derive(family, kind, module, FusedModel, forward=forward, own_embeddings=own)
+
+
+def _introduce(family: Family) -> None:
+    """Makes a fused base model known to transformers, and tries whether its encoder can be given a plan.
+
+    transformers records hidden states only of classes it has seen constructed, and a model that `fuse` or unpickling
+    made one of this class was not constructed as one.
+    """
+    with torch.device("meta"):
+        model = family.fused[family.base](family.config(**family.sizes))
+    if family.run is None and (why := hands_nothing_on(model, family)) is not None:
+        family.unsupported = why
+        name = family.base.__name__
+        warnings.warn(f"fastbert runs {name} on its stock code: {why}", RuntimeWarning, stacklevel=4)
+
+
+def hands_nothing_on(model: Any, family: Family) -> str | None:
+    """Why a base model on the meta device can't be given a plan: its stock forward keeps it from its encoder.
+
+    None, too, where that can't be tried: then `check_taken` finds it, in a call.
+    """
+    seen: list[Any] = []
+    hook = encoder_of(model).register_forward_pre_hook(
+        lambda encoder, args, kwargs: seen.append(kwargs.get("plan")), with_kwargs=True
+    )
+    error: Exception | None = None
+    ids = {next(iter(family.ids)): torch.zeros(1, 2, dtype=torch.int64, device="meta")}
+    stock: Any = family.base
+    try:
+        with torch.no_grad():
+            stock.forward(model, **ids, plan="of a probe")
+    except Exception as raised:  # whatever it raises: it looked at values, which there are none of, or takes no names
+        error = raised
+    finally:
+        hook.remove()
+    if seen == ["of a probe"] or (not seen and not isinstance(error, TypeError)):
+        return None
+    kind = stock.__name__
+    where = f"the {kind} of transformers {transformers.__version__}" if known.is_transformers(stock) else f"{kind}"
+    why = "" if error is None else f": {error}"
+    return f"{where} does not hand its keyword arguments on to its encoder{why}"
+
+
+def _masked_lm(family: Family, kind: Any, module: str, vocabulary: Callable[[Any], Vocabulary]) -> Any:
+    """A masked language model which can return its loss alone; with a loss over the next sentence, too, or without."""
+    orders = "next_sentence_label" in parameter_names(kind)
+
+    @functools.wraps(kind.forward)
+    @can_return_tuple
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call, found = named_arguments(kind, args, kwargs), vocabulary(self)
+        if orders and call.get("next_sentence_label") is None:
+            return kind.forward(self, *args, **kwargs)
+        if not takes_labelled_rows(self, found, call):
+            return kind.forward(self, *args, **kwargs)
+        labels, order_labels = call.pop("labels"), call.pop("next_sentence_label", None)
+        outputs = self.base_model(**call)
+        loss = labelled_loss(found, outputs.last_hidden_state, labels)
+        if not orders:
+            return MaskedLMOutput(loss=loss, hidden_states=outputs.hidden_states)
+        order = self.cls.seq_relationship(outputs.pooler_output)
+        return getattr(family.code, f"{kind.__name__}Output")(
+            loss=loss + nn.functional.cross_entropy(order.view(-1, 2), order_labels.view(-1)),
+            seq_relationship_logits=order,
+            hidden_states=outputs.hidden_states,
+        )
+
+    return _derive(family, kind, module, FusedModel, forward=forward)
+
+
+def predictions(model: Any) -> Vocabulary:
+    """The vocabulary head of BERT and of ERNIE."""
+    found = model.cls.predictions
+    return Vocabulary(found.transform, found.decoder, (model.cls, found))
+
+
+def lm_head(model: Any) -> Vocabulary:
+    """The vocabulary head of RoBERTa and its kin, and of MPNet."""
+    found = model.lm_head
+    return Vocabulary(lambda x: found.layer_norm(nn.functional.gelu(found.dense(x))), found.decoder, (found,))
