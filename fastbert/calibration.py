@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import numerics
 from .fuse import fuse, unfuse
 from .layers.fp8 import PRODUCTS, Fp8, Key, calibrated
-from .models.family import encoder_of, layers_in
+from .runtime.registry import encoder_of, layers_in
 from .verify import at_real_tokens, batches_of, inner_model, real_tokens, twin
 
 ROOM = (8, 4, 2, 1)

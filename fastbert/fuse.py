@@ -17,9 +17,9 @@ from torch import nn
 
 from .layers.embeddings import embeddings_are_foreign
 from .layers.fp8 import PRODUCTS, Fp8, calibrated
-from .models.family import REGISTERED, Family, embeddings_of, encoder_of, layers_in, layers_of
 from .runtime.encoder import PADDINGS, UNKNOWN, Running, Settings, decide, why_dense
 from .runtime.readers import HOLDS, HOOKS, Holder, Reads, outermost, reader_of, unknown_reader
+from .runtime.registry import REGISTERED, embeddings_of, encoder_of, layers_in, layers_of
 from .runtime.support import (
     embeddings_are_unsupported,
     fp8_is_unsupported,
@@ -38,7 +38,7 @@ class UnsupportedModelError(ValueError):
     """Nothing in a model could be fused; the message says why. The model has not been changed."""
 
 
-def _families() -> list[Family]:
+def _families() -> list[Any]:
     """The families of which there may be a model: of fastbert's own, those whose code has been imported."""
     for name in FAMILIES:
         if f"transformers.models.{name}.modeling_{name}" in sys.modules and name not in _GONE:
@@ -66,7 +66,7 @@ _GONE: set[str] = set()
 """The families that could not be made."""
 
 
-def base_models(model: nn.Module) -> list[tuple[str, nn.Module, Family]]:
+def base_models(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
     """Every base model of a registered family inside `model`: (name, module, family)."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module that holds a BERT encoder")

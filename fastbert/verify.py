@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 from . import numerics
 from .fuse import explain, fuse, unfuse
 from .layers.embeddings import first_position, positions
-from .models.family import embeddings_of, encoder_of, layers_in, layers_of
 from .quality import Measure, Quality
+from .runtime.registry import embeddings_of, encoder_of, layers_in, layers_of
 from .sensitivity import Sensitivity, sensitivity
 
 LAYOUTS = ("packed", "dense")

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from .. import ops
-from ..models.family import layers_of
+from ..runtime.registry import layers_of
 from .counts import Cost
 
 RUN = "fastbert profile: run"

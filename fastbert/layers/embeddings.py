@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..models.family import Family, embeddings_of, family_of
 from ..runtime import known
+from ..runtime.registry import embeddings_of, family_of
 from ..runtime.support import embeddings_are_unsupported, is_a, is_placed, own_method
 from .layer import stock_forward
 
@@ -97,7 +97,8 @@ _TABLES = ("input_ids", "token_type_ids", "position_ids")
 class FusedEmbeddings(_Module):
     """Three embedding tables and their LayerNorm in one launch."""
 
-    family: ClassVar[Family]
+    family: ClassVar[Any]
+    """Its `fastbert.models.family.Family`."""
     names: ClassVar[tuple[str, ...]]
     """Of the parameters of the stock forward, in its order."""
     called: ClassVar[tuple[str, ...]]

@@ -30,7 +30,8 @@ from ..runtime import known
 from ..runtime.encoder import FusedEncoder, Plan, check_taken, plan_call
 from ..runtime.graphs import Stale
 from ..runtime.readers import Reader, know, named_arguments, parameter_names
-from .family import REGISTERED, Family, encoder_of
+from ..runtime.registry import REGISTERED, encoder_of
+from .family import Family
 from .heads import Vocabulary, labelled_loss, takes_labelled_rows
 
 T = TypeVar("T", bound=nn.Module)

@@ -1,4 +1,4 @@
-"""What a family of models says of itself, and the families there are.
+"""What a family of models says of itself.
 
 An adapter is one module with one `Family`, which `fastbert.models.classes.register` makes fused classes of. Nothing
 else in fastbert asks which family a model is of.
@@ -9,18 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, ModelOutput
 
-from ..runtime.wrappers import unwrapped
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from ..layers.layer import Layer
-    from ..runtime.readers import Reader
-    from .heads import Vocabulary
+from ..layers.layer import Layer
+from ..runtime.readers import Reader
+from .heads import Vocabulary
 
 IDS = {
     "input_ids": "word_embeddings",
@@ -92,59 +88,3 @@ class Family:
     def name(self) -> str:
         """The module of its stock classes, without modeling_."""
         return self.code.__name__.rpartition(".")[2].removeprefix("modeling_")
-
-
-REGISTERED: dict[type[Any], Family] = {}
-"""Families by the class of their base models."""
-
-
-def family_of(model: Any) -> Family:
-    """The family of a base model, stock or fused.
-
-    Raises:
-        LookupError: it is of none.
-    """
-    for kind in type(model).__mro__:
-        if kind in REGISTERED:
-            return REGISTERED[kind]
-    raise LookupError(f"{type(model).__name__} is no base model of a registered family")
-
-
-def encoder_of(model: Any) -> Any:
-    """The stack of layers of a base model, out of what transparent wrappers it is in."""
-    *holder, last = family_of(model).stack
-    encoder = model
-    for name in holder:
-        encoder = encoder.__dict__["_modules"][name]
-    return encoder if last in encoder.__dict__["_modules"] else unwrapped(encoder)
-
-
-def wrapped_encoder_of(model: Any) -> Any:
-    """The stack of layers of a base model with the wrappers that it is in."""
-    for name in family_of(model).stack[:-1]:
-        model = model.__dict__["_modules"][name]
-    return model
-
-
-def layers_of(model: Any) -> Any:
-    """The nn.ModuleList of the layers of a base model."""
-    return encoder_of(model).__dict__["_modules"][family_of(model).stack[-1]]
-
-
-def layers_in(encoder: Any) -> Any:
-    """The nn.ModuleList of the layers of a fused encoder."""
-    return encoder.__dict__["_modules"][type(encoder).family.stack[-1]]
-
-
-def embeddings_of(model: Any) -> Any:
-    """The embeddings of a base model."""
-    for name in family_of(model).embeddings_at:
-        model = model.__dict__["_modules"][name]
-    return model
-
-
-def before_layers(model: Any) -> list[Any]:
-    """The modules of a base model that make the first hidden states: its embeddings, and what comes between."""
-    modules = model.__dict__["_modules"]
-    found = [modules[name] for name in family_of(model).between if modules.get(name) is not None]
-    return [embeddings_of(model), *found]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..runtime import known
 from ..runtime.readers import readings
+from ..runtime.registry import encoder_of, family_of
 from ..runtime.support import is_asked, is_hooked, is_plain, needs_stock
-from .family import encoder_of, family_of
 
 
 class Vocabulary(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.layer import layer_is_unsupported
-from ..models.family import before_layers, family_of, layers_of, wrapped_encoder_of
+from .registry import before_layers, family_of, layers_of, wrapped_encoder_of
 from .support import is_hooked
 from .wrappers import is_wrapper, wrapped
 

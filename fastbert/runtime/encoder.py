@@ -21,12 +21,12 @@ from ..layers.context import Context
 from ..layers.embeddings import default_positions, embeddings_are_foreign, first_position
 from ..layers.fp8 import Fp8
 from ..layers.layer import stock_forward
-from ..models.family import Family, before_layers, embeddings_of, encoder_of, family_of, layers_in, layers_of
 from . import known
 from .coverage import Coverage, Seen
 from .graphs import Graphs
 from .packing import Packing, flattened, has_values, host_integers, isolating_mask, pack_mask
 from .readers import Holder, Readings, Reads, outermost, readings_of, told_aside
+from .registry import before_layers, embeddings_of, encoder_of, family_of, layers_in, layers_of
 from .support import (
     CACHES,
     DISABLED,
@@ -146,7 +146,8 @@ class FusedEncoder(_Module):
     """A stack of fused layers; mixed into a family's own Hugging Face encoder class by `fastbert.models`."""
 
     fastbert: Settings
-    family: ClassVar[Family]
+    family: ClassVar[Any]
+    """Its `fastbert.models.family.Family`."""
 
     def forward(self, hidden_states: Tensor, *args: Any, plan: Plan | str | None = None, **kwargs: Any) -> ModelOutput:
         """hidden_states (1, T, H) or (B, S, H) as `plan` lays out -> (B, S, H); stock where it is no Plan.

@@ -28,9 +28,9 @@ from ..kernels import launch
 from ..layers.context import Context
 from ..layers.fp8 import Fp8
 from ..layers.layer import FusedLayer
-from ..models.family import layers_in
 from .coverage import Snapshot
 from .packing import Packing, tiles_of
+from .registry import layers_in
 from .support import is_hooked
 
 MAX_TOKENS = 8192

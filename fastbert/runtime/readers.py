@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..models.family import family_of
 from .known import ELEMENTWISE, methods_used
+from .registry import family_of
 from .support import ROWWISE_LINEARS, is_harmless, is_placed, is_rowwise
 from .wrappers import is_transparent, is_wrapper
 

@@ -18,8 +18,8 @@ from torch.overrides import _get_current_function_mode_stack
 from transformers import modeling_flash_attention_utils as flash
 
 from .. import exporting
-from ..models.family import embeddings_of, encoder_of, family_of, layers_of, wrapped_encoder_of
 from . import known
+from .registry import embeddings_of, encoder_of, family_of, layers_of, wrapped_encoder_of
 from .wrappers import is_rewritten, is_transparent, is_wrapper, reached, wrapped
 
 # More than 65,535 sequences share out attention's work by a list, which takes milliseconds to make of this many.

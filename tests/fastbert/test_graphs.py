@@ -26,9 +26,9 @@ from transformers.models.bert import modeling_bert as hf
 
 import fastbert
 from fastbert.kernels import launch
-from fastbert.models.family import encoder_of
 from fastbert.numerics import assert_within_policy
 from fastbert.runtime import graphs
+from fastbert.runtime.registry import encoder_of
 from tests import models
 
 

@@ -17,7 +17,7 @@ from transformers.models.bert import modeling_bert as hf
 from transformers.models.roberta import modeling_roberta
 
 import fastbert
-from fastbert.models.family import encoder_of
+from fastbert.runtime.registry import encoder_of
 from tests import models
 
 MASK = models.masks(5, 17)["right"]

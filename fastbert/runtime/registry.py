@@ -1,0 +1,65 @@
+"""The families there are, and where the parts of a base model are by its family.
+
+A family says what is its own as data (`fastbert.models.family.Family`); nothing else in fastbert asks for one by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .wrappers import unwrapped
+
+REGISTERED: dict[type[Any], Any] = {}
+"""Families by the class of their base models."""
+
+
+def family_of(model: Any) -> Any:
+    """The family of a base model, stock or fused.
+
+    Raises:
+        LookupError: it is of none.
+    """
+    for kind in type(model).__mro__:
+        if kind in REGISTERED:
+            return REGISTERED[kind]
+    raise LookupError(f"{type(model).__name__} is no base model of a registered family")
+
+
+def encoder_of(model: Any) -> Any:
+    """The stack of layers of a base model, out of what transparent wrappers it is in."""
+    *holder, last = family_of(model).stack
+    encoder = model
+    for name in holder:
+        encoder = encoder.__dict__["_modules"][name]
+    return encoder if last in encoder.__dict__["_modules"] else unwrapped(encoder)
+
+
+def wrapped_encoder_of(model: Any) -> Any:
+    """The stack of layers of a base model with the wrappers that it is in."""
+    for name in family_of(model).stack[:-1]:
+        model = model.__dict__["_modules"][name]
+    return model
+
+
+def layers_of(model: Any) -> Any:
+    """The nn.ModuleList of the layers of a base model."""
+    return encoder_of(model).__dict__["_modules"][family_of(model).stack[-1]]
+
+
+def layers_in(encoder: Any) -> Any:
+    """The nn.ModuleList of the layers of a fused encoder."""
+    return encoder.__dict__["_modules"][type(encoder).family.stack[-1]]
+
+
+def embeddings_of(model: Any) -> Any:
+    """The embeddings of a base model."""
+    for name in family_of(model).embeddings_at:
+        model = model.__dict__["_modules"][name]
+    return model
+
+
+def before_layers(model: Any) -> list[Any]:
+    """The modules of a base model that make the first hidden states: its embeddings, and what comes between."""
+    modules = model.__dict__["_modules"]
+    found = [modules[name] for name in family_of(model).between if modules.get(name) is not None]
+    return [embeddings_of(model), *found]
