@@ -122,19 +122,35 @@ def test_a_line_that_was_cut_off_takes_no_other_along(file: Path) -> None:
     assert set(gates.read(file)) == {"a", "c"}
 
 
-# The plugin, over a device made of a flag: `break_it()` is an illegal access, after which nothing works any more.
+# The plugin, over a device made of a flag, after whose illegal access nothing works any more. PyTorch is as much of it
+# as the plugin asks for: each process would take seconds to import the real one.
+TORCH = """
+__version__ = "stand-in"
+broken = []
+
+class dtype:
+    def __init__(self, name):
+        self.name = name
+
+    def __repr__(self):
+        return f"torch.{self.name}"
+
+bfloat16, float16 = dtype("bfloat16"), dtype("float16")
+
+class cuda:
+    is_available = is_initialized = staticmethod(lambda: True)
+    get_device_name = staticmethod(lambda device: "stand-in")
+
+    @staticmethod
+    def synchronize():
+        if broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+"""
 STAND_IN = """
-import benchmarks.gates, pathlib, pytest, torch
+import benchmarks.gates, pathlib
 from tests import gates
 
 benchmarks.gates.ROOT = pathlib.Path.cwd()
-broken = []
-
-def synchronize():
-    if broken:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, synchronize
 pytest_addoption = gates.add_options
 
 def pytest_configure(config):
@@ -144,12 +160,11 @@ def pytest_configure(config):
 TESTS = """
 import pathlib, time
 import pytest, torch
-import stand_in
 
 def ran(name):
     with open("ran", "a") as file:
         file.write(f"{name} ")
-    stand_in.synchronize()
+    torch.cuda.synchronize()
 
 @pytest.mark.parametrize("i", range(4))
 def test_before(i):
@@ -159,7 +174,7 @@ def test_before(i):
 def test_faulty(dtype):
     ran("faulty")
     if dtype == torch.bfloat16 and not pathlib.Path("mended").exists():
-        stand_in.broken.append(1)  # an asynchronous fault: nothing here says so
+        torch.broken.append(1)  # an asynchronous fault: nothing here says so
 
 @pytest.mark.gates("other.float32")
 def test_backward():
@@ -178,6 +193,8 @@ def test_hangs():
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
+    (tmp_path / "torch.py").write_text(TORCH)
+    (tmp_path / "triton.py").write_text("__version__ = 'stand-in'\n")
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     (tmp_path / "test_op.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
@@ -188,7 +205,9 @@ def start(project: Path, *arguments: str) -> subprocess.Popen[str]:
     path = os.pathsep.join([str(ROOT), str(project), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1"}
     environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "stand_in", "--gates", "gates.jsonl", *arguments]
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # others' take longer to import than the tests take
+    plugins = ["-p", "stand_in", "-p", "xdist", *(("-p", "pytest_timeout") if "--timeout" in arguments else ())]
+    command = [sys.executable, "-m", "pytest", "-q", *plugins, "--gates", "gates.jsonl", *arguments]
     return subprocess.Popen(command, cwd=project, env=environment, stdout=subprocess.PIPE, text=True)
 
 
