@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import importlib
 import inspect
 import pickle
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +31,10 @@ from tests.compat.environments import BROKEN_HEADS
 
 PADDING_ID = {"roberta": 1, "xlm_roberta": 1, "camembert": 1, "mpnet": 1}
 """Id of the token that pads; of the others 0."""
-COUNTING = tuple(PADDING_ID)
-"""Families whose positions count real tokens, by their id."""
+TWINS = {"xlm_roberta": ("XLMRoberta", "XLMR"), "camembert": ("Camembert", "Camembert")}
+"""Families that are RoBERTa after renaming, and their names for it: they are held to that, RoBERTa to all else."""
+COUNTING = ("roberta", "mpnet")
+"""Families whose positions count real tokens, by their id, beside the twins."""
 
 
 def adapter(family: str) -> Family:
@@ -52,7 +57,7 @@ def heads(*families: str) -> list[tuple[str, str]]:
     return [(family, name) for family in families for name in names_of(adapter(family)) if name not in broken]
 
 
-OTHERS = tuple(family for family in FAMILIES if family != "bert")
+OTHERS = tuple(family for family in FAMILIES if family != "bert" and family not in TWINS)
 ALL_HEADS = [pytest.param(*pair, id=pair[1]) for pair in heads(*OTHERS)]
 BASES = [pytest.param(family, adapter(family).base.__name__, id=family) for family in OTHERS]
 
@@ -193,10 +198,10 @@ def judged_with(name: str) -> str:
     return name.removesuffix("bias") + "weight" if name.endswith(few) else name
 
 
-def gradients(model: Any, family: str, name: str) -> dict[str, Tensor]:
+def gradients(model: Any, family: str, name: str, batches: int = 8) -> dict[str, Tensor]:
     """Each parameter's gradients of several batches, one after the other."""
     found: dict[str, list[Tensor]] = {}
-    for seed in range(8):
+    for seed in range(batches):
         # Of several lengths: how a vendor's product splits its sum hangs on them, and so does its error.
         mask = models.masks(12, 19 + 4 * seed)["right"]
         assert mask is not None
@@ -252,7 +257,7 @@ def test_loss_only(family: str, name: str) -> None:
     assert type(fastbert.unfuse(fused)) is type(model)
 
 
-@pytest.mark.parametrize(("family", "name"), ALL_HEADS)
+@pytest.mark.parametrize(("family", "name"), [pytest.param(*pair, id=pair[1]) for pair in heads(*OTHERS, *TWINS)])
 def test_the_names_of_transformers(family: str, name: str, tmp_path: Path) -> None:
     stock = seeded(family, name)
     stock.save_pretrained(tmp_path)
@@ -325,7 +330,7 @@ def test_embeddings_are_called_as_stock(family: str) -> None:
         assert said[0] == said[1]
 
 
-@pytest.mark.parametrize("family", COUNTING[:-1])
+@pytest.mark.parametrize("family", [family for family in COUNTING if family != "mpnet"])
 def test_padding_has_no_gradient(family: str) -> None:
     model = fastbert.fuse(seeded(family, adapter(family).base.__name__), padding="dense").train()
     mask = models.masks(5, 19)["right"]
@@ -352,6 +357,53 @@ def test_flattened_calls(family: str, name: str) -> None:
     for ours, theirs in zip(found, alone, strict=True):
         torch.testing.assert_close(ours, theirs)
     assert fused_calls(fused) == {"packed": 1}
+
+
+def original(text: str, twin: str) -> str:
+    """A name of a twin's, or code of such names, as RoBERTa has it."""
+    for name in TWINS[twin]:
+        text = re.sub(rf"\b{name}(?!o)", "Roberta", text)
+    return text.replace(twin, "roberta")
+
+
+@pytest.mark.parametrize("twin", TWINS)
+def test_a_twins_code_is_robertas(twin: str) -> None:
+    """Every function of every class, after renaming; but for __init__, whose parts are compared below."""
+    modules = [adapter(family).hf for family in ("roberta", twin)]
+    found = []
+    for module in modules:
+        classes = [each for each in vars(module).values() if inspect.isclass(each)]
+        code: dict[str, list[str]] = {}
+        for kind in (each for each in classes if each.__module__ == module.__name__):
+            for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(kind)))):
+                if isinstance(node, ast.FunctionDef) and node.name != "__init__":
+                    body = node.body[ast.get_docstring(node) is not None :]
+                    named = original(f"{kind.__name__}.{node.name}", twin)
+                    code[named] = [original(ast.unparse(each), twin) for each in (node.args, *body)]
+        found.append(code)
+    assert found[0].keys() == found[1].keys()
+    assert len(found[0]) > 20
+    assert [name for name, code in found[0].items() if found[1][name] != code] == []
+
+
+@pytest.mark.parametrize("padding", ["auto", "dense"])
+@pytest.mark.parametrize(("twin", "name"), [pytest.param(*pair, id=pair[1]) for pair in heads(*TWINS)])
+def test_a_twin_is_roberta(twin: str, name: str, padding: str) -> None:
+    """With the same weights: to the bit, outputs and gradients, in calls of the same kinds."""
+    found = []
+    stock = seeded("roberta", original(name, twin), **NO_DROPOUT)
+    for family, kind in (("roberta", original(name, twin)), (twin, name)):
+        model = seeded(family, kind, **NO_DROPOUT).train()
+        model.load_state_dict(stock.state_dict())  # whose parameters are drawn in another order
+        fastbert.fuse(model, padding=padding)
+        tied = {"lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight"}  # it goes by the name before
+        slopes = {tied.get(key, key): slope for key, slope in gradients(model, family, kind, 1).items()}
+        found.append((outputs(model, *calls(family, kind)[2]), slopes, fused_calls(model)))
+        assert not fastbert.explain(model).encoders[0].stock_calls
+    assert found[0][2] == found[1][2]
+    for ours, theirs in zip(found[0][:2], found[1][:2], strict=True):
+        assert ours.keys() == theirs.keys() and ours
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 @pytest.mark.parametrize("choice", ["first", "last", "mean"])
