@@ -56,6 +56,8 @@ LEAST_SHARE = 0.005
 class _Costs(TorchDispatchMode):
     """Adds up the costs of the operators that are called, by name with namespace."""
 
+    knows_fastbert = True
+
     def __init__(self) -> None:
         super().__init__()
         self.found: dict[str, Cost] = {}

@@ -647,7 +647,7 @@ def _check_ids(name: str, ids: Tensor, shape: tuple[int, int], table: Any) -> No
 def _check_mask(mask: Any, shape: tuple[int, int]) -> None:
     if not isinstance(mask, Tensor) or mask.dim() == 4:
         return
-    if tuple(mask.shape) != shape:
+    if tuple(mask.shape) not in (shape, (1, shape[1])):  # one row for all runs stock
         raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; expected {shape} (or 4-D)")
     if mask.dtype.is_complex:
         raise ValueError(f"attention_mask has dtype {mask.dtype}; expected bool, integer or floating point")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_globals
 from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers import modeling_flash_attention_utils as flash
 
 from .. import exporting
@@ -295,7 +296,21 @@ def needs_stock(sample: Tensor) -> str | None:
         return "global module hooks"
     if torch._C._len_torch_function_stack() and (mode := _foreign_mode()) is not None:
         return f"a {mode}, which may replace what functions of torch compute"
+    if torch._C._len_torch_dispatch_stack() and not torch.compiler.is_compiling():
+        for each in _get_current_dispatch_mode_stack():
+            if type(each).__module__ not in _TRACING and not getattr(each, "knows_fastbert", False):
+                return f"a {named(each)}, which may count or replace torch's operators"
     return None
+
+
+# Torch's TorchDispatchModes that take any operator: what traces, fakes values, or keeps them for a checkpoint. Not so
+# its counter of FLOPs, to which fastbert's operators cost nothing. A mode that knows them says `knows_fastbert = True`.
+_TRACING = {
+    "torch._subclasses.fake_tensor",
+    "torch._subclasses.functional_tensor",
+    "torch.fx.experimental.proxy_tensor",
+    "torch.utils.checkpoint",
+}
 
 
 def _foreign_mode() -> str | None:
@@ -391,10 +406,12 @@ def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
     mask = call.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() == 4):
         return "an attention_mask that is not 2-D"
+    first = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
+    if mask is not None and first is not None and mask.dim() == 2 and mask.shape[0] == 1 < first.shape[0]:
+        return "an attention_mask of one row for more sequences"
     if call.get("is_causal", getattr(config, "is_causal", False)):
         return "is_causal"
     cu_seqlens = call.get("cu_seq_lens_q")
-    first = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
     if first is not None and (first.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1) > MAX_SEQUENCES:
         return f"more than {MAX_SEQUENCES} sequences"
     implementation = config._attn_implementation

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import masking_utils, modeling_layers
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -240,6 +243,18 @@ class Halved(TorchFunctionMode):
         return 0.5 * out if getattr(function, "__name__", "") == "gelu" else out
 
 
+class Clamped(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        return out.clamp(-0.5, 0.5) if function is torch.ops.aten.addmm.default else out
+
+
+class Normed(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        return (0.5 * out[0], *out[1:]) if function is torch.ops.aten.native_layer_norm.default else out
+
+
 class OnAClass:
     """A method of a class that is no function."""
 
@@ -273,6 +288,8 @@ def mask_registered() -> Iterator[None]:
 
 PATCHES: dict[str, Callable[[], Any]] = {
     "a function mode": Halved,
+    "a dispatch mode": Clamped,
+    "one of norms": Normed,
     "no function": lambda: put(hf.BertLayer, "feed_forward_chunk", OnAClass(hf.BertLayer.feed_forward_chunk)),
     "a class derived from": lambda: put(modeling_layers.GradientCheckpointingLayer, "__call__", no_mask),
     "a mask in its registry": mask_registered,
@@ -294,6 +311,45 @@ def test_one_patch(what: str, first: str) -> None:
         assert fastbert.explain(fused).encoders[0].reason is not None
     torch.testing.assert_close(answers(fused)[-1], before, rtol=1e-4, atol=1e-5)
     assert ran(fused)[0] == {"packed": 1}
+
+
+def test_flops_are_counted_as_of_stock() -> None:
+    counted = []
+    stock, fused = small(), fastbert.fuse(small())
+    for model in (stock, fused):
+        with FlopCounterMode(display=False) as counter:
+            answers(model)
+        counted.append(counter.get_total_flops())
+    assert counted[1] == counted[0] > 0
+    assert ran(fused)[0] == {}
+
+
+def test_a_selective_checkpoint_runs_fused() -> None:
+    ways = create_selective_checkpoint_contexts
+    context = functools.partial(ways, lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE)
+    gradients = []
+    for model in (small(), fastbert.fuse(small())):
+        rows = checkpoint(model, **CALL, use_reentrant=False, context_fn=context).logits[REAL]
+        rows.sum().backward()
+        gradients.append(model.bert.embeddings.word_embeddings.weight.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
+    assert ran(model)[1] == {}
+
+
+@pytest.mark.parametrize("kept", [0, 4])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_mask_of_one_row_for_more_sequences(implementation: str, kept: int) -> None:
+    mask = torch.ones(1, 11, dtype=torch.int64)
+    mask[0, 11 - kept :] = 0
+    found = []
+    for model in (small(), fastbert.fuse(small())):
+        model.set_attn_implementation(implementation)
+        try:
+            found.append(model(input_ids=CALL["input_ids"], attention_mask=mask).logits)
+        except IndexError as error:  # of transformers, where a mask hides something
+            found.append(str(error))
+    assert ran(model) == ({}, {} if kept else {"an attention_mask of one row for more sequences": 1})
+    assert torch.equal(*found) if kept == 0 else found[0] == found[1]
 
 
 def test_the_mode_of_a_device_runs_fused() -> None:

@@ -152,6 +152,8 @@ def test_flops_of_a_training_step(stock: Any) -> None:
 class Calls(TorchDispatchMode):
     """Costs of fastbert's operators and of matrix products, as they are called."""
 
+    knows_fastbert = True
+
     def __init__(self) -> None:
         super().__init__()
         self.costs: list[tuple[str, counts.Cost]] = []
