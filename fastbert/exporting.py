@@ -13,7 +13,7 @@ FUSED = False
 def fused_export() -> Iterator[None]:
     """Within it, torch.export of a fused model records fastbert's operators; outside, the stock code.
 
-    For AOTInductor, and whoever else runs the program in a Python that has imported fastbert. Tools that look for
+    For AOTInductor, and whoever else runs the program in a Python that has imported fastbert.ops. Tools that look for
     torch's own operators (exporters to ONNX and OpenVINO, quantization by torchao, ExecuTorch) take the program that
     torch.export records outside of it.
 

@@ -33,7 +33,7 @@ def is_newer(package: str, version: str) -> bool:
 
 
 def warn_of_newer(package: str, version: str) -> None:
-    """As fastbert is imported: where a package is newer than the newest tried, a warning says what that means."""
+    """As models are first fused: where a package is newer than the newest tried, a warning says what that means."""
     if is_newer(package, version):
         warnings.warn(
             f"{package} {version} is newer than {TRIED[package][-1]}, the newest that fastbert {VERSION} has been "

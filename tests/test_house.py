@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime.registry": {"runtime.wrappers"},
     "tuned": {"kernels", "version"},
     "ops": {"kernels", "tuned"},
-    "runtime.support": {"exporting", "runtime.known", "runtime.registry", "runtime.wrappers"},
+    "runtime.support": {"exporting", "runtime.known", "runtime.registry", "runtime.wrappers", "version"},
     "autograd": {"kernels", "ops"},
     "layers.gemm": {"ops", "runtime.support"},
     "runtime.packing": {"ops", "runtime.support"},
@@ -367,6 +367,32 @@ assert "ran fused" in str(fastbert.explain(model)), fastbert.explain(model)
 assert isinstance(fastbert.fuse, FunctionType) and isinstance(fastbert.verify, FunctionType)
 """
     run(sys.executable, "-c", code, cwd=ROOT)
+
+
+LAZY = """
+import sys
+import fastbert
+assert set(fastbert.__all__) <= set(dir(fastbert))
+assert not {"torch", "transformers", "numpy"} & set(sys.modules)
+import fastbert.ops, torch
+assert torch.ops.fastbert.linear.default
+assert "transformers" not in sys.modules
+import fastbert.runtime.encoder, fastbert.fuse, fastbert.verify  # which binds these names to the modules, elsewhere
+from types import FunctionType
+assert isinstance(fastbert.fuse, FunctionType) and isinstance(fastbert.verify, FunctionType)
+from fastbert import *
+assert fuse is fastbert.fuse and issubclass(BertModel, torch.nn.Module)
+try:
+    fastbert.fused
+except AttributeError as error:
+    assert str(error) == "module 'fastbert' has no attribute 'fused'"
+else:
+    raise AssertionError("has a name that it has not")
+"""
+
+
+def test_import_loads_nothing_before_it_is_used() -> None:
+    run(sys.executable, "-c", LAZY, cwd=ROOT)
 
 
 def test_commands_the_documents_name_exist() -> None:

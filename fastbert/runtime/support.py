@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_globals
@@ -19,9 +20,12 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers import modeling_flash_attention_utils as flash
 
 from .. import exporting
+from ..version import warn_of_newer
 from . import known
 from .registry import embeddings_of, encoder_of, family_of, layers_of, wrapped_encoder_of
 from .wrappers import is_rewritten, is_transparent, is_wrapper, reached, wrapped
+
+warn_of_newer("transformers", transformers.__version__)
 
 # More than 65,535 sequences share out attention's work by a list, which takes milliseconds to make of this many.
 MAX_SEQUENCES = 2**18

@@ -16,6 +16,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 import fastbert
+import fastbert.runtime.encoder
 from fastbert.version import TRIED
 from tests import models
 from tests.compat import hf_plugin, hf_suite, matrix
