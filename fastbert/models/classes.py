@@ -170,10 +170,11 @@ def _base_model(family: Family, module: str) -> Any:
         threads, thread = settings.running.threads, threading.get_ident()
         threads.append(thread)  # before there is a plan: `unfuse` waits for who has one
         try:
-            try:
-                return run(self, args, kwargs, True)
-            except Stale:
-                return run(self, args, kwargs, False)
+            with known.looking_once():
+                try:
+                    return run(self, args, kwargs, True)
+                except Stale:
+                    return run(self, args, kwargs, False)
         finally:
             threads.remove(thread)
 

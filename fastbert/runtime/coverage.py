@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..layers.layer import layer_is_unsupported
 from .registry import before_layers, family_of, layers_of, wrapped_encoder_of
 from .support import is_hooked
-from .wrappers import is_wrapper, wrapped
+from .wrappers import is_wrapper, unwrapped, wrapped
 
 _dtype = Tensor.dtype.__get__  # type: ignore[attr-defined]
 _BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
@@ -119,6 +119,8 @@ class Seen(NamedTuple):
     """Whether hooks see the hidden states between embeddings and output."""
     hooked: bool
     """Whether a layer has hooks, which are to see it called as stock code calls it."""
+    drops: bool
+    """Whether a dropout of a layer that runs fused now drops anything."""
 
 
 def _roots(model: Any) -> tuple[Any, ...]:
@@ -133,7 +135,10 @@ def look(model: Any) -> Seen:
     hooked = any(is_hooked(module, called=True) for layer in layers for module in wrapped(layer))
     first = [module for each in before_layers(model) for module in each.modules()]
     watched = hooked or any(is_hooked(module, called=True) for module in first)
-    return Seen(reasons, tuple([reason is not None for reason in reasons]), (None,) * len(reasons), watched, hooked)
+    stock = tuple([reason is not None for reason in reasons])
+    fused = [unwrapped(layer) for layer, is_stock in zip(layers, stock, strict=True) if not is_stock]
+    drops = any(rate for layer in fused for rate in type(layer).layout.dropouts(layer))
+    return Seen(reasons, stock, (None,) * len(reasons), watched, hooked, drops)
 
 
 _REST = 64

@@ -40,7 +40,6 @@ from .support import (
     named,
     runs_its_own_way,
 )
-from .wrappers import unwrapped
 
 PADDINGS = ("auto", "packed", "dense")
 
@@ -321,7 +320,7 @@ def decide(model: Any, settings: Settings, call: Mapping[str, Any], foreign: boo
     """
     encoder, graphs = encoder_of(model), settings.graphs
     layers = len(layers_of(model))
-    seen = Seen((None,) * layers, (False,) * layers, (None,) * layers, False, False)
+    seen = Seen((None,) * layers, (False,) * layers, (None,) * layers, False, False, False)
     reason = _encoder_is_unsupported(encoder) or foreign_code(model)
     reason = reason or (_foreign_call_is_unsupported(call) if foreign and call else None)
     reason = reason or call_is_unsupported(model, call)
@@ -425,7 +424,7 @@ def plan_call(
     mask = call.get("attention_mask")
     if cu_seqlens is None:
         packing = _lay_out(model, call, settings, reads, foreign, mixed or watched)
-    seeds = None if assumed else _draw_seeds(layers_of(model), seen.stock)
+    seeds = _draw_seeds(layers_of(model)) if seen.drops else None
     call["plan"] = Plan(
         packing,
         seen.stock,
@@ -467,14 +466,11 @@ def _foreign_call_is_unsupported(call: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _draw_seeds(layers: Any, stock: tuple[bool, ...]) -> Tensor | None:
-    """Seeds for all dropouts of one forward, or None where none drops.
+def _draw_seeds(layers: Any) -> Tensor:
+    """Seeds for all dropouts of one forward.
 
     Drawn once, and handed to the layers as arguments: one computed again for its gradients drops the same.
     """
-    fused = [layer for layer, is_stock in zip(layers, stock, strict=True) if not is_stock]
-    if not any(rate for layer in map(unwrapped, fused) for rate in type(layer).layout.dropouts(layer)):
-        return None
     device = next(layers.parameters()).device
     return torch.randint(2**63 - 1, (len(layers), 3), dtype=torch.int64, device=device)
 
@@ -544,6 +540,8 @@ def _lay_out(model: Any, call: dict[str, Any], settings: Settings, reads: Reads,
     dense = dense or not has_values(mask) or type(mask) is not Tensor
     if dense or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
         return Packing(batch, seqlen, seqlen, key_mask=mask)
+    if mask.device.type == "cpu" and bool(mask.all()):  # one operator; there, it costs no synchronisation
+        return Packing(batch, seqlen, seqlen)
     selection = pack_mask(mask, labels)
     if selection.tokens == batch * seqlen:
         return Packing(batch, seqlen, seqlen)
@@ -639,7 +637,7 @@ def _check_ids(name: str, ids: Tensor, shape: tuple[int, int], table: Any) -> No
     rows = weight.shape[0]
     whole = weight.dim() == 2 and rows == table.num_embeddings  # not a shard, of FSDP1 or DeepSpeed
     if whole and _is_readable(ids):
-        low, high = host_integers([ids.min(), ids.max()])
+        low, high = (int(x) for x in ids.aminmax())
         if low < 0 or high >= rows:
             raise ValueError(f"{name} holds values from {low} to {high}; expected 0 to {rows - 1}")
 

@@ -360,6 +360,15 @@ def runs_its_own_way(model: Any, call: Mapping[str, Any], mixed: bool) -> str | 
     return "a layer that runs stock, or has a hook, takes what only its own encoder gives" if mixed else None
 
 
+def first_parameter(module: nn.Module) -> Any:
+    """The first of a module's parameters, at a fraction of what `module.parameters()` costs; None where it has none."""
+    for parameter in module.__dict__["_parameters"].values():
+        if parameter is not None:
+            return parameter
+    children = (child for child in module.__dict__["_modules"].values() if child is not None)
+    return next((found for found in map(first_parameter, children) if found is not None), None)
+
+
 def is_flash(model: Any) -> bool:
     """Whether stock attention is one of those that keep the sequences of a flattened call apart."""
     return model.config._attn_implementation in _FLASH_ATTENTION
@@ -413,7 +422,7 @@ def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
     first = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
     if mask is not None and first is not None and mask.dim() == 2 and mask.shape[0] == 1 < first.shape[0]:
         return "an attention_mask of one row for more sequences"
-    if call.get("is_causal", getattr(config, "is_causal", False)):
+    if call["is_causal"] if "is_causal" in call else getattr(config, "is_causal", False):
         return "is_causal"
     cu_seqlens = call.get("cu_seq_lens_q")
     if first is not None and (first.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1) > MAX_SEQUENCES:
@@ -425,7 +434,7 @@ def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
     if infers_sequences and call.get("position_ids") is not None:
         return "flash attention that reads the sequences from position_ids"
     embeds = call.get("inputs_embeds")
-    parameter = next(encoder_of(model).parameters(), None)
+    parameter = first_parameter(encoder_of(model))
     if parameter is None:
         return "its parameters are elsewhere (a replica of torch.nn.DataParallel, FSDP1)"
     norm = getattr(embeddings_of(model), "LayerNorm", None)  # embeddings of one's own may have none

@@ -634,7 +634,7 @@ def test_an_encoder_and_a_decoder() -> None:
 
 def test_the_probe_of_a_family(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether the stock forward hands a plan on is tried as the family is imported."""
-    from fastbert.models import bert, family
+    from fastbert.models import bert, classes
 
     forward = hf.BertModel.forward
 
@@ -646,17 +646,17 @@ def test_the_probe_of_a_family(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for broken, told in ((deaf, ""), (strict, "unexpected keyword argument 'plan'")):
         with monkeypatch.context() as patch:
-            patch.setattr(bert.BertModel, "unsupported", None)
+            patch.setattr(bert.FAMILY, "unsupported", None)
             patch.setattr(hf.BertModel, "forward", broken)
             with pytest.warns(RuntimeWarning, match="BertModel on its stock code") as warned:
-                family.introduce(bert.BertModel, hf.BertConfig)
+                classes._introduce(bert.FAMILY)
             assert len(warned) == 1
             assert told in str(warned[0].message)
             patch.setattr(hf.BertModel, "forward", forward)
             with pytest.raises(fastbert.UnsupportedModelError, match="does not hand its keyword arguments on"):
                 fastbert.fuse(models.seeded())
             assert not fastbert.explain(fastbert.BertModel(models.config())).encoders[0].fused
-    family.introduce(bert.BertModel, hf.BertConfig)
+    classes._introduce(bert.FAMILY)
     assert fastbert.explain(fastbert.BertModel(models.config())).encoders[0].fused
 
 
