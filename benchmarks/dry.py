@@ -1,6 +1,7 @@
 """CUDA that isn't there: any command of this repository as it would run on a GPU, with every kernel launch left out.
 
-    python -m benchmarks.dry [--arch sm_90] [--compiles] [--small] [--list FILE] python -m pytest -q -m gpu tests
+    python -m benchmarks.dry [--arch sm_90] [--compiles] [--layers N] [--small] [--list FILE] COMMAND ...
+    python -m benchmarks.dry python -m pytest -q -m gpu tests
     python -m benchmarks.dry python benchmarks/first.py --output build/dry
 
 The command, and what Python it starts, find one GPU. Its tensors lie in the host's memory, and say that they are on
@@ -59,7 +60,7 @@ def _within(name: str) -> Iterator[None]:
         setattr(_thread, name, _depth(name) - 1)
 
 
-def install(arch: str, compiles: bool, listed: Path | None, small: bool) -> None:
+def install(arch: str, compiles: bool, listed: str | None, layers: int | None, small: bool) -> None:
     """Puts a GPU into this process, to its end."""
     import torch
     from torch import Tensor
@@ -467,12 +468,13 @@ def install(arch: str, compiles: bool, listed: Path | None, small: bool) -> None
 
         varlen.varlen_attn = lambda q, k, v, *rest, **more: _shaped(lambda q, k, v: q.new_empty(q.shape), (q, k, v), {})
 
-    if small:
+    workload, measure = cases.workload, bench.run  # before who imports them by name has
+    if layers is not None:
         for shape in cases.SHAPES.values():
-            shape["num_hidden_layers"] = 1
-        workload, run = cases.workload, bench.run  # before who imports them by name has
+            shape["num_hidden_layers"] = layers
+        bench.run = lambda *args, **more: measure(*args, **{**more, "repeats": bench.LEAST_REPEATS})
+    if small:
         cases.workload = lambda name, batch=16: workload(name, min(batch, 4))
-        bench.run = lambda *args, **more: run(*args, **{**more, "repeats": 3})
 
     mm = torch.mm
 
@@ -511,7 +513,7 @@ def install(arch: str, compiles: bool, listed: Path | None, small: bool) -> None
         self: Any, key: Any, signature: Any, device: int, constants: Any, options: Any, attrs: Any, *rest: Any
     ) -> Any:
         if listed is not None:
-            append_specialization(listed, self, signature, constants, options, attrs)
+            append_specialization(Path(listed), self, signature, constants, options, attrs)
         return record(self, key, signature, device, constants, options, attrs, *rest)
 
     jit.JITFunction._do_compile = listing
@@ -626,15 +628,15 @@ def main() -> int:
     parser.add_argument("--arch", default="sm_90")
     parser.add_argument("--compiles", action="store_true", help="Triton compiles what would be launched")
     parser.add_argument("--list", type=Path, metavar="FILE", help="append what would be compiled")
-    parser.add_argument("--small", action="store_true", help="models of one layer, 4 sequences at most, 3 repeats")
+    parser.add_argument("--layers", type=int, metavar="N", help="of benchmarks' models, which repeat three times then")
+    parser.add_argument("--small", action="store_true", help="models of one layer, 4 sequences at most")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         listed = None if given.list is None else str(given.list.resolve())
-        code = "import pathlib; from benchmarks import dry; "
-        code += (
-            f"dry.install({given.arch!r}, {given.compiles}, {listed!r} and pathlib.Path({listed!r}), {given.small})\n"
-        )
+        layers = 1 if given.small and given.layers is None else given.layers
+        options = given.arch, given.compiles, listed, layers, given.small
+        code = f"from benchmarks import dry; dry.install{options!r}\n"
         Path(folder, "sitecustomize.py").write_text(code, encoding="utf-8")
         paths = [folder, str(ROOT), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTEST_PLUGINS": "benchmarks.dry"}

@@ -446,9 +446,7 @@ def gate(steps: Steps, section: str, shape: dict[str, int], rows: Sequence[int],
         steps.run(section, name, functools.partial(judged, name, case))
 
 
-def forwards(
-    steps: Steps, size: str, batch: int, device: Any, keep: Callable[[dict[str, Any]], None], repeats: int
-) -> None:
+def forwards(steps: Steps, size: str, batch: int, device: Any, keep: Callable[[dict[str, Any]], None]) -> None:
     """Whole models, by `fastbert bench`'s own hand; where a way to run one hangs, stock and fused alone."""
     import torch
 
@@ -468,18 +466,15 @@ def forwards(
             device=device,
             minutes=minutes,
             peers=peers,
-            repeats=repeats,
         )
-        record = None
         for name in names:
             steps.begin("forwards", name + suffix, STEP_S["forwards"])
             since, status = time.monotonic(), "ok"
             try:
-                record = record or next(measured)
-                while record is not None and record["workload"] == name:
+                for _ in range(2 + len(peers)):  # not one more, which would be of the next workload
+                    record = next(measured)
                     keep(record)
                     steps.tell(bench.line(record))
-                    record = next(measured, None)
             except StopIteration:
                 status = "ERROR: out of time"
             except Exception as error:  # out of memory, say: this step's result
@@ -583,23 +578,24 @@ def measure(given: argparse.Namespace) -> int:
         models.SHAPES["tiny"] = {
             **{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
         }
-    if given.layers:
-        size, shape = f"{size}, {given.layers} layers", models.SHAPES[size]
-        models.SHAPES[size] = {**shape, "num_hidden_layers": given.layers}
     found = [line for line in lines(steps.events) if line["event"] == "record" and line.get("key") == steps.key]
     about = found[0]["record"] if found else environment(device)  # of one run all records have one date
     about = {name: about[name] for name in environment(device)}
     models_log = gates.Log(output / "gates.jsonl", "first: models", Path(__file__))
     models_log.plan({name: ["model.bfloat16"] for name in (f"squad b{batch}", f"dense512 b{batch}", "dense128 b1")})
-    kept = [line["record"] for line in found]
+
+    def row(record: dict[str, Any]) -> tuple[str, ...]:
+        return record["what"], record["workload"], record["candidate"]
+
+    kept = {row(line["record"]): line["record"] for line in found}
 
     def keep(record: dict[str, Any]) -> None:
         record |= about
         if record["candidate"] == "fused" and record["what"] == bench.FORWARD:  # the whole model, by bench's own check
             models_log.note(record["workload"], gates.PASSED if record["status"] == "ok" else gates.FAILED)
         append(steps.events, {"event": "record", "key": steps.key, "record": record})
-        kept.append(record)
-        records.write(records.path_in(output, about), kept)
+        kept[row(record)] = record  # a step that was killed comes again
+        records.write(records.path_in(output, about), list(kept.values()))
 
     steps.tell(f"{about['device_name']}, driver {about['driver']}, torch {about['torch']}, triton {about['triton']}")
     steps.tell(tell_prebuilt(output))
@@ -619,7 +615,7 @@ def measure(given: argparse.Namespace) -> int:
                 steps.run(section, "rates", measure_rates)
             elif section == "forwards":
                 os.environ["FASTBERT_GATES"] = json.dumps(gates.verdicts(output / "gates.jsonl"))
-                forwards(steps, size, batch, device, keep, 3 if given.layers else 20)
+                forwards(steps, size, batch, device, keep)
             elif device.type == "cuda":
                 told = [line["rates"] for line in lines(steps.events) if line["event"] == "rates"]
                 operators(steps, size, many, device, Rates(*told[-1]) if told else None, about, keep)
@@ -653,12 +649,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--restore", type=Path, metavar="FOLDER", help="with archives of an earlier call, to go on from"
     )
     parser.add_argument("--dry", action="store_true", help="tiny sizes")
-    parser.add_argument("--layers", type=int, metavar="N", help="of the whole models: what they launch is the same")
-    parser.add_argument("--slack", type=float, default=1.0, metavar="X", help="all deadlines times this")
+    parser.add_argument(
+        "--slack", type=float, default=1.0, metavar="X", help="deadlines of steps and sections times this"
+    )
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--spent", default="{}", help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
-    given.minutes *= given.slack
     for limits in (LIMITS, STEP_S):
         limits.update({name: given.slack * seconds for name, seconds in limits.items()})
     if given.measure:

@@ -10,6 +10,7 @@ says there whether the keys can match. Work is listed without compiling, by laun
 
     headline   what benchmarks/first.py launches: the gates of inference, BERT-large's forwards, the products compared
     training   the gates of training
+    rows       what benchmarks/suite.py times next: throughput with fp8, latency, training steps
     tests      what tests marked `gpu` launch; listing it takes a quarter of an hour
 
 Then it is compiled, each kernel in seconds, the most important first. What is there is not compiled again, so the same
@@ -39,10 +40,12 @@ sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
 
 from benchmarks import archive  # noqa: E402
 
-FIRST = ["benchmarks/first.py", "--layers", "1", "--slack", "20", "--sections"]
+LONG = ["--slack", "20", "--minutes", "100"]
+FIRST = ["benchmarks/first.py", *LONG, "--sections"]
 PARTS: dict[str, list[str]] = {
     "headline": [*FIRST, "gates", "forwards", "operators"],
     "training": [*FIRST, "training"],
+    "rows": ["benchmarks/suite.py", *LONG, "--only", "throughput", "latency", "training"],
     "tests": ["-m", "pytest", "-q", "-m", "gpu", "tests"],
 }
 
@@ -55,13 +58,14 @@ def list_part(part: str, arch: str, folder: Path) -> Path:
         partial = file.with_suffix(".partial")
         partial.unlink(missing_ok=True)
         shutil.rmtree(folder / "dry", ignore_errors=True)
-        dry = [sys.executable, "-m", "benchmarks.dry", "--arch", arch, "--list", str(partial), sys.executable]
-        more = ["--output", str(folder / "dry")] if part != "tests" else []
+        dry = [sys.executable, "-m", "benchmarks.dry", "--arch", arch, "--list", str(partial)]
+        own, more = ([], []) if part == "tests" else (["--layers", "1"], ["--output", str(folder / "dry")])
         environment = {name: value for name, value in os.environ.items() if name != "OUT"}
         with open(folder / "lists" / f"{part}.log", "w") as log:
-            subprocess.run([*dry, *PARTS[part], *more], cwd=ROOT, env=environment, stdout=log, stderr=log, check=False)
-        if not partial.exists():
-            raise RuntimeError(f"nothing was launched; see {log.name}")
+            words = [*dry, *own, sys.executable, *PARTS[part], *more]
+            status = subprocess.run(words, cwd=ROOT, env=environment, stdout=log, stderr=log, check=False).returncode
+        if status not in (0, 1) or not partial.exists():  # 1: something failed, and the others went on
+            raise RuntimeError(f"{part} was not listed whole, status {status}; see {log.name}")
         os.replace(partial, file)
     return file
 
@@ -108,7 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", default="sm_90")
     parser.add_argument("--minutes", type=float, default=10.0, help="of compiling; default: 10")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=["headline", "training"], metavar="PART")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(PARTS), default=["headline", "training", "rows"], metavar="PART"
+    )
     parser.add_argument("--output", type=Path, default=archive.CARRIED)
     given = parser.parse_args(argv)
     folder = given.output.resolve()

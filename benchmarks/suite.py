@@ -1,6 +1,7 @@
 """Everything there is to measure on one machine, the most important first: `make gpu`, `make bench`.
 
     python benchmarks/suite.py [--only STEP ...] [--minutes 10] [--output benchmarks/results] [--archive DIR] [--list]
+                               [--slack X]
 
 Every step is a process of its own and writes its records as it goes, and what it says into OUTPUT/logs. On a GPU
 first.py comes first, which checks every operation and times the headline; then the tests in bfloat16, what they prove,
@@ -61,7 +62,7 @@ GRACE_S = 20.0
 
 @dataclass(frozen=True)
 class Step:
-    """A command, and the most minutes it may take; `{output}` and `{minutes}` in it are filled in."""
+    """A command, and the most minutes it may take; `{output}`, `{minutes}` and `{slack}` in it are filled in."""
 
     name: str
     minutes: float
@@ -91,7 +92,7 @@ PROFILE = "-m fastbert.cli profile --dtype bfloat16 --compare stock --json {outp
 
 # Tests take what is left, most of it compilation: those of what is timed next come before it, the others after it.
 ON_A_GPU = (
-    Step("first", 5.0, "benchmarks/first.py --output {output} --minutes {minutes}"),
+    Step("first", 5.0, "benchmarks/first.py --output {output} --minutes {minutes} --slack {slack}"),
     Step("tests: bfloat16", 9.5, f"{PYTEST} --covering *.bfloat16 --covering dropout.* --covering graphs.* tests"),
     Step(
         "throughput",
@@ -292,10 +293,10 @@ def interrupt(process: subprocess.Popen[bytes]) -> None:
         process.wait(GRACE_S)
 
 
-def command(step: Step, minutes: float, output: Path) -> list[str]:
+def command(step: Step, minutes: float, output: Path, slack: float = 1.0) -> list[str]:
     """What a step runs."""
     # A bench ends by itself when its time is up, which is before it would be interrupted.
-    values = {"output": str(output), "minutes": f"{0.8 * minutes:.2f}"}
+    values = {"output": str(output), "minutes": f"{0.8 * minutes:.2f}", "slack": str(slack)}
     words = [word.format(**values) if word.startswith("{") else word for word in shlex.split(step.command)]
     if step.name.startswith(TESTS) and importlib.util.find_spec("xdist"):
         # A worker whose device has failed, or whose test hangs, is replaced.
@@ -310,7 +311,7 @@ def command(step: Step, minutes: float, output: Path) -> list[str]:
     return [sys.executable, *words]
 
 
-def run(step: Step, minutes: float, output: Path, verdicts: dict[str, str] | None) -> str:
+def run(step: Step, minutes: float, output: Path, verdicts: dict[str, str] | None, slack: float) -> str:
     """Runs a step for `minutes` at most; returns "done", "failed", "broken" or "cut"."""
     environment = {
         **{name: value for name, value in os.environ.items() if name != "OUT"},  # packing is done here
@@ -322,7 +323,7 @@ def run(step: Step, minutes: float, output: Path, verdicts: dict[str, str] | Non
     }
     log = output / "logs" / f"{re.sub('[^a-z0-9]+', '-', step.name)}.log"
     log.parent.mkdir(exist_ok=True)
-    words = command(step, minutes, output)[1:]
+    words = command(step, minutes, output, slack)[1:]
     process = processes.start(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     with open(log, "ab" if step.name.startswith(TESTS) else "wb") as file:  # tests go on, and so does what they say
         told = threading.Thread(target=tell, args=(process, file))
@@ -359,6 +360,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, help="for all of it; default: 10 on a GPU, 90 on a CPU")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--archive", type=Path, metavar="DIR", default=os.environ.get("OUT"), help="default: $OUT")
+    parser.add_argument(
+        "--slack", type=float, default=1.0, metavar="X", help="a step's minutes times this, for slow machines"
+    )
     parser.add_argument("--list", action="store_true", help="tell what is done and what is not, and stop")
     given = parser.parse_args(argv)
     # What a shell puts in the background ignores interrupts, and what it starts inherits that: no step could be cut.
@@ -378,11 +382,17 @@ def main(argv: list[str] | None = None) -> int:
     verdicts = gates.verdicts(output / GATES) if on_a_gpu else None
     wanted = [steps[name] for name in given.only or steps if given.only or not progress.is_done(steps[name], verdicts)]
     with kept(output, folder) as keep:
-        return go_through(wanted, output, progress, deadline, on_a_gpu, keep)
+        return go_through(wanted, output, progress, deadline, given.slack, on_a_gpu, keep)
 
 
 def go_through(
-    wanted: Sequence[Step], output: Path, progress: Progress, deadline: float, on_a_gpu: bool, keep: Any
+    wanted: Sequence[Step],
+    output: Path,
+    progress: Progress,
+    deadline: float,
+    slack: float,
+    on_a_gpu: bool,
+    keep: Any,
 ) -> int:
     """Runs steps until the deadline; returns the exit status."""
     since = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
@@ -405,8 +415,8 @@ def go_through(
         start = time.monotonic()
         progress.note(step.name, "begun")
         for _ in range(MOST_PROCESSES):
-            left = min(deadline - time.monotonic(), 60 * step.minutes - (time.monotonic() - start)) / 60
-            state = run(step, left, output, verdicts)
+            left = min(deadline - time.monotonic(), 60 * slack * step.minutes - (time.monotonic() - start)) / 60
+            state = run(step, left, output, verdicts, slack)
             if state != "broken" or not step.name.startswith(TESTS):
                 break
         progress.note(step.name, "failed" if state == "broken" else state, shut)

@@ -273,6 +273,47 @@ def test_tests_of_some_gates_alone(project: Path) -> None:
     assert set(noted(project)) == {"test_faulty[dtype1]", "test_backward"}
 
 
+EXPECTED = """
+import pytest
+
+@pytest.mark.xfail
+def test_fails():
+    assert False
+
+@pytest.mark.xfail(run=False)
+def test_is_not_run():
+    pass
+
+@pytest.mark.xfail(strict=True)
+def test_passes_against_expectation():
+    pass
+
+@pytest.mark.xfail(raises=ValueError)
+def test_fails_otherwise():
+    raise TypeError
+
+@pytest.mark.xfail
+def test_passes():
+    pass
+"""
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["alone", "workers"])
+def test_expected_failures_prove_nothing(workers: tuple[str, ...], project: Path) -> None:
+    """One that is expected to fail, and does, or isn't run, opens no gate; one that breaks its promise closes one."""
+    (project / "test_op.py").write_text(EXPECTED)
+    process = start(project, *workers)
+    process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert noted(project) == {
+        "test_fails": gates.SKIPPED,
+        "test_is_not_run": gates.SKIPPED,
+        "test_passes_against_expectation": FAILED,
+        "test_fails_otherwise": FAILED,
+        "test_passes": PASSED,
+    }
+
+
 @pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["alone", "workers"])
 def test_killed_at_any_moment_what_passed_is_kept(workers: tuple[str, ...], project: Path) -> None:
     """Ended by force in the middle, twice: none that was noted runs again. A worker may have run what it was given."""

@@ -6,6 +6,7 @@ import argparse
 import ast
 import json
 import os
+import random
 import re
 import shlex
 import signal
@@ -102,17 +103,38 @@ def started(output: Path, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command(output, *more), env=environment, stdout=subprocess.PIPE, text=True)
 
 
+def way(record: dict[str, Any]) -> tuple[str, str]:
+    return record["workload"], record["candidate"]
+
+
+def count(file: Path, event: str) -> int:
+    return sum(line["event"] == event for line in first.lines(file))
+
+
 def test_killed_at_any_second_it_goes_on(tmp_path: Path) -> None:
-    """On a CPU at tiny sizes: gates, rates and whole models; killed in the middle."""
+    """On a CPU at tiny sizes: gates, rates and whole models; killed at moments drawn at random, by force or not."""
     sections = ["--sections", "gates", "rates", "forwards"]
-    for least in (20,):
+    chance, file, before = random.Random(0), tmp_path / "first.jsonl", []
+    kills = (
+        ("step", 0, 3.0, 9),
+        ("step", 3, 0.5, 9),
+        ("step", 20, 0.5, 15),
+        ("record", 4, 0.3, 9),
+        ("record", 7, 0, 9),
+    )
+    for event, least, seconds, number in kills:
         run = started(tmp_path, *sections)
-        while run.poll() is None and len(first.lines(tmp_path / "first.jsonl")) < least:
+        while run.poll() is None and count(file, event) < least:
             time.sleep(0.02)
-        run.send_signal(signal.SIGTERM)
-        run.wait(60)
-        assert (tmp_path / "out" / archive.MEASURED).is_file()
-    before = first.lines(tmp_path / "first.jsonl")
+        time.sleep(chance.uniform(0, seconds))
+        run.send_signal(number)
+        run.communicate(timeout=60)
+        found = first.lines(file)
+        assert found[: len(before)] == before
+        before = found
+        if number == signal.SIGTERM:
+            assert (tmp_path / "out" / archive.MEASURED).is_file()
+    assert ("forwards", "squad b2") in {(line["section"], line["step"]) for line in before if line["event"] == "step"}
     said = started(tmp_path, *sections).communicate(timeout=300)[0]
     found = first.lines(tmp_path / "first.jsonl")
     assert found[: len(before)] == before
@@ -125,7 +147,7 @@ def test_killed_at_any_second_it_goes_on(tmp_path: Path) -> None:
     assert {f"{name}.bfloat16" for name in FORWARD} == set(verdicts)
     (file,) = tmp_path.glob("*/20*.json")
     kept = records.load(file)
-    logged = [line["record"] for line in found if line["event"] == "record"]
+    logged = list({way(line["record"]): line["record"] for line in found if line["event"] == "record"}.values())
     told = {r["gates"] for r in logged if r["candidate"] == "fused"}
     assert told == {"not run: model.bfloat16"}  # and judged again once that was known
     assert [{**a, "gates": b["gates"]} for a, b in zip(logged, kept, strict=True)] == kept
@@ -228,7 +250,7 @@ def dry(tmp_path: Path, *command: str, options: tuple[str, ...] = ("--small",), 
 @pytest.mark.slow
 def test_the_first_call_as_on_a_gpu(tmp_path: Path) -> None:
     """All sections, as on a device: what a call there could trip over in Python, it trips over here."""
-    said = dry(tmp_path, "benchmarks/first.py", "--dry", "--slack", "20", "--output", str(tmp_path))
+    said = dry(tmp_path, "benchmarks/first.py", "--dry", "--slack", "20", "--minutes", "60", "--output", str(tmp_path))
     assert ", 0 not right" in said
     (file,) = tmp_path.glob("no-gpu-dry/20*.json")
     kept = records.load(file)
@@ -273,23 +295,24 @@ def test_every_test_for_a_gpu_as_on_one(tmp_path: Path) -> None:
     assert "failed" not in said.splitlines()[-1]
 
 
-# Steps that torch.compile takes part in have no device to compile for.
-COMPILED = ("compiled", "compiled latency", "compiled training", "max-autotune", "cold")
-
-
-def steps_to_time() -> list[str]:
+def steps_of_the_suite() -> list[str]:
     from benchmarks import suite
 
-    steps = [step.name for step in suite.ON_A_GPU]
-    return [name for name in steps if not name.startswith(suite.TESTS) and name not in COMPILED]
+    return [step.name for step in suite.ON_A_GPU]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", steps_to_time())
+@pytest.mark.parametrize("step", steps_of_the_suite())
 def test_every_step_as_on_a_gpu(step: str, tmp_path: Path) -> None:
-    dry(tmp_path, "benchmarks/suite.py", "--only", step, "--minutes", "10", "--output", str(tmp_path))
+    """Through the suite, by its own command; of tests a few, what searches for as long as it may for a minute."""
+    searches = step.startswith(("tune", "variants")) and step != "tuned"
+    time_limits = ["--minutes", "2"] if searches else ["--minutes", "60", "--slack", "20"]
+    few = {"PYTEST_ADDOPTS": "-k 'layer_norm or graphs'"} if step.startswith("tests: ") else {}
+    dry(tmp_path, "benchmarks/suite.py", "--only", step, *time_limits, "--output", str(tmp_path), **few)
     with tarfile.open(tmp_path / "out" / archive.MEASURED) as packed:
         names = packed.getnames()
+    progress = json.loads((tmp_path / "progress.json").read_text())["steps"]
+    assert progress[step] in ("done", "left out")
     assert "progress.json" in names
     for file in tmp_path.glob("no-gpu-dry/20*.json"):
         broken = [r for r in records.load(file) if r["status"].startswith(("ERROR", "FAILED"))]
