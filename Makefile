@@ -8,10 +8,11 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all coverage mutants hf-suite compat clients lint gpu bench clean
+.PHONY: help demo quick test test-all coverage mutants hf-suite compat clients lint gpu bench clean
 
 help:
 	@echo "make demo      verify fused models against stock and time both, on this machine"
+	@echo "make quick     the tests of what has changed, few of each"
 	@echo "make test      the tests"
 	@echo "make test-all  the tests, the slow ones too; DATA=FOLDER: and those that train on SST-2 and WNUT-17, found there"
 	@echo "make hf-suite  Hugging Face's own tests, stock and fused, under three versions of transformers; slow"
@@ -27,8 +28,11 @@ help:
 demo: $(INSTALLED)
 	$(VENV)/bin/python examples/demo.py
 
+quick: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -q -n auto --dist worksteal --quick
+
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -q -n auto --dist loadfile
+	$(VENV)/bin/python -m pytest -q -n auto --dist worksteal
 
 test-all: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -q --slow $(if $(DATA),--data $(DATA))
@@ -43,7 +47,7 @@ clients: $(INSTALLED)
 	$(VENV)/bin/python -m tests.compat.clients $(ARGS)
 
 coverage: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -q -n auto --dist loadfile --cov=fastbert --cov-branch --cov-report=term-missing:skip-covered
+	$(VENV)/bin/python -m pytest -q -n auto --dist worksteal --cov=fastbert --cov-branch --cov-report=term-missing:skip-covered
 
 mutants: $(INSTALLED)
 	$(VENV)/bin/python -m tests.mutations

@@ -185,12 +185,13 @@ def sources(file: Path) -> set[Path]:
         path = wanted.pop()
         if path not in found and path.is_file() and path.relative_to(ROOT).as_posix() not in MACHINERY:
             found.add(path)
-            wanted += _imports(path)
+            wanted += imports(path)
     return found
 
 
 @functools.cache
-def _imports(path: Path) -> tuple[Path, ...]:
+def imports(path: Path) -> tuple[Path, ...]:
+    """The files of this repository that a file imports itself."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     package = ("fastbert", *parts[:-1]) if parts[0] == "kernels" else parts[:-1]  # one level up from it, by a symlink
     return tuple(dict.fromkeys(_targets(ast.parse(path.read_bytes()), package)))

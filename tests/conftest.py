@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests import gates
+from tests import gates, quick
 
 # Before anything imports triton, which reads it once.
 if not torch.cuda.is_available():
@@ -29,6 +30,9 @@ kernel_dtypes = [torch.float32, torch.float16, pytest.param(torch.bfloat16, mark
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--quick", action="store_true", help="run the tests of what has changed, few of each; see quick.py"
+    )
     parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
     parser.addoption("--data", type=Path, metavar="FOLDER", help="run the tests on data sets, too, which lie there")
     gates.add_options(parser)
@@ -46,10 +50,10 @@ def pytest_configure(config: pytest.Config) -> None:
         from hypothesis import HealthCheck, Phase, settings
 
         # The same examples at every run, so that a red test is red again; with --slow others each time, and more.
-        slow = config.getoption("--slow")
+        slow, few = config.getoption("--slow"), config.getoption("--quick")
         settings.register_profile(
             "fastbert",
-            max_examples=200 if slow else 20,
+            max_examples=200 if slow else 4 if few else 20,
             derandomize=not slow,
             phases=set(Phase) if slow else (Phase.explicit, Phase.generate),  # to shrink an example takes minutes
             database=None,
@@ -77,8 +81,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     unwanted = [item for item in items if item.get_closest_marker("slow")] if not config.getoption("--slow") else []
     if config.getoption("--data") is None:
         unwanted += [item for item in items if "data_folder" in getattr(item, "fixturenames", ())]
-    config.hook.pytest_deselected(items=unwanted)
-    items[:] = [item for item in items if item not in unwanted]
+    kept = [item for item in items if item not in unwanted]
+    if config.getoption("--quick"):
+        kept = quick.select(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_cold_in_a_quick_run(request: pytest.FixtureRequest) -> Iterator[None]:
+    with quick.nothing_cold() if request.config.getoption("--quick") else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -458,29 +458,32 @@ def copied(tmp_path: Path) -> Path:
     return tmp_path
 
 
+COMMITS = """
+import os
+from pathlib import Path
+from fastbert.cli.machine import commit
+
+print(by_sources := commit())
+os.environ["FASTBERT_COMMIT"] = "abc1234"
+print(commit())
+del os.environ["FASTBERT_COMMIT"]
+Path("benchmarks/commit.txt").write_text(f"def5678 {by_sources.rpartition('-')[2]}\\n")
+print(commit())
+with Path("kernels/linear.py").open("a") as file:
+    file.write("# edited since\\n")
+print(commit())
+"""
+
+
 def test_records_carry_the_commit_where_git_does_not_travel(tmp_path: Path) -> None:
     tree = copied(tmp_path)
-    code = "from fastbert.cli.machine import commit; print(commit())"
-
-    def commit(**variables: str) -> str:
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(tree),
-            "GIT_CEILING_DIRECTORIES": str(tmp_path.parent),
-        } | variables
-        environment = {name: value for name, value in environment.items() if value}
-        return subprocess.run(
-            [sys.executable, "-c", code], cwd=tree, env=environment, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    by_sources = commit(FASTBERT_COMMIT="")
+    environment = {**os.environ, "PYTHONPATH": str(tree), "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+    environment.pop("FASTBERT_COMMIT", None)
+    command = [sys.executable, "-c", COMMITS]
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=True)
+    by_sources, *others = done.stdout.split()
     assert re.fullmatch(r"v[\d.]+-[0-9a-f]{12}", by_sources)
-    assert commit(FASTBERT_COMMIT="abc1234") == "abc1234"
-    (tree / "benchmarks" / "commit.txt").write_text(f"def5678 {by_sources.rpartition('-')[2]}\n")
-    assert commit(FASTBERT_COMMIT="") == "def5678"
-    with (tree / "kernels" / "linear.py").open("a") as file:
-        file.write("# edited since\n")
-    assert commit(FASTBERT_COMMIT="") == "def5678-dirty"
+    assert others == ["abc1234", "def5678", "def5678-dirty"]
 
 
 def test_the_commit_is_noted_for_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -379,11 +379,11 @@ def _linear(arch: str, full: bool) -> Iterator[Spec]:
             yield spec(torch.bfloat16, 1024, 1024, op, config=config)
         for op in ("gelu_pre", "add", "qkv"):
             yield spec(torch.bfloat16, 1024, 1024, op, config=UNALIGNED)
-        for config, op in itertools.product(candidates, ("qkv", "gelu_pre", "add")):
+        for config, op in zip(candidates, itertools.cycle(("gelu_pre", "qkv", "add")), strict=False):
             yield spec(torch.bfloat16, 1024, 1024, op, config=config)
-        for op in ops:  # an n on either side of where the tile may change
-            yield spec(torch.bfloat16, 1024, 1024, op)
-            yield spec(torch.float16, 4096, 1024, op)
+        for number, op in enumerate(ops):  # an n on either side of where the tile may change, or one where it doesn't
+            found = spec(torch.bfloat16, 1024, 1024, op), spec(torch.float16, 4096, 1024, op)
+            yield from found if found[0].config != found[1].config else found[number % 2 :][:1]
         for dtype, precision in precisions:
             yield spec(dtype, 100, 70, "gelu", precision)
             yield spec(dtype, 1024, 1040, "add", precision)

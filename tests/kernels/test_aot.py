@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -19,6 +20,7 @@ ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 FP8 = ("sm_89", "sm_90", "sm_100")
 
 
+@functools.cache
 def run_module(name: str, *options: str) -> list[dict[str, Any]]:
     """The JSON lines that a module prints, run in a process of its own: this one may be interpreting kernels."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -37,11 +39,6 @@ def compile_all(*options: str) -> list[dict[str, Any]]:
     return run_module("tests.kernels.aot", *options)
 
 
-@pytest.fixture(scope="module")
-def rows() -> list[dict[str, Any]]:
-    return compile_all()
-
-
 def assert_clean(rows: list[dict[str, Any]]) -> None:
     bad = [
         f"{row['arch']} {row['op']} {row['variant']} {row['dtype']}: {'; '.join(row['violations'])}"
@@ -51,29 +48,28 @@ def assert_clean(rows: list[dict[str, Any]]) -> None:
     assert not bad, "\n".join(bad)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_compiles_without_spills_within_shared_memory(rows: list[dict[str, Any]], arch: str) -> None:
-    chosen = [row for row in rows if row["arch"] == arch]
-    expected = {"fp32", "fp16", "bf16"} | ({"fp8e4nv"} if arch in FP8 else set())
-    expected |= {"integer"} if arch != "sm_89" else set()  # which is compiled for 8 bits alone
-    assert {row["dtype"] for row in chosen} == expected
-    assert_clean(chosen)
+def test_compiles_without_spills_within_shared_memory() -> None:
+    """Every kernel, in every dtype. One is a function launched over a grid, `run(name, grid, ...)`; its file is its op.
 
-
-def test_every_kernel_is_among_them(rows: list[dict[str, Any]]) -> None:
-    """A kernel is a function launched over a grid, `run(name, grid, ...)`; its file is the op it goes by.
-
-    8-bit numbers are for the architectures that have them, and of those sm_89 is compiled for them alone.
+    8-bit numbers are for the architectures that have them, and of those sm_89 is compiled for them alone. One test, as
+    processes of its own share the work out.
     """
+    rows = compile_all()
     files = {
         path.stem for path in (ROOT / "kernels").glob("*.py") if re.search(r"\brun\(\w+_kernel,", path.read_text())
     }
     fp8 = {file for file in files if file.endswith("_fp8")}
     assert fp8
     fp8.add("attention_fp8")  # of attention's own kernel
+    assert {row["arch"] for row in rows} == {*ARCHITECTURES}
     for arch in ARCHITECTURES:
-        expected = (fp8 if arch in FP8 else set()) | (files - fp8 if arch != "sm_89" else set())
-        assert {row["op"] for row in rows if row["arch"] == arch} == expected
+        chosen = [row for row in rows if row["arch"] == arch]
+        dtypes = {"fp32", "fp16", "bf16"} | ({"fp8e4nv"} if arch in FP8 else set())
+        dtypes |= {"integer"} if arch != "sm_89" else set()
+        assert {row["dtype"] for row in chosen} == dtypes, arch
+        ops = (fp8 if arch in FP8 else set()) | (files - fp8 if arch != "sm_89" else set())
+        assert {row["op"] for row in chosen} == ops, arch
+    assert_clean(rows)
 
 
 PTX = """
