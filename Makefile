@@ -66,7 +66,7 @@ gpu:
 
 # The stamp is written last, so that an install that broke off is taken up again. torch comes first and by its exact
 # version: asked for by a range, pip takes the newest, with gigabytes of CUDA packages this environment doesn't test.
-$(INSTALLED): setup.py constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "fastbert needs Python 3.10 or newer and '$(PYTHON)' is not it; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \

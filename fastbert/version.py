@@ -1,6 +1,6 @@
 """What the distribution is called, its version, and the versions of others it is tried under.
 
-Nothing is imported from the package here, nor from outside the standard library: setup.py runs this file by itself.
+Nothing is imported from the package here, nor from outside the standard library: the build reads this file by itself.
 """
 
 from __future__ import annotations
@@ -45,5 +45,5 @@ def warn_of_newer(package: str, version: str) -> None:
 
 
 def install(extra: str) -> str:
-    """The command that installs what an extra of setup.py names."""
+    """The command that installs what an extra of pyproject.toml names."""
     return f"pip install '{DISTRIBUTION}[{extra}]'"
