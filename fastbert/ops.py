@@ -1,4 +1,4 @@
-"""torch.library operators `fastbert::*` over the kernels: CUDA and ROCm tensors run Triton, CPU tensors the reference.
+"""torch.library operators `fastbert::*` over the kernels: CUDA and ROCm tensors run Triton, CPU tensors `cpu`.
 
 Every operator has the signature and the result of the function of its name in `fastbert.kernels.reference` (in 8 bits:
 `reference_fp8`), where shapes and dtypes are documented. Here: schemas, backends, shapes under fake tensors, and what
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import tuned
-from .kernels import reference, reference_fp8
+from .kernels import cpu
 
 _QKV = "Tensor q_weight, Tensor? q_bias, Tensor k_weight, Tensor? k_bias, Tensor v_weight, Tensor? v_bias"
 _SEQUENCES = "Tensor? cu_seqlens, Tensor? key_mask, SymInt max_seqlen, float scale"
@@ -120,9 +120,7 @@ def _refuse_gradients(name: str, args: Sequence[Any]) -> None:
         )
 
 
-CPU_BACKEND: dict[str, Callable[..., Any]] = {
-    name: getattr(reference_fp8 if name.endswith("_fp8") else reference, name) for name in _OPERATORS
-}
+CPU_BACKEND: dict[str, Callable[..., Any]] = {name: getattr(cpu, name) for name in _OPERATORS}
 """What runs on CPU tensors, by operator. Tests put the Triton kernels here, to run models through the interpreter."""
 
 

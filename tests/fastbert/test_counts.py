@@ -15,7 +15,7 @@ from transformers.models.bert import modeling_bert as hf
 import fastbert
 from fastbert import ops
 from fastbert.cli import cases, counts
-from fastbert.kernels import reference
+from fastbert.kernels import cpu
 from tests import models
 from tests.fastbert.test_ops import arguments
 
@@ -174,7 +174,7 @@ class Calls(TorchDispatchMode):
 def test_an_encoder_costs_what_it_calls(
     train: bool, dtype: torch.dtype, dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference, "_has_native_matmul", lambda dtype: True)  # products in `dtype` wherever this runs
+    monkeypatch.setattr(cpu, "_has_native_matmul", lambda dtype: True)  # products in `dtype` wherever this runs
     rates = {"attention_probs_dropout_prob": dropout, "hidden_dropout_prob": dropout}
     model = fastbert.fuse(models.seeded(**rates).to(dtype)).train(train)
     mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()

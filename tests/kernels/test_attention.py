@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.kernels import attention as kernel
-from fastbert.kernels import launch, reference
+from fastbert.kernels import cpu, launch, reference
 from fastbert.numerics import assert_within_policy, relative_error
 from tests.conftest import kernel_dtypes
 from tests.kernels.philox import keep
@@ -223,7 +224,8 @@ def test_what_would_give_a_wrong_number_is_refused(
 
 
 @pytest.mark.parametrize("kind", [None, "holes", "all-masked row"])
-def test_reference_dense_is_the_formula(kind: str | None) -> None:
+@pytest.mark.parametrize("module", [reference, cpu], ids=["reference", "cpu"])
+def test_twins_dense_are_the_formula(module: Any, kind: str | None) -> None:
     batch, length, scale = 3, 37, 0.3
     q, k, v = make_qkv(batch * length, 2, 16, torch.float64, "cpu")
     mask = None if kind is None else make_mask(kind, batch, length, "cpu")
@@ -232,18 +234,19 @@ def test_reference_dense_is_the_formula(kind: str | None) -> None:
     weights = weights[:, None, None, :] * (scores - scores.amax(-1, keepdim=True)).exp()
     weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-300)
     expected = torch.einsum("bhij,bjhd->bihd", weights, v.unflatten(0, (batch, length))).flatten(0, 1)
-    actual = reference.attention(q, k, v, None, mask, length, scale)
+    actual = module.attention(q, k, v, None, mask, length, scale)
     assert relative_error(actual, expected) < 1e-14
 
 
-def test_reference_packed_is_each_sequence_alone() -> None:
+@pytest.mark.parametrize("module", [reference, cpu], ids=["reference", "cpu"])
+def test_twins_packed_are_each_sequence_alone(module: Any) -> None:
     lengths = [5, 0, 37, 1]
     q, k, v = make_qkv(43, 2, 16, torch.float64, "cpu")
-    actual = reference.attention(q, k, v, cumulative(lengths, "cpu"), None, 37, 0.3)
+    actual = module.attention(q, k, v, cumulative(lengths, "cpu"), None, 37, 0.3)
     start = 0
     for length in lengths:
         views = [t[start : start + length] for t in (q, k, v)]
-        expected = reference.attention(*views, None, None, length, 0.3)
+        expected = module.attention(*views, None, None, length, 0.3)
         assert relative_error(actual[start : start + length], expected) < 1e-14
         start += length
 
@@ -262,6 +265,7 @@ def test_tiles_are_all_rows_the_longest_sequences_first(lengths: list[int], devi
     cu_seqlens, rows = cumulative(lengths, device), sum(lengths)
     tiles = kernel.attention_tiles(cu_seqlens, rows)
     assert torch.equal(tiles, reference.attention_tiles(cu_seqlens, rows))
+    assert torch.equal(tiles, cpu.attention_tiles(cu_seqlens, rows))
     expected = [
         [sum(lengths[:i]), lengths[i], start, i]
         for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
