@@ -72,7 +72,7 @@ def install(arch: str, compiles: bool, listed: str | None, layers: int | None, s
     from benchmarks import stub
     from fastbert import numerics, ops
     from fastbert.cli import bench, cases, counts
-    from fastbert.kernels import reference, reference_fp8
+    from fastbert.kernels import cpu
 
     cuda, base = torch.device("cuda", 0), torch._C.TensorBase
     plain_device = base.device.__get__  # type: ignore[attr-defined]
@@ -519,7 +519,7 @@ def install(arch: str, compiles: bool, listed: str | None, layers: int | None, s
     jit.JITFunction._do_compile = listing
 
     def launched(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
-        twin = getattr(reference_fp8 if name.endswith("_fp8") else reference, name)
+        twin = getattr(cpu, name)
 
         @functools.wraps(kernel)
         def call(*args: Any, **more: Any) -> Any:
@@ -553,7 +553,7 @@ def install(arch: str, compiles: bool, listed: str | None, layers: int | None, s
 
     for name, (file, _) in ops._OPERATORS.items():
         module = importlib.import_module(f"fastbert.kernels.{file}")
-        kernel, twin = launched(name, getattr(module, name)), stub_backend(reference_fp8, reference, name)
+        kernel, twin = launched(name, getattr(module, name)), getattr(cpu, name)
         setattr(module, name, kernel)
 
         def backend(*args: Any, kernel: Any = kernel, twin: Any = twin) -> Any:
@@ -562,11 +562,6 @@ def install(arch: str, compiles: bool, listed: str | None, layers: int | None, s
 
         ops.CPU_BACKEND[name] = backend
     ops._kernel.cache_clear()
-
-
-def stub_backend(fp8: Any, reference: Any, name: str) -> Any:
-    """What runs an operator for tensors of a CPU."""
-    return getattr(fp8 if name.endswith("_fp8") else reference, name)
 
 
 def append_specialization(file: Path, kernel: Any, signature: Any, constants: Any, options: Any, attrs: Any) -> None:

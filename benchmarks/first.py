@@ -286,7 +286,7 @@ def cases(shape: dict[str, int], rows: int, device: Any, train: bool) -> Iterato
 
     from fastbert import ops
     from fastbert.cli.problems import EPS, Sizes, lengths_of, problems
-    from fastbert.kernels import launch, reference
+    from fastbert.kernels import cpu, launch
     from fastbert.runtime.packing import pack_mask
 
     h, i, words = shape["hidden_size"], shape["intermediate_size"], 30522
@@ -319,7 +319,7 @@ def cases(shape: dict[str, int], rows: int, device: Any, train: bool) -> Iterato
         return normal(rows, *qkv[2:]), given[0], *found, *given[1:]
 
     def attend(qkv: Any, *rest: Any) -> Any:
-        return reference.attention(*qkv.unbind(1), *rest[:4])
+        return cpu.attention(*qkv.unbind(1), *rest[:4])
 
     found: set[str] = set()
     for problem in problems(sizes, dtype, launch.architecture(device), train):
@@ -330,12 +330,12 @@ def cases(shape: dict[str, int], rows: int, device: Any, train: bool) -> Iterato
             arguments = attended if back else functools.partial(problem.arguments, rows, device)
             yield Case(name, problem.function, arguments, problem.peer)
     if not train:
-        tables = reference.embedding_layer_norm
-        yield Case("tiles", "attention_tiles", lambda: (starts(), rows), reference.attention_tiles)
+        tables = cpu.embedding_layer_norm
+        yield Case("tiles", "attention_tiles", lambda: (starts(), rows), cpu.attention_tiles)
         yield Case("embeddings", "embedding_layer_norm", lambda: (*ids(), normal(h), EPS, 0, -1), tables)
-        yield Case("mask", "mask_layout", lambda: (mask(), None), reference.mask_layout)
-        yield Case("packing", "pack", lambda: moved(False), reference.pack)
-        yield Case("unpacking", "unpack", lambda: moved(True), reference.unpack)
+        yield Case("mask", "mask_layout", lambda: (mask(), None), cpu.mask_layout)
+        yield Case("packing", "pack", lambda: moved(False), cpu.pack)
+        yield Case("unpacking", "unpack", lambda: moved(True), cpu.unpack)
         return
 
     def plain(n: int, k: int) -> tuple[Any, ...]:
@@ -344,14 +344,14 @@ def cases(shape: dict[str, int], rows: int, device: Any, train: bool) -> Iterato
     def added() -> tuple[Any, ...]:
         return normal(rows, h), normal(rows, h), normal(h), normal(h), EPS, 0.0, None
 
-    feed_forward = reference.feed_forward
+    feed_forward = cpu.feed_forward
     yield Case("linear", "linear", lambda: (normal(rows, h), *plain(h, h)), F.linear)
-    yield Case("added LayerNorm", "add_layer_norm", added, reference.add_layer_norm)
+    yield Case("added LayerNorm", "add_layer_norm", added, cpu.add_layer_norm)
     yield Case(
         "feed-forward", "feed_forward", lambda: (normal(rows, h), *plain(i, h), *plain(h, i), "none"), feed_forward
     )
     yield Case("attention", "attention_forward", lambda: (normal(*qkv), *sequences(), 0.0, None), attend, 1)
-    back = reference.embedding_layer_norm_backward
+    back = cpu.embedding_layer_norm_backward
     yield Case("embeddings, backward", back.__name__, lambda: (normal(rows, h), *ids(), EPS), back)
     if rows <= 2048:  # of labelled tokens there are few
 
@@ -362,7 +362,7 @@ def cases(shape: dict[str, int], rows: int, device: Any, train: bool) -> Iterato
             given = labelled()
             return torch.rand(rows, device=device), *given, ops.linear_cross_entropy(*given)[1]
 
-        loss, back = reference.linear_cross_entropy, reference.linear_cross_entropy_backward
+        loss, back = cpu.linear_cross_entropy, cpu.linear_cross_entropy_backward
         yield Case("loss", loss.__name__, labelled, loss)
         yield Case("loss, backward", back.__name__, labelled_backward, back)
 
@@ -394,7 +394,7 @@ def judge(case: Case) -> None:
             if each[0].is_floating_point():
                 numerics.assert_within_policy(*each, f"result {i}")
             elif not torch.equal(each[0], each[1]):
-                raise AssertionError(f"result {i} is not that of the reference")
+                raise AssertionError(f"result {i} is not that of the CPU backend")
 
 
 def gate_of(operation: str, train: bool) -> str:

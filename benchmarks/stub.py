@@ -34,7 +34,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fastbert import ops
-from fastbert.kernels import compiled, reference
+from fastbert.kernels import compiled, cpu
 from fastbert.runtime import encoder, packing
 
 MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 142, "sm_90": 132, "sm_100": 148, "sm_103": 160, "sm_120": 170}
@@ -162,7 +162,7 @@ def _kernels() -> list[Any]:
 
 def _mask_layout(mask: torch.Tensor, labels: torch.Tensor | None) -> Any:
     ops._kernel("mask_layout")(mask, labels)
-    return reference.mask_layout(mask, labels)
+    return cpu.mask_layout(mask, labels)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""torch.library operators `fastbert::*` over the kernels: CUDA and ROCm tensors run Triton, CPU tensors the reference.
+"""torch.library operators `fastbert::*` over the kernels: CUDA and ROCm tensors run Triton, CPU tensors `cpu`.
 
 Every operator has the signature and the result of the function of its name in `fastbert.kernels.reference` (in 8 bits:
 `reference_fp8`), where shapes and dtypes are documented. Here: schemas, backends, shapes under fake tensors, and what
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import tuned
-from .kernels import reference, reference_fp8
+from .kernels import cpu
 
 _QKV = "Tensor q_weight, Tensor? q_bias, Tensor k_weight, Tensor? k_bias, Tensor v_weight, Tensor? v_bias"
 _SEQUENCES = "Tensor? cu_seqlens, Tensor? key_mask, SymInt max_seqlen, float scale"
@@ -76,12 +76,11 @@ _OPERATORS = {
     ),
     "attention_forward": (
         "attention",
-        f"(Tensor qkv, {_SEQUENCES}, {_DROPOUT}, Tensor? tiles=None, Tensor? bias=None) -> (Tensor, Tensor)",
+        f"(Tensor qkv, {_SEQUENCES}, {_DROPOUT}, Tensor? tiles=None) -> (Tensor, Tensor)",
     ),
     "attention_backward": (
         "attention",
-        f"(Tensor grad, Tensor qkv, Tensor out, Tensor stats, {_SEQUENCES}, {_DROPOUT}, Tensor? tiles=None, "
-        "Tensor? bias=None, bool bias_grad=True) -> (Tensor, Tensor)",
+        f"(Tensor grad, Tensor qkv, Tensor out, Tensor stats, {_SEQUENCES}, {_DROPOUT}, Tensor? tiles=None) -> Tensor",
     ),
     "add_layer_norm_backward": (
         "layer_norm",
@@ -121,9 +120,7 @@ def _refuse_gradients(name: str, args: Sequence[Any]) -> None:
         )
 
 
-CPU_BACKEND: dict[str, Callable[..., Any]] = {
-    name: getattr(reference_fp8 if name.endswith("_fp8") else reference, name) for name in _OPERATORS
-}
+CPU_BACKEND: dict[str, Callable[..., Any]] = {name: getattr(cpu, name) for name in _OPERATORS}
 """What runs on CPU tensors, by operator. Tests put the Triton kernels here, to run models through the interpreter."""
 
 
@@ -206,25 +203,6 @@ def _add_layer_norm_gradients(grad: Tensor, x: Tensor, residual: Tensor, weight:
     return dx, _like(residual, *x.shape), _like(weight, *weight.shape), _like(weight, *weight.shape)
 
 
-def _attention_gradients(
-    grad: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    stats: Tensor,
-    cu_seqlens: Tensor | None,
-    key_mask: Tensor | None,
-    max_seqlen: int,
-    scale: float,
-    dropout: float,
-    seed: Tensor | None,
-    tiles: Tensor | None = None,
-    bias: Tensor | None = None,
-    bias_grad: bool = True,
-) -> tuple[Tensor, Tensor]:
-    dbias = _like(stats, 0) if bias is None or not bias_grad else _like(bias, *bias.shape)
-    return _like(qkv, *qkv.shape), dbias
-
-
 _SHAPES: dict[str, Callable[..., Any]] = {
     "linear": lambda x, weight, bias: _like(x, x.shape[0], weight.shape[0]),
     "linear_gelu": lambda x, weight, bias, approximate: _like(x, x.shape[0], weight.shape[0]),
@@ -244,7 +222,7 @@ _SHAPES: dict[str, Callable[..., Any]] = {
         _like(qkv, qkv.shape[0], *qkv.shape[2:]),
         _wide(qkv, 2 if qkv.dtype.itemsize > 2 else 1, qkv.shape[2], qkv.shape[0]),
     ),
-    "attention_backward": _attention_gradients,
+    "attention_backward": lambda grad, qkv, *rest: _like(qkv, *qkv.shape),
     "attention_tiles": lambda cu_seqlens, rows: _like(cu_seqlens, rows // 128 + cu_seqlens.shape[0] - 1, 4),
     "layer_norm": lambda x, *rest: _like(x, *x.shape),
     "add_layer_norm": lambda x, residual, *rest: _like(residual, *x.shape),
@@ -322,7 +300,7 @@ qkv_linear: Callable[..., Tensor] = _callable("qkv_linear")
 feed_forward: Callable[..., tuple[Tensor, Tensor]] = _callable("feed_forward")
 attention: Callable[..., Tensor] = _callable("attention")
 attention_forward: Callable[..., tuple[Tensor, Tensor]] = _callable("attention_forward")
-attention_backward: Callable[..., tuple[Tensor, Tensor]] = _callable("attention_backward")
+attention_backward: Callable[..., Tensor] = _callable("attention_backward")
 attention_tiles: Callable[..., Tensor] = _callable("attention_tiles")
 layer_norm: Callable[..., Tensor] = _callable("layer_norm")
 add_layer_norm: Callable[..., Tensor] = _callable("add_layer_norm")

@@ -1,92 +1,51 @@
-"""A plain-PyTorch twin of every kernel: the same signature, the same result.
+"""The oracle: every operator in plain PyTorch, nothing tuned, on any device. On float64 tensors it gives the truth.
 
-It is two things at once: the oracle (called on float64 tensors it gives the truth) and the CPU backend (written to be
-fast there: no padding, in-place epilogues, one attention call per sequence). Matrix products in 16-bit dtypes run in
-float32 on processors without native instructions for them, where PyTorch's own are several times slower.
+A function has the signature and the result of the kernel of its name, and of its twin in `cpu`. All is computed in
+float32 or better and rounded once, to the dtype of the result; weights of another dtype than x are rounded to that of x
+first. A backward is PyTorch's own autograd through the forward of its name.
 
-Dropout is the one thing in which a twin differs from its kernel: both drop each element with the same probability, by
-the same seed and the same again in the backward, but this file draws from torch's CPU generator and a kernel from
-Philox, so they drop different ones.
+Dropout is the one thing in which the three differ: each drops elements with the same probability, by the same seed and
+the same again in the backward, but this file and `cpu` draw from a generator of torch's and a kernel from Philox.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-@functools.cache
-def _has_native_matmul(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies matrices of `dtype` by instructions this CPU has for it.
-
-    Both are asked: oneDNN takes 16 bits on CPUs that have to convert them, and may be told to leave instructions alone.
-    """
-    if dtype.itemsize != 2:
-        return True
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.bfloat16:
-        has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return has and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.cpu._is_amx_fp16_supported() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
-
-
-def _matmul_dtype(x: Tensor) -> torch.dtype:
-    return x.dtype if x.device.type != "cpu" or _has_native_matmul(x.dtype) else torch.float32
-
-
-@functools.cache
-def _has_fused_epilogues(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's products with an epilogue are here and worth it: in 16 bits, where passes over memory count."""
-    return dtype.itemsize == 2 and _has_native_matmul(dtype)
-
-
-def _fuses_epilogue(x: Tensor, weight: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == weight.dtype and x.numel() > 0 and _has_fused_epilogues(x.dtype)
+def _wide(*tensors: Tensor) -> torch.dtype:
+    """The dtype that sums of these are taken in: float32, or float64 where one of them is."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x @ weight.T + bias` in the dtype matrix products run in: a new tensor, for an epilogue to change in place."""
-    dtype = _matmul_dtype(x)
-    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    """`x @ weight.T + bias`, not yet rounded."""
+    dtype = _wide(x)
+    return F.linear(x.to(dtype), weight.to(x.dtype).to(dtype), None if bias is None else bias.to(x.dtype).to(dtype))
 
 
-def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """`a @ b`, (M, K) and (K, N) of one dtype, accumulated in float32 or better and rounded to `dtype` -> (M, N)."""
-    if a.is_cuda and a.dtype.itemsize == 2 and dtype == torch.float32:
-        return torch.mm(a, b, out_dtype=dtype)  # from the accumulator at once
-    inner = _matmul_dtype(a)
-    return torch.mm(a.to(inner), b.to(inner)).to(dtype)
+def _gradients(function: Callable[..., Tensor], grad: Tensor, *inputs: Tensor) -> list[Tensor]:
+    """What autograd says of a function of `inputs` widened, by `grad`; not yet rounded."""
+    with torch.enable_grad():
+        leaves = [t.detach().to(_wide(*inputs)).requires_grad_() for t in inputs]
+        out = function(*leaves)
+        return list(torch.autograd.grad(out, leaves, grad.to(out.dtype)))
 
 
-def _keep(shape: tuple[int, ...], dropout: float, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """What dropout multiplies with: 0 with probability `dropout`, to 16 bits, else 1 / (1 - dropout).
-
-    Four elements share the 64 bits of a draw: several times as fast as torch's own draws from a Bernoulli distribution.
-    """
-    count = math.prod(shape)
-    draws = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
-    # As signed integers, of which 2**15 would not be one.
-    kept = draws.view(torch.int16)[:count].view(shape) >= min(round(dropout * 2**16), 2**16 - 1) - 2**15
-    return kept.to(dtype).mul_(0.0 if dropout == 1 else 1 / (1 - dropout))
-
-
-def _generator(seed: Tensor | None) -> torch.Generator:
-    return torch.Generator().manual_seed(0 if seed is None else int(seed))
+def _dropped(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
+    if not dropout or seed is None:
+        return x
+    draws = torch.rand(x.shape, generator=torch.Generator().manual_seed(int(seed)), dtype=torch.float64)
+    return torch.where(draws.to(x.device) < dropout, 0.0, x / max(1 - dropout, 1e-30))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x @ weight.T + bias`: x (T, K), weight (N, K), bias (N,) or None -> (T, N).
-
-    Here and in all that follows, weights of another dtype are rounded to that of x, which is that of the result; not
-    where products of that dtype run in float32.
-    """
+    """`x @ weight.T + bias`: x (T, K), weight (N, K), bias (N,) or None -> (T, N)."""
     return _affine(x, weight, bias).to(x.dtype)
 
 
@@ -95,19 +54,12 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str
 
     `approximate` is "none" (exact, erf) or "tanh", as in torch.nn.functional.gelu.
     """
-    if _fuses_epilogue(x, weight):
-        fused: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], approximate)
-        return fused
-    return torch.ops.aten.gelu_(_affine(x, weight, bias), approximate=approximate).to(x.dtype)
+    return F.gelu(_affine(x, weight, bias), approximate=approximate).to(x.dtype)
 
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     """`x @ weight.T + bias + residual`: x (T, K), weight (N, K), residual (T, N) -> (T, N)."""
-    if _fuses_epilogue(x, weight):
-        fused: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
-        return fused
-    # Added after the product: accumulating onto the residual would round every partial sum to its magnitude.
-    return _affine(x, weight, bias).add_(residual).to(x.dtype)
+    return (_affine(x, weight, bias) + residual).to(x.dtype)
 
 
 def qkv_linear(
@@ -119,17 +71,8 @@ def qkv_linear(
     v_weight: Tensor,
     v_bias: Tensor | None,
 ) -> Tensor:
-    """Query, key and value projections: x (T, K), weights (N, K), biases (N,) or None -> (T, 3, N).
-
-    In memory the three are one after the other; the kernel lays them side by side.
-    """
-    out = x.new_empty(3, x.shape[0], q_weight.shape[0])
-    for each, weight, bias in zip(out, (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias), strict=True):
-        if bias is not None and _matmul_dtype(x) == x.dtype:
-            torch.addmm(bias.to(x.dtype), x, weight.to(x.dtype).t(), out=each)
-        else:
-            each.copy_(_affine(x, weight, bias))
-    return out.transpose(0, 1)
+    """Query, key and value projections: x (T, K), weights (N, K), biases (N,) or None -> (T, 3, N)."""
+    return torch.stack([linear(x, q_weight, q_bias), linear(x, k_weight, k_bias), linear(x, v_weight, v_bias)], 1)
 
 
 def feed_forward(
@@ -140,13 +83,7 @@ def feed_forward(
     Returns:
         gelu(pre) @ weight2.T + bias2, (T, N); and what the backward needs, pre = x @ weight1.T + bias1, (T, I).
     """
-    inner = _affine(x, weight1, bias1)
-    pre = inner.to(x.dtype)
-    # Not in place where `pre` is `inner` itself.
-    act = (
-        F.gelu(inner, approximate=approximate) if pre is inner else torch.ops.aten.gelu_(inner, approximate=approximate)
-    )
-    return _affine(act, weight2, bias2).to(x.dtype), pre
+    return linear(linear_gelu(x, weight1, bias1, approximate), weight2, bias2), linear(x, weight1, bias1)
 
 
 def linear_gelu_backward(grad: Tensor, weight: Tensor, pre: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
@@ -155,9 +92,39 @@ def linear_gelu_backward(grad: Tensor, weight: Tensor, pre: Tensor, approximate:
     Returns:
         (grad @ weight) * gelu'(pre), (T, I); and gelu(pre), (T, I), which the gradient of `weight` is a product with.
     """
-    dact = torch.mm(grad.to(inner := _matmul_dtype(grad)), weight.to(inner))
-    dpre = torch.ops.aten.gelu_backward(dact, pre.to(inner), approximate=approximate)
-    return dpre.to(pre.dtype), F.gelu(pre, approximate=approximate)
+    weight = weight.to(grad.dtype).to(_wide(pre))
+    (dpre,) = _gradients(lambda pre: F.gelu(pre, approximate=approximate) @ weight.t(), grad, pre)
+    return dpre.to(pre.dtype), F.gelu(pre.to(_wide(pre)), approximate=approximate).to(pre.dtype)
+
+
+def _attend(
+    qkv: Sequence[Tensor],
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention, one sequence after the other, not rounded; and the logarithm of the sum of each row, (heads, T)."""
+    q, k, v = qkv
+    rows = q.shape[0]
+    starts = range(0, rows + 1, max(max_seqlen, 1)) if cu_seqlens is None else cu_seqlens.tolist()
+    outs, sums = [q.new_empty(0, *q.shape[1:], dtype=_wide(q))], [q.new_empty(q.shape[1], 0, dtype=_wide(q))]
+    for number, (start, end) in enumerate(itertools.pairwise(starts)):
+        query, key, value = (t[start:end].transpose(0, 1).to(_wide(q)) for t in (q, k, v))  # [heads, S, D]
+        scores = query @ key.transpose(1, 2) * scale
+        places = torch.arange(end - start, device=q.device)
+        if bias is not None:
+            scores = scores + bias.to(q.dtype)[:, bias.shape[1] // 2 + places - places[:, None]]
+        there = torch.ones_like(places, dtype=torch.bool) if key_mask is None else key_mask[number]
+        scores = scores.masked_fill(~there, torch.finfo(scores.dtype).min)
+        # Zero, and not alike for all, where every key is masked.
+        weights = _dropped(scores.softmax(-1) * there, dropout, None if seed is None else seed + number)
+        outs.append((weights @ value).transpose(0, 1))
+        sums.append(scores.logsumexp(-1))
+    return torch.cat(outs), torch.cat(sums, 1)
 
 
 def attention(
@@ -187,26 +154,7 @@ def attention(
     Returns:
         (T, heads, head_dim), contiguous. Rows whose keys are all masked are zero.
     """
-    dtype = _matmul_dtype(q)
-
-    def attend(rows: slice, batch: int, mask: Tensor | None) -> Tensor:
-        # [B, heads, S, D]
-        query, key, value = (t[rows].unflatten(0, (batch, -1)).transpose(1, 2).to(dtype) for t in (q, k, v))
-        added = mask if bias is None else _biased(bias.to(dtype), query.shape[2], mask)
-        result = F.scaled_dot_product_attention(query, key, value, attn_mask=added, scale=scale)
-        if bias is not None and mask is not None:  # without a key it is NaN
-            result = result.where(mask.any(-1, keepdim=True), 0.0)
-        return result.transpose(1, 2).flatten(0, 1).to(q.dtype)  # [B * S, heads, D]
-
-    if cu_seqlens is None and q.shape[0]:
-        mask = None if key_mask is None else key_mask[:, None, None, :]
-        return attend(slice(None), q.shape[0] // max_seqlen, mask).contiguous()
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if cu_seqlens is not None:
-        for start, end in itertools.pairwise(cu_seqlens.tolist()):
-            if end > start:
-                out[start:end] = attend(slice(start, end), 1, None)
-    return out
+    return _attend((q, k, v), cu_seqlens, key_mask, max_seqlen, scale, bias)[0].to(q.dtype)
 
 
 def attention_tiles(cu_seqlens: Tensor, rows: int) -> Tensor:
@@ -220,54 +168,11 @@ def attention_tiles(cu_seqlens: Tensor, rows: int) -> Tensor:
         (T // 128 + B, 4) int32: of each block the first row of its sequence, the length of that, where in it the block
         starts, and the number of the sequence; zeros where there are no more blocks.
     """
-    lengths = cu_seqlens.diff()
-    order = lengths.argsort(descending=True, stable=True)
-    counts = (lengths[order] + 127) // 128
-    ends = counts.cumsum(0)
-    blocks = torch.arange(rows // 128 + len(lengths), device=cu_seqlens.device)
-    rank = torch.searchsorted(ends, blocks, right=True)
-    there = rank < len(lengths)
-    rank = rank.clamp(max=len(lengths) - 1)
-    sequence = order[rank]
-    start = (blocks - (ends - counts)[rank]) * 128
-    tiles = torch.stack([cu_seqlens[sequence], lengths[sequence], start, sequence], 1)
-    return (tiles * there[:, None]).to(torch.int32)
-
-
-def _biased(bias: Tensor, length: int, mask: Tensor | None) -> Tensor:
-    """What is added to the scores of sequences of one length, (1 or B, heads, S, S): -inf where a key is masked."""
-    places = torch.arange(length, device=bias.device)
-    added = bias[:, bias.shape[1] // 2 + places[None, :] - places[:, None]][None]
-    return added if mask is None else added.masked_fill(~mask, float("-inf"))
-
-
-def _sequences(
-    rows: int, cu_seqlens: Tensor | None, key_mask: Tensor | None, max_seqlen: int
-) -> Iterator[tuple[slice, int, Tensor | None]]:
-    """Groups of sequences of one length: (rows of the group, sequences in it, key mask (B, 1, 1, S) or None)."""
-    if cu_seqlens is None:
-        if rows:
-            yield slice(None), rows // max_seqlen, None if key_mask is None else key_mask[:, None, None, :]
-        return
-    for start, end in itertools.pairwise(cu_seqlens.tolist()):
-        if end > start:
-            yield slice(start, end), 1, None
-
-
-def _scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, bias: Tensor | None) -> Tensor:
-    """`scale * query @ key.T`, biased by distance, in float32 or better, -inf where masked: (B, heads, S, S)."""
-    scores = torch.matmul(query, key.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32)).mul_(scale)
-    if bias is not None:
-        scores += _biased(bias, scores.shape[-1], None)
-    return scores if mask is None else scores.masked_fill_(~mask, float("-inf"))
-
-
-def _by_distance(pairs: Tensor) -> Tensor:
-    """Sums over all (i, i + d) of the last two dimensions, (..., S, S), for d from 1 - S to S - 1: (..., 2 S - 1)."""
-    size = pairs.shape[-1]
-    # The last row first; in rows that are one element shorter, each is then one further to the right.
-    wide = F.pad(pairs.flip(-2), (0, size)).flatten(-2)
-    return wide[..., :-size].unflatten(-1, (size, 2 * size - 1)).sum(-2)
+    starts, lengths = cu_seqlens.tolist(), cu_seqlens.diff().tolist()
+    longest_first = sorted(range(len(lengths)), key=lambda b: -lengths[b])
+    tiles = [[starts[b], lengths[b], start, b] for b in longest_first for start in range(0, lengths[b], 128)]
+    tiles += [[0] * 4] * (rows // 128 + len(lengths) - len(tiles))
+    return torch.tensor(tiles, dtype=torch.int32, device=cu_seqlens.device).view(-1, 4)
 
 
 def attention_forward(
@@ -279,7 +184,6 @@ def attention_forward(
     dropout: float,
     seed: Tensor | None,
     tiles: Tensor | None = None,
-    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attention` with dropout of the probabilities, and what its backward needs.
 
@@ -288,48 +192,15 @@ def attention_forward(
         cu_seqlens, key_mask, max_seqlen, scale: as `attention` has them.
         dropout: rate, 0 to 1, at which probabilities are dropped; the others are scaled by 1 / (1 - dropout).
         seed: int64 tensor of one element, which decides the dropped ones; None where `dropout` is 0.
-        tiles, bias: as `attention` has them.
 
     Returns:
         (T, heads, head_dim), contiguous, zero in rows whose keys are all masked; and what says the softmax of each row
         again, (1, heads, T) float32 or better, or (2, ...) where qkv isn't of 16 bits: here the logarithm of the sum of
-        exp(scaled score), and ones.
+        exp(scale * score), and ones.
     """
-    rows, _, heads, _ = qkv.shape
-    dtype, generator = _matmul_dtype(qkv), _generator(seed)
-    out = qkv.new_empty(rows, *qkv.shape[2:])
-    planes = 2 if qkv.dtype.itemsize > 2 else 1
-    stats = qkv.new_ones(planes, heads, rows, dtype=torch.promote_types(qkv.dtype, torch.float32))
-    for group, batch, mask in _sequences(rows, cu_seqlens, key_mask, max_seqlen):
-        # [3, B, heads, S, D]
-        query, key, value = qkv[group].unflatten(0, (batch, -1)).permute(2, 0, 3, 1, 4).to(dtype)
-        if dropout:
-            scores = _scores(query, key, mask, scale, bias)
-            # Without a key all scores are -inf: there a maximum of 0 makes every weight 0, and no NaN.
-            top = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
-            weights = scores.sub_(top).exp_()
-            total = weights.sum(-1, keepdim=True)
-            total.masked_fill_(total == 0, 1.0)
-            logsumexp = top.add_(total.log()).squeeze(-1)
-            weights.mul_(_keep(weights.shape, dropout, generator, weights.dtype)).div_(total)
-            result = torch.matmul(weights.to(dtype), value)
-        else:
-            result, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query, key, value, attn_mask=_additive(mask, query, bias), scale=scale
-            )
-        out[group] = result.transpose(1, 2).flatten(0, 1)
-        stats[0, :, group] = logsumexp.transpose(0, 1).flatten(1)
-    return out, stats
-
-
-def _additive(mask: Tensor | None, query: Tensor, bias: Tensor | None) -> Tensor | None:
-    """A boolean key mask and a bias by distance as what is added to the scores."""
-    if bias is not None:
-        return _biased(bias.to(query.dtype), query.shape[2], mask).expand(len(query), -1, -1, -1)
-    if mask is None:
-        return None
-    added = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
-    return added.expand(-1, 1, query.shape[2], -1)
+    out, sums = _attend(qkv.unbind(1), cu_seqlens, key_mask, max_seqlen, scale, None, dropout, seed)
+    stats = sums[None] if qkv.dtype.itemsize == 2 else torch.stack([sums, torch.ones_like(sums)])
+    return out.to(qkv.dtype), stats
 
 
 def attention_backward(
@@ -344,62 +215,23 @@ def attention_backward(
     dropout: float,
     seed: Tensor | None,
     tiles: Tensor | None = None,
-    bias: Tensor | None = None,
-    bias_grad: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """The gradients of `attention_forward`, by what that returned: dqkv, (T, 3, heads, head_dim), and dbias.
+) -> Tensor:
+    """The gradient of `attention_forward` with respect to qkv, (T, 3, heads, head_dim)."""
 
-    Probabilities and dropout are computed again, from `stats` and `seed`. dbias is like `bias`; without one, or where
-    `bias_grad` says that it isn't wanted, (0,).
-    """
-    dtype, generator = _matmul_dtype(qkv), _generator(seed)
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
-    dbias = stats.new_zeros(0) if bias is None or not bias_grad else torch.zeros_like(bias)
-    for group, batch, mask in _sequences(qkv.shape[0], cu_seqlens, key_mask, max_seqlen):
-        query, key, value = qkv[group].unflatten(0, (batch, -1)).permute(2, 0, 3, 1, 4).to(dtype)
-        dout, result = (t[group].unflatten(0, (batch, -1)).transpose(1, 2).to(dtype) for t in (grad, out))
-        logsumexp = stats[0, :, group].unflatten(1, (batch, -1)).transpose(0, 1)  # [B, heads, S]
-        if dropout or dbias.numel():
-            weights = _scores(query, key, mask, scale, bias).sub_(logsumexp[..., None]).exp_()
-            dweights, kept = torch.matmul(dout, value.transpose(-1, -2)).to(weights.dtype), weights
-            if dropout:
-                keep = _keep(weights.shape, dropout, generator, weights.dtype)
-                dweights.mul_(keep)
-                kept = weights * keep
-            dvalue = torch.matmul(kept.to(dtype).transpose(-1, -2), dout)
-            delta = (dout.to(weights.dtype) * result).sum(-1, keepdim=True)
-            dscores = dweights.sub_(delta).mul_(weights)
-            if dbias.numel():
-                found = _by_distance(dscores.sum(0))
-                dbias.narrow(1, (dbias.shape[1] - found.shape[1]) // 2, found.shape[1]).add_(found)
-            dscores = dscores.mul_(scale).to(dtype)
-            grads = (torch.matmul(dscores, key), torch.matmul(dscores.transpose(-1, -2), query), dvalue)
-        else:
-            added = _additive(mask, query, bias)
-            # It wants queries between heads and rows in memory: [B, S, heads] transposed.
-            logsumexp = logsumexp.transpose(1, 2).contiguous().transpose(1, 2)
-            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                dout, query, key, value, result, logsumexp, 0.0, False, attn_mask=added, scale=scale
-            )
-        for i, each in enumerate(grads):
-            dqkv[group, i] = each.transpose(1, 2).flatten(0, 1)
-    return dqkv, dbias
+    def attend(qkv: Tensor) -> Tensor:
+        return _attend(qkv.unbind(1), cu_seqlens, key_mask, max_seqlen, scale, None, dropout, seed)[0]
+
+    (dqkv,) = _gradients(attend, grad, qkv)
+    return dqkv.to(qkv.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm over the last dimension: x (T, H), weight and bias (H,), eps added to the variance -> (T, H)."""
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
+    return _layer_norm(x.to(_wide(x)), weight, bias, eps).to(x.dtype)
 
 
-def _total(x: Tensor, residual: Tensor, keep: Tensor | None) -> Tensor:
-    """`dropout(x) + residual` in float32 or better."""
-    dtype = torch.promote_types(torch.promote_types(x.dtype, residual.dtype), torch.float32)
-    return (x.to(dtype) if keep is None else x * keep) + residual
-
-
-def _keep_rows(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor | None:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return _keep(x.shape, dropout, _generator(seed), dtype) if dropout else None
+def _layer_norm(total: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(total, weight.shape, weight.to(total.dtype), bias.to(total.dtype), eps)
 
 
 def add_layer_norm(
@@ -421,19 +253,8 @@ def add_layer_norm(
     Returns:
         (T, H) in the dtype of `residual`.
     """
-    total = _total(x, residual, _keep_rows(x, dropout, seed))
-    return F.layer_norm(total, weight.shape, weight.to(total.dtype), bias.to(total.dtype), eps).to(residual.dtype)
-
-
-def _layer_norm_backward(grad: Tensor, total: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of LayerNorm over `total`, in its dtype, with respect to it, the weight and the bias."""
-    dtype, shape = total.dtype, weight.shape
-    weight = weight.to(dtype)
-    _, mean, rstd = torch.ops.aten.native_layer_norm(total, shape, None, None, eps)
-    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_layer_norm_backward(
-        grad.to(dtype), total, shape, mean, rstd, weight, weight, [True, True, True]
-    )
-    return grads
+    total = _dropped(x.to(_wide(x, residual)), dropout, seed) + residual
+    return _layer_norm(total, weight, bias, eps).to(residual.dtype)
 
 
 def add_layer_norm_backward(
@@ -441,23 +262,22 @@ def add_layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `add_layer_norm`: (dx, dresidual, dweight, dbias), each in the dtype of what it belongs to.
 
-    Sums, statistics and dropout are computed again. `dx` is empty, (0,), where it equals dresidual: without dropout, in
-    one dtype.
+    `dx` is empty, (0,), where it equals dresidual: without dropout, in one dtype.
     """
-    keep = _keep_rows(x, dropout, seed)
-    dtotal, dweight, dbias = _layer_norm_backward(grad, _total(x, residual, keep), weight, eps)
-    if keep is not None:
-        dx = keep.mul_(dtotal).to(x.dtype)
-    else:
-        dx = x.new_empty(0) if x.dtype == residual.dtype else dtotal.to(x.dtype)
-    return dx, dtotal.to(residual.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype)
+    dx, dresidual, dweight, dbias = _gradients(
+        lambda x, residual, weight, bias: _layer_norm(_dropped(x, dropout, seed) + residual, weight, bias, eps),
+        grad,
+        *(x, residual, weight, torch.zeros_like(weight)),
+    )
+    same = not dropout and x.dtype == residual.dtype
+    dx = x.new_empty(0) if same else dx.to(x.dtype)
+    return dx, dresidual.to(residual.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 
 def _embed(ids: tuple[Tensor, ...], tables: tuple[Tensor, ...]) -> Tensor:
-    total = F.embedding(ids[0], tables[0]).to(torch.promote_types(tables[0].dtype, torch.float32))
-    for each, table in zip(ids[1:], tables[1:], strict=True):
-        total += F.embedding(each, table)
-    return total
+    """The sum of a row of each table."""
+    word, token_type, position = (table[rows].to(_wide(*tables)) for rows, table in zip(ids, tables, strict=True))
+    return word + token_type + position
 
 
 def embedding_layer_norm(
@@ -479,7 +299,7 @@ def embedding_layer_norm(
     `padding_idx` and `position_padding_idx` are the rows of `word` and `position` that get no gradient, -1: none.
     """
     total = _embed((input_ids, token_type_ids, position_ids), (word, token_type, position))
-    return F.layer_norm(total, weight.shape, weight.to(total.dtype), bias.to(total.dtype), eps).to(word.dtype)
+    return _layer_norm(total, weight, bias, eps).to(word.dtype)
 
 
 def embedding_layer_norm_backward(
@@ -495,21 +315,14 @@ def embedding_layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `embedding_layer_norm` by the sum of the three rows, (T, H), the weight and the bias."""
     total = _embed((input_ids, token_type_ids, position_ids), (word, token_type, position))
-    dtotal, dweight, dbias = _layer_norm_backward(grad, total, weight, eps)
+    dtotal, dweight, dbias = _gradients(
+        lambda total, weight, bias: _layer_norm(total, weight, bias, eps), grad, total, weight, torch.zeros_like(weight)
+    )
     return dtotal.to(word.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 
-# Rows whose logits over the vocabulary are held at once.
-_LOSS_ROWS = 256
-
-
-def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Logits rounded to the dtype of x, as a model's are, in `dtype`."""
-    return _affine(x, weight, bias).to(x.dtype).to(dtype)
-
-
 def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of `x @ weight.T + bias` against labels, row by row, without all logits at once.
+    """Cross-entropy of `x @ weight.T + bias` against labels, row by row.
 
     Args:
         x: (R, H).
@@ -518,16 +331,10 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, labels:
 
     Returns:
         The loss of each row, and the logarithm of the sum of its exponentiated logits, which the backward needs: both
-        (R,), float32 or better.
+        (R,), float32 or better. Logits are rounded to the dtype of x, as a model's are.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    lse, chosen = x.new_empty(x.shape[0], dtype=dtype), x.new_empty(x.shape[0], dtype=dtype)
-    for start in range(0, x.shape[0], _LOSS_ROWS):
-        rows = slice(start, start + _LOSS_ROWS)
-        logits = _logits(x[rows], weight, bias, dtype)
-        lse[rows] = logits.logsumexp(1)
-        chosen[rows] = logits.gather(1, labels[rows, None]).squeeze(1)
-    return lse - chosen, lse
+    logits = linear(x, weight, bias).to(_wide(x))
+    return F.cross_entropy(logits, labels, reduction="none"), logits.logsumexp(1)
 
 
 def linear_cross_entropy_backward(
@@ -535,22 +342,13 @@ def linear_cross_entropy_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `linear_cross_entropy`: (dx, dweight, dbias), the last empty, (0,), without a bias.
 
-    `grad` (R,) is the gradient with respect to the losses. Logits are computed again, some rows at a time, and the
-    gradients of weight and bias add up in float32 or better.
+    `grad` (R,) is the gradient with respect to the losses.
     """
-    dx = torch.empty_like(x)
-    dweight = torch.zeros(weight.shape, dtype=lse.dtype)
-    dbias = torch.zeros(0 if bias is None else weight.shape[0], dtype=lse.dtype)
-    for start in range(0, x.shape[0], _LOSS_ROWS):
-        rows = slice(start, start + _LOSS_ROWS)
-        dlogits = _logits(x[rows], weight, bias, lse.dtype).sub_(lse[rows, None]).exp_().mul_(grad[rows, None])
-        dlogits.scatter_add_(1, labels[rows, None], -grad[rows, None].to(dlogits.dtype))
-        if bias is not None:
-            dbias += dlogits.sum(0)
-        dlogits = dlogits.to(x.dtype)
-        dx[rows] = matmul(dlogits, weight.to(x.dtype), x.dtype)
-        dweight += matmul(dlogits.t(), x[rows], lse.dtype)
-    return dx, dweight.to(weight.dtype), dbias if bias is None else dbias.to(bias.dtype)
+    logits = linear(x, weight, bias).to(lse.dtype)
+    (dlogits,) = _gradients(lambda logits: F.cross_entropy(logits, labels, reduction="none"), grad, logits)
+    dx = (dlogits @ weight.to(x.dtype).to(lse.dtype)).to(x.dtype)
+    dweight = (dlogits.t() @ x.to(lse.dtype)).to(weight.dtype)
+    return dx, dweight, lse.new_empty(0) if bias is None else dlogits.sum(0).to(bias.dtype)
 
 
 def mask_layout(mask: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -563,21 +361,15 @@ def mask_layout(mask: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Te
         - (5,) int64: real tokens; the longest sequence; and whether every first position is real, a label stands at
           padding, padding stands between real tokens of a sequence.
     """
-    real = mask.flatten()
-    lengths = mask.sum(1, dtype=torch.int32)
-    cu_seqlens = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
-    torch.cumsum(lengths, 0, dtype=torch.int32, out=cu_seqlens[1:])
-    before = real.cumsum(0) - real.long()
-    rows = torch.arange(real.numel(), device=mask.device)
-    slots = torch.where(real, before, real.numel() - 1 - (rows - before))
-    labelled = mask.new_zeros(()) if labels is None else ((labels != -100) & ~mask).any()
-    begins = mask[:, 0].to(torch.int32) + (mask[:, 1:] & ~mask[:, :-1]).sum(1, dtype=torch.int32)
-    totals = [cu_seqlens[-1], lengths.max(), mask[:, 0].all(), labelled, (begins > 1).any()]
+    real, lengths = mask.flatten(), mask.sum(1)
+    labelled = torch.tensor(False) if labels is None else ((labels != -100) & ~mask).any()
+    begins = mask[:, :1].sum(1) + (mask[:, 1:] & ~mask[:, :-1]).sum(1)  # runs of real tokens, in each sequence
+    facts = real.sum(), lengths.max(), mask[:, 0].all(), labelled, (begins > 1).any()
     return (
-        cu_seqlens,
-        torch.empty_like(rows).scatter_(0, slots, rows),
-        torch.where(real, before, -1),
-        torch.stack([total.to(torch.int64) for total in totals]),
+        F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
+        torch.cat([real.nonzero()[:, 0], (~real).nonzero()[:, 0].flip(0)]),
+        torch.where(real, real.cumsum(0) - 1, -1),
+        torch.tensor([int(fact) for fact in facts], device=mask.device),
     )
 
 
@@ -586,7 +378,7 @@ def pack(x: Tensor, indices: Tensor, inverse: Tensor) -> Tensor:
 
     `inverse`, as `unpack` has it, is for the backward, which is `unpack`.
     """
-    return x.index_select(0, indices)
+    return x[indices]
 
 
 def unpack(x: Tensor, indices: Tensor, inverse: Tensor) -> Tensor:
@@ -594,4 +386,6 @@ def unpack(x: Tensor, indices: Tensor, inverse: Tensor) -> Tensor:
 
     Rows whose inverse is -1 come back as zeros. `indices`, as `pack` has them, say the same the other way round.
     """
-    return x.new_zeros(inverse.shape[0], x.shape[1]).index_copy_(0, indices, x)
+    out = torch.zeros(inverse.shape[0], x.shape[1], dtype=x.dtype, device=x.device)
+    out[indices] = x
+    return out

@@ -1,8 +1,7 @@
 """Plain-PyTorch twins of the 8-bit kernels: the same signatures, the same quantized numbers.
 
-They are the oracle (asked for a result in float64 they give the exact product of the quantized numbers, but for
-float64's own rounding) and what runs on a CPU, where they are there for accuracy, not for speed: every weight is turned
-into float32 at every call.
+They are the oracle: asked for a result in float64 they give the exact product of the quantized numbers, but for
+float64's own rounding.
 """
 
 from __future__ import annotations

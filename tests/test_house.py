@@ -330,6 +330,7 @@ importlib.metadata.version = version
     assert available == "False"
     assert ast.literal_eval(added) == [
         "fastbert.kernels",
+        "fastbert.kernels.cpu",
         "fastbert.kernels.launch",
         "fastbert.kernels.reference",
         "fastbert.kernels.reference_fp8",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.kernels import attention as kernel
-from fastbert.kernels import launch, reference
+from fastbert.kernels import cpu, launch, reference
 from fastbert.numerics import assert_within_policy, relative_error
 from tests.conftest import kernel_dtypes
 from tests.kernels.philox import keep
@@ -223,7 +224,8 @@ def test_what_would_give_a_wrong_number_is_refused(
 
 
 @pytest.mark.parametrize("kind", [None, "holes", "all-masked row"])
-def test_reference_dense_is_the_formula(kind: str | None) -> None:
+@pytest.mark.parametrize("module", [reference, cpu], ids=["reference", "cpu"])
+def test_twins_dense_are_the_formula(module: Any, kind: str | None) -> None:
     batch, length, scale = 3, 37, 0.3
     q, k, v = make_qkv(batch * length, 2, 16, torch.float64, "cpu")
     mask = None if kind is None else make_mask(kind, batch, length, "cpu")
@@ -232,18 +234,19 @@ def test_reference_dense_is_the_formula(kind: str | None) -> None:
     weights = weights[:, None, None, :] * (scores - scores.amax(-1, keepdim=True)).exp()
     weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-300)
     expected = torch.einsum("bhij,bjhd->bihd", weights, v.unflatten(0, (batch, length))).flatten(0, 1)
-    actual = reference.attention(q, k, v, None, mask, length, scale)
+    actual = module.attention(q, k, v, None, mask, length, scale)
     assert relative_error(actual, expected) < 1e-14
 
 
-def test_reference_packed_is_each_sequence_alone() -> None:
+@pytest.mark.parametrize("module", [reference, cpu], ids=["reference", "cpu"])
+def test_twins_packed_are_each_sequence_alone(module: Any) -> None:
     lengths = [5, 0, 37, 1]
     q, k, v = make_qkv(43, 2, 16, torch.float64, "cpu")
-    actual = reference.attention(q, k, v, cumulative(lengths, "cpu"), None, 37, 0.3)
+    actual = module.attention(q, k, v, cumulative(lengths, "cpu"), None, 37, 0.3)
     start = 0
     for length in lengths:
         views = [t[start : start + length] for t in (q, k, v)]
-        expected = reference.attention(*views, None, None, length, 0.3)
+        expected = module.attention(*views, None, None, length, 0.3)
         assert relative_error(actual[start : start + length], expected) < 1e-14
         start += length
 
@@ -262,6 +265,7 @@ def test_tiles_are_all_rows_the_longest_sequences_first(lengths: list[int], devi
     cu_seqlens, rows = cumulative(lengths, device), sum(lengths)
     tiles = kernel.attention_tiles(cu_seqlens, rows)
     assert torch.equal(tiles, reference.attention_tiles(cu_seqlens, rows))
+    assert torch.equal(tiles, cpu.attention_tiles(cu_seqlens, rows))
     expected = [
         [sum(lengths[:i]), lengths[i], start, i]
         for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
@@ -283,7 +287,7 @@ def test_tiles_change_no_bit(dtype: torch.dtype, device: str) -> None:
         (
             kernel.attention(q, k, v, *sequences, None, each),
             *(trained := kernel.attention_forward(qkv, *sequences, *drop, each)),
-            *kernel.attention_backward(q, qkv, *trained, *sequences, *drop, each),
+            kernel.attention_backward(q, qkv, *trained, *sequences, *drop, each),
         )
         for each in (None, tiles)
     ]
@@ -305,7 +309,7 @@ def test_more_sequences_than_a_grid_has_room_for_change_no_bit(
     for most in (65535, 4):
         monkeypatch.setattr(kernel, "GRID_SEQUENCES", most)
         out, stats = kernel.attention_forward(qkv, *sequences, dropout, seed)
-        results.append((out, stats, *kernel.attention_backward(out, qkv, out, stats, *sequences, dropout, seed)))
+        results.append((out, stats, kernel.attention_backward(out, qkv, out, stats, *sequences, dropout, seed)))
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)
     assert results[0][2].abs().max() > 0
@@ -351,7 +355,6 @@ def test_configuration_is_the_table_of_the_architecture_or_portable() -> None:
             config = launch.attention_config(arch, dtype, 128)
             assert config == launch.attention_config(like, dtype, 128)
             assert launch.of_bias(config, arch) == launch.of_bias(config, like)
-            assert launch.attention_dbias_config(arch, dtype) == launch.attention_dbias_config(like, dtype)
             assert launch.attention_backward_config(arch, dtype, 16) == launch.attention_backward_config(
                 like, dtype, 16
             )
@@ -364,17 +367,12 @@ def test_configuration_is_the_table_of_the_architecture_or_portable() -> None:
 SEED = 0x1234567890
 
 
-def attend(
-    qkv: Tensor, lengths: list[int], mask: Tensor | None, scale: float, dropout: float = 0.0, bias: Tensor | None = None
-) -> Tensor:
+def attend(qkv: Tensor, lengths: list[int], mask: Tensor | None, scale: float, dropout: float = 0.0) -> Tensor:
     """Attention in plain operations, differentiable, with the dropout of the kernels, in the dtype of its inputs."""
     parts, row = [], 0
     for i, length in enumerate(lengths):
         q, k, v = qkv[row : row + length].permute(1, 2, 0, 3)  # [heads, S, D]
         scores = (q @ k.transpose(1, 2)) * scale
-        if bias is not None:
-            places = torch.arange(length, device=qkv.device)
-            scores = scores + bias[:, bias.shape[1] // 2 + places[None, :] - places[:, None]]
         if mask is not None:
             scores = scores.masked_fill(~mask[i], float("-inf"))
         weights = scores.softmax(-1)
@@ -390,53 +388,29 @@ def attend(
 
 
 def check_training(
-    lengths: list[int],
-    heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    device: str,
-    mask: Tensor | None,
-    dropout: float,
-    room: int = 0,
+    lengths: list[int], heads: int, head_dim: int, dtype: torch.dtype, device: str, mask: Tensor | None, dropout: float
 ) -> None:
-    """Holds output and gradients, with dropout, to the policy; with a bias by distance that has `room` to spare."""
+    """Holds output and gradient, with dropout, to the policy."""
     rows, longest, scale = sum(lengths), max(lengths), head_dim**-0.5
     q, k, v = make_qkv(rows, heads, head_dim, dtype, device)
     qkv = torch.stack((q, k, v), 1)
     grad = torch.randn(rows, heads, head_dim, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     seed = torch.tensor([SEED], device=device) if dropout else None
     layout = (None if mask is not None else cumulative(lengths, device), mask, longest, scale, dropout, seed)
-    bias = None
-    if room:
-        span = longest + room - 1
-        bias = torch.randn(heads, 2 * span - 1, generator=torch.Generator().manual_seed(2)).to(device)
-        layout += (kernel.attention_tiles(layout[0], rows) if mask is None else None, bias)
     out, stats = kernel.attention_forward(qkv, *layout)
-    dqkv, dbias = kernel.attention_backward(grad, qkv, out, stats, *layout)
+    dqkv = kernel.attention_backward(grad, qkv, out, stats, *layout)
     results = []
     for x in (qkv, qkv.double()):
-        leaf, added = x.clone().requires_grad_(), None if bias is None else bias.to(x).requires_grad_()
-        plain = attend(leaf, lengths, mask, scale, dropout, added)
+        leaf = x.clone().requires_grad_()
+        plain = attend(leaf, lengths, mask, scale, dropout)
         # Of a sequence without keys softmax's own gradient is NaN; the truth is zero.
-        kept = torch.ones(len(x), 1, 1, dtype=torch.bool, device=device)
-        if mask is not None:
-            kept = mask.any(1).repeat_interleave(longest)[:, None, None]
-        given = [leaf] if added is None else [leaf, added]
-        found = torch.autograd.grad(plain.masked_fill(~kept, 0.0), given, grad.to(x))
-        results.append((plain.detach(), *found))
-    stock, truth = results
-    assert_within_policy(out, stock[0], truth[0], "out")
+        results.append((plain.detach(), torch.autograd.grad(plain, leaf, grad.to(x))[0].nan_to_num(0.0)))
+    assert_within_policy(out, results[0][0], results[1][0], "out")
     for i, name in enumerate("qkv"):
-        assert_within_policy(dqkv[:, i], stock[1][:, i], truth[1][:, i], f"d{name}")
-    if bias is None:
-        assert dbias.shape == (0,)
-    else:
-        assert_within_policy(dbias, stock[2].float(), truth[2], "dbias")
-        assert dbias[:, : room - 1].eq(0).all() and dbias[:, 2 * span - room :].eq(0).all()  # no pair is so far apart
+        assert_within_policy(dqkv[:, i], results[0][1][:, i], results[1][1][:, i], f"d{name}")
     if not dropout and mask is None:
-        assert torch.equal(out, kernel.attention(q, k, v, *layout[:4], bias))
-    again = kernel.attention_backward(grad, qkv, out, stats, *layout)
-    assert torch.equal(dqkv, again[0]) and torch.equal(dbias, again[1])
+        assert torch.equal(out, kernel.attention(q, k, v, *layout[:4]))
+    assert torch.equal(dqkv, kernel.attention_backward(grad, qkv, out, stats, *layout))
 
 
 @pytest.mark.parametrize("dtype", kernel_dtypes)
@@ -456,95 +430,12 @@ def test_training_dense(kind: str, dropout: float, dtype: torch.dtype, device: s
     check_training([67] * 3, 2, 32, dtype, device, make_mask(kind, 3, 67, device), dropout)
 
 
-@pytest.mark.parametrize("dtype", kernel_dtypes)
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("head_dim", [16, 40, 64, 128])
-def test_training_packed_with_a_bias(
-    head_dim: int, dropout: float, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also where a program takes tiles of many sequences."""
-    lengths = [1, 37, 0, 128, 129] if head_dim == 64 else [37, 65, 64]
-    monkeypatch.setattr(kernel, "DBIAS_PROGRAMS", {16: 1, 64: 20}.get(head_dim, 2048))
-    check_training(lengths, 2, head_dim, dtype, device, None, dropout, 1 if head_dim == 40 else 70)
-
-
-@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
-@pytest.mark.parametrize("dtype", kernel_dtypes)
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("kind", ["right", "left", "holes", "all-masked row"])
-def test_training_dense_with_a_bias(kind: str, dropout: float, dtype: torch.dtype, device: str) -> None:
-    check_training([67] * 3, 2, 32, dtype, device, make_mask(kind, 3, 67, device), dropout, 3)
-
-
-@pytest.mark.parametrize("seeds", [None, [SEED]])
-def test_a_bias_of_zeros_and_one_without_a_gradient(seeds: list[int] | None, device: str) -> None:
-    """The one changes no bit, and the gradient of the other isn't computed; no sequence has one at a distance."""
-    qkv = torch.randn(20, 3, 2, 16, generator=torch.Generator().manual_seed(0)).to(device)
-    seed = None if seeds is None else torch.tensor(seeds, device=device)
-    layout = (cumulative([1, 19], device), None, 19, 0.25, 0.5 if seeds else 0.0, seed)
-    bias = torch.zeros(2, 37, device=device)
-    plain = kernel.attention_forward(qkv, *layout)
-    found = kernel.attention_forward(qkv, *layout, None, bias)
-    assert all(map(torch.equal, plain, found))
-    grad = plain[0] + 1
-    dqkv, none = kernel.attention_backward(grad, qkv, *plain, *layout)
-    same, dbias = kernel.attention_backward(grad, qkv, *found, *layout, None, bias)
-    other, unwanted = kernel.attention_backward(grad, qkv, *found, *layout, None, bias, False)
-    assert torch.equal(dqkv, same) and torch.equal(dqkv, other)
-    assert none.shape == unwanted.shape == (0,) and dbias.shape == bias.shape
-    # Scores of a row that all grow alike change nothing: what is gained at one distance is lost at another.
-    assert dbias.abs().max() > 0.1 and dbias.sum(1).abs().max() < 1e-4
-    short = torch.full((2, 39), math.nan, device=device)
-    with pytest.raises(ValueError, match="bias has shape"):
-        kernel.attention_forward(qkv, *layout, None, short[:, :35])
-    with pytest.raises(ValueError, match="bias has shape"):
-        kernel.attention_backward(grad, qkv, *found, *layout, None, short[:, :35])
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("layout", ["packed", "dense", "right", "all-masked row"])
-def test_reference_training_with_a_bias_is_the_formula(layout: str, dropout: float) -> None:
-    """Against autograd; what is dropped is seen where values pick out the probabilities."""
-    lengths, heads, scale = [37, 1, 0, 20] if layout == "packed" else [20] * 3, 2, 0.3
-    mask = make_mask(layout, 3, 20, "cpu") if layout not in ("packed", "dense") else None
-    qkv = torch.stack(make_qkv(sum(lengths), heads, 40, torch.float64, "cpu"), 1)
-    starts = cumulative(lengths, "cpu") if layout == "packed" else None
-    bias = torch.randn(heads, 79, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    sequences = (starts, mask, max(lengths), scale, dropout, torch.tensor([SEED]) if dropout else None, None, bias)
-    out, stats = reference.attention_forward(qkv, *sequences)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    dqkv, dbias = reference.attention_backward(grad, qkv, out, stats, *sequences)
-    leaf, added = qkv.clone().requires_grad_(), bias.clone().requires_grad_()
-    if dropout:
-        # Of one seed, one place and one number of sequences: the same elements.
-        eye = torch.cat([torch.eye(40, dtype=torch.float64)[:length] for length in lengths])
-        chosen = torch.stack((*qkv.unbind(1)[:2], eye[:, None].expand(-1, heads, -1)), 1)
-        dropped, everything = (
-            reference.attention_forward(chosen, *sequences[:4], rate, *sequences[5:])[0] for rate in (dropout, 0.0)
-        )
-        weights = attend(
-            torch.cat((leaf[:, :2], eye[:, None, None].expand(-1, 1, heads, -1)), 1), lengths, mask, scale, 0.0, added
-        )
-        weights = weights * (dropped / everything).nan_to_num(0.0)
-        parts = zip(weights.split(lengths), leaf[:, 2].split(lengths), strict=True)
-        plain = torch.cat([torch.einsum("ihj,jhd->ihd", w[..., : len(v)], v) for w, v in parts])
-    else:
-        plain = attend(leaf, lengths, mask, scale, 0.0, added)
-    there = torch.ones(len(qkv)) if mask is None else mask.any(1).repeat_interleave(20)
-    plain = plain.masked_fill(~there.bool()[:, None, None], 0.0)
-    expected = torch.autograd.grad(plain, (leaf, added), grad)
-    for one, other in zip((out, dqkv, dbias), (plain.detach(), *expected), strict=True):
-        assert relative_error(one, other) < 1e-13
-    other, unwanted = reference.attention_backward(grad, qkv, out, stats, *sequences, False)
-    assert relative_error(other, dqkv) < 1e-13 and unwanted.shape == (0,)
-
-
 def test_training_with_all_dropped(device: str) -> None:
     qkv = torch.randn(9, 3, 2, 16, device=device)
     layout = (None, None, 9, 0.25, 1.0, torch.tensor([SEED], device=device))
     out, stats = kernel.attention_forward(qkv, *layout)
     assert out.eq(0).all()
-    assert kernel.attention_backward(torch.ones_like(out), qkv, out, stats, *layout)[0].eq(0).all()
+    assert kernel.attention_backward(torch.ones_like(out), qkv, out, stats, *layout).eq(0).all()
 
 
 def test_training_by_seed(device: str) -> None:
@@ -555,7 +446,7 @@ def test_training_by_seed(device: str) -> None:
     for number in (SEED, SEED, SEED + 1, SEED + 2**32):  # in either half of Philox's key
         layout = (None, None, 20, 0.25, 0.5, torch.tensor([number], device=device))
         out, stats = kernel.attention_forward(qkv, *layout)
-        results.append((out, kernel.attention_backward(ones, qkv, out, stats, *layout)[0]))
+        results.append((out, kernel.attention_backward(ones, qkv, out, stats, *layout)))
     first, same, *others = results
     for i in range(2):
         assert torch.equal(first[i], same[i])
@@ -571,10 +462,10 @@ def test_training_with_strides_apart(device: str) -> None:
     apart.copy_(qkv)
     turned = qkv.transpose(1, 2).contiguous().transpose(1, 2)
     ones = torch.ones(1, 1, 1, device=device).expand(21, 2, 16)
-    expected, _ = kernel.attention_backward(torch.ones_like(out), qkv, out, stats, *layout)
+    expected = kernel.attention_backward(torch.ones_like(out), qkv, out, stats, *layout)
     for strided in (apart, turned):
         assert torch.equal(kernel.attention_forward(strided, *layout)[0], out)
-        assert torch.equal(kernel.attention_backward(ones, strided, out, stats, *layout)[0], expected)
+        assert torch.equal(kernel.attention_backward(ones, strided, out, stats, *layout), expected)
 
 
 def test_training_refuses(device: str) -> None:
@@ -595,6 +486,4 @@ def test_training_without_rows(device: str) -> None:
     qkv = torch.randn(0, 3, 2, 16, device=device)
     layout = (cumulative([0], device), None, 0, 0.25, 0.0, None)
     out, stats = kernel.attention_forward(qkv, *layout)
-    bias = torch.full((2, 5), math.nan, device=device)
-    dqkv, dbias = kernel.attention_backward(out, qkv, out, stats, *layout, None, bias)
-    assert dqkv.shape == (0, 3, 2, 16) and torch.equal(dbias, torch.zeros_like(bias))
+    assert kernel.attention_backward(out, qkv, out, stats, *layout).shape == (0, 3, 2, 16)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastbert.kernels import cpu, reference
 from fastbert.kernels import cross_entropy as kernel
-from fastbert.kernels import reference
 from fastbert.numerics import assert_within_policy
 from tests.conftest import kernel_dtypes
 
-modules = [pytest.param(kernel, id="kernel"), pytest.param(reference, id="reference")]
+modules = [pytest.param(kernel, id="kernel"), pytest.param(reference, id="reference"), pytest.param(cpu, id="cpu")]
 
 
 def make_args(rows: int, width: int, words: int, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
@@ -51,13 +52,14 @@ def test_kernel(rows: int, width: int, words: int, dtype: torch.dtype, device: s
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_reference(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("module", [reference, cpu], ids=["reference", "cpu"])
+def test_twins(module: Any, dtype: torch.dtype) -> None:
     x, weight, bias, labels = make_args(300, 64, 503, dtype, "cpu")
-    check(reference, x, weight, bias, labels)
-    check(reference, x, weight, None, labels)
+    check(module, x, weight, bias, labels)
+    check(module, x, weight, None, labels)
 
 
-@pytest.mark.parametrize("module", modules)
+@pytest.mark.parametrize("module", [kernel, cpu], ids=["kernel", "cpu"])
 def test_rows_are_taken_some_at_a_time(module: ModuleType, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     monkeypatch.setattr(module, "ROWS" if module is kernel else "_LOSS_ROWS", 8)
     check(module, *make_args(77, 64, 100, torch.float32, device))

@@ -6,14 +6,15 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastbert.kernels import cpu, reference
 from fastbert.kernels import embedding as kernel
-from fastbert.kernels import reference
 from fastbert.numerics import assert_within_policy
 from tests.conftest import kernel_dtypes
 
@@ -140,8 +141,9 @@ def test_wrong_shapes_are_refused(wrong: int, shape: tuple[int, ...], name: str,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "width"), [(1, 1024), (37, 100), (129, 384), (0, 384)])
-def test_reference(rows: int, width: int, dtype: torch.dtype) -> None:
-    check(reference, make_args(rows, width, dtype, "cpu"))
+@pytest.mark.parametrize("module", [reference, cpu], ids=["reference", "cpu"])
+def test_twins(module: Any, rows: int, width: int, dtype: torch.dtype) -> None:
+    check(module, make_args(rows, width, dtype, "cpu"))
 
 
 def check_backward(module: object, args: list[Tensor]) -> None:
@@ -167,8 +169,9 @@ def test_backward(rows: int, width: int, dtype: torch.dtype, device: str) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_backward_of_the_reference(dtype: torch.dtype) -> None:
-    check_backward(reference, make_args(37, 384, dtype, "cpu"))
+@pytest.mark.parametrize("module", [reference, cpu], ids=["reference", "cpu"])
+def test_backward_of_the_twins(module: Any, dtype: torch.dtype) -> None:
+    check_backward(module, make_args(37, 384, dtype, "cpu"))
 
 
 def test_backward_refuses_wrong_shapes(device: str) -> None:

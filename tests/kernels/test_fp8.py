@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbert.kernels import attention, launch, linear_fp8, quantize_fp8, reference, reference_fp8
+from fastbert.kernels import attention, cpu, launch, linear_fp8, quantize_fp8, reference, reference_fp8
 from fastbert.numerics import SLACK, assert_within_policy
 from tests.conftest import kernel_dtypes
 
@@ -113,6 +113,7 @@ def test_layer_norm(scale: float | None, dtype: torch.dtype, device: str) -> Non
     for module, normalized, *quantized in (
         (quantize_fp8, *out),
         (reference_fp8, *reference_fp8.layer_norm_fp8(x, weight, bias, 1e-5, scale)),
+        (cpu, *cpu.layer_norm_fp8(x, weight, bias, 1e-5, scale)),
     ):
         assert_within_policy(normalized, stock, truth)
         values, scales = module.quantize_fp8(normalized, scale)
@@ -124,14 +125,14 @@ def test_layer_norm(scale: float | None, dtype: torch.dtype, device: str) -> Non
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice encountered", "ignore:invalid value encountered in matmul")
-@pytest.mark.parametrize("twin", [True, False], ids=["reference_fp8", "kernel"])
+@pytest.mark.parametrize("twin", [reference_fp8, cpu, None], ids=["reference_fp8", "cpu", "kernel"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("layout", "head_dim", "biased"),
     [("packed", 40, True), ("packed", 64, False), ("dense", 64, True), ("dense", 40, False), ("masked", 64, True)],
 )
 def test_attention_to_8_bits(
-    layout: str, head_dim: int, biased: bool, dtype: torch.dtype, twin: bool, device: str
+    layout: str, head_dim: int, biased: bool, dtype: torch.dtype, twin: Any, device: str
 ) -> None:
     """Bitwise `quantize_fp8` of `attention`'s result, in bfloat16, too: what an interpreter makes wrong, both have.
 
@@ -149,13 +150,13 @@ def test_attention_to_8_bits(
     bias = normal(heads, 2 * 70 - 1, seed=1).float().to(device) if biased else None
     tiles = None if starts is None or twin else attention.attention_tiles(starts, sum(lengths))
     arguments = (q, k, v, starts, mask, 70, head_dim**-0.5, bias, tiles)
-    plain = (reference if twin else attention).attention(*arguments)
+    plain = (reference if twin is reference_fp8 else twin or attention).attention(*arguments)
     out_scale = float(plain[plain.isfinite()].abs().max()) / 1000
-    out = (reference_fp8 if twin else attention).attention_fp8(*arguments, out_scale)
+    out = (twin or attention).attention_fp8(*arguments, out_scale)
     assert out.dtype == torch.float8_e4m3fn
     assert out.shape == plain.shape
     assert out.is_contiguous()
-    expected, _ = quantize(reference_fp8 if twin else None, plain.flatten(1), out_scale)
+    expected, _ = quantize(twin, plain.flatten(1), out_scale)
     assert same_codes(out.flatten(1), expected)
     if dtype != torch.bfloat16 or twin or device == "cuda":
         assert out[5].float().isnan().all()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastbert.kernels import cpu, reference
 from fastbert.kernels import layer_norm as kernel
-from fastbert.kernels import reference
 from fastbert.numerics import assert_within_policy
 from tests.conftest import kernel_dtypes
 from tests.kernels.philox import keep_row
@@ -131,10 +132,11 @@ def test_wrong_shapes_are_refused(wrong: int, shape: tuple[int, ...], name: str,
 
 @pytest.mark.parametrize("dtype", dtypes)
 @pytest.mark.parametrize(("rows", "width"), [(1, 1024), (37, 384), (129, 100), (0, 768)])
-def test_reference(rows: int, width: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("module", [reference, cpu], ids=["reference", "cpu"])
+def test_twins(module: Any, rows: int, width: int, dtype: torch.dtype) -> None:
     x, residual, weight, bias = make_args(rows, width, dtype, "cpu")
-    check(reference, x, None, weight, bias)
-    check(reference, x, residual, weight, bias)
+    check(module, x, None, weight, bias)
+    check(module, x, residual, weight, bias)
 
 
 SEED = 0x1234567890
@@ -181,12 +183,13 @@ def test_training_kernel(rows: int, width: int, dropout: float, dtype: torch.dty
 
 @pytest.mark.parametrize("dtype", [*dtypes, "autocast"])
 @pytest.mark.parametrize(("rows", "width"), [(37, 384), (129, 100)])
-def test_training_reference(rows: int, width: int, dtype: torch.dtype | str) -> None:
+@pytest.mark.parametrize("module", [reference, cpu], ids=["reference", "cpu"])
+def test_training_twins(module: Any, rows: int, width: int, dtype: torch.dtype | str) -> None:
     args = make_args(rows, width, torch.float32 if dtype == "autocast" else dtype, "cpu")
     if dtype == "autocast":
         args[0] = args[0].bfloat16()
     grad = torch.randn(rows, width, generator=torch.Generator().manual_seed(1)).to(args[1])
-    check_training(reference, args, 0.0, grad, None)
+    check_training(module, args, 0.0, grad, None)
 
 
 def test_training_with_rows_apart(device: str) -> None:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastbert.kernels import compiled, reference
+from fastbert.kernels import compiled, cpu, reference
 from fastbert.kernels import padding as kernel
 
 # Bits are moved, not multiplied: the interpreter does bfloat16 as well.
 dtypes = [torch.float32, torch.float16, torch.bfloat16]
-modules = [pytest.param(kernel, id="kernel"), pytest.param(reference, id="reference")]
+modules = [pytest.param(kernel, id="kernel"), pytest.param(reference, id="reference"), pytest.param(cpu, id="cpu")]
 
 
 def make_mask(batch: int, length: int, device: str) -> Tensor:

@@ -1,0 +1,477 @@
+"""The CPU backend: every operator as fast as PyTorch makes it there, with the signature and the result of `reference`.
+
+No padding, in-place epilogues, one attention call per sequence. GEMMs in 16-bit dtypes run in float32 on processors
+without native instructions for them, where PyTorch's own are several times slower; there weights stay unrounded. In
+FP8, GEMMs are those of the oracle: they are there for accuracy, and every weight is turned into float32 at every call.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import reference_fp8
+
+
+@functools.cache
+def _has_native_matmul(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies matrices of `dtype` by instructions this CPU has for it.
+
+    Both are asked: oneDNN takes 16 bits on CPUs that have to convert them, and may be told to leave instructions alone.
+    """
+    if dtype.itemsize != 2:
+        return True
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return has and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.cpu._is_amx_fp16_supported() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def _matmul_dtype(x: Tensor) -> torch.dtype:
+    return x.dtype if x.device.type != "cpu" or _has_native_matmul(x.dtype) else torch.float32
+
+
+@functools.cache
+def _has_fused_epilogues(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's products with an epilogue are here and worth it: in 16 bits, where passes over memory count."""
+    return dtype.itemsize == 2 and _has_native_matmul(dtype)
+
+
+def _fuses_epilogue(x: Tensor, weight: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == weight.dtype and x.numel() > 0 and _has_fused_epilogues(x.dtype)
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x @ weight.T + bias` in the dtype matrix products run in: a new tensor, for an epilogue to change in place."""
+    dtype = _matmul_dtype(x)
+    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """`a @ b`, (M, K) and (K, N) of one dtype, accumulated in float32 or better and rounded to `dtype` -> (M, N)."""
+    if a.is_cuda and a.dtype.itemsize == 2 and dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)  # from the accumulator at once
+    inner = _matmul_dtype(a)
+    return torch.mm(a.to(inner), b.to(inner)).to(dtype)
+
+
+def _keep(shape: tuple[int, ...], dropout: float, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """What dropout multiplies with: 0 with probability `dropout`, to 16 bits, else 1 / (1 - dropout).
+
+    Four elements share the 64 bits of a draw: several times as fast as torch's own draws from a Bernoulli distribution.
+    """
+    count = math.prod(shape)
+    draws = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    # As signed integers, of which 2**15 would not be one.
+    kept = draws.view(torch.int16)[:count].view(shape) >= min(round(dropout * 2**16), 2**16 - 1) - 2**15
+    return kept.to(dtype).mul_(0.0 if dropout == 1 else 1 / (1 - dropout))
+
+
+def _generator(seed: Tensor | None) -> torch.Generator:
+    return torch.Generator().manual_seed(0 if seed is None else int(seed))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _affine(x, weight, bias).to(x.dtype)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str = "none") -> Tensor:
+    if _fuses_epilogue(x, weight):
+        fused: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], approximate)
+        return fused
+    return torch.ops.aten.gelu_(_affine(x, weight, bias), approximate=approximate).to(x.dtype)
+
+
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    if _fuses_epilogue(x, weight):
+        fused: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+        return fused
+    # Added after the product: accumulating onto the residual would round every partial sum to its magnitude.
+    return _affine(x, weight, bias).add_(residual).to(x.dtype)
+
+
+def qkv_linear(
+    x: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor | None,
+    k_weight: Tensor,
+    k_bias: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+) -> Tensor:
+    """In memory the three are one after the other; the kernel lays them side by side."""
+    out = x.new_empty(3, x.shape[0], q_weight.shape[0])
+    for each, weight, bias in zip(out, (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias), strict=True):
+        if bias is not None and _matmul_dtype(x) == x.dtype:
+            torch.addmm(bias.to(x.dtype), x, weight.to(x.dtype).t(), out=each)
+        else:
+            each.copy_(_affine(x, weight, bias))
+    return out.transpose(0, 1)
+
+
+def feed_forward(
+    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, approximate: str
+) -> tuple[Tensor, Tensor]:
+    inner = _affine(x, weight1, bias1)
+    pre = inner.to(x.dtype)
+    # Not in place where `pre` is `inner` itself.
+    act = (
+        F.gelu(inner, approximate=approximate) if pre is inner else torch.ops.aten.gelu_(inner, approximate=approximate)
+    )
+    return _affine(act, weight2, bias2).to(x.dtype), pre
+
+
+def linear_gelu_backward(grad: Tensor, weight: Tensor, pre: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
+    dact = torch.mm(grad.to(inner := _matmul_dtype(grad)), weight.to(inner))
+    dpre = torch.ops.aten.gelu_backward(dact, pre.to(inner), approximate=approximate)
+    return dpre.to(pre.dtype), F.gelu(pre, approximate=approximate)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    bias: Tensor | None = None,
+    tiles: Tensor | None = None,
+) -> Tensor:
+    dtype = _matmul_dtype(q)
+
+    def attend(rows: slice, batch: int, mask: Tensor | None) -> Tensor:
+        # [B, heads, S, D]
+        query, key, value = (t[rows].unflatten(0, (batch, -1)).transpose(1, 2).to(dtype) for t in (q, k, v))
+        added = mask if bias is None else _biased(bias.to(dtype), query.shape[2], mask)
+        result = F.scaled_dot_product_attention(query, key, value, attn_mask=added, scale=scale)
+        if bias is not None and mask is not None:  # without a key it is NaN
+            result = result.where(mask.any(-1, keepdim=True), 0.0)
+        return result.transpose(1, 2).flatten(0, 1).to(q.dtype)  # [B * S, heads, D]
+
+    if cu_seqlens is None and q.shape[0]:
+        mask = None if key_mask is None else key_mask[:, None, None, :]
+        return attend(slice(None), q.shape[0] // max_seqlen, mask).contiguous()
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if cu_seqlens is not None:
+        for start, end in itertools.pairwise(cu_seqlens.tolist()):
+            if end > start:
+                out[start:end] = attend(slice(start, end), 1, None)
+    return out
+
+
+def attention_tiles(cu_seqlens: Tensor, rows: int) -> Tensor:
+    lengths = cu_seqlens.diff()
+    order = lengths.argsort(descending=True, stable=True)
+    counts = (lengths[order] + 127) // 128
+    ends = counts.cumsum(0)
+    blocks = torch.arange(rows // 128 + len(lengths), device=cu_seqlens.device)
+    rank = torch.searchsorted(ends, blocks, right=True)
+    there = rank < len(lengths)
+    rank = rank.clamp(max=len(lengths) - 1)
+    sequence = order[rank]
+    start = (blocks - (ends - counts)[rank]) * 128
+    tiles = torch.stack([cu_seqlens[sequence], lengths[sequence], start, sequence], 1)
+    return (tiles * there[:, None]).to(torch.int32)
+
+
+def _biased(bias: Tensor, length: int, mask: Tensor | None) -> Tensor:
+    """What is added to the scores of sequences of one length, (1 or B, heads, S, S): -inf where a key is masked."""
+    places = torch.arange(length, device=bias.device)
+    added = bias[:, bias.shape[1] // 2 + places[None, :] - places[:, None]][None]
+    return added if mask is None else added.masked_fill(~mask, float("-inf"))
+
+
+def _sequences(
+    rows: int, cu_seqlens: Tensor | None, key_mask: Tensor | None, max_seqlen: int
+) -> Iterator[tuple[slice, int, Tensor | None]]:
+    """Groups of sequences of one length: (rows of the group, sequences in it, key mask (B, 1, 1, S) or None)."""
+    if cu_seqlens is None:
+        if rows:
+            yield slice(None), rows // max_seqlen, None if key_mask is None else key_mask[:, None, None, :]
+        return
+    for start, end in itertools.pairwise(cu_seqlens.tolist()):
+        if end > start:
+            yield slice(start, end), 1, None
+
+
+def _scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """`scale * query @ key.T` in float32 or better, -inf where masked: (B, heads, S, D) -> (B, heads, S, S)."""
+    scores = torch.matmul(query, key.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32)).mul_(scale)
+    return scores if mask is None else scores.masked_fill_(~mask, float("-inf"))
+
+
+def attention_forward(
+    qkv: Tensor,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+    tiles: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    rows, _, heads, _ = qkv.shape
+    dtype, generator = _matmul_dtype(qkv), _generator(seed)
+    out = qkv.new_empty(rows, *qkv.shape[2:])
+    planes = 2 if qkv.dtype.itemsize > 2 else 1
+    stats = qkv.new_ones(planes, heads, rows, dtype=torch.promote_types(qkv.dtype, torch.float32))
+    for group, batch, mask in _sequences(rows, cu_seqlens, key_mask, max_seqlen):
+        # [3, B, heads, S, D]
+        query, key, value = qkv[group].unflatten(0, (batch, -1)).permute(2, 0, 3, 1, 4).to(dtype)
+        if dropout:
+            scores = _scores(query, key, mask, scale)
+            # Without a key all scores are -inf: there a maximum of 0 makes every weight 0, and no NaN.
+            top = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
+            weights = scores.sub_(top).exp_()
+            total = weights.sum(-1, keepdim=True)
+            total.masked_fill_(total == 0, 1.0)
+            logsumexp = top.add_(total.log()).squeeze(-1)
+            weights.mul_(_keep(weights.shape, dropout, generator, weights.dtype)).div_(total)
+            result = torch.matmul(weights.to(dtype), value)
+        else:
+            result, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query, key, value, attn_mask=_additive(mask, query), scale=scale
+            )
+        out[group] = result.transpose(1, 2).flatten(0, 1)
+        stats[0, :, group] = logsumexp.transpose(0, 1).flatten(1)
+    return out, stats
+
+
+def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """A boolean key mask as what is added to the scores."""
+    if mask is None:
+        return None
+    added = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+    return added.expand(-1, 1, query.shape[2], -1)
+
+
+def attention_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    stats: Tensor,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+    tiles: Tensor | None = None,
+) -> Tensor:
+    dtype, generator = _matmul_dtype(qkv), _generator(seed)
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
+    for group, batch, mask in _sequences(qkv.shape[0], cu_seqlens, key_mask, max_seqlen):
+        query, key, value = qkv[group].unflatten(0, (batch, -1)).permute(2, 0, 3, 1, 4).to(dtype)
+        dout, result = (t[group].unflatten(0, (batch, -1)).transpose(1, 2).to(dtype) for t in (grad, out))
+        logsumexp = stats[0, :, group].unflatten(1, (batch, -1)).transpose(0, 1)  # [B, heads, S]
+        if dropout:
+            weights = _scores(query, key, mask, scale).sub_(logsumexp[..., None]).exp_()
+            keep = _keep(weights.shape, dropout, generator, weights.dtype)
+            dvalue = torch.matmul((weights * keep).to(dtype).transpose(-1, -2), dout)
+            dweights = torch.matmul(dout, value.transpose(-1, -2)).to(weights.dtype).mul_(keep)
+            delta = (dout.to(weights.dtype) * result).sum(-1, keepdim=True)
+            dscores = dweights.sub_(delta).mul_(weights).mul_(scale).to(dtype)
+            grads = (torch.matmul(dscores, key), torch.matmul(dscores.transpose(-1, -2), query), dvalue)
+        else:
+            # It wants queries between heads and rows in memory: [B, S, heads] transposed.
+            logsumexp = logsumexp.transpose(1, 2).contiguous().transpose(1, 2)
+            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                dout, query, key, value, result, logsumexp, 0.0, False, attn_mask=_additive(mask, query), scale=scale
+            )
+        for i, each in enumerate(grads):
+            dqkv[group, i] = each.transpose(1, 2).flatten(0, 1)
+    return dqkv
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def _total(x: Tensor, residual: Tensor, keep: Tensor | None) -> Tensor:
+    """`dropout(x) + residual` in float32 or better."""
+    dtype = torch.promote_types(torch.promote_types(x.dtype, residual.dtype), torch.float32)
+    return (x.to(dtype) if keep is None else x * keep) + residual
+
+
+def _keep_rows(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor | None:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return _keep(x.shape, dropout, _generator(seed), dtype) if dropout else None
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    total = _total(x, residual, _keep_rows(x, dropout, seed))
+    return F.layer_norm(total, weight.shape, weight.to(total.dtype), bias.to(total.dtype), eps).to(residual.dtype)
+
+
+def _layer_norm_backward(grad: Tensor, total: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of LayerNorm over `total`, in its dtype, with respect to it, the weight and the bias."""
+    dtype, shape = total.dtype, weight.shape
+    weight = weight.to(dtype)
+    _, mean, rstd = torch.ops.aten.native_layer_norm(total, shape, None, None, eps)
+    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_layer_norm_backward(
+        grad.to(dtype), total, shape, mean, rstd, weight, weight, [True, True, True]
+    )
+    return grads
+
+
+def add_layer_norm_backward(
+    grad: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float, dropout: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    keep = _keep_rows(x, dropout, seed)
+    dtotal, dweight, dbias = _layer_norm_backward(grad, _total(x, residual, keep), weight, eps)
+    if keep is not None:
+        dx = keep.mul_(dtotal).to(x.dtype)
+    else:
+        dx = x.new_empty(0) if x.dtype == residual.dtype else dtotal.to(x.dtype)
+    return dx, dtotal.to(residual.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+
+def _embed(ids: tuple[Tensor, ...], tables: tuple[Tensor, ...]) -> Tensor:
+    total = F.embedding(ids[0], tables[0]).to(torch.promote_types(tables[0].dtype, torch.float32))
+    for each, table in zip(ids[1:], tables[1:], strict=True):
+        total += F.embedding(each, table)
+    return total
+
+
+def embedding_layer_norm(
+    input_ids: Tensor,
+    token_type_ids: Tensor,
+    position_ids: Tensor,
+    word: Tensor,
+    token_type: Tensor,
+    position: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    padding_idx: int = -1,
+    position_padding_idx: int = -1,
+) -> Tensor:
+    total = _embed((input_ids, token_type_ids, position_ids), (word, token_type, position))
+    return F.layer_norm(total, weight.shape, weight.to(total.dtype), bias.to(total.dtype), eps).to(word.dtype)
+
+
+def embedding_layer_norm_backward(
+    grad: Tensor,
+    input_ids: Tensor,
+    token_type_ids: Tensor,
+    position_ids: Tensor,
+    word: Tensor,
+    token_type: Tensor,
+    position: Tensor,
+    weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = _embed((input_ids, token_type_ids, position_ids), (word, token_type, position))
+    dtotal, dweight, dbias = _layer_norm_backward(grad, total, weight, eps)
+    return dtotal.to(word.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+
+# Rows whose logits over the vocabulary are held at once.
+_LOSS_ROWS = 256
+
+
+def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Logits rounded to the dtype of x, as a model's are, in `dtype`."""
+    return _affine(x, weight, bias).to(x.dtype).to(dtype)
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    lse, chosen = x.new_empty(x.shape[0], dtype=dtype), x.new_empty(x.shape[0], dtype=dtype)
+    for start in range(0, x.shape[0], _LOSS_ROWS):
+        rows = slice(start, start + _LOSS_ROWS)
+        logits = _logits(x[rows], weight, bias, dtype)
+        lse[rows] = logits.logsumexp(1)
+        chosen[rows] = logits.gather(1, labels[rows, None]).squeeze(1)
+    return lse - chosen, lse
+
+
+def linear_cross_entropy_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = torch.empty_like(x)
+    dweight = torch.zeros(weight.shape, dtype=lse.dtype)
+    dbias = torch.zeros(0 if bias is None else weight.shape[0], dtype=lse.dtype)
+    for start in range(0, x.shape[0], _LOSS_ROWS):
+        rows = slice(start, start + _LOSS_ROWS)
+        dlogits = _logits(x[rows], weight, bias, lse.dtype).sub_(lse[rows, None]).exp_().mul_(grad[rows, None])
+        dlogits.scatter_add_(1, labels[rows, None], -grad[rows, None].to(dlogits.dtype))
+        if bias is not None:
+            dbias += dlogits.sum(0)
+        dlogits = dlogits.to(x.dtype)
+        dx[rows] = matmul(dlogits, weight.to(x.dtype), x.dtype)
+        dweight += matmul(dlogits.t(), x[rows], lse.dtype)
+    return dx, dweight.to(weight.dtype), dbias if bias is None else dbias.to(bias.dtype)
+
+
+def mask_layout(mask: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    real = mask.flatten()
+    lengths = mask.sum(1, dtype=torch.int32)
+    cu_seqlens = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
+    torch.cumsum(lengths, 0, dtype=torch.int32, out=cu_seqlens[1:])
+    before = real.cumsum(0) - real.long()
+    rows = torch.arange(real.numel(), device=mask.device)
+    slots = torch.where(real, before, real.numel() - 1 - (rows - before))
+    labelled = mask.new_zeros(()) if labels is None else ((labels != -100) & ~mask).any()
+    begins = mask[:, 0].to(torch.int32) + (mask[:, 1:] & ~mask[:, :-1]).sum(1, dtype=torch.int32)
+    totals = [cu_seqlens[-1], lengths.max(), mask[:, 0].all(), labelled, (begins > 1).any()]
+    return (
+        cu_seqlens,
+        torch.empty_like(rows).scatter_(0, slots, rows),
+        torch.where(real, before, -1),
+        torch.stack([total.to(torch.int64) for total in totals]),
+    )
+
+
+def pack(x: Tensor, indices: Tensor, inverse: Tensor) -> Tensor:
+    return x.index_select(0, indices)
+
+
+def unpack(x: Tensor, indices: Tensor, inverse: Tensor) -> Tensor:
+    return x.new_zeros(inverse.shape[0], x.shape[1]).index_copy_(0, indices, x)
+
+
+quantize_fp8 = reference_fp8.quantize_fp8
+linear_fp8 = reference_fp8.linear_fp8
+linear_gelu_fp8 = reference_fp8.linear_gelu_fp8
+linear_add_fp8 = reference_fp8.linear_add_fp8
+
+
+def layer_norm_fp8(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    normal = layer_norm(x, weight, bias, eps)
+    return normal, *quantize_fp8(normal, scale)
+
+
+def attention_fp8(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    bias: Tensor | None,
+    tiles: Tensor | None,
+    out_scale: float,
+) -> Tensor:
+    out = attention(q, k, v, cu_seqlens, key_mask, max_seqlen, scale, bias, tiles)
+    return reference_fp8.to_e4m3(out.float() * (1 / out_scale))
