@@ -131,7 +131,7 @@ class BoundAttention(NamedTuple):
 
 def _rotated(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """x (T, heads, head_dim), turned by (cosines, sines), each (T, head_dim): in float32, rounded once."""
-    cosine, sine = (part[:, None] for part in table)
-    half = x.shape[2] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), 2)
-    return (x * cosine + turned * sine).to(x.dtype)
+    cosine, sine = (part[:, None].float() for part in table)
+    rows, half = x.float(), x.shape[2] // 2
+    turned = torch.cat((-rows[..., half:], rows[..., :half]), 2)
+    return (rows * cosine + turned * sine).to(x.dtype)

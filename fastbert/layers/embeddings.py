@@ -47,14 +47,9 @@ def default_positions(embeddings: Any, input_ids: Tensor | None, seqlen: int) ->
     return real.cumsum(1) * real + embeddings.padding_idx
 
 
-# The children of a family's own embeddings, each with the one function that is known to treat every row by itself: as
-# it was at import, for it may be replaced.
-_ROWWISE: dict[str, type[nn.Module]] = {
-    **dict.fromkeys((f"{what}_embeddings" for what in ("word", "token_type", "position", "task_type")), nn.Embedding),
-    "LayerNorm": nn.LayerNorm,
-    "dropout": nn.Dropout,
-}
-_ROWWISE_FORWARDS = {name: kind.forward for name, kind in _ROWWISE.items()}
+# What a family's own embeddings may be made of: functions that are known to treat every row by itself, as they were at
+# import, for they may be replaced.
+_ROWWISE_FORWARDS = {kind.forward for kind in (nn.Embedding, nn.LayerNorm, nn.Dropout)}
 _LINEAR = nn.Linear.forward
 
 
@@ -76,7 +71,7 @@ def embeddings_are_foreign(model: Any) -> str | None:
     if (name := own_method(embeddings, called)) is not None:
         return f"{name} of {kind.__name__} has been replaced"
     for name, part in embeddings.__dict__["_modules"].items():
-        if type(part).forward is not _ROWWISE_FORWARDS.get(name) or _is_replaced(part):
+        if type(part).forward not in _ROWWISE_FORWARDS or _is_replaced(part):
             return f"{name} of the embeddings is a {type(part).__name__}"
         if part.__dict__.get("max_norm") is not None:
             return f"{name} of the embeddings renormalises the rows that are looked up"

@@ -16,7 +16,6 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
-import transformers
 from torch import nn
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.utils.generic import can_return_tuple
@@ -33,6 +32,7 @@ from ..runtime.readers import Reader, know, named_arguments, parameter_names
 from ..runtime.registry import REGISTERED, encoder_of
 from .family import Family
 from .heads import Vocabulary, labelled_loss, takes_labelled_rows
+from .probe import hands_nothing_on, try_family
 
 T = TypeVar("T", bound=nn.Module)
 
@@ -47,6 +47,10 @@ def register(family: Family, module: str) -> Family:
 
     Returns:
         `family`.
+
+    Raises:
+        ValueError: a small model of the family computes something else fused than stock; what it does is named, and
+            the family is not registered.
 
     Warns:
         RuntimeWarning: the base model does not hand its encoder the keyword arguments that it doesn't know, which is
@@ -74,6 +78,12 @@ def register(family: Family, module: str) -> Family:
     know((family.base, kinds[family.base]), family.heads, family.parts, family.loss_heads)
     REGISTERED[family.base] = family
     _introduce(family)
+    if family.unsupported is None and not module.startswith("fastbert."):
+        try:
+            try_family(family)
+        except BaseException:
+            del REGISTERED[family.base]
+            raise
     return family
 
 
@@ -194,33 +204,6 @@ def _introduce(family: Family) -> None:
         family.unsupported = why
         name = family.base.__name__
         warnings.warn(f"fastbert runs {name} on its stock code: {why}", RuntimeWarning, stacklevel=4)
-
-
-def hands_nothing_on(model: Any, family: Family) -> str | None:
-    """Why a base model on the meta device can't be given a plan: its stock forward keeps it from its encoder.
-
-    None, too, where that can't be tried: then `check_taken` finds it, in a call.
-    """
-    seen: list[Any] = []
-    hook = encoder_of(model).register_forward_pre_hook(
-        lambda encoder, args, kwargs: seen.append(kwargs.get("plan")), with_kwargs=True
-    )
-    error: Exception | None = None
-    ids = {next(iter(family.ids)): torch.zeros(1, 2, dtype=torch.int64, device="meta")}
-    stock: Any = family.base
-    try:
-        with torch.no_grad():
-            stock.forward(model, **ids, plan="of a probe")
-    except Exception as raised:  # whatever it raises: it looked at values, which there are none of, or takes no names
-        error = raised
-    finally:
-        hook.remove()
-    if seen == ["of a probe"] or (not seen and not isinstance(error, TypeError)):
-        return None
-    kind = stock.__name__
-    where = f"the {kind} of transformers {transformers.__version__}" if known.is_transformers(stock) else f"{kind}"
-    why = "" if error is None else f": {error}"
-    return f"{where} does not hand its keyword arguments on to its encoder{why}"
 
 
 def _masked_lm(family: Family, kind: Any, module: str, vocabulary: Callable[[Any], Vocabulary]) -> Any:

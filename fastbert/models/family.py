@@ -51,10 +51,16 @@ class Family:
     ids: Mapping[str, str | None] = field(default_factory=lambda: dict(IDS))
     """Arguments of the base model with one integer a token, each with the table of the embeddings that has a row for
     it, or None. The first is that of words."""
+    final_norm: str | None = None
+    """The name of what the encoder calls after the last layer, each row from the same row alone."""
     output: type[ModelOutput] = BaseModelOutputWithPastAndCrossAttentions
     """What the encoder returns."""
     tables: Callable[..., Mapping[str, Any]] | None = None
-    """(encoder, hidden_states, packing, position_ids or None) -> `Context.tables` of one forward."""
+    """(encoder, hidden_states, packing, position_ids or None) -> `Context.tables` of one forward.
+
+    hidden_states as the layout has them, (1, T, H) or (B, S, H). Without position_ids, `packing.positions` says where
+    in its sequence every row is. Where there are tables, layers don't mix with stock ones, which are called otherwise.
+    """
     run: Callable[..., Any] | None = None
     """(base model, arguments by name, plan) -> its output, where the stock forward does not hand the encoder the
     keyword arguments that it doesn't know. Hidden states are not collected there, nor do layers mix with stock ones."""
@@ -75,7 +81,7 @@ class Family:
             "pad_token_id": 0,
         }
     )
-    """Of the config of a model to try things on."""
+    """Of the config of a small model, on which `register` tries whether fused is stock."""
 
     fused: dict[type[Any], type[Any]] = field(default_factory=dict, init=False)
     """Made by `register`: which fused class takes the place of which stock one, inside the base model."""

@@ -37,8 +37,8 @@ from .support import (
     is_flash,
     is_hooked,
     is_transformed,
+    is_unmixable,
     named,
-    runs_its_own_way,
 )
 
 PADDINGS = ("auto", "packed", "dense")
@@ -210,6 +210,8 @@ class FusedEncoder(_Module):
             else:
                 mask = shown or ((_FUSED_ALONE,) if _runs_again(layer) else ())
                 hidden_states = layer(hidden_states, *mask, context=context, seeds=own_seeds, bound=bound, **kwargs)
+        if family.final_norm is not None:
+            hidden_states = self._modules[family.final_norm](hidden_states)
         return family.output(last_hidden_state=packing.unpack(hidden_states))
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
@@ -330,8 +332,8 @@ def decide(model: Any, settings: Settings, call: Mapping[str, Any], foreign: boo
         seen = settings.coverage.look(model)
         if all(seen.stock):
             reason = f"no layer can run fused: {seen.reasons[0]}" if layers else "it has no layers"
-    if reason is None and family_of(model).run is not None:
-        reason = runs_its_own_way(model, call, seen.hooked or any(seen.stock))
+    if reason is None:
+        reason = is_unmixable(model, call, seen.hooked or any(seen.stock))
     # What foreign embeddings are given, and what comes of them, has stock's shape anyway.
     watched = seen.hooked or (seen.watched and not foreign)
     watched = watched or (not assumed and is_asked(model, call, "output_hidden_states"))

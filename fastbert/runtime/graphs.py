@@ -224,8 +224,9 @@ class Graphs:
 
     def _refuses(self, encoder: Any, x: Tensor) -> str | None:
         """The same of calls with rows like `x`, whatever the layers are."""
-        if type(encoder).family.tables is not None:
-            return "what attention reads is made anew in each forward"
+        family = type(encoder).family
+        if family.tables is not None or family.final_norm is not None:
+            return "its encoder does more than to call its layers"
         return self._state() or self._broken or self._device.refuses(x)
 
     def _state(self) -> str | None:

@@ -309,9 +309,9 @@ def reader_of(kind: type[nn.Module]) -> Reader | str:
         changed = [name for own in kind.__mro__[: kind.__mro__.index(known)] for name in _overridden(own, known)]
     if changed:
         return f"{_a(known)} with {_listed(changed)} of its own, which may read padding"
-    package = known.__module__.partition(".")[0]
     used = methods_used(known)
-    replaced = [] if package == "fastbert" else [name for name in used if not _is_original(known, name)]
+    made = "family" in vars(known)  # a fused class, whose forward is fastbert's
+    replaced = [] if made else [name for name in used if not _is_original(known, name)]
     if found is not None or replaced:  # met with another forward before, or with one that its package has not
         return f"whose {_listed(replaced) or 'forward'} has been replaced, and may read padding"
     _MET[kind] = row._replace(forward=kind.forward, methods=frozenset(used) - {"forward"})

@@ -346,18 +346,22 @@ def is_asked(model: Any, call: Mapping[str, Any], name: str) -> bool:
     return bool(getattr(model.config, name, False) if asked is None else asked)
 
 
-def runs_its_own_way(model: Any, call: Mapping[str, Any], mixed: bool) -> str | None:
-    """Why a call of a base model whose family has a forward of its own (`Family.run`) runs stock.
+def is_unmixable(model: Any, call: Mapping[str, Any], mixed: bool) -> str | None:
+    """Why a call runs stock of a base model whose encoder has more to do than to call its layers, by its family.
 
-    There, nobody collects hidden states, and a layer is called with more than others know: `mixed` says that one of
-    them runs stock, or has a hook.
+    Nobody collects hidden states there, or a layer is called with more than others know: `mixed` says that one of them
+    runs stock, or has a hook.
     """
-    device = next(encoder_of(model).parameters()).device.type
-    if torch.is_grad_enabled() or model.training or torch.is_autocast_enabled(device):
-        return "a bias by distance, under gradients, dropout or autocast"
-    if is_asked(model, call, "output_hidden_states"):
+    family = family_of(model)
+    if family.layout.attention.bias is not None:
+        device = next(encoder_of(model).parameters()).device.type
+        if torch.is_grad_enabled() or model.training or torch.is_autocast_enabled(device):
+            return "a bias by distance, under gradients, dropout or autocast"
+    if family.run is not None and is_asked(model, call, "output_hidden_states"):
         return "output_hidden_states"
-    return "a layer that runs stock, or has a hook, takes what only its own encoder gives" if mixed else None
+    if mixed and (family.run is not None or family.tables is not None):
+        return "a layer that runs stock, or has a hook, takes what only its own encoder gives"
+    return None
 
 
 def first_parameter(module: nn.Module) -> Any:
