@@ -118,6 +118,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "runtime.packing",
         "runtime.readers",
         "runtime.support",
+        "numerics",
     },
     "verify": {"fuse", "layers.embeddings", "numerics", "quality", "runtime.registry", "sensitivity"},
     "calibration": {"fuse", "layers.fp8", "numerics", "runtime.registry", "verify"},
