@@ -104,17 +104,19 @@ def _feed_forward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, cu_seqlens, key_mask, max_seqlen, scale, dropout, seed, tiles = inputs
+    qkv, cu_seqlens, key_mask, max_seqlen, scale, dropout, seed, tiles, bias = inputs
     out, stats = output
     ctx.mark_non_differentiable(stats)
-    ctx.save_for_backward(qkv, out, stats, cu_seqlens, key_mask, seed, tiles)
+    ctx.save_for_backward(qkv, out, stats, cu_seqlens, key_mask, seed, tiles, bias)
     ctx.numbers = max_seqlen, scale, dropout
 
 
 def _attention(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    qkv, out, stats, cu_seqlens, key_mask, seed, tiles = ctx.saved_tensors
+    qkv, out, stats, cu_seqlens, key_mask, seed, tiles, bias = ctx.saved_tensors
     sequences = cu_seqlens, key_mask, *ctx.numbers, seed, tiles
-    return _run("attention_backward", grad, qkv, out, stats, *sequences), *(None,) * 7
+    wanted = bias is not None and ctx.needs_input_grad[8]  # arguments left out are not among those
+    dqkv, dbias = _run("attention_backward", grad, qkv, out, stats, *sequences, bias, wanted)
+    return dqkv, *(None,) * 7, dbias if wanted else None
 
 
 def _save_add_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

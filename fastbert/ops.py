@@ -76,11 +76,12 @@ _OPERATORS = {
     ),
     "attention_forward": (
         "attention",
-        f"(Tensor qkv, {_SEQUENCES}, {_DROPOUT}, Tensor? tiles=None) -> (Tensor, Tensor)",
+        f"(Tensor qkv, {_SEQUENCES}, {_DROPOUT}, Tensor? tiles=None, Tensor? bias=None) -> (Tensor, Tensor)",
     ),
     "attention_backward": (
         "attention",
-        f"(Tensor grad, Tensor qkv, Tensor out, Tensor stats, {_SEQUENCES}, {_DROPOUT}, Tensor? tiles=None) -> Tensor",
+        f"(Tensor grad, Tensor qkv, Tensor out, Tensor stats, {_SEQUENCES}, {_DROPOUT}, Tensor? tiles=None, "
+        "Tensor? bias=None, bool bias_grad=True) -> (Tensor, Tensor)",
     ),
     "add_layer_norm_backward": (
         "layer_norm",
@@ -203,6 +204,25 @@ def _add_layer_norm_gradients(grad: Tensor, x: Tensor, residual: Tensor, weight:
     return dx, _like(residual, *x.shape), _like(weight, *weight.shape), _like(weight, *weight.shape)
 
 
+def _attention_gradients(
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    stats: Tensor,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+    tiles: Tensor | None = None,
+    bias: Tensor | None = None,
+    bias_grad: bool = True,
+) -> tuple[Tensor, Tensor]:
+    dbias = _like(stats, 0) if bias is None or not bias_grad else _like(bias, *bias.shape)
+    return _like(qkv, *qkv.shape), dbias
+
+
 _SHAPES: dict[str, Callable[..., Any]] = {
     "linear": lambda x, weight, bias: _like(x, x.shape[0], weight.shape[0]),
     "linear_gelu": lambda x, weight, bias, approximate: _like(x, x.shape[0], weight.shape[0]),
@@ -222,7 +242,7 @@ _SHAPES: dict[str, Callable[..., Any]] = {
         _like(qkv, qkv.shape[0], *qkv.shape[2:]),
         _wide(qkv, 2 if qkv.dtype.itemsize > 2 else 1, qkv.shape[2], qkv.shape[0]),
     ),
-    "attention_backward": lambda grad, qkv, *rest: _like(qkv, *qkv.shape),
+    "attention_backward": _attention_gradients,
     "attention_tiles": lambda cu_seqlens, rows: _like(cu_seqlens, rows // 128 + cu_seqlens.shape[0] - 1, 4),
     "layer_norm": lambda x, *rest: _like(x, *x.shape),
     "add_layer_norm": lambda x, residual, *rest: _like(residual, *x.shape),
@@ -300,7 +320,7 @@ qkv_linear: Callable[..., Tensor] = _callable("qkv_linear")
 feed_forward: Callable[..., tuple[Tensor, Tensor]] = _callable("feed_forward")
 attention: Callable[..., Tensor] = _callable("attention")
 attention_forward: Callable[..., tuple[Tensor, Tensor]] = _callable("attention_forward")
-attention_backward: Callable[..., Tensor] = _callable("attention_backward")
+attention_backward: Callable[..., tuple[Tensor, Tensor]] = _callable("attention_backward")
 attention_tiles: Callable[..., Tensor] = _callable("attention_tiles")
 layer_norm: Callable[..., Tensor] = _callable("layer_norm")
 add_layer_norm: Callable[..., Tensor] = _callable("add_layer_norm")

@@ -13,7 +13,9 @@ that no long one is left for the end, and hardly a program without rows.
 
 In training, dropout zeroes probabilities after the softmax, and what normalises each row is kept. The backward
 computes the probabilities again from that, in two kernels without atomics: one holds queries and walks the keys for
-dQ, one holds keys and walks the queries for dK and dV.
+dQ, one holds keys and walks the queries for dK and dV. The gradient of a bias by distance takes a third: a program
+adds up the square tiles of dS, the gradient of the scores, that lie equally far from the diagonal, element by element,
+and only at its end sums along the diagonals of what it has. A fourth adds up what the programs found, in a fixed order.
 
 `attention_fp8` writes what `quantize_fp8` would make of the result: in inference, where a scale is given.
 
@@ -34,11 +36,13 @@ from .compiled import Constants, run
 from .dependent import wait_for_previous
 from .dropout import checked_seed, draw_threshold, keep_scale, keep_tile, keep_tile_transposed
 from .launch import (
+    DBIAS_PROGRAMS,
     SHORT,
     Config,
     architecture,
     attention_backward_config,
     attention_config,
+    attention_dbias_config,
     contiguous,
     dependent,
     input_precision,
@@ -57,6 +61,8 @@ TILES_BLOCK = 64
 # Sequences that a grid of them may have, in its last axis. More go by a list of tiles, which is one axis.
 GRID_SEQUENCES = 65535
 TILES = Constants(BLOCK=TILES_BLOCK, num_warps=4)
+# Distances that a program of `attention_dbias_sum_kernel` takes.
+SUM_BLOCK = 128
 LOG2E = math.log2(math.e)
 
 
@@ -118,6 +124,14 @@ def locate(cu_seqlens_ptr, tiles_ptr, heads, max_seqlen, BLOCK: tl.constexpr):
         start = tl.load(tiles_ptr + 2) + tile % PARTS * BLOCK
         sequence = tl.load(tiles_ptr + 3).to(tl.int64)
     return head, sequence, row, length, start
+
+
+@triton.jit
+def add_bias(scores, bias_ptr, bias_span, inverse_scale, head, queries, keys, length):
+    """`scores` of a tile with the bias, which is scaled as they are; `queries` and `keys` broadcast to its shape."""
+    bias_ptr += head * (2 * bias_span - 1) + bias_span - 1
+    bias = tl.load(bias_ptr + (keys - queries), mask=(queries < length) & (keys < length), other=0.0)
+    return tl.fma(bias, inverse_scale, scores)
 
 
 @triton.jit(
@@ -192,9 +206,7 @@ def attention_kernel(
         scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
         if bias_ptr is not None:
             queries, keys = (start_m + offs_m)[:, None], (start_n + offs_n)[None, :]
-            offs_bias = head * (2 * bias_span - 1) + bias_span - 1 + keys - queries
-            bias = tl.load(bias_ptr + offs_bias, mask=(queries < length) & (keys < length), other=0.0)
-            scores = tl.fma(bias, inverse_scale, scores)  # which are scaled in the exponent
+            scores = add_bias(scores, bias_ptr, bias_span, inverse_scale, head, queries, keys, length)
         if key_mask_ptr is not None:
             scores = tl.where(keep[None, :], scores, float("-inf"))
         elif start_n + BLOCK_N > length:
@@ -250,8 +262,8 @@ def attention_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        *("heads", "rows", "max_seqlen", "threshold"),
-        *("kept_scale", "keep_rate", "scale", "scale_log2e"),
+        *("heads", "rows", "max_seqlen", "threshold", "bias_span"),
+        *("kept_scale", "keep_rate", "scale", "scale_log2e", "inverse_scale"),
     ],
     do_not_specialize_on_alignment=["cu_seqlens_ptr", "key_mask_ptr", "seed_ptr"],
 )
@@ -265,6 +277,7 @@ def attention_backward_q_kernel(
     cu_seqlens_ptr,
     key_mask_ptr,
     seed_ptr,
+    bias_ptr,  # as in attention_kernel
     tiles_ptr,
     heads,
     rows,
@@ -275,6 +288,8 @@ def attention_backward_q_kernel(
     scale,
     scale_log2e,
     stride_qt,
+    bias_span,  # of a bias alone, as is the next
+    inverse_scale,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,  # queries of a program
     BLOCK_N: tl.constexpr,  # keys at a time
@@ -318,6 +333,9 @@ def attention_backward_q_kernel(
         k = tl.load(k_tile_ptr + kv_offs, mask=mask_kv, other=0.0)
         v = tl.load(k_tile_ptr + third + kv_offs, mask=mask_kv, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
+        if bias_ptr is not None:
+            queries, keys = (start_m + offs_m)[:, None], (start_n + offs_n)[None, :]
+            scores = add_bias(scores, bias_ptr, bias_span, inverse_scale, head, queries, keys, length)
         p = tl.exp2(tl.fma(scores, scale_log2e, shift[:, None]))
         if qkv_ptr.dtype.element_ty == tl.float32:
             p = p * norm[:, None]
@@ -340,7 +358,10 @@ def attention_backward_q_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["heads", "rows", "max_seqlen", "threshold", "kept_scale", "scale", "scale_log2e"],
+    do_not_specialize=[
+        *("heads", "rows", "max_seqlen", "threshold", "bias_span"),
+        *("kept_scale", "scale", "scale_log2e", "inverse_scale"),
+    ],
     do_not_specialize_on_alignment=["cu_seqlens_ptr", "key_mask_ptr", "seed_ptr"],
 )
 def attention_backward_kv_kernel(
@@ -352,6 +373,7 @@ def attention_backward_kv_kernel(
     cu_seqlens_ptr,
     key_mask_ptr,
     seed_ptr,
+    bias_ptr,
     tiles_ptr,
     heads,
     rows,
@@ -361,6 +383,8 @@ def attention_backward_kv_kernel(
     scale,
     scale_log2e,
     stride_qt,
+    bias_span,
+    inverse_scale,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,  # keys of a program
     BLOCK_M: tl.constexpr,  # queries at a time
@@ -401,6 +425,9 @@ def attention_backward_kv_kernel(
         shift = tl.load(stats_ptr + start_m + offs_m, mask=valid_m, other=0.0)
         delta = tl.load(delta_ptr + start_m + offs_m, mask=valid_m, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)  # [BLOCK_N, BLOCK_M]
+        if bias_ptr is not None:
+            queries, keys = (start_m + offs_m)[None, :], (start_n + offs_n)[:, None]
+            scores = add_bias(scores, bias_ptr, bias_span, inverse_scale, head, queries, keys, length)
         p = tl.exp2(tl.fma(scores, scale_log2e, shift[None, :]))
         if qkv_ptr.dtype.element_ty == tl.float32:
             norm = tl.load(stats_ptr + heads.to(tl.int64) * rows + start_m + offs_m, mask=valid_m, other=0.0)
@@ -430,6 +457,133 @@ def attention_backward_kv_kernel(
     out_offs = offs_n[:, None] * 3 * third + offs_d[None, :]
     tl.store(out_tile_ptr + out_offs, dk.to(dqkv_ptr.dtype.element_ty), mask=mask_kv)
     tl.store(out_tile_ptr + third + out_offs, dv.to(dqkv_ptr.dtype.element_ty), mask=mask_kv)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("sequences", "heads", "rows", "max_seqlen", "threshold", "bias_span"),
+        *("kept_scale", "scale_log2e", "inverse_scale"),
+    ],
+    do_not_specialize_on_alignment=["cu_seqlens_ptr", "key_mask_ptr", "seed_ptr"],
+)
+def attention_dbias_kernel(
+    qkv_ptr,  # all as in attention_backward_q_kernel
+    grad_ptr,
+    stats_ptr,
+    delta_ptr,  # as that kernel wrote it
+    partial_ptr,  # (chunks, heads, 2, 2 * blocks * BLOCK) float32, by distance from -blocks * BLOCK: see the end
+    cu_seqlens_ptr,
+    key_mask_ptr,
+    seed_ptr,
+    bias_ptr,
+    sequences,
+    heads,
+    rows,
+    max_seqlen,
+    threshold,
+    kept_scale,
+    scale_log2e,
+    stride_qt,
+    bias_span,
+    inverse_scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,  # queries of a tile, and keys
+    BLOCK_D: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    # Blocks from a tile's queries to its keys: 0, 1, -1, 2, -2, ... Those with the most tiles begin first.
+    away = (tl.program_id(0) + 1) // 2
+    away = tl.where(tl.program_id(0) % 2 == 1, away, -away)
+    head = tl.program_id(1).to(tl.int64)
+    offs = tl.arange(0, BLOCK)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d[None, :] < HEAD_DIM
+    third = heads * HEAD_DIM
+    qkv_offs = offs[:, None] * stride_qt + offs_d[None, :]
+    grad_offs = offs[:, None] * third + offs_d[None, :]
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+    # That of every tile; it needn't go as far as a tile does.
+    distance = away * BLOCK + offs[None, :] - offs[:, None]
+    mask_bias = (distance > -bias_span) & (distance < bias_span)
+    bias_ptr += head * (2 * bias_span - 1) + bias_span - 1
+    bias = tl.load(bias_ptr + distance, mask=mask_bias, other=0.0)
+    total = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for sequence in range(tl.program_id(2), sequences, tl.num_programs(2)):
+        if cu_seqlens_ptr is None:
+            row = max_seqlen.to(tl.int64) * sequence
+            length = max_seqlen
+        else:
+            row = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
+            length = (tl.load(cu_seqlens_ptr + sequence + 1) - row).to(tl.int32)
+        for start_m in range(tl.maximum(-away, 0) * BLOCK, length - tl.maximum(away, 0) * BLOCK, BLOCK):
+            start_n = start_m + away * BLOCK
+            takes_part = start_n + offs < length
+            mask_kv = takes_part[:, None] & mask_d
+            valid_m = start_m + offs < length
+            mask_q = valid_m[:, None] & mask_d
+            if key_mask_ptr is not None:
+                mask_ptr = key_mask_ptr + max_seqlen.to(tl.int64) * sequence + start_n
+                takes_part = tl.load(mask_ptr + offs, mask=takes_part, other=False)
+            q_tile_ptr = qkv_ptr + (row + start_m) * stride_qt + head * HEAD_DIM
+            k_tile_ptr = qkv_ptr + (row + start_n) * stride_qt + third + head * HEAD_DIM
+            grad_tile_ptr = grad_ptr + (row + start_m) * third + head * HEAD_DIM
+            q = tl.load(q_tile_ptr + qkv_offs, mask=mask_q, other=0.0)
+            k = tl.load(k_tile_ptr + qkv_offs, mask=mask_kv, other=0.0)
+            grad = tl.load(grad_tile_ptr + grad_offs, mask=mask_q, other=0.0)
+            v = tl.load(k_tile_ptr + third + qkv_offs, mask=mask_kv, other=0.0)
+            offs_row = head * rows + row + start_m + offs
+            shift = tl.load(stats_ptr + offs_row, mask=valid_m, other=0.0)
+            delta = tl.load(delta_ptr + offs_row, mask=valid_m, other=0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)  # [BLOCK, BLOCK]
+            scores = tl.fma(bias, inverse_scale, scores)
+            p = tl.exp2(tl.fma(scores, scale_log2e, shift[:, None]))
+            if qkv_ptr.dtype.element_ty == tl.float32:
+                norm = tl.load(stats_ptr + heads.to(tl.int64) * rows + offs_row, mask=valid_m, other=0.0)
+                p = p * norm[:, None]
+            p = tl.where(takes_part[None, :], p, 0.0)
+            dp = tl.dot(grad, tl.trans(v), input_precision=INPUT_PRECISION)  # [BLOCK, BLOCK]
+            if seed_ptr is not None:
+                keep = keep_tile(seed, row + start_m + offs, start_n, head, threshold, BLOCK, BLOCK)
+                dp = tl.where(keep, dp, 0.0)
+            # Queries past the end are zeros, as are their gradients and delta.
+            total += p * (dp - delta[:, None])
+
+    # total[i, j] is of the distance away * BLOCK + j - i. Each row turned by its number, a column c holds that of c,
+    # and below, of the rows that ran over the end, that of c - BLOCK.
+    columns = offs[:, None] + offs[None, :]
+    total = tl.gather(total, columns % BLOCK, 1)
+    ahead = tl.sum(tl.where(columns < BLOCK, total, 0.0), 0) * kept_scale
+    behind = tl.sum(tl.where(columns < BLOCK, 0.0, total), 0) * kept_scale
+    blocks = (tl.num_programs(0) + 1) // 2
+    partial_ptr += (tl.program_id(2) * heads + head) * 4 * blocks * BLOCK + (blocks + away) * BLOCK
+    tl.store(partial_ptr + offs, ahead)
+    tl.store(partial_ptr + (2 * blocks - 1) * BLOCK + offs, behind)
+
+
+@triton.jit(do_not_specialize=["chunks", "heads", "half", "bias_span"])
+def attention_dbias_sum_kernel(
+    partial_ptr,  # (chunks, heads, 2, 2 * half) float32, as the kernel above wrote it
+    dbias_ptr,  # (heads, 2 * bias_span - 1) float32
+    chunks,
+    heads,
+    half,
+    bias_span,
+    PART: tl.constexpr,  # BLOCK of the kernel above
+    BLOCK: tl.constexpr,
+):
+    head = tl.program_id(1).to(tl.int64)
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    place = cols - (bias_span - 1) + half
+    # Of the first block nothing lies ahead, of the last nothing behind: nobody wrote there.
+    mask_ahead = (place >= PART) & (place < 2 * half)
+    mask_behind = (place >= 0) & (place < 2 * half - PART)
+    dbias = tl.zeros([BLOCK], tl.float32)
+    for chunk in range(0, chunks):
+        found_ptr = partial_ptr + (chunk * heads + head) * 4 * half + place
+        dbias += tl.load(found_ptr, mask=mask_ahead, other=0.0)
+        dbias += tl.load(found_ptr + 2 * half, mask=mask_behind, other=0.0)
+    tl.store(dbias_ptr + head * (2 * bias_span - 1) + cols, dbias, mask=cols < 2 * bias_span - 1)
 
 
 def attention(
@@ -496,16 +650,21 @@ def attention_fp8(
     return _launch_forward(q, k, v, None, *sequences, scale, 0.0, None, tiles, bias, out_scale)
 
 
-def _check_inference(q: Tensor, k: Tensor, v: Tensor, max_seqlen: int, bias: Tensor | None) -> None:
-    """Raises ValueError as `attention` says of its tensors."""
+def _check_bias(bias: Tensor | None, heads: int, max_seqlen: int) -> None:
+    """Raises ValueError as `attention` says of its bias."""
     if bias is not None:
-        heads, least = q.shape[1], 2 * max_seqlen - 1
+        least = 2 * max_seqlen - 1
         fits = bias.dim() == 2 and bias.shape[0] == heads and bias.shape[1] % 2 and bias.shape[1] >= least
         if not fits or bias.dtype != torch.float32 or not bias.is_contiguous():
             raise ValueError(
                 f"bias has shape {tuple(bias.shape)} and dtype {bias.dtype}; expected a contiguous float32 tensor of "
                 f"({heads}, 2 R - 1), R at least {max_seqlen}"
             )
+
+
+def _check_inference(q: Tensor, k: Tensor, v: Tensor, max_seqlen: int, bias: Tensor | None) -> None:
+    """Raises ValueError as `attention` says of its tensors."""
+    _check_bias(bias, q.shape[1], max_seqlen)
     shape = q.shape
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.shape != shape or x.stride(2) != 1:
@@ -682,6 +841,7 @@ def attention_forward(
     dropout: float,
     seed: Tensor | None,
     tiles: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attention` with dropout of the probabilities, and what its backward needs; never waits for the device.
 
@@ -690,11 +850,11 @@ def attention_forward(
         cu_seqlens, key_mask, max_seqlen, scale: as `attention` has them.
         dropout: rate, 0 to 1, at which probabilities are dropped; the others are scaled by 1 / (1 - dropout).
         seed: int64 tensor of one element, on the device, which decides the dropped ones; None where `dropout` is 0.
-        tiles: as `attention` has them.
+        tiles, bias: as `attention` has them.
 
     Returns:
         (T, heads, head_dim), contiguous, zero in rows whose keys are all masked; and (planes, heads, T) float32, what
-        makes the scores of each row probabilities again. Of 16 bits, one plane s: exp2(scale * log2(e) * score + s). In
+        makes the scores of each row probabilities again. Of 16 bits, one plane s: exp2(log2(e) * scaled score + s). In
         float32 two, and the probability is that times the second: in one number, a logarithm, there would be a rounding
         of the row's maximum, and in every probability computed from it.
 
@@ -702,19 +862,22 @@ def attention_forward(
         ValueError: as in `attention`; `dropout` out of range, or without a seed.
     """
     qkv, seed = _rows_of(qkv), checked_seed(dropout, seed)
+    _check_bias(bias, qkv.shape[2], max_seqlen)
     planes = 2 if qkv.dtype == torch.float32 else 1
     stats = torch.empty((planes, qkv.shape[2], qkv.shape[0]), dtype=torch.float32, device=qkv.device)
     q, k, v = qkv.unbind(1)
-    out = _launch_forward(q, k, v, stats, cu_seqlens, key_mask, max_seqlen, scale, dropout, seed, tiles)
+    out = _launch_forward(q, k, v, stats, cu_seqlens, key_mask, max_seqlen, scale, dropout, seed, tiles, bias)
     return out, stats
 
 
 @planned
 def _backward_plan(
-    choose: Any, arch: str, dtype: torch.dtype, head_dim: int, precision: str
+    choose: Any, arch: str, dtype: torch.dtype, head_dim: int, biased: bool, precision: str
 ) -> tuple[Config, Constants, Constants]:
     """The configuration of the backward, and the constants of its two kernels: who holds block_m walks block_n."""
     config: Config = choose(arch, dtype, head_dim)
+    if biased:
+        config = of_bias(config, arch, backward=True)
     shared = {
         "HEAD_DIM": head_dim,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
@@ -723,6 +886,20 @@ def _backward_plan(
     }
     by_queries = Constants({**shared, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n})
     return config, by_queries, Constants({**shared, "BLOCK_N": config.block_m, "BLOCK_M": config.block_n})
+
+
+@planned
+def _dbias_plan(choose: Any, arch: str, dtype: torch.dtype, head_dim: int, precision: str) -> tuple[Config, Constants]:
+    """The configuration of `attention_dbias_kernel` and its constants."""
+    config: Config = choose(arch, dtype)
+    constants = {
+        "HEAD_DIM": head_dim,
+        "BLOCK": config.block_m,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "INPUT_PRECISION": precision,
+        **options(config),
+    }
+    return config, Constants(constants)
 
 
 def attention_backward(
@@ -737,10 +914,20 @@ def attention_backward(
     dropout: float,
     seed: Tensor | None,
     tiles: Tensor | None = None,
-) -> Tensor:
-    """The gradient of `attention_forward` with respect to qkv, (T, 3, heads, head_dim), by what that returned.
+    bias: Tensor | None = None,
+    bias_grad: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `attention_forward`, by what that returned.
 
-    `grad` is (T, heads, head_dim). Deterministic: the same bits every time. Two launches.
+    Args:
+        grad: (T, heads, head_dim), the gradient of its first result.
+        out, stats: what it returned; all others what it was given.
+        bias_grad: whether the gradient of `bias` is wanted.
+
+    Returns:
+        dqkv, (T, 3, heads, head_dim); and dbias, float32, of the shape of `bias`: the sum over all sequences and all
+        queries and keys of a distance of the gradients of their scores. Empty, (0,), without a bias or where it isn't
+        wanted. Deterministic: the same bits every time. Two launches, and two more for dbias.
 
     Raises:
         ValueError: as in `attention_forward`; `grad` of another shape than `out`.
@@ -748,21 +935,39 @@ def attention_backward(
     qkv, seed = _rows_of(qkv), checked_seed(dropout, seed)
     rows, _, heads, head_dim = qkv.shape
     batch, key_mask, tiles = _checked(rows, cu_seqlens, key_mask, max_seqlen, scale, tiles, qkv.device)
+    _check_bias(bias, heads, max_seqlen)
     if grad.shape != out.shape:
         raise ValueError(f"grad has shape {tuple(grad.shape)}; expected {tuple(out.shape)}, the shape of out")
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    shape = (0,) if bias is None or not bias_grad else bias.shape
+    dbias = torch.empty(shape, dtype=torch.float32, device=qkv.device)
     if rows == 0:
-        return dqkv
+        return dqkv, dbias.zero_()
     grad, out, stats = contiguous(grad), contiguous(out), contiguous(stats)
     delta = torch.empty(heads, rows, dtype=torch.float32, device=qkv.device)
     arch, dtype = architecture(qkv.device), qkv.dtype
+    precision = input_precision(dtype)
     config, by_queries, by_keys = _backward_plan(
-        attention_backward_config, arch, dtype, head_dim, input_precision(dtype)
+        attention_backward_config, arch, dtype, head_dim, bias is not None, precision
     )
     grid = _grid(config.block_m, max_seqlen, heads, batch, tiles)
-    layout = cu_seqlens, key_mask, seed, tiles, heads, rows, max_seqlen, draw_threshold(dropout), keep_scale(dropout)
-    last = float(scale), scale * LOG2E, qkv.stride(0)
+    dropped = draw_threshold(dropout), keep_scale(dropout)
+    layout = cu_seqlens, key_mask, seed, bias, tiles, heads, rows, max_seqlen, *dropped
+    span = 0 if bias is None else (bias.shape[1] + 1) // 2
+    last = float(scale), scale * LOG2E, qkv.stride(0), span, 1 / scale
     queries = (qkv, grad, out, stats, delta, dqkv, *layout, 1.0 - dropout, *last)
     run(attention_backward_q_kernel, grid, queries, by_queries)
     run(attention_backward_kv_kernel, grid, (qkv, grad, stats, delta, dqkv, *layout, *last), by_keys)
-    return dqkv
+    if dbias.numel():
+        config, constants = _dbias_plan(attention_dbias_config, arch, dtype, head_dim, precision)
+        blocks = -(-max_seqlen // config.block_m)
+        half = blocks * config.block_m
+        chunks = max(1, min(batch, DBIAS_PROGRAMS // (heads * (2 * blocks - 1))))
+        partial = torch.empty(chunks, heads, 2, 2 * half, dtype=torch.float32, device=qkv.device)
+        tensors = qkv, grad, stats, delta, partial, cu_seqlens, key_mask, seed, bias
+        numbers = batch, heads, rows, max_seqlen, *dropped, scale * LOG2E, qkv.stride(0), span, 1 / scale
+        run(attention_dbias_kernel, (2 * blocks - 1, heads, chunks), (*tensors, *numbers), constants)
+        totals = Constants(PART=config.block_m, BLOCK=SUM_BLOCK, num_warps=4)
+        sums = partial, dbias, chunks, heads, half, span
+        run(attention_dbias_sum_kernel, (-(-dbias.shape[1] // SUM_BLOCK), heads, 1), sums, totals)
+    return dqkv, dbias

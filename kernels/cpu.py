@@ -203,10 +203,20 @@ def _sequences(
             yield slice(start, end), 1, None
 
 
-def _scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """`scale * query @ key.T` in float32 or better, -inf where masked: (B, heads, S, D) -> (B, heads, S, S)."""
+def _scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, bias: Tensor | None) -> Tensor:
+    """`scale * query @ key.T`, biased by distance, in float32 or better, -inf where masked: (B, heads, S, S)."""
     scores = torch.matmul(query, key.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32)).mul_(scale)
+    if bias is not None:
+        scores += _biased(bias, scores.shape[-1], None)
     return scores if mask is None else scores.masked_fill_(~mask, float("-inf"))
+
+
+def _by_distance(pairs: Tensor) -> Tensor:
+    """Sums over all (i, i + d) of the last two dimensions, (..., S, S), for d from 1 - S to S - 1: (..., 2 S - 1)."""
+    size = pairs.shape[-1]
+    # The last row first; in rows that are one element shorter, each is then one further to the right.
+    wide = F.pad(pairs.flip(-2), (0, size)).flatten(-2)
+    return wide[..., :-size].unflatten(-1, (size, 2 * size - 1)).sum(-2)
 
 
 def attention_forward(
@@ -218,6 +228,7 @@ def attention_forward(
     dropout: float,
     seed: Tensor | None,
     tiles: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     rows, _, heads, _ = qkv.shape
     dtype, generator = _matmul_dtype(qkv), _generator(seed)
@@ -228,7 +239,7 @@ def attention_forward(
         # [3, B, heads, S, D]
         query, key, value = qkv[group].unflatten(0, (batch, -1)).permute(2, 0, 3, 1, 4).to(dtype)
         if dropout:
-            scores = _scores(query, key, mask, scale)
+            scores = _scores(query, key, mask, scale, bias)
             # Without a key all scores are -inf: there a maximum of 0 makes every weight 0, and no NaN.
             top = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
             weights = scores.sub_(top).exp_()
@@ -239,15 +250,17 @@ def attention_forward(
             result = torch.matmul(weights.to(dtype), value)
         else:
             result, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query, key, value, attn_mask=_additive(mask, query), scale=scale
+                query, key, value, attn_mask=_additive(mask, query, bias), scale=scale
             )
         out[group] = result.transpose(1, 2).flatten(0, 1)
         stats[0, :, group] = logsumexp.transpose(0, 1).flatten(1)
     return out, stats
 
 
-def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """A boolean key mask as what is added to the scores."""
+def _additive(mask: Tensor | None, query: Tensor, bias: Tensor | None) -> Tensor | None:
+    """A boolean key mask and a bias by distance as what is added to the scores."""
+    if bias is not None:
+        return _biased(bias.to(query.dtype), query.shape[2], mask).expand(len(query), -1, -1, -1)
     if mask is None:
         return None
     added = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
@@ -266,30 +279,41 @@ def attention_backward(
     dropout: float,
     seed: Tensor | None,
     tiles: Tensor | None = None,
-) -> Tensor:
+    bias: Tensor | None = None,
+    bias_grad: bool = True,
+) -> tuple[Tensor, Tensor]:
     dtype, generator = _matmul_dtype(qkv), _generator(seed)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
+    dbias = stats.new_zeros(0) if bias is None or not bias_grad else torch.zeros_like(bias)
     for group, batch, mask in _sequences(qkv.shape[0], cu_seqlens, key_mask, max_seqlen):
         query, key, value = qkv[group].unflatten(0, (batch, -1)).permute(2, 0, 3, 1, 4).to(dtype)
         dout, result = (t[group].unflatten(0, (batch, -1)).transpose(1, 2).to(dtype) for t in (grad, out))
         logsumexp = stats[0, :, group].unflatten(1, (batch, -1)).transpose(0, 1)  # [B, heads, S]
-        if dropout:
-            weights = _scores(query, key, mask, scale).sub_(logsumexp[..., None]).exp_()
-            keep = _keep(weights.shape, dropout, generator, weights.dtype)
-            dvalue = torch.matmul((weights * keep).to(dtype).transpose(-1, -2), dout)
-            dweights = torch.matmul(dout, value.transpose(-1, -2)).to(weights.dtype).mul_(keep)
+        if dropout or dbias.numel():
+            weights = _scores(query, key, mask, scale, bias).sub_(logsumexp[..., None]).exp_()
+            dweights, kept = torch.matmul(dout, value.transpose(-1, -2)).to(weights.dtype), weights
+            if dropout:
+                keep = _keep(weights.shape, dropout, generator, weights.dtype)
+                dweights.mul_(keep)
+                kept = weights * keep
+            dvalue = torch.matmul(kept.to(dtype).transpose(-1, -2), dout)
             delta = (dout.to(weights.dtype) * result).sum(-1, keepdim=True)
-            dscores = dweights.sub_(delta).mul_(weights).mul_(scale).to(dtype)
+            dscores = dweights.sub_(delta).mul_(weights)
+            if dbias.numel():
+                found = _by_distance(dscores.sum(0))
+                dbias.narrow(1, (dbias.shape[1] - found.shape[1]) // 2, found.shape[1]).add_(found)
+            dscores = dscores.mul_(scale).to(dtype)
             grads = (torch.matmul(dscores, key), torch.matmul(dscores.transpose(-1, -2), query), dvalue)
         else:
+            added = _additive(mask, query, bias)
             # It wants queries between heads and rows in memory: [B, S, heads] transposed.
             logsumexp = logsumexp.transpose(1, 2).contiguous().transpose(1, 2)
             grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                dout, query, key, value, result, logsumexp, 0.0, False, attn_mask=_additive(mask, query), scale=scale
+                dout, query, key, value, result, logsumexp, 0.0, False, attn_mask=added, scale=scale
             )
         for i, each in enumerate(grads):
             dqkv[group, i] = each.transpose(1, 2).flatten(0, 1)
-    return dqkv
+    return dqkv, dbias
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

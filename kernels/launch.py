@@ -324,9 +324,17 @@ def of_length(config: Config, max_seqlen: int) -> Config:
     return SHORT_TILES.get(config, config) if max_seqlen <= SHORT else config
 
 
-def of_bias(config: Config, arch: str) -> Config:
-    """`config` as attention with a bias runs it: with eight warps where with four it spills in 16 bits."""
-    return replace(config, num_warps=8) if LIKE.get(arch, arch) in ("sm_89", "sm_100") else config
+def of_bias(config: Config, arch: str, backward: bool = False) -> Config:
+    """`config` as attention with a bias runs it, or its backward, where it would spill: with eight warps for four, and
+    where it has eight, with as many registers as it asks for; on sm_80 the backward doesn't load ahead, either."""
+    arch = LIKE.get(arch, arch)
+    if arch == "sm_80" and backward:
+        return replace(config, num_stages=1, max_registers=255)
+    if arch not in ("sm_89", "sm_100") and (arch != "sm_80" or config.block_n != 32):
+        return config
+    if config.num_warps == 8:
+        return replace(config, max_registers=config.max_registers or 255)
+    return replace(config, num_warps=8)
 
 
 # The backward of attention: `block_m` rows held, keys in one kernel and queries in the other, `block_n` walked at once.
@@ -385,6 +393,28 @@ def attention_backward_config(arch: str, dtype: torch.dtype, head_dim: int) -> C
     config = _of(_ATTENTION_BACKWARD, arch)[dtype.itemsize, padded]
     # There, the masks of columns that pad a head leave no registers for a second stage.
     return replace(config, num_stages=1) if arch == "sm_80" and head_dim != padded else config
+
+
+# The gradient of a bias: by architecture and bytes an element, square tiles of `block_m` queries and keys. Unmeasured,
+# as above: what doesn't spill, of the largest tiles, which read the least for an operation.
+_ATTENTION_DBIAS: dict[str, dict[int, Config]] = {
+    "sm_80": {2: Config(32, 32, 0, 4, 2), 4: Config(32, 32, 0, 8, 1, max_registers=255)},
+    "sm_90": {2: Config(64, 64, 0, 8, 1), 4: Config(32, 32, 0, 8, 1, max_registers=255)},
+    "sm_100": {2: Config(64, 64, 0, 8, 1, max_registers=255), 4: Config(32, 32, 0, 8, 1, max_registers=255)},
+    "portable": {2: Config(64, 64, 0, 4, 1), 4: Config(32, 32, 0, 8, 1)},
+}
+_ATTENTION_DBIAS["sm_89"] = _ATTENTION_DBIAS["sm_80"]
+
+
+def attention_dbias_config(arch: str, dtype: torch.dtype) -> Config:
+    """The tiles of the gradient of attention's bias. Arguments as `attention_config`'s."""
+    return _of(_ATTENTION_DBIAS, arch)[dtype.itemsize]
+
+
+DBIAS_PROGRAMS = 2048
+"""The gradient of attention's bias is shared out among at most so many programs, unless its heads and diagonals of
+tiles are more: several rounds of all that an H100 has room for. Each writes two numbers a row of its tile, to be added
+up."""
 
 
 # Linear layers: by architecture and bytes an element, (n below which it applies, configuration). Not measured yet:

@@ -117,7 +117,7 @@ def _attend(
         scores = query @ key.transpose(1, 2) * scale
         places = torch.arange(end - start, device=q.device)
         if bias is not None:
-            scores = scores + bias.to(q.dtype)[:, bias.shape[1] // 2 + places - places[:, None]]
+            scores = scores + bias.to(scores.dtype)[:, bias.shape[1] // 2 + places - places[:, None]]
         there = torch.ones_like(places, dtype=torch.bool) if key_mask is None else key_mask[number]
         scores = scores.masked_fill(~there, torch.finfo(scores.dtype).min)
         # Zero, and not alike for all, where every key is masked.
@@ -184,6 +184,7 @@ def attention_forward(
     dropout: float,
     seed: Tensor | None,
     tiles: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attention` with dropout of the probabilities, and what its backward needs.
 
@@ -192,13 +193,14 @@ def attention_forward(
         cu_seqlens, key_mask, max_seqlen, scale: as `attention` has them.
         dropout: rate, 0 to 1, at which probabilities are dropped; the others are scaled by 1 / (1 - dropout).
         seed: int64 tensor of one element, which decides the dropped ones; None where `dropout` is 0.
+        tiles, bias: as `attention` has them.
 
     Returns:
         (T, heads, head_dim), contiguous, zero in rows whose keys are all masked; and what says the softmax of each row
         again, (1, heads, T) float32 or better, or (2, ...) where qkv isn't of 16 bits: here the logarithm of the sum of
-        exp(scale * score), and ones.
+        exp(scaled score), and ones.
     """
-    out, sums = _attend(qkv.unbind(1), cu_seqlens, key_mask, max_seqlen, scale, None, dropout, seed)
+    out, sums = _attend(qkv.unbind(1), cu_seqlens, key_mask, max_seqlen, scale, bias, dropout, seed)
     stats = sums[None] if qkv.dtype.itemsize == 2 else torch.stack([sums, torch.ones_like(sums)])
     return out.to(qkv.dtype), stats
 
@@ -215,14 +217,22 @@ def attention_backward(
     dropout: float,
     seed: Tensor | None,
     tiles: Tensor | None = None,
-) -> Tensor:
-    """The gradient of `attention_forward` with respect to qkv, (T, 3, heads, head_dim)."""
+    bias: Tensor | None = None,
+    bias_grad: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `attention_forward`: dqkv, (T, 3, heads, head_dim), and dbias, like `bias`.
 
-    def attend(qkv: Tensor) -> Tensor:
-        return _attend(qkv.unbind(1), cu_seqlens, key_mask, max_seqlen, scale, None, dropout, seed)[0]
+    dbias is (0,) without a bias, or where `bias_grad` says that it isn't wanted.
+    """
 
-    (dqkv,) = _gradients(attend, grad, qkv)
-    return dqkv.to(qkv.dtype)
+    def attend(qkv: Tensor, bias: Tensor | None = bias) -> Tensor:
+        return _attend(qkv.unbind(1), cu_seqlens, key_mask, max_seqlen, scale, bias, dropout, seed)[0]
+
+    if bias is None or not bias_grad:
+        (dqkv,) = _gradients(attend, grad, qkv)
+        return dqkv.to(qkv.dtype), stats.new_empty(0)
+    dqkv, dbias = _gradients(attend, grad, qkv, bias)
+    return dqkv.to(qkv.dtype), dbias.to(bias.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -222,12 +222,14 @@ def _stock_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, mask: None
     return torch.cat(each)
 
 
-def _stock_attention_backward(grad: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, *rest: Any) -> Tensor:
+def _stock_attention_backward(
+    grad: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         leaf = qkv.detach().clone().requires_grad_()
         q, k, v = leaf.unbind(1)
         result = _stock_attention(q, k, v, *rest[:4])
-        return torch.autograd.grad(result, leaf, grad)[0]
+        return torch.autograd.grad(result, leaf, grad)[0], torch.empty_like(stats[:0, 0, 0])  # there is no bias
 
 
 def _attention(sizes: Sizes, dtype: torch.dtype, arch: str, train: bool) -> Iterator[Problem]:

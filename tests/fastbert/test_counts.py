@@ -52,7 +52,7 @@ def test_flops_of_packed_attention_are_those_of_each_sequence() -> None:
     shapes = [(1, 2, n, 16) for n in LENGTHS]
     assert counts.cost("attention_forward", args, result).flops == sum(sdpa_flop_count(s, s, s) for s in shapes)
     args = (result[0], qkv, *result, *args[1:])
-    backward = counts.cost("attention_backward", args, qkv)
+    backward = counts.cost("attention_backward", args, (qkv, torch.empty(0)))
     assert backward.flops == sum(sdpa_backward_flop_count(s, s, s, s) for s in shapes)
 
 
@@ -61,7 +61,7 @@ def test_bytes(dtype: torch.dtype) -> None:
     """By hand, for the arguments of tests/fastbert/test_ops.py: 9 rows of 32 and 48, 2 heads of 16, in sequences of 4
     and 5; what is float32 or int64 whatever the dtype is added in bytes."""
     rows, wide, weight = 9 * 32, 9 * 48, 48 * 32
-    starts, seed, tiles = 3 * 4, 8, 2 * 4 * 4
+    starts, seed, tiles, bias = 3 * 4, 8, 2 * 4 * 4, 4 * 2 * 11
     stats = 4 * 2 * 9 * (2 if dtype == torch.float32 else 1)
     expected = {
         "linear": (rows + weight + 48 + wide, 0),
@@ -72,8 +72,8 @@ def test_bytes(dtype: torch.dtype) -> None:
         "linear_gelu_backward": (rows + weight + wide + 2 * wide, 0),
         "attention": (4 * rows, starts + tiles),
         "attention_tiles": (0, starts + tiles),
-        "attention_forward": (4 * rows, starts + seed + tiles + stats),
-        "attention_backward": (rows + 3 * rows + rows + 3 * rows, starts + seed + tiles + stats),
+        "attention_forward": (4 * rows, starts + seed + tiles + bias + stats),
+        "attention_backward": (rows + 3 * rows + rows + 3 * rows, starts + seed + tiles + bias + stats + bias),
         "layer_norm": (2 * rows + 2 * 32, 0),
         "add_layer_norm": (3 * rows + 2 * 32, seed),
         "add_layer_norm_backward": (3 * rows + 32 + 2 * rows + 2 * 32, seed),

@@ -38,8 +38,9 @@ def arguments(
     drop = (dropout, torch.tensor([7], device=device) if dropout else None)
     ids = (integers(10, 9), integers(2, 9), torch.arange(9, device=device))
     tables = (normal(11, 32), normal(2, 32), normal(9, 32))
-    attended = ops.attention_forward(qkv, *sequences, *drop)
     tiles = ops.attention_tiles(sequences[0], 9)
+    added = tiles, normal(2, 11).to(torch.promote_types(dtype, torch.float32))  # a bias with room for 6 tokens
+    attended = ops.attention_forward(qkv, *sequences, *drop, *added)
     losses = (x, weight, bias, integers(48, 9))
     fp8 = (*ops.quantize_fp8(x, None), *ops.quantize_fp8(weight, None), bias)
     rows = (torch.tensor([0, 3, 8], device=device), torch.tensor([0, -1, -1, 1, -1, -1, -1, -1, 2], device=device))
@@ -52,8 +53,8 @@ def arguments(
         "linear_gelu_backward": (normal(9, 32), normal(32, 48), normal(9, 48), "tanh"),
         "attention": (*qkv.unbind(1), *sequences, None, tiles),
         "attention_tiles": (sequences[0], 9),
-        "attention_forward": (qkv, *sequences, *drop, tiles),
-        "attention_backward": (normal(9, 2, 16), qkv, *attended, *sequences, *drop, tiles),
+        "attention_forward": (qkv, *sequences, *drop, *added),
+        "attention_backward": (normal(9, 2, 16), qkv, *attended, *sequences, *drop, *added),
         "layer_norm": (x, *norm),
         "add_layer_norm": (x, normal(9, 32), *norm, *drop),
         "add_layer_norm_backward": (normal(9, 32), x, normal(9, 32), norm[0], norm[2], *drop),
@@ -127,12 +128,63 @@ def test_gradcheck(name: str, dropout: float) -> None:
     assert torch.autograd.gradcheck(getattr(ops, name), args)
 
 
+@pytest.mark.parametrize("wanted", [None, False])
+def test_attention_in_training_with_a_bias_that_needs_no_gradient(wanted: bool | None) -> None:
+    """Or without one: its gradient is not computed, and comes back empty."""
+    calls = {name: arguments()[name] for name in ("attention_forward", "attention_backward")}
+    if wanted is None:
+        calls = {name: args[:-1] for name, args in calls.items()}
+    else:
+        calls["attention_backward"] += (wanted,)
+    for name, args in calls.items():
+        check_operator(name, args)
+    assert ops.attention_backward(*calls["attention_backward"])[1].shape == (0,)
+    qkv, *rest = calls["attention_forward"]
+    seen = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            if function is torch.ops.fastbert.attention_backward.default:
+                seen.append(result)
+            return result
+
+    out, _ = ops.attention_forward(qkv.requires_grad_(), *rest)
+    with Record():
+        (dqkv,) = torch.autograd.grad(out.sum(), qkv)
+    assert torch.equal(seen[0][0], dqkv) and seen[0][1].shape == (0,)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_gradients_of_attention_in_a_batch(wanted: bool, legacy: bool) -> None:
+    """Those of its bias too, or not of it, each as on its own."""
+    qkv, *rest, bias = differentiable(arguments()["attention_forward"])
+    leaves = [qkv, bias.requires_grad_(wanted)][: 1 + wanted]
+    out, _ = ops.attention_forward(qkv, *rest, bias)
+    vectors = torch.randn(3, *out.shape, generator=torch.Generator().manual_seed(0))
+
+    def one(vector: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out, leaves, vector, retain_graph=True)
+
+    if legacy:
+        found = torch.autograd.grad(out, leaves, vectors, is_grads_batched=True, retain_graph=True)
+    else:
+        found = torch.func.vmap(one)(vectors)
+    expected = tuple(map(torch.stack, zip(*map(one, vectors), strict=True)))
+    assert len(found) == len(leaves) and all(map(torch.equal, found, expected))
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradcheck_of_dense_attention(masked: bool) -> None:
     qkv = torch.randn(12, 3, 2, 16, dtype=torch.float64, requires_grad=True)
     mask = torch.tensor([[True, False, True, True], [False] * 4, [True] * 4]) if masked else None
     for drop in ((0.0, None), (0.3, torch.tensor([7]))):
         assert torch.autograd.gradcheck(lambda x, d=drop: ops.attention_forward(x, None, mask, 4, 0.25, *d)[0], (qkv,))
+        bias = torch.randn(2, 9, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(
+            lambda x, b, d=drop: ops.attention_forward(x, None, mask, 4, 0.25, *d, None, b)[0], (qkv, bias)
+        )
 
 
 def test_dropout_drops_at_its_rate_and_scales_the_rest() -> None:

@@ -62,6 +62,7 @@ from fastbert.kernels.launch import (
     Config,
     attention_backward_config,
     attention_config,
+    attention_dbias_config,
     linear_backward_config,
     linear_config,
     linear_fp8_config,
@@ -158,6 +159,9 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
             "INPUT_PRECISION": precision,
         }
 
+    def added(bias: bool) -> dict[str, Any]:
+        return {"bias_ptr": "*fp32" if bias else None, "bias_span": 512, "inverse_scale": 8.0}
+
     def spec(
         dtype: torch.dtype,
         head_dim: int,
@@ -180,9 +184,7 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
                 **common(dtype, head_dim, layout, precision, drops),
                 **{f"{name}_ptr": f"*{TYPE_NAMES[dtype]}" for name in ("q", "k", "v", "out")},
                 "stats_ptr": "*fp32" if stats else None,
-                "bias_ptr": "*fp32" if bias else None,
-                "bias_span": 512,
-                "inverse_scale": 8.0,
+                **added(bias),
                 "out_inverse_scale": 1.0,
                 "scale_log2e": 0.18,
                 **strides,
@@ -193,19 +195,26 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
         )
 
     def backward(
-        dtype: torch.dtype, head_dim: int, layout: str, precision: str = "ieee", drops: bool = True
+        dtype: torch.dtype,
+        head_dim: int,
+        layout: str,
+        precision: str = "ieee",
+        drops: bool = True,
+        bias: bool = False,
     ) -> Iterator[Spec]:
         config = attention_backward_config(table(arch), dtype, head_dim)
+        config = launch.of_bias(config, table(arch), backward=True) if bias else config
         pointer = f"*{TYPE_NAMES[dtype]}"
         for name, held, walked in (("kv", "BLOCK_N", "BLOCK_M"), ("q", "BLOCK_M", "BLOCK_N")):
             yield Spec(
-                variant=f"d{name} {layout} {precision} d{head_dim}" + (" dropout" if drops else ""),
+                variant=f"d{name} {layout} {precision} d{head_dim}" + " dropout" * drops + " bias" * bias,
                 kernel=getattr(attention, f"attention_backward_{name}_kernel"),
                 arguments={
                     **common(dtype, head_dim, layout, precision, drops),
                     **dict.fromkeys(("qkv_ptr", "grad_ptr", "dqkv_ptr"), pointer),
                     **dict.fromkeys(("stats_ptr", "delta_ptr"), "*fp32"),
                     **({"out_ptr": pointer, "keep_rate": 0.9} if name == "q" else {}),
+                    **added(bias),
                     "scale": 0.125,
                     "scale_log2e": 0.18,
                     "stride_qt": 3 * 1024,
@@ -214,6 +223,26 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
                 },
                 config=config,
             )
+        if not bias:
+            return
+        config = attention_dbias_config(table(arch), dtype)
+        shared = common(dtype, head_dim, layout, precision, drops)
+        del shared["tiles_ptr"]
+        yield Spec(
+            variant=f"dbias {layout} {precision} d{head_dim}" + " dropout" * drops,
+            kernel=attention.attention_dbias_kernel,
+            arguments={
+                **shared,
+                **dict.fromkeys(("qkv_ptr", "grad_ptr"), pointer),
+                **added(True),
+                **dict.fromkeys(("stats_ptr", "delta_ptr", "partial_ptr"), "*fp32"),
+                "sequences": 32,
+                "scale_log2e": 0.18,
+                "stride_qt": 3 * 1024,
+                "BLOCK": config.block_m,
+            },
+            config=config,
+        )
 
     yield Spec(
         variant="tiles",
@@ -222,6 +251,18 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
         config=Config(64, 64, 0, 4, 3),
         matrix=False,
     )
+    for dtype in (torch.float16, torch.float32):  # whose partial sums differ in size alone
+        yield Spec(
+            variant=f"dbias sums {TYPE_NAMES[dtype]}",
+            kernel=attention.attention_dbias_sum_kernel,
+            arguments={
+                **dict.fromkeys(("partial_ptr", "dbias_ptr"), "*fp32"),
+                **{"chunks": 16, "heads": 12, "half": 512, "bias_span": 512},
+                **{"PART": attention_dbias_config(table(arch), dtype).block_m, "BLOCK": attention.SUM_BLOCK},
+            },
+            config=Config(1, attention.SUM_BLOCK, 0, 4, 3),
+            matrix=False,
+        )
     layouts = ("packed", "dense", "masked")
     if full:
         for head_dim in (16, 32, 40, 64, 80, 96, 128):
@@ -233,10 +274,11 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
                     yield spec(torch.bfloat16, head_dim, layout, "ieee", drops, drops, longest=launch.SHORT)
                 for dtype in TYPE_NAMES:
                     yield spec(dtype, head_dim, layout, bias=True)
-                    for drops in (False, True):
-                        yield spec(dtype, head_dim, layout, "ieee", True, drops)
-                        yield from backward(dtype, head_dim, layout, "ieee", drops)
-                yield from backward(torch.float32, head_dim, layout, "tf32")
+                    for drops, bias in itertools.product((False, True), repeat=2):
+                        yield spec(dtype, head_dim, layout, "ieee", True, drops, bias)
+                        yield from backward(dtype, head_dim, layout, "ieee", drops, bias)
+                for bias in (False, True):
+                    yield from backward(torch.float32, head_dim, layout, "tf32", bias=bias)
     else:
         yield spec(torch.bfloat16, 64, "packed", "ieee", True, True)
         yield spec(torch.bfloat16, 64, "packed", longest=launch.SHORT)
@@ -251,6 +293,17 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
         yield spec(torch.bfloat16, 80, "packed")
         yield spec(torch.bfloat16, 64, "packed", bias=True)
         yield spec(torch.float32, 64, "masked", bias=True)
+        for dtype, head_dim, layout, drops in (
+            (torch.bfloat16, 64, "packed", True),
+            (torch.float16, 64, "dense", False),
+            (torch.float16, 128, "masked", True),
+            (torch.float16, 40, "packed", True),
+            (torch.float32, 64, "masked", True),
+            (torch.float32, 128, "packed", False),
+        ):
+            yield spec(dtype, head_dim, layout, "ieee", True, drops, True)
+            yield from backward(dtype, head_dim, layout, "ieee", drops, True)
+        yield spec(torch.bfloat16, 64, "packed", "ieee", True, True, True, launch.SHORT)
         yield spec(torch.float32, 64, "packed", "tf32")
         yield spec(torch.float32, 128, "masked", "tf32")
 

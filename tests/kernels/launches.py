@@ -258,7 +258,8 @@ def check_every_launcher(gpu: stub.Gpu) -> None:
     cu_seqlens = torch.tensor([0, 7, 16], dtype=torch.int32)
     mask = torch.ones(2, 8, dtype=torch.bool)
     out, stats = attention.attention_forward(qkv, cu_seqlens, None, 9, 0.2, 0.1, seed[0, 0])
-    tables = x, x, x, v
+    tables, bias = (x, x, x, v), torch.zeros(2, 21)
+    biased = cu_seqlens, None, 9, 0.2, 0.1, seed[0, 0], None, bias
     calls: list[tuple[Callable[[], Any], int]] = [
         (lambda: linear.qkv_linear(x, w, v, w, v, w, v), 1),
         (lambda: linear.feed_forward(x, w, v, w, v, "none"), 2),
@@ -268,6 +269,8 @@ def check_every_launcher(gpu: stub.Gpu) -> None:
         (lambda: attention.attention_tiles(cu_seqlens, 16), 1),
         (lambda: attention.attention_forward(qkv, cu_seqlens, None, 9, 0.2, 0.1, seed[0, 0]), 1),
         (lambda: attention.attention_backward(out, qkv, out, stats, cu_seqlens, None, 9, 0.2, 0.1, seed[0, 0]), 2),
+        (lambda: attention.attention_forward(qkv, cu_seqlens, None, 9, 0.2, 0.1, seed[0, 0], None, bias), 1),
+        (lambda: attention.attention_backward(out, qkv, out, stats, *biased), 4),
         (lambda: layer_norm.add_layer_norm(x, x, v, v, 1e-5, 0.1, seed[0, 1]), 1),
         (lambda: layer_norm.add_layer_norm_backward(x, x, x, v, 1e-5, 0.1, seed[1, 0]), 1),
         (lambda: embedding.embedding_layer_norm(ids, ids, ids, *tables, v, 1e-5), 1),

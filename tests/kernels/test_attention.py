@@ -287,7 +287,7 @@ def test_tiles_change_no_bit(dtype: torch.dtype, device: str) -> None:
         (
             kernel.attention(q, k, v, *sequences, None, each),
             *(trained := kernel.attention_forward(qkv, *sequences, *drop, each)),
-            kernel.attention_backward(q, qkv, *trained, *sequences, *drop, each),
+            *kernel.attention_backward(q, qkv, *trained, *sequences, *drop, each),
         )
         for each in (None, tiles)
     ]
@@ -309,7 +309,7 @@ def test_more_sequences_than_a_grid_has_room_for_change_no_bit(
     for most in (65535, 4):
         monkeypatch.setattr(kernel, "GRID_SEQUENCES", most)
         out, stats = kernel.attention_forward(qkv, *sequences, dropout, seed)
-        results.append((out, stats, kernel.attention_backward(out, qkv, out, stats, *sequences, dropout, seed)))
+        results.append((out, stats, *kernel.attention_backward(out, qkv, out, stats, *sequences, dropout, seed)))
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)
     assert results[0][2].abs().max() > 0
@@ -355,6 +355,7 @@ def test_configuration_is_the_table_of_the_architecture_or_portable() -> None:
             config = launch.attention_config(arch, dtype, 128)
             assert config == launch.attention_config(like, dtype, 128)
             assert launch.of_bias(config, arch) == launch.of_bias(config, like)
+            assert launch.attention_dbias_config(arch, dtype) == launch.attention_dbias_config(like, dtype)
             assert launch.attention_backward_config(arch, dtype, 16) == launch.attention_backward_config(
                 like, dtype, 16
             )
@@ -367,12 +368,17 @@ def test_configuration_is_the_table_of_the_architecture_or_portable() -> None:
 SEED = 0x1234567890
 
 
-def attend(qkv: Tensor, lengths: list[int], mask: Tensor | None, scale: float, dropout: float = 0.0) -> Tensor:
+def attend(
+    qkv: Tensor, lengths: list[int], mask: Tensor | None, scale: float, dropout: float = 0.0, bias: Tensor | None = None
+) -> Tensor:
     """Attention in plain operations, differentiable, with the dropout of the kernels, in the dtype of its inputs."""
     parts, row = [], 0
     for i, length in enumerate(lengths):
         q, k, v = qkv[row : row + length].permute(1, 2, 0, 3)  # [heads, S, D]
         scores = (q @ k.transpose(1, 2)) * scale
+        if bias is not None:
+            places = torch.arange(length, device=qkv.device)
+            scores = scores + bias[:, bias.shape[1] // 2 + places[None, :] - places[:, None]]
         if mask is not None:
             scores = scores.masked_fill(~mask[i], float("-inf"))
         weights = scores.softmax(-1)
@@ -388,29 +394,53 @@ def attend(qkv: Tensor, lengths: list[int], mask: Tensor | None, scale: float, d
 
 
 def check_training(
-    lengths: list[int], heads: int, head_dim: int, dtype: torch.dtype, device: str, mask: Tensor | None, dropout: float
+    lengths: list[int],
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: str,
+    mask: Tensor | None,
+    dropout: float,
+    room: int = 0,
 ) -> None:
-    """Holds output and gradient, with dropout, to the policy."""
+    """Holds output and gradients, with dropout, to the policy; with a bias by distance that has `room` to spare."""
     rows, longest, scale = sum(lengths), max(lengths), head_dim**-0.5
     q, k, v = make_qkv(rows, heads, head_dim, dtype, device)
     qkv = torch.stack((q, k, v), 1)
     grad = torch.randn(rows, heads, head_dim, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     seed = torch.tensor([SEED], device=device) if dropout else None
     layout = (None if mask is not None else cumulative(lengths, device), mask, longest, scale, dropout, seed)
+    bias = None
+    if room:
+        span = longest + room - 1
+        bias = torch.randn(heads, 2 * span - 1, generator=torch.Generator().manual_seed(2)).to(device)
+        layout += (kernel.attention_tiles(layout[0], rows) if mask is None else None, bias)
     out, stats = kernel.attention_forward(qkv, *layout)
-    dqkv = kernel.attention_backward(grad, qkv, out, stats, *layout)
+    dqkv, dbias = kernel.attention_backward(grad, qkv, out, stats, *layout)
     results = []
     for x in (qkv, qkv.double()):
-        leaf = x.clone().requires_grad_()
-        plain = attend(leaf, lengths, mask, scale, dropout)
+        leaf, added = x.clone().requires_grad_(), None if bias is None else bias.to(x).requires_grad_()
+        plain = attend(leaf, lengths, mask, scale, dropout, added)
         # Of a sequence without keys softmax's own gradient is NaN; the truth is zero.
-        results.append((plain.detach(), torch.autograd.grad(plain, leaf, grad.to(x))[0].nan_to_num(0.0)))
-    assert_within_policy(out, results[0][0], results[1][0], "out")
+        kept = torch.ones(len(x), 1, 1, dtype=torch.bool, device=device)
+        if mask is not None:
+            kept = mask.any(1).repeat_interleave(longest)[:, None, None]
+        given = [leaf] if added is None else [leaf, added]
+        found = torch.autograd.grad(plain.masked_fill(~kept, 0.0), given, grad.to(x))
+        results.append((plain.detach(), *found))
+    stock, truth = results
+    assert_within_policy(out, stock[0], truth[0], "out")
     for i, name in enumerate("qkv"):
-        assert_within_policy(dqkv[:, i], results[0][1][:, i], results[1][1][:, i], f"d{name}")
+        assert_within_policy(dqkv[:, i], stock[1][:, i], truth[1][:, i], f"d{name}")
+    if bias is None:
+        assert dbias.shape == (0,)
+    else:
+        assert_within_policy(dbias, stock[2].float(), truth[2], "dbias")
+        assert dbias[:, : room - 1].eq(0).all() and dbias[:, 2 * span - room :].eq(0).all()  # no pair is so far apart
     if not dropout and mask is None:
-        assert torch.equal(out, kernel.attention(q, k, v, *layout[:4]))
-    assert torch.equal(dqkv, kernel.attention_backward(grad, qkv, out, stats, *layout))
+        assert torch.equal(out, kernel.attention(q, k, v, *layout[:4], bias))
+    again = kernel.attention_backward(grad, qkv, out, stats, *layout)
+    assert torch.equal(dqkv, again[0]) and torch.equal(dbias, again[1])
 
 
 @pytest.mark.parametrize("dtype", kernel_dtypes)
@@ -430,12 +460,96 @@ def test_training_dense(kind: str, dropout: float, dtype: torch.dtype, device: s
     check_training([67] * 3, 2, 32, dtype, device, make_mask(kind, 3, 67, device), dropout)
 
 
+@pytest.mark.parametrize("dtype", kernel_dtypes)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("head_dim", [16, 40, 64, 128])
+def test_training_packed_with_a_bias(
+    head_dim: int, dropout: float, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a program takes tiles of many sequences."""
+    lengths = [1, 37, 0, 128, 129] if head_dim == 64 else [37, 65, 64]
+    monkeypatch.setattr(kernel, "DBIAS_PROGRAMS", {16: 1, 64: 20}.get(head_dim, 2048))
+    check_training(lengths, 2, head_dim, dtype, device, None, dropout, 1 if head_dim == 40 else 70)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
+@pytest.mark.parametrize("dtype", kernel_dtypes)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["right", "left", "holes", "all-masked row"])
+def test_training_dense_with_a_bias(kind: str, dropout: float, dtype: torch.dtype, device: str) -> None:
+    check_training([67] * 3, 2, 32, dtype, device, make_mask(kind, 3, 67, device), dropout, 3)
+
+
+@pytest.mark.parametrize("seeds", [None, [SEED]])
+def test_a_bias_of_zeros_and_one_without_a_gradient(seeds: list[int] | None, device: str) -> None:
+    """The one changes no bit, and the gradient of the other isn't computed; no sequence has one at a distance."""
+    qkv = torch.randn(20, 3, 2, 16, generator=torch.Generator().manual_seed(0)).to(device)
+    seed = None if seeds is None else torch.tensor(seeds, device=device)
+    layout = (cumulative([1, 19], device), None, 19, 0.25, 0.5 if seeds else 0.0, seed)
+    bias = torch.zeros(2, 37, device=device)
+    plain = kernel.attention_forward(qkv, *layout)
+    found = kernel.attention_forward(qkv, *layout, None, bias)
+    assert all(map(torch.equal, plain, found))
+    grad = plain[0] + 1
+    dqkv, none = kernel.attention_backward(grad, qkv, *plain, *layout)
+    same, dbias = kernel.attention_backward(grad, qkv, *found, *layout, None, bias)
+    other, unwanted = kernel.attention_backward(grad, qkv, *found, *layout, None, bias, False)
+    assert torch.equal(dqkv, same) and torch.equal(dqkv, other)
+    assert none.shape == unwanted.shape == (0,) and dbias.shape == bias.shape
+    # Scores of a row that all grow alike change nothing: what is gained at one distance is lost at another.
+    assert dbias.abs().max() > 0.1 and dbias.sum(1).abs().max() < 1e-4
+    short = torch.full((2, 39), math.nan, device=device)
+    with pytest.raises(ValueError, match="bias has shape"):
+        kernel.attention_forward(qkv, *layout, None, short[:, :35])
+    with pytest.raises(ValueError, match="bias has shape"):
+        kernel.attention_backward(grad, qkv, *found, *layout, None, short[:, :35])
+
+
+@pytest.mark.parametrize("backend", [cpu, reference], ids=["cpu", "oracle"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("layout", ["packed", "dense", "right", "all-masked row"])
+def test_training_of_the_cpu_with_a_bias_is_the_formula(layout: str, dropout: float, backend: Any) -> None:
+    """Against autograd; what is dropped is seen where values pick out the probabilities."""
+    lengths, heads, scale = [37, 1, 0, 20] if layout == "packed" else [20] * 3, 2, 0.3
+    mask = make_mask(layout, 3, 20, "cpu") if layout not in ("packed", "dense") else None
+    qkv = torch.stack(make_qkv(sum(lengths), heads, 40, torch.float64, "cpu"), 1)
+    starts = cumulative(lengths, "cpu") if layout == "packed" else None
+    bias = torch.randn(heads, 79, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    sequences = (starts, mask, max(lengths), scale, dropout, torch.tensor([SEED]) if dropout else None, None, bias)
+    out, stats = backend.attention_forward(qkv, *sequences)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    dqkv, dbias = backend.attention_backward(grad, qkv, out, stats, *sequences)
+    leaf, added = qkv.clone().requires_grad_(), bias.clone().requires_grad_()
+    if dropout:
+        # Of one seed, one place and one number of sequences: the same elements.
+        eye = torch.cat([torch.eye(40, dtype=torch.float64)[:length] for length in lengths])
+        chosen = torch.stack((*qkv.unbind(1)[:2], eye[:, None].expand(-1, heads, -1)), 1)
+        dropped, everything = (
+            backend.attention_forward(chosen, *sequences[:4], rate, *sequences[5:])[0] for rate in (dropout, 0.0)
+        )
+        weights = attend(
+            torch.cat((leaf[:, :2], eye[:, None, None].expand(-1, 1, heads, -1)), 1), lengths, mask, scale, 0.0, added
+        )
+        weights = weights * (dropped / everything).nan_to_num(0.0)
+        parts = zip(weights.split(lengths), leaf[:, 2].split(lengths), strict=True)
+        plain = torch.cat([torch.einsum("ihj,jhd->ihd", w[..., : len(v)], v) for w, v in parts])
+    else:
+        plain = attend(leaf, lengths, mask, scale, 0.0, added)
+    there = torch.ones(len(qkv)) if mask is None else mask.any(1).repeat_interleave(20)
+    plain = plain.masked_fill(~there.bool()[:, None, None], 0.0)
+    expected = torch.autograd.grad(plain, (leaf, added), grad)
+    for one, other in zip((out, dqkv, dbias), (plain.detach(), *expected), strict=True):
+        assert relative_error(one, other) < 1e-13
+    other, unwanted = backend.attention_backward(grad, qkv, out, stats, *sequences, False)
+    assert relative_error(other, dqkv) < 1e-13 and unwanted.shape == (0,)
+
+
 def test_training_with_all_dropped(device: str) -> None:
     qkv = torch.randn(9, 3, 2, 16, device=device)
     layout = (None, None, 9, 0.25, 1.0, torch.tensor([SEED], device=device))
     out, stats = kernel.attention_forward(qkv, *layout)
     assert out.eq(0).all()
-    assert kernel.attention_backward(torch.ones_like(out), qkv, out, stats, *layout).eq(0).all()
+    assert kernel.attention_backward(torch.ones_like(out), qkv, out, stats, *layout)[0].eq(0).all()
 
 
 def test_training_by_seed(device: str) -> None:
@@ -446,7 +560,7 @@ def test_training_by_seed(device: str) -> None:
     for number in (SEED, SEED, SEED + 1, SEED + 2**32):  # in either half of Philox's key
         layout = (None, None, 20, 0.25, 0.5, torch.tensor([number], device=device))
         out, stats = kernel.attention_forward(qkv, *layout)
-        results.append((out, kernel.attention_backward(ones, qkv, out, stats, *layout)))
+        results.append((out, kernel.attention_backward(ones, qkv, out, stats, *layout)[0]))
     first, same, *others = results
     for i in range(2):
         assert torch.equal(first[i], same[i])
@@ -462,10 +576,10 @@ def test_training_with_strides_apart(device: str) -> None:
     apart.copy_(qkv)
     turned = qkv.transpose(1, 2).contiguous().transpose(1, 2)
     ones = torch.ones(1, 1, 1, device=device).expand(21, 2, 16)
-    expected = kernel.attention_backward(torch.ones_like(out), qkv, out, stats, *layout)
+    expected, _ = kernel.attention_backward(torch.ones_like(out), qkv, out, stats, *layout)
     for strided in (apart, turned):
         assert torch.equal(kernel.attention_forward(strided, *layout)[0], out)
-        assert torch.equal(kernel.attention_backward(ones, strided, out, stats, *layout), expected)
+        assert torch.equal(kernel.attention_backward(ones, strided, out, stats, *layout)[0], expected)
 
 
 def test_training_refuses(device: str) -> None:
@@ -486,4 +600,6 @@ def test_training_without_rows(device: str) -> None:
     qkv = torch.randn(0, 3, 2, 16, device=device)
     layout = (cumulative([0], device), None, 0, 0.25, 0.0, None)
     out, stats = kernel.attention_forward(qkv, *layout)
-    assert kernel.attention_backward(out, qkv, out, stats, *layout).shape == (0, 3, 2, 16)
+    bias = torch.full((2, 5), math.nan, device=device)
+    dqkv, dbias = kernel.attention_backward(out, qkv, out, stats, *layout, None, bias)
+    assert dqkv.shape == (0, 3, 2, 16) and torch.equal(dbias, torch.zeros_like(bias))
