@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("target", type=Path, nargs="?")
     given = parser.parse_args(argv)
     if given.what == "commit":
-        from fastbert.cli.machine import NOTED, note_commit
+        from fastbert.measure.machine import NOTED, note_commit
 
         print(f"{note_commit()} noted in {NOTED}")
     elif given.source is None or given.target is None:

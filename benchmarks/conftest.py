@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from fastbert import numerics
-from fastbert.cli import counts, records
-from fastbert.cli.__main__ import WORKLOADS
-from fastbert.cli.cases import SHAPES, workload
-from fastbert.cli.info import default_device
-from fastbert.cli.machine import Machine, environment
+from fastbert.checkpoints import default_device
+from fastbert.measure import counts, records
+from fastbert.measure.cases import SHAPES, workload
+from fastbert.measure.machine import Machine, environment
+from fastbert.measure.names import WORKLOADS
 from fastbert.runtime.packing import pack_mask
 
 # On a GPU a round is this many calls and one wait for the device, or waiting would be most of what is timed.

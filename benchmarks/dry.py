@@ -71,8 +71,8 @@ def install(arch: str, compiles: bool, listed: str | None, layers: int | None, s
 
     from benchmarks import stub
     from fastbert import numerics, ops
-    from fastbert.cli import bench, cases, counts
     from fastbert.kernels import cpu
+    from fastbert.measure import bench, cases, counts
 
     cuda, base = torch.device("cuda", 0), torch._C.TensorBase
     plain_device = base.device.__get__  # type: ignore[attr-defined]

@@ -25,12 +25,14 @@ import encode
 import numpy as np
 import torch
 
-from fastbert.cli import embed
-from fastbert.cli.__main__ import parser
-from fastbert.cli.cases import SHAPES, build, workload
-from fastbert.cli.info import default_device
+from fastbert.checkpoints import default_device, load_tokenizer
+from fastbert.embed import tokens
+from fastbert.embed.encoder import Encoder, Recipe, load
+from fastbert.embed.job import batch_tokens_on
+from fastbert.measure.cases import SHAPES, build, workload
 
 TURN_S = 3.0
+SHARD_ROWS = 8192  # as the command has them
 LEAST_RATIO = 0.9
 MOST_GROWTH_MIB = 32.0
 
@@ -83,10 +85,10 @@ class Command:
         self.process.wait()
 
 
-class Bare(embed.Encoder):
+class Bare(Encoder):
     """The encoder alone, which gives the command a turn between its batches."""
 
-    def __init__(self, model: Any, recipe: embed.Recipe, batch_tokens: int, command: Command) -> None:
+    def __init__(self, model: Any, recipe: Recipe, batch_tokens: int, command: Command) -> None:
         super().__init__(model, recipe, batch_tokens)
         self.command, self.seconds, self.tokens = command, 0.0, 0
 
@@ -127,14 +129,13 @@ def main() -> int:
         arguments = ["embed", str(source), "--model", name, "--output", str(output), "--dtype", given.dtype]
         arguments += ["--json"] + (["--batch-tokens", str(given.batch_tokens)] if given.batch_tokens else [])
         device = default_device(None)
-        parsed = parser().parse_args(arguments)
-        embed._tokenizer = embed.load_tokenizer(name)
-        model, recipe, longest = embed._load(parsed, embed._tokenizer, device)
+        tokens._tokenizer = load_tokenizer(name)
+        model, recipe, longest = load(name, tokens._tokenizer, device, dtype=given.dtype)
         command = Command(arguments, output)
         try:
-            encoder = Bare(model, recipe, embed._batch_tokens(parsed, device), command)
-            for first in range(0, len(texts), parsed.shard_rows):
-                encoder(embed._tokenise(texts[first : first + parsed.shard_rows], longest))
+            encoder = Bare(model, recipe, given.batch_tokens or batch_tokens_on(device), command)
+            for first in range(0, len(texts), SHARD_ROWS):
+                encoder(tokens.tokenise(texts[first : first + SHARD_ROWS], longest))
             summary = command.finish()
         finally:
             command.end()

@@ -25,11 +25,11 @@ from transformers import BertTokenizerFast
 
 import fastbert
 from fastbert import numerics
-from fastbert.cli import bench, counts, records
-from fastbert.cli.cases import SEED, SHAPES, Workload, build, workload
-from fastbert.cli.info import default_device
-from fastbert.cli.machine import Machine, environment
-from fastbert.cli.peers import share
+from fastbert.checkpoints import default_device
+from fastbert.measure import counts, records
+from fastbert.measure.cases import SEED, SHAPES, Workload, build, workload
+from fastbert.measure.machine import Machine, environment
+from fastbert.measure.peers import share
 
 WORDS = 1000
 
@@ -111,7 +111,7 @@ def run(size: str, dtype: torch.dtype, device: torch.device, batch: int, repeats
         }
         for name, taken in samples.items():
             result.append(records.make(about, case, name, dtype, taken, samples["stock"], cost, rates))
-            print(bench.line(result[-1]), flush=True)
+            print(records.line(result[-1]), flush=True)
     return result
 
 
@@ -137,7 +137,7 @@ def main() -> int:
     given = parser.parse_args()
     device = default_device(None)
     size, batch = ("minilm", 32) if device.type == "cpu" else ("large", 128)
-    print(bench.HEADER)
+    print(records.HEADER)
     found: list[dict[str, Any]] = []
     for name in given.dtype:
         dtype = getattr(torch, name)

@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastbert.cli.cases import SHAPES, workload
-from fastbert.cli.machine import DATASHEET
-from fastbert.cli.report import MARKERS, splice
+from benchmarks.report import MARKERS, splice
+from fastbert.measure.cases import SHAPES, workload
+from fastbert.measure.machine import DATASHEET
 
 NOTES = Path(__file__).with_name("NOTES.md")
 SHAPE = SHAPES["large"]

@@ -285,9 +285,9 @@ def cases(shape: dict[str, int], rows: int, device: Any, train: bool) -> Iterato
     import torch.nn.functional as F
 
     from fastbert import ops
-    from fastbert.cli.problems import EPS, Sizes, lengths_of, problems
     from fastbert.kernels import cpu, launch
     from fastbert.runtime.packing import pack_mask
+    from fastbert.tune.problems import EPS, Sizes, lengths_of, problems
 
     h, i, words = shape["hidden_size"], shape["intermediate_size"], 30522
     sizes, dtype = Sizes(h, i, shape["num_attention_heads"]), torch.bfloat16
@@ -399,7 +399,7 @@ def judge(case: Case) -> None:
 
 def gate_of(operation: str, train: bool) -> str:
     """The gate that an operation belongs to, as tests have it."""
-    from fastbert.cli.gates import needed
+    from fastbert.measure.gates import needed
 
     operation = {"mask_layout": "unpack", "feed_forward": "linear"}.get(operation, operation)
     (name,) = needed(f"operator {operation.removesuffix('_backward')}", "fused")
@@ -450,8 +450,8 @@ def forwards(steps: Steps, size: str, batch: int, device: Any, keep: Callable[[d
     """Whole models, by `fastbert bench`'s own hand; where a way to run one hangs, stock and fused alone."""
     import torch
 
-    from fastbert.cli import bench
-    from fastbert.cli.cases import workload
+    from fastbert.measure import bench, records
+    from fastbert.measure.cases import workload
 
     found = workload("squad", batch), workload("dense512", batch), workload("dense128", 1)
     items = {item.name: item for item in found}
@@ -474,7 +474,7 @@ def forwards(steps: Steps, size: str, batch: int, device: Any, keep: Callable[[d
                 for _ in range(2 + len(peers)):  # not one more, which would be of the next workload
                     record = next(measured)
                     keep(record)
-                    steps.tell(bench.line(record))
+                    steps.tell(records.line(record))
             except StopIteration:
                 status = "ERROR: out of time"
             except Exception as error:  # out of memory, say: this step's result
@@ -492,11 +492,12 @@ def operators(
 
     from benchmarks import variants
     from fastbert import ops
-    from fastbert.cli import counts, records
-    from fastbert.cli.cases import SHAPES
-    from fastbert.cli.problems import Sizes, problems
-    from fastbert.cli.tune import OK, OTHER_BITS, Candidate, Checker, Gpu
     from fastbert.kernels import launch
+    from fastbert.measure import counts, records
+    from fastbert.measure.cases import SHAPES
+    from fastbert.tune.gpu import Checker, Gpu
+    from fastbert.tune.problems import Sizes, problems
+    from fastbert.tune.search import OK, OTHER_BITS, Candidate
 
     shape, dtype = SHAPES[size], torch.bfloat16
     sizes = Sizes(shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"])
@@ -565,10 +566,10 @@ def measure(given: argparse.Namespace) -> int:
     import torch
 
     from benchmarks import gates
-    from fastbert.cli import bench, records
-    from fastbert.cli import cases as models
-    from fastbert.cli.info import default_device
-    from fastbert.cli.machine import Machine, Rates, environment
+    from fastbert.checkpoints import default_device
+    from fastbert.measure import bench, records
+    from fastbert.measure import cases as models
+    from fastbert.measure.machine import Machine, Rates, environment
 
     output, device = given.output.resolve(), default_device(None)
     steps = Steps(output, gates.key(Path(__file__)), json.loads(given.spent))

@@ -22,7 +22,7 @@ What passed by its key need not run again: `passed`. So the same file is what te
     log.note("linear, 128 rows", "passed", seconds=0.2)
     verdicts(output / "gates.jsonl")   # {"linear.bfloat16": "green", ...}
 
-What a row needs and how its record tells is in fastbert/cli/gates.py, which reads verdicts from the environment's
+What a row needs and how its record tells is in fastbert/measure/gates.py, which reads verdicts from the environment's
 FASTBERT_GATES as JSON: `os.environ["FASTBERT_GATES"] = json.dumps(verdicts(file))`.
 """
 

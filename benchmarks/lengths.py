@@ -1,7 +1,7 @@
 """Counts the token lengths of real text, for `fastbert bench` to draw from: `python benchmarks/lengths.py DATA`.
 
 DATA is a folder with squad_v1.1_slice_{dev,train}.json (SQuAD v1.1 format) and sst2_{dev,train}.tsv (sentence TAB 0/1).
-The counts go to fastbert/cli/lengths.json, which ships with the package; the texts themselves do not.
+The counts go to fastbert/measure/lengths.json, which ships with the package; the texts themselves do not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_LENGTH = 384
-OUTPUT = Path(__file__).parents[1] / "fastbert" / "cli" / "lengths.json"
+OUTPUT = Path(__file__).parents[1] / "fastbert" / "measure" / "lengths.json"
 SQUAD = "SQuAD v1.1, one article of the dev set and one of the train set; Rajpurkar et al. 2016; CC BY-SA 4.0"
 SST2 = "Stanford Sentiment Treebank (SST-2), dev and train; Socher et al. 2013; research use"
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Iterator, Sequence
 
-from fastbert.cli.cases import workload
+from fastbert.measure.cases import workload
 
 HEADS, SMS = 16, 132
 WALKED, TILE_ROWS = 64, 128

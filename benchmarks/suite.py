@@ -194,7 +194,7 @@ def key(step: Step) -> str:
 
 def closed(step: Step, verdicts: dict[str, str]) -> dict[str, str]:
     """Of a step's rows those with a red gate, and which; they are not timed."""
-    from fastbert.cli.gates import judge  # with transformers, seconds
+    from fastbert.measure.gates import judge  # with transformers, seconds
 
     found = {", ".join(row): judge(verdicts, *row[:2], getattr(torch, row[2])) for row in step.rows}
     return {row: state for row, state in found.items() if state.startswith(gates.RED)}
@@ -202,7 +202,8 @@ def closed(step: Step, verdicts: dict[str, str]) -> dict[str, str]:
 
 def judge_again(output: Path, since: str) -> None:
     """Brings what records say of their gates up to date: those of this commit, or where it is dirty of this run."""
-    from fastbert.cli import UsageError, machine, records
+    from fastbert.measure import machine, records
+    from fastbert.usage import UsageError
 
     verdicts, own = gates.verdicts(output / GATES), machine.commit()
     for path in sorted(output.glob("*/*.json")):
@@ -315,7 +316,7 @@ def run(step: Step, minutes: float, output: Path, verdicts: dict[str, str] | Non
     """Runs a step for `minutes` at most; returns "done", "failed", "broken" or "cut"."""
     environment = {
         **{name: value for name, value in os.environ.items() if name != "OUT"},  # packing is done here
-        **({} if verdicts is None else {"FASTBERT_GATES": json.dumps(verdicts)}),  # fastbert/cli/gates.py
+        **({} if verdicts is None else {"FASTBERT_GATES": json.dumps(verdicts)}),  # fastbert/measure/gates.py
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "PYTHONUNBUFFERED": "1",
         "XDG_CACHE_HOME": str(output / "cache" / step.cache),

@@ -34,16 +34,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert import ops
-from fastbert.cli import UsageError, counts, records
-from fastbert.cli.__main__ import DTYPES, SIZES
-from fastbert.cli.cases import SHAPES
-from fastbert.cli.info import default_device
-from fastbert.cli.machine import Machine, Rates, environment
-from fastbert.cli.problems import Problem, Sizes, problems
-from fastbert.cli.tune import OK, OTHER_BITS, Candidate, Gpu, of_variant, plausible, seeds, short
+from fastbert.checkpoints import default_device
 from fastbert.kernels import launch
 from fastbert.kernels.launch import Config
+from fastbert.measure import counts, records
+from fastbert.measure.cases import SHAPES
+from fastbert.measure.machine import Machine, Rates, environment
+from fastbert.measure.names import DTYPES
 from fastbert.runtime.support import fp8_is_unsupported
+from fastbert.tune.gpu import Gpu
+from fastbert.tune.problems import Problem, Sizes, problems
+from fastbert.tune.search import OK, OTHER_BITS, Candidate, of_variant, plausible, seeds, short
+from fastbert.usage import UsageError
 
 PROGRAMS = (0, 1, 2)
 MOST = 12
@@ -337,7 +339,7 @@ def table(found: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="large")
+    parser.add_argument("--size", choices=list(SHAPES), default="large")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--rows", nargs="+", type=int, default=[21222, 65536, 128], metavar="N")
     parser.add_argument("--train", action="store_true", help="the kernels of the backward, too")

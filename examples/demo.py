@@ -21,7 +21,8 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 import fastbert
-from fastbert.cli import bench, cases, info
+from fastbert.checkpoints import default_device
+from fastbert.measure import bench, cases, machine, records
 
 SENTENCES = (
     "The telescope photographed a galaxy whose light left it before the Earth had formed.",
@@ -98,8 +99,8 @@ def neighbours(model: Any, tokenizer: Any) -> tuple[list[int], torch.Tensor]:
 def main() -> int:
     start = time.monotonic()
     logging.disable_progress_bar()
-    device = info.default_device(None)
-    print(f"Fused forwards run on {device}, {info.device_name(device)}, by {info.backend(device)}.\n")
+    device = default_device(None)
+    print(f"Fused forwards run on {device}, {machine.device_name(device)}, by {machine.backend(device)}.\n")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint())
     small = AutoModel.from_pretrained(checkpoint()).to(device).eval()
 
@@ -125,12 +126,12 @@ def main() -> int:
         print(f"   {fastbert.explain(fused_model)}\n")
 
     print("4. Stock against fused: as many questions as passages, float32")
-    print(bench.HEADER, flush=True)
+    print(records.HEADER, flush=True)
     statuses = []
     for size, batch in TIMED.items():
         mix = cases.workload("search", batch)
         for record in bench.run([mix], [size], [torch.float32], device=device, repeats=5, minutes=1.0):
-            print(bench.line(record), flush=True)
+            print(records.line(record), flush=True)
             statuses.append(record["status"])
     print(
         "x stock: times stock's speed. ideal: padded tokens / real tokens. MiB: memory beyond the weights.\n"

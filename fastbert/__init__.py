@@ -129,7 +129,7 @@ __all__ = ["__version__", *sorted(_PLACES)]
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_PLACES[name]}", __name__), name)
+    value = getattr(importlib.import_module("." + _PLACES[name], __name__), name)
     globals()[name] = value
     return value
 

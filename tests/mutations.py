@@ -59,8 +59,8 @@ FAULTS = {
     ),
     "one sequence leaks into the next": Fault(
         "kernels/attention.py",
-        "length = (tl.load(cu_seqlens_ptr + sequence + 1) - row).to(tl.int32)",
-        "length = (tl.load(cu_seqlens_ptr + sequence + 1) - row + 1).to(tl.int32)",
+        "length = (tl.load(cu_seqlens_ptr + sequence + 1) - row).to(tl.int32)\n    else:\n",
+        "length = (tl.load(cu_seqlens_ptr + sequence + 1) - row + 1).to(tl.int32)\n    else:\n",
         KERNELS,
     ),
     "dropout's scale": Fault(

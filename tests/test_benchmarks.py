@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from benchmarks import archive as suite_archive
-from fastbert.cli import machine, records
+from fastbert.measure import machine, records
 
 ROOT = Path(__file__).resolve().parent.parent
 # On a CPU as its users run it, not in the interpreter.
@@ -208,7 +208,7 @@ def test_a_step_starts_over_where_its_own_sources_change(suite: Any, monkeypatch
 
     tests = {name for name in named if name.startswith(suite.TESTS)}
     assert changed("tests/kernels/test_linear.py") == tests
-    assert changed("fastbert/cli/profile.py") == {n for n in named if n.startswith("profile")} | tests
+    assert changed("fastbert/measure/profile.py") == {n for n in named if n.startswith("profile")} | tests
     assert changed("kernels/linear.py") == set(named)
     assert changed("benchmarks/encode.py") == {"encode"}
     assert changed("benchmarks/suite.py") == set()
@@ -476,7 +476,7 @@ DRY = """
 import sys, time, pathlib
 from benchmarks import gates, suite
 from benchmarks import archive as suite_archive
-from fastbert.cli import machine, records
+from fastbert.measure import machine, records
 
 out = sys.argv[sys.argv.index("--output") + 1]
 MEASURE = '''

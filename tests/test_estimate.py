@@ -11,9 +11,9 @@ import torch
 from transformers import BertConfig
 
 from benchmarks import estimate
-from fastbert.cli import counts
-from fastbert.cli.cases import SHAPES
-from fastbert.cli.report import splice
+from benchmarks.report import splice
+from fastbert.measure import counts
+from fastbert.measure.cases import SHAPES
 
 H200 = estimate.CHIPS["NVIDIA H200"]
 # Round figures: a product at 132 TFLOP/s is one at 1 TFLOP/s a multiprocessor.

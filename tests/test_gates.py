@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gates
+from benchmarks import gates, report
 from benchmarks.gates import FAILED, GREEN, NOT_RUN, PASSED, PLANNED, RED, SKIPPED, Log
-from fastbert.cli import bench, cases, machine, records, report
-from fastbert.cli import gates as rows
 from fastbert.cli.__main__ import main
+from fastbert.measure import bench, cases, machine, records
+from fastbert.measure import gates as rows
 from tests.fastbert.conftest import tiny  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,7 +100,7 @@ def test_an_edit_of_a_kernel_reaches_its_dependents_alone() -> None:
     assert "kernels/linear.py" not in padding
     assert {"kernels/quantize_fp8.py", "kernels/linear.py"} <= sources(FP8)  # linear_fp8 shares its GELU
     kernels = {path.relative_to(ROOT).as_posix() for path in (ROOT / "kernels").glob("*.py")}
-    assert kernels <= sources("fastbert/cli/problems.py")  # which imports them by import_module(f"...")
+    assert kernels <= sources("fastbert/tune/problems.py")  # which imports them by import_module(f"...")
     assert kernels <= sources("tests/fastbert/test_encoder.py")
     assert not gates.MACHINERY & sources("tests/kernels/test_linear.py")
 
@@ -461,7 +461,7 @@ def copied(tmp_path: Path) -> Path:
 COMMITS = """
 import os
 from pathlib import Path
-from fastbert.cli.machine import commit
+from fastbert.measure.machine import commit
 
 print(by_sources := commit())
 os.environ["FASTBERT_COMMIT"] = "abc1234"

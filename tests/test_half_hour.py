@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import archive, first, gates
-from fastbert.cli import records, report
-from fastbert.cli.gates import FORWARD
+from benchmarks import archive, first, gates, report
+from fastbert.measure import records
+from fastbert.measure.gates import FORWARD
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "OUT")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import fastbert
+from fastbert.cli.__main__ import COMMANDS
 from fastbert.version import DISTRIBUTION, TRIED, VERSION, minor
 from tests.mutations import FAULTS, plant
 
@@ -123,17 +125,36 @@ MAY_IMPORT: dict[str, set[str]] = {
         "runtime.support",
     },
     "__init__": {"calibration", "exporting", "fuse", "tuned", "verify", "version"},
-    "cli": {
-        "__init__",
+    "usage": set(),
+    "checkpoints": {"usage"},
+    "measure": {
+        "calibration",
+        "checkpoints",
         "fuse",
         "kernels",
-        "layers.embeddings",
         "numerics",
         "ops",
         "runtime.packing",
         "runtime.registry",
         "runtime.support",
         "tuned",
+        "usage",
+        "verify",
+        "version",
+    },
+    "tune": {"kernels", "measure", "numerics", "tuned"},
+    "embed": {"checkpoints", "fuse", "layers.embeddings", "runtime.support", "usage", "version"},
+    "cli": {
+        "checkpoints",
+        "embed",
+        "fuse",
+        "kernels",
+        "layers.embeddings",
+        "measure",
+        "runtime.support",
+        "tune",
+        "tuned",
+        "usage",
         "verify",
         "version",
     },
@@ -179,6 +200,40 @@ def test_layering(name: str, path: Path) -> None:
             assert allowed, f"{name} imports {target}; kernels import torch, triton and each other"
         elif root == "fastbert" and room(target) != here:
             assert room(target) in MAY_IMPORT[here], f"{name} imports {target}"
+
+
+def test_every_permission_is_used_and_none_leads_in_a_circle() -> None:
+    used: dict[str, set[str]] = {name: set() for name in MAY_IMPORT}
+    for name, path in sources():
+        here = room(name)
+        used[here] |= {room(target) for target in imports(name, path) if target.split(".")[0] == "fastbert"} - {here}
+    assert used == MAY_IMPORT
+    graphlib.TopologicalSorter(MAY_IMPORT).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples"])
+def test_only_the_shell_runs_the_command_line(folder: str) -> None:
+    for path in (ROOT / folder).rglob("*.py"):
+        for target in imports("", path):
+            assert not target.startswith("fastbert.cli"), f"{path} imports {target}; what commands do is in other rooms"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+def test_help_loads_no_torch(arguments: list[str]) -> None:
+    """So that it takes a tenth of a second: what the interpreter and argparse take, and a few modules more."""
+    code = f"""
+import sys
+from fastbert.cli.__main__ import main
+try:
+    main({arguments})
+except SystemExit as ended:
+    assert ended.code == 0
+heavy = {{"torch", "transformers", "numpy", "triton", "matplotlib", "pyarrow"}} & set(sys.modules)
+print(sorted(heavy), len([name for name in sys.modules if name.startswith("fastbert")]))
+"""
+    heavy, ours = run(sys.executable, "-c", code, cwd=ROOT).splitlines()[-1].rsplit(" ", 1)
+    assert heavy == "[]"
+    assert int(ours) < 20
 
 
 @pytest.mark.parametrize("folder", ["tests", "benchmarks", "examples"])

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import variants
-from fastbert.cli import UsageError, records, report
-from fastbert.cli.cases import workload
-from fastbert.cli.machine import Rates, environment
-from fastbert.cli.problems import Problem, Sizes, problems
-from fastbert.cli.tune import OK, Candidate
+from benchmarks import report, variants
 from fastbert.kernels import launch
 from fastbert.kernels.launch import Config
+from fastbert.measure import records
+from fastbert.measure.cases import workload
+from fastbert.measure.machine import Rates, environment
+from fastbert.tune.problems import Problem, Sizes, problems
+from fastbert.tune.search import OK, Candidate
+from fastbert.usage import UsageError
 
 SIZES = Sizes(64, 2048, 2)
 CPU = torch.device("cpu")

@@ -5,18 +5,30 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
-import torch
-import transformers
-from transformers import AutoConfig
-from transformers.utils import logging
+from ..measure.names import DTYPES
+from ..usage import UsageError, check_file, in_a_line, write_text
 
-from .. import verify
-from ..verify import LAYOUTS
-from . import UsageError, check_file, in_a_line, write_text
-from .checkpoints import check_folder, load_tokenizer
-from .info import backend, default_device
+HELP = "compare a checkpoint's fused forward with stock, layer by layer"
+DESCRIPTION = (
+    "Compares a checkpoint's fused forward with stock in float64 and stock in the same dtype. "
+    "Exit status: 0 within the policy, 1 not, 2 bad usage."
+)
+EXAMPLES = (
+    "fastbert verify --model BAAI/bge-large-en-v1.5 --dtype bfloat16",
+    "fastbert verify --model ./checkpoint --texts texts.txt --json report.json",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="PATH_OR_ID", help="a folder, or a name on the hub")
+    parser.add_argument("--dtype", choices=DTYPES, help="working dtype; default: the checkpoint's")
+    parser.add_argument("--texts", metavar="FILE", help="UTF-8, one text a line; default: a few of our own")
+    parser.add_argument("--device", help="where fused and stock run; default: cuda where there is one, else cpu")
+    parser.add_argument("--padding", choices=("packed", "dense"), help="one layout only; default: both")
+    parser.add_argument("--precision", choices=("fp8",), help="in 8 bits, and what that changes in results")
+    parser.add_argument("--json", metavar="FILE", help="write the report there, too; -: standard output")
+
 
 # Lengths from a few tokens to a hundred, so that a batch has padding.
 TEXTS = (
@@ -35,28 +47,14 @@ TEXTS = (
 )
 
 
-def load(path: str) -> tuple[Any, Any]:
-    """(model, tokenizer) of a checkpoint: the class its config names, in the dtype it is stored in.
+def run(arguments: argparse.Namespace) -> int:
+    import torch
+    from transformers.utils import logging
 
-    Raises:
-        UsageError: there is no such checkpoint, or transformers can't load it.
-    """
-    check_folder(path)
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        name = (config.architectures or ["AutoModel"])[0]
-        kind = getattr(transformers, name, None)
-        if kind is None:
-            raise UsageError(f"--model {path}: transformers has no class {name}, which its config names")
-        model = kind.from_pretrained(path, dtype="auto")
-    except UsageError:
-        raise
-    except Exception as error:  # whatever reading files and checking repositories raises: to a user it is one thing
-        raise UsageError(f"--model {path}: {in_a_line(error)}") from error
-    return model, load_tokenizer(path)
+    from ..checkpoints import default_device, load_model
+    from ..measure.machine import backend
+    from ..verify import LAYOUTS, verify
 
-
-def main(arguments: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     device = default_device(arguments.device)
     check_file("--json", arguments.json)
@@ -69,7 +67,7 @@ def main(arguments: argparse.Namespace) -> int:
             raise UsageError(f"--texts {arguments.texts}: {told}") from error
         if not texts:
             raise UsageError(f"--texts {arguments.texts}: holds no text")
-    model, tokenizer = load(arguments.model)
+    model, tokenizer = load_model(arguments.model)
     try:
         report = verify(
             model,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastbert.cli import cases, machine
+from fastbert.measure import cases, machine
 
 
 @pytest.fixture

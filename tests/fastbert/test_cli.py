@@ -25,10 +25,13 @@ from transformers import AutoTokenizer
 from transformers.models.bert import modeling_bert as hf
 
 import fastbert
+from benchmarks import report
 from fastbert import ops, tuned
-from fastbert.cli import UsageError, bench, cases, check_file, cold, counts, info, machine, records, report, write_text
+from fastbert.cli import info as info_command
 from fastbert.cli.__main__ import main, parser
 from fastbert.kernels import launch
+from fastbert.measure import bench, cases, cold, counts, info, machine, records
+from fastbert.usage import UsageError, check_file, write_text
 from tests.models import seeded
 
 
@@ -110,7 +113,7 @@ def test_another_pipe_that_breaks_is_told(monkeypatch: pytest.MonkeyPatch) -> No
     def broken(arguments: Any) -> int:
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr(info, "main", broken)
+    monkeypatch.setattr(info_command, "run", broken)
     with pytest.raises(BrokenPipeError):
         main(["info"])
 
@@ -258,12 +261,12 @@ def test_info_tells_tuned_from_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(launch.MEASURED, "sm_90", "an H200")
     monkeypatch.setattr(tuned, "apply", lambda: (Path("x.json"), ("one", "two")))
     assert info.configurations(cuda) == "2 tuned on this GPU, of x.json; else shipped for sm_90, measured on an H200"
-    assert info.backend(cuda) == "Triton, tuned launch configurations"
+    assert machine.backend(cuda) == "Triton, tuned launch configurations"
 
 
 def test_backend_is_told_apart() -> None:
-    assert info.backend(torch.device("cpu")) == "reference (plain PyTorch)"
-    assert info.backend(torch.device("cuda")) == "Triton"
+    assert machine.backend(torch.device("cpu")) == "reference (plain PyTorch)"
+    assert machine.backend(torch.device("cuda")) == "Triton"
 
 
 @pytest.mark.usefixtures("tiny")
@@ -571,7 +574,7 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records.write(file, [{**record, "date": date} for record in (*run, *cold)] + [older])
     readme.write_text("before\n<!-- table:begin -->\nold\n<!-- table:end -->\nafter\n")
     for _ in range(2):
-        assert main(["bench", "--report", str(file), "--readme", str(readme)]) == 0
+        assert report.main([str(file), "--readme", str(readme)]) == 0
     text = readme.read_text()
     assert f"| {device} | forward | large | float32 | squad b16 | 1.97 | 658 | 1,316 | 2.00 |" in text
     assert "| 2.00 | 1.50 stock + torch.compile | 100% | 3, 3 |\n" in text
@@ -592,7 +595,15 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f">{text}</text>" in drawn for text in ("squad b16", "fused", "stock eager", "forward, float32"))
     assert "real tokens/s, log scale" in drawn
     readme.write_text("no markers\n")
-    assert "--readme" in bad_usage(capsys, "bench", "--report", str(file), "--readme", str(readme))
+    for files, message in (
+        ([str(file)], "--readme: expected a line <!-- table:begin -->"),
+        ([str(readme)], f"records {readme}: not JSON: "),
+        ([str(tmp_path / "nowhere")], f"records {tmp_path / 'nowhere'}: No such file or directory; expected"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            report.main([*files, "--readme", str(readme)])
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -629,9 +640,7 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_documents_are_rendered_from_the_records(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parent.parent.parent
     found = [
-        record
-        for file in sorted((root / "benchmarks" / "results").glob("*/*.json"))
-        for record in records.load(file, "--report")
+        record for file in sorted((root / "benchmarks" / "results").glob("*/*.json")) for record in records.load(file)
     ]
     assert found
     assert all(set(record) == records.FIELDS for record in found)
@@ -720,7 +729,6 @@ def test_rates_are_those_of_the_machine() -> None:
         (["--batch", "99999999999999"], "--batch is 99999999999999; expected 1 to 262144"),
         (["--cold", "--train"], "--cold is given with --train"),
         (["--output", "{file}"], "--output {file}: File exists; expected a folder"),
-        (["--report", "{file}"], "holds a record without backend, "),
         (["--compare", "{file}", "nowhere"], "--compare {file}: holds a record without backend, "),
         (
             ["--compare", "{folder}/nowhere", "{file}"],
@@ -738,7 +746,6 @@ def test_rates_are_those_of_the_machine() -> None:
             ["--compare", "{folder}/null", "{file}"],
             "--compare {folder}/null: holds a record whose date is None; expected",
         ),
-        (["--report", "{folder}/nowhere"], "--report {folder}/nowhere: No such file or directory; expected"),
     ],
 )
 def test_bench_refuses_before_it_measures(

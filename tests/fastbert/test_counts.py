@@ -14,8 +14,8 @@ from transformers.models.bert import modeling_bert as hf
 
 import fastbert
 from fastbert import ops
-from fastbert.cli import cases, counts
 from fastbert.kernels import cpu
+from fastbert.measure import cases, counts
 from tests import models
 from tests.fastbert.test_ops import arguments
 

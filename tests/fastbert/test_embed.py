@@ -24,8 +24,9 @@ from transformers.models.bert import modeling_bert
 from transformers.models.roberta import modeling_roberta
 
 from fastbert import numerics
-from fastbert.cli import embed, rows, shards
 from fastbert.cli.__main__ import main
+from fastbert.embed import encoder, job, rows, shards, tokens
+from fastbert.usage import UsageError
 from tests import models
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +65,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
         _max_workers = 1
 
         def __init__(self, *_: Any, initargs: tuple[str], **__: Any) -> None:
-            embed._tokenizer = AutoTokenizer.from_pretrained(*initargs)
+            tokens._tokenizer = AutoTokenizer.from_pretrained(*initargs)
 
         def __enter__(self) -> Workers:
             return self
@@ -76,11 +77,11 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
             pass
 
         def submit(self, work: Any, *arguments: Any) -> Any:
-            future: Any = embed.concurrent.futures.Future()
+            future: Any = job.concurrent.futures.Future()
             future.set_result(work(*arguments))
             return future
 
-    monkeypatch.setattr(embed.concurrent.futures, "ProcessPoolExecutor", Workers)
+    monkeypatch.setattr(job.concurrent.futures, "ProcessPoolExecutor", Workers)
 
 
 def run(model: Path, output: Path, *arguments: str, code: int = 0) -> None:
@@ -133,7 +134,7 @@ def test_embeddings_are_those_of_sentence_transformers(
     assert (manifest["settings"]["pooling"], manifest["settings"]["normalize"]) == ("mean", True)
 
 
-@pytest.mark.parametrize("how", embed.POOLINGS)
+@pytest.mark.parametrize("how", encoder.POOLINGS)
 def test_pooling(how: str) -> None:
     hidden = torch.randn(11, 5, dtype=torch.bfloat16)
     parts = hidden.double().split([3, 1, 7])
@@ -144,7 +145,7 @@ def test_pooling(how: str) -> None:
         "mean_sqrt_len": [part.sum(0) / len(part) ** 0.5 for part in parts],
         "lasttoken": [part[-1] for part in parts],
     }[how]
-    found = embed.pool(hidden, torch.tensor([0, 3, 4, 11], dtype=torch.int32), how)
+    found = encoder.pool(hidden, torch.tensor([0, 3, 4, 11], dtype=torch.int32), how)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), torch.stack(expected), rtol=1e-5, atol=1e-6)
 
@@ -221,14 +222,14 @@ def test_a_row_of_a_csv_with_too_many_fields_is_told(tiny: Path, tmp_path: Path)
 @pytest.mark.usefixtures("here")
 def test_embeddings_that_are_not_finite_are_told(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "in.txt").write_text("one\ntwo lazy dogs\nthree\n")
-    right = embed.Encoder.__call__
+    right = encoder.Encoder.__call__
 
-    def overflows(self: Any, tokens: embed.Tokens) -> np.ndarray:
+    def overflows(self: Any, tokens: tokens.Tokens) -> np.ndarray:
         found = right(self, tokens)
         found[1, 3] = np.inf
         return found
 
-    monkeypatch.setattr(embed.Encoder, "__call__", overflows)
+    monkeypatch.setattr(encoder.Encoder, "__call__", overflows)
     run(tiny, tmp_path / "out", str(tmp_path / "in.txt"), "--max-length", "3")
     ids, found = read(tmp_path / "out")
     assert ids == [0, 2] and np.isfinite(found).all()
@@ -240,15 +241,21 @@ def test_embeddings_that_are_not_finite_are_told(tiny: Path, tmp_path: Path, mon
 
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
-    ("name", "error", "message"),
+    ("place", "attribute", "error", "message"),
     [
-        ("_tokenise", BrokenProcessPool(), "a process that tokenises has died: killed, or out of memory?"),
-        ("pool", torch.OutOfMemoryError("CUDA"), "out of memory on cpu with --batch-tokens 2048; expected fewer"),
-        ("Shards.commit", embed.UsageError("--output: no space left"), "--output: no space left"),
+        (job, "tokenise", BrokenProcessPool(), "a process that tokenises has died: killed, or out of memory?"),
+        (
+            encoder,
+            "pool",
+            torch.OutOfMemoryError("CUDA"),
+            "out of memory on cpu with --batch-tokens 2048; expected fewer",
+        ),
+        (job.Shards, "commit", UsageError("--output: no space left"), "--output: no space left"),
     ],
 )
 def test_what_fails_is_told_and_gone_on_with(
-    name: str,
+    place: Any,
+    attribute: str,
     error: Exception,
     message: str,
     tiny: Path,
@@ -260,8 +267,6 @@ def test_what_fails_is_told_and_gone_on_with(
     (tmp_path / "in.txt").write_text("\n".join(sentences(40)))
     arguments = [str(tmp_path / "in.txt"), "--shard-rows", "8"]
     run(tiny, tmp_path / "whole", *arguments)
-    holder, _, attribute = name.rpartition(".")
-    place: Any = getattr(embed, holder) if holder else embed
     right, left = getattr(place, attribute), iter(range(3))
 
     def fails(*given: Any) -> Any:
@@ -418,12 +423,12 @@ def test_a_manifest_of_something_else(text: str, tmp_path: Path) -> None:
 def test_what_is_left_to_do(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Half an hour for a tenth, of which what was there before took no time."""
     now = 1000.0
-    monkeypatch.setattr(embed.time, "monotonic", lambda: now)
-    quiet = embed.Progress()
+    monkeypatch.setattr(job.time, "monotonic", lambda: now)
+    quiet = job.Progress()
     quiet.add(1, 1, None)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    progress = embed.Progress()
+    progress = job.Progress()
     now += 1800
     progress.add(2000, 36_000_000, (0.5, 0.6))
     assert "2,000 rows, 20,000 tokens/s, 60%, 2:00:00 left" in capsys.readouterr().err
@@ -567,19 +572,19 @@ def test_a_prompt_goes_before_every_text(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_recipes(tmp_path: Path) -> None:
-    assert embed.read_recipe(tmp_path) == embed.Recipe()
-    assert embed.read_recipe(checkpoint()) == embed.Recipe("mean", True, "", 256)
+    assert encoder.read_recipe(tmp_path) == encoder.Recipe()
+    assert encoder.read_recipe(checkpoint()) == encoder.Recipe("mean", True, "", 256)
 
-    def recipe(*kinds: str, **pooling: Any) -> embed.Recipe:
+    def recipe(*kinds: str, **pooling: Any) -> encoder.Recipe:
         modules = [{"type": f"sentence_transformers.models.{kind}", "path": kind} for kind in kinds]
         (tmp_path / "modules.json").write_text(json.dumps(modules))
         (tmp_path / "Pooling").mkdir(exist_ok=True)
         (tmp_path / "Pooling" / "config.json").write_text(json.dumps(pooling))
-        return embed.read_recipe(tmp_path)
+        return encoder.read_recipe(tmp_path)
 
     prompts = {"prompts": {"query": "q: ", "doc": "d: "}, "default_prompt_name": "doc"}
     (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(prompts))
-    assert recipe("Transformer", "Pooling", pooling_mode="cls") == embed.Recipe("cls", False, "d: ")
+    assert recipe("Transformer", "Pooling", pooling_mode="cls") == encoder.Recipe("cls", False, "d: ")
     assert recipe("Transformer", "Pooling", pooling_mode=["mean_sqrt_len_tokens"]).pooling == "mean_sqrt_len"
     (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": "256"}')
     with pytest.raises(TypeError, match="max_seq_length is '256'"):
@@ -591,7 +596,7 @@ def test_recipes(tmp_path: Path) -> None:
         (("Transformer", "Pooling"), {"pooling_mode_weightedmean_tokens": True}, "pools by"),
         (("Transformer", "Pooling"), {"include_prompt": False}, "pools by"),
     ):
-        with pytest.raises(embed.UsageError, match=message):
+        with pytest.raises(UsageError, match=message):
             recipe(*kinds, **pooling)
 
 
@@ -681,11 +686,11 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_batches_keep_to_their_tokens() -> None:
-    encoder = embed.Encoder(models.seeded(), embed.Recipe(), 10)
+    own = encoder.Encoder(models.seeded(), encoder.Recipe(), 10)
     lengths = np.array([3, 25, 4, 4, 9, 1, 1], np.int32)
-    batches = [batch.tolist() for batch in encoder.batches(lengths)]
+    batches = [batch.tolist() for batch in own.batches(lengths)]
     assert batches == [[1], [4], [2, 3], [0, 5, 6]]
-    assert list(encoder.batches(lengths[:0])) == []
+    assert list(own.batches(lengths[:0])) == []
 
 
 @pytest.mark.slow

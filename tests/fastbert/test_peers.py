@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbert.cli import bench, cases, peers, report
-from fastbert.cli.__main__ import PEERS
+from benchmarks import report
 from fastbert.kernels import launch
+from fastbert.measure import bench, cases, peers
+from fastbert.measure.names import PEERS
 from tests import models
 
 ON_A_GPU = ("graphs", "graphs-pdl", "fp8", "reduce-overhead", "max-autotune", "torch-varlen", "flash-attn")

@@ -20,10 +20,11 @@ from transformers.models.distilbert import modeling_distilbert
 
 import fastbert
 from fastbert import ops
-from fastbert.cli import cases, counts, machine, profile, trace
 from fastbert.cli.__main__ import main
-from fastbert.cli.counts import Cost
+from fastbert.measure import cases, counts, machine, profile, tables, trace
+from fastbert.measure.counts import Cost
 from fastbert.runtime import encoder
+from fastbert.usage import UsageError
 from tests import models
 
 LAYERS = 2
@@ -116,7 +117,7 @@ def test_a_forward(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     said = capsys.readouterr().out
     assert "forward of minilm, float32, b3, 17 tokens" in said
-    listed = {name for name in calls if found[name]["share"] >= profile.LEAST_SHARE}
+    listed = {name for name in calls if found[name]["share"] >= tables.LEAST_SHARE}
     assert {name for name in calls if name in said} == listed
     assert "100.0%" in said and "host synchronisations" in said and "MiB" in said
 
@@ -212,7 +213,7 @@ def test_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = profiled(tmp_path, "--model", str(tmp_path / "checkpoint"), batch=("--batch", "4", "--lengths", "6"))
     assert (record["dtype"], record["lengths"]) == ("bfloat16", [6] * 4)
     assert rows(record["runs"][0])["fastbert::qkv_linear"]["calls"] == 2
-    monkeypatch.setattr(profile, "workload", lambda name, batch=2: cases.Workload(name, (len(name),) * batch))
+    monkeypatch.setattr(cases, "workload", lambda name, batch=2: cases.Workload(name, (len(name),) * batch))
     assert profiled(tmp_path, batch=())["lengths"] == [len("squad")] * 2
     assert profiled(tmp_path, batch=("--workload", "dense128", "--batch", "3"))["lengths"] == [len("dense128")] * 3
 
@@ -361,7 +362,7 @@ def test_refuses_to_profile_stock_as_fused() -> None:
     model = fastbert.fuse(cases.build("minilm", torch.float32, torch.device("cpu")))
     model.encoder.layer[0].intermediate.register_forward_hook(lambda *args: None)
     model.encoder.layer[1].intermediate.register_forward_hook(lambda *args: None)
-    with pytest.raises(profile.UsageError, match="the model runs stock: "):
+    with pytest.raises(UsageError, match="the model runs stock: "):
         profile.measure({"fused": model}, cases.Workload("", LENGTHS), False)
 
 

@@ -13,9 +13,9 @@ import torch
 from transformers.models.bert import modeling_bert as hf
 
 import fastbert
-from fastbert.cli import UsageError
 from fastbert.cli.__main__ import main
-from fastbert.cli.embed import read_recipe
+from fastbert.embed.encoder import read_recipe
+from fastbert.usage import UsageError
 from tests import models
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -15,15 +15,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastbert import tuned
-from fastbert.cli import tune
+from fastbert import checkpoints, tuned
 from fastbert.cli.__main__ import main
-from fastbert.cli.problems import Problem, Sizes, lengths_of, problems
-from fastbert.cli.tune import OK, Candidate, Checker, Gpu, Search, beats
 from fastbert.kernels import launch
 from fastbert.kernels.launch import Config
 from fastbert.numerics import relative_error
 from fastbert.runtime.support import fp8_is_unsupported
+from fastbert.tune import gpu as gpu_module
+from fastbert.tune import search as tune
+from fastbert.tune.gpu import Checker, Gpu
+from fastbert.tune.problems import Problem, Sizes, lengths_of, problems
+from fastbert.tune.search import OK, Candidate, Search, beats
 
 SMALL = Sizes(16, 32, 1)
 LARGE = Sizes(1024, 4096, 16)
@@ -405,7 +407,7 @@ def stand_in(jobs: int, code: str = STAND_IN) -> Gpu:
 
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_one_that_crashes_or_hangs_takes_nothing_along(jobs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "TRIAL_LIMIT_S", 1.0)
+    monkeypatch.setattr(gpu_module, "TRIAL_LIMIT_S", 1.0)
     candidates = stages(1, 7, 2, 8, 3)
     found = dict(stand_in(jobs).check(candidates, time.monotonic() + 60))
     assert [found[c] for c in candidates] == [
@@ -449,7 +451,7 @@ def test_bad_usage(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypat
     assert main(["tune", "--minutes", "0"]) == 2
     assert "--minutes is 0.0" in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(tune, "default_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(checkpoints, "default_device", lambda name: torch.device("cuda"))
     assert main(["tune", "--model", str(tmp_path)]) == 2
     assert "--model" in capsys.readouterr().err
 

@@ -18,13 +18,9 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from ..runtime.support import MAX_SEQUENCES
-from . import UsageError
+from ..usage import UsageError
+from .names import SHAPES as SHAPES
 
-SHAPES: dict[str, dict[str, int]] = {
-    "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
-    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
-    "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
-}
 DRAWS = 1000
 SEED = 0
 

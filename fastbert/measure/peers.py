@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, BertModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from .. import calibrate, fuse
+from ..calibration import calibrate
+from ..fuse import fuse
 from ..kernels import launch
 from ..runtime.packing import pack_mask
 from ..runtime.support import fp8_is_unsupported

@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..usage import UsageError, in_a_line
 from ..version import install
-from . import UsageError, in_a_line
 
 LONGEST = 2**24
 """Characters of a line, or of a field of a .csv: more are not read into memory, whatever the file holds."""

@@ -18,8 +18,8 @@ from torch import Tensor
 from ..kernels import launch
 from ..kernels.launch import Config
 from ..kernels.reference_fp8 import mm_on_hopper
+from ..measure.cases import workload
 from ..tuned import Key
-from .cases import workload
 
 ODD_LENGTHS = (1, 37, 128, 129)
 CHECKED_ROWS = sum(ODD_LENGTHS)

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from . import UsageError, gates, in_a_line, replace_text
+from ..usage import UsageError, in_a_line, replace_text
+from . import gates
 from .counts import Cost
 from .machine import Rates, datasheet
 
@@ -231,3 +232,30 @@ def compare(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> Ite
         verdict = "slower" if now[2] < then[0] else "faster" if now[0] > then[2] else "same"
         ranges = " -> ".join(f"{mid:.2f} ({low:.2f} to {high:.2f})" for low, mid, high in (then, now))
         yield verdict, f"{verdict:<7}{name}: {ranges} x stock"
+
+
+HEADER = f"{'what':<22}{'model':<8}{'dtype':<10}{'workload':<14}{'run':<38}" + "".join(
+    name.rjust(width)
+    for name, width in (("ms", 10), ("tokens/s", 11), ("x stock", 9), ("ideal", 7), ("floor", 7), ("MiB", 8))
+)
+
+
+def line(record: dict[str, Any]) -> str:
+    """One record as a line under HEADER."""
+    what = record["what"].removeprefix("BertModel ").removeprefix("cold start: ")
+    case = f"{what:<22}{record['size']:<8}{record['dtype']:<10}{record['workload']:<14}{record['candidate']:<38}"
+    if record["median_s"] is None:
+        return case + record["status"]
+
+    def figure(name: str, form: str, width: int, unit: float = 1) -> str:
+        return ("" if record[name] is None else format(record[name] / unit, form)).rjust(width)
+
+    return (
+        case
+        + figure("median_s", ".1f", 10, 1e-3)
+        + figure("tokens_per_s", ".0f", 11)
+        + figure("ratio_to_stock", ".2f", 9)
+        + figure("ideal_ratio", ".2f", 7)
+        + figure("fraction_of_floor", ".0%", 7)
+        + figure("peak_memory_bytes", ".0f", 8, 2**20)
+    )

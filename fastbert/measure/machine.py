@@ -6,8 +6,11 @@ import ctypes
 import datetime
 import gc
 import hashlib
+import importlib.metadata
 import os
+import platform
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -16,10 +19,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-import fastbert
-
+from .. import tuned
+from ..runtime.support import gpu_is_unsuitable
+from ..version import VERSION
 from .counts import Cost
-from .info import backend, device_name, driver, versions
 
 # Of matrix products in bfloat16 and float16, without sparsity, by the name torch gives the GPU; FLOPs a second.
 # From NVIDIA's datasheets of the H100 (SXM5), H200, A100, L40S and B200.
@@ -32,7 +35,8 @@ DATASHEET = {
     "NVIDIA B200": 2250e12,
 }
 
-NOTED = Path(fastbert.__file__).resolve().parent.parent / "benchmarks" / "commit.txt"
+PACKAGE = Path(__file__).resolve().parent.parent
+NOTED = PACKAGE.parent / "benchmarks" / "commit.txt"
 """The commit of a tree that was copied without its .git, and the hash of its sources."""
 
 
@@ -143,7 +147,7 @@ def commit() -> str:
     if NOTED.is_file():
         noted, sources = NOTED.read_text(encoding="utf-8").split()
         return noted if sources == sources_hash() or noted.endswith("-dirty") else f"{noted}-dirty"
-    return f"v{fastbert.__version__}-{sources_hash()}"
+    return f"v{VERSION}-{sources_hash()}"
 
 
 def note_commit() -> str:
@@ -155,11 +159,56 @@ def note_commit() -> str:
 
 def sources_hash() -> str:
     """Of every source of the package."""
-    package, found = Path(fastbert.__file__).parent, hashlib.sha256()
-    files = {*package.rglob("*.py"), *(package / "kernels").glob("*.py")}  # a symlink, which rglob does not follow
+    found = hashlib.sha256()
+    files = {*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")}  # a symlink, which rglob does not follow
     for file in sorted(files):
-        found.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
+        found.update(file.relative_to(PACKAGE).as_posix().encode() + b"\0" + file.read_bytes())
     return found.hexdigest()[:12]
+
+
+def backend(device: torch.device) -> str:
+    """What computes the operators for tensors on `device`."""
+    if device.type == "cpu":
+        return "reference (plain PyTorch)"
+    if reason := gpu_is_unsuitable(device.index or 0):
+        return f"none: forwards run stock: {reason}"
+    return "Triton" if tuned.apply() is None else "Triton, tuned launch configurations"
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux, or a processor that has no such line
+        return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions by package; None where one is not installed."""
+    found: dict[str, str | None] = {"fastbert": VERSION, "python": platform.python_version()}
+    for name in ("torch", "triton", "transformers"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    found["torch"] = torch.__version__  # which tells CUDA's builds apart, as a wheel's metadata may not
+    return found
+
+
+def driver(device: torch.device) -> str | None:
+    """The GPU driver's version, as nvidia-smi or torch's HIP build tells it; None on a CPU, or where neither does."""
+    if device.type != "cuda":
+        return None
+    if torch.version.hip:
+        return f"HIP {torch.version.hip}"
+    if (tool := shutil.which("nvidia-smi")) is None:
+        return None
+    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    return done.stdout.split("\n")[0].strip() or None
 
 
 def environment(device: torch.device) -> dict[str, Any]:

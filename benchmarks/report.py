@@ -1,4 +1,4 @@
-"""`fastbert bench --report`: the README's table, docs/measured.md and docs/<device>.svg, from records.
+"""The README's table, docs/measured.md and docs/<device>.svg, from records: `python benchmarks/report.py FILES`.
 
 Of every case the latest run counts, of those whose gates are green. The README has a row for each case of a forward or
 a training step; docs/measured.md has all candidates with their spread, operators and cold starts; the plots, forwards
@@ -7,14 +7,16 @@ and steps.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..version import install
-from . import UsageError, in_a_line
-from .records import device_folder, latest, load, proven
+from fastbert.measure.records import device_folder, latest, load, proven
+from fastbert.usage import UsageError, in_a_line
+from fastbert.version import install
 
 MARKERS = ("<!-- table:begin -->", "<!-- table:end -->")
 MODEL = "BertModel "
@@ -72,7 +74,7 @@ def measured(records: Iterable[dict[str, Any]]) -> str:
     lines = [
         "# Measured",
         "",
-        "Rendered from the records in `benchmarks/results/` by `fastbert bench --report`: of a case, its latest run.",
+        "Rendered from the records in `benchmarks/results/` by `benchmarks/report.py`: of a case, its latest run.",
         "Figures are medians, in brackets the time between which three fifths of the repeats lie. What the columns and",
         "the workloads are: [benchmarks/README.md](../benchmarks/README.md).",
     ]
@@ -221,10 +223,13 @@ def splice(text: str, table: str) -> str:
     return f"{text[: begin + len(MARKERS[0])]}\n{table}\n{text[end:]}"
 
 
-def main(files: Sequence[str], document: str) -> int:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError(f"--report needs matplotlib, which is not installed: {install('bench')}")
-    records = proven(record for file in files for record in load(file, "--report"))
+def render(files: Sequence[str | Path], document: str | Path) -> None:
+    """Renders records into a README, and into docs/ beside it.
+
+    Raises:
+        UsageError: a file can't be read or written, or holds something else.
+    """
+    records = proven(record for file in files for record in load(file))
     path = Path(document)
     try:
         text = splice(path.read_text(encoding="utf-8"), readme(records))
@@ -236,4 +241,21 @@ def main(files: Sequence[str], document: str) -> int:
             plot(records, device, docs / f"{device_folder(device)}.svg")
     except (OSError, ValueError) as error:
         raise UsageError(f"--readme {document}: {in_a_line(error)}") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    own = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    own.add_argument("records", nargs="+", metavar="FILE", help="as `fastbert bench --output` writes them")
+    own.add_argument("--readme", metavar="FILE", default="README.md", help="the file to change; docs/ is beside it")
+    given = own.parse_args(argv)
+    try:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise UsageError(f"matplotlib is not installed: {install('bench')}")
+        render(given.records, given.readme)
+    except UsageError as error:
+        own.error(str(error))
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from . import UsageError, in_a_line
+from ..usage import UsageError, in_a_line
 
 FORMATS = ("parquet", "npy")
 _TOTALS = ("rows", "rejected", "truncated", "tokens")

@@ -1,0 +1,215 @@
+"""From tokens to embeddings: what a folder says of pooling, the fused model, and vectors of its rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints import load_base
+from ..fuse import explain, fuse
+from ..layers.embeddings import first_position, positions
+from ..runtime.support import MAX_SEQUENCES
+from ..usage import UsageError, in_a_line
+from .tokens import Tokens
+
+POOLINGS = ("mean", "cls", "max", "mean_sqrt_len", "lasttoken")
+# As sentence-transformers has them in the config of its pooling.
+_NAMES = {"mean_sqrt_len_tokens": "mean_sqrt_len"}
+_LEGACY = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How texts become embeddings."""
+
+    pooling: str = "mean"
+    normalize: bool = False
+    prompt: str = ""
+    max_length: int | None = None
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """What a sentence-transformers folder says; the defaults of a plain checkpoint, which has no modules.json.
+
+    Raises:
+        UsageError: it has modules or a pooling that this command has not.
+    """
+
+    def load(*path: str) -> Any:
+        name = os.path.normpath(os.path.join(*path))
+        if os.path.isabs(name) or name.startswith(".."):
+            raise UsageError(f"--model {folder}: names a file outside of it, {name}")
+        file = folder / name
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+    modules = load("modules.json")
+    if not modules:
+        return Recipe()
+    kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
+    if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
+        raise UsageError(
+            f"--model {folder}: has modules {', '.join(kinds)}; expected Transformer, Pooling [, Normalize]"
+        )
+    config = load(modules[1]["path"], "config.json")
+    modes = config.get("pooling_mode") or [mode for key, mode in _LEGACY.items() if config.get(key)] or "mean"
+    modes = [modes] if isinstance(modes, str) else modes
+    pooling = _NAMES.get(modes[0], modes[0])
+    if len(modes) > 1 or pooling not in POOLINGS or config.get("include_prompt") is False:
+        raise UsageError(f"--model {folder}: pools by {config}; expected one of {', '.join(POOLINGS)}, prompt included")
+    whole = load("config_sentence_transformers.json")
+    prompt = (whole.get("prompts") or {}).get(whole.get("default_prompt_name"), "") or ""
+    longest = load("sentence_bert_config.json").get("max_seq_length")
+    if not isinstance(longest, int | None):
+        raise TypeError(f"max_seq_length is {longest!r}")
+    return Recipe(pooling, len(kinds) > 2, prompt, longest)
+
+
+def pool(rows: Tensor, cu_seqlens: Tensor, how: str) -> Tensor:
+    """One vector of each sequence.
+
+    Args:
+        rows: (T, H), of sequences end to end.
+        cu_seqlens: (B + 1,) where each starts; none is empty.
+        how: one of POOLINGS.
+
+    Returns:
+        (B, H) float32.
+    """
+    starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    if how in ("cls", "lasttoken"):
+        return rows[starts if how == "cls" else ends - 1].float()
+    lengths = ends - starts
+    reduced = torch.segment_reduce(rows.float(), "max" if how == "max" else "sum", lengths=lengths)
+    if how == "max":
+        return reduced
+    divisor = lengths.float() if how == "mean" else lengths.float().sqrt()
+    return reduced / divisor[:, None]
+
+
+class Encoder:
+    """A fused base model that embeds texts laid end to end."""
+
+    def __init__(self, model: Any, recipe: Recipe, batch_tokens: int) -> None:
+        self.model, self.recipe, self.batch_tokens = model, recipe, batch_tokens
+        self.first = first_position(model.embeddings)
+
+    def batches(self, lengths: np.ndarray) -> Iterator[np.ndarray]:
+        """Indices of sequences, the longest first, in batches of `batch_tokens` at most, or of one."""
+        order = np.lexsort((np.arange(len(lengths)), -lengths))
+        start = total = 0
+        for i, index in enumerate(order):
+            if i > start and (total + lengths[index] > self.batch_tokens or i - start == MAX_SEQUENCES):
+                yield order[start:i]
+                start, total = i, 0
+            total += int(lengths[index])
+        if len(order) > start:
+            yield order[start:]
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Tokens) -> np.ndarray:
+        """(texts, H) float32."""
+        begins = np.concatenate([[0], tokens.lengths.cumsum()])
+        result = np.empty((len(tokens.lengths), self.model.config.hidden_size), np.float32)
+        device = self.model.device
+        rows = self.model.get_input_embeddings().num_embeddings
+        if (largest := int(tokens.ids.max(initial=0))) >= rows:
+            raise UsageError(f"--model: its tokenizer gives token {largest}, its embeddings have 0 to {rows - 1}")
+        for chosen in self.batches(tokens.lengths):
+            lengths = tokens.lengths[chosen]
+            cu_seqlens = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
+            positions = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
+            ids = tokens.ids[np.repeat(begins[chosen], lengths) + positions]
+            starts = torch.from_numpy(cu_seqlens).to(device)
+            longest = int(lengths.max())
+            rows = self.model(
+                input_ids=torch.from_numpy(ids).long().to(device)[None],
+                position_ids=torch.from_numpy(positions + self.first).long().to(device)[None],
+                cu_seq_lens_q=starts,
+                cu_seq_lens_k=starts,
+                max_length_q=longest,
+                max_length_k=longest,
+            ).last_hidden_state[0]
+            pooled = pool(rows, starts, self.recipe.pooling)
+            if self.recipe.normalize:
+                pooled = nn.functional.normalize(pooled, dim=1)
+            result[chosen] = pooled.cpu().numpy()
+        return result
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A hash of names, dtypes and values of all parameters that embeddings come from."""
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if name.startswith("pooler."):  # drawn anew in each process where the checkpoint, as of a masked LM, has none
+            continue
+        found.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        found.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """A hash of how texts become tokens."""
+    rust = getattr(tokenizer, "backend_tokenizer", None)
+    told = json.dumps(sorted(tokenizer.get_vocab().items())) if rust is None else rust.to_str()
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def load(
+    path: str,
+    tokenizer: Any,
+    device: torch.device,
+    *,
+    dtype: str | None = None,
+    pooling: str | None = None,
+    normalize: bool | None = None,
+    prompt: str | None = None,
+    max_length: int | None = None,
+) -> tuple[Any, Recipe, int]:
+    """The fused model of a checkpoint, what is done with its output, and the most tokens of a text.
+
+    What is None is as the folder says.
+
+    Raises:
+        UsageError: it can't be loaded, would run stock, or doesn't go with what else is given.
+    """
+    try:
+        recipe = read_recipe(Path(path)) if Path(path).is_dir() else Recipe()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        told = f"{type(error).__name__}: {in_a_line(error)}"
+        raise UsageError(f"--model {path}: its modules are not as sentence-transformers writes them: {told}") from error
+    given: dict[str, Any] = {"pooling": pooling, "normalize": normalize, "prompt": prompt, "max_length": max_length}
+    recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
+    model = load_base(path, dtype, device)
+    try:
+        model = fuse(model)
+    except ValueError as error:  # UnsupportedModelError is one
+        raise UsageError(f"--model {path}: {in_a_line(error)}") from error
+    with torch.inference_mode():
+        if reason := explain(model).encoders[0].reason:
+            raise UsageError(f"--model {path}: runs stock ({reason}); expected a model that runs fused")
+    if tokenizer.cls_token_id is None and recipe.pooling == "cls":
+        raise UsageError("--pooling cls: the tokenizer has no such token")
+    longest = positions(model.embeddings)
+    limit = longest if recipe.max_length is None else min(longest, recipe.max_length)
+    least = tokenizer.num_special_tokens_to_add() + 1
+    if limit < least:
+        raise UsageError(f"--max-length is {limit}; expected at least {least}, of which {least - 1} are special tokens")
+    if max_length is not None and max_length > longest:
+        raise UsageError(f"--max-length is {max_length}; the model has positions for {longest}")
+    return model, recipe, limit
