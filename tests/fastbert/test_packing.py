@@ -36,7 +36,7 @@ def test_labels_at_padding_are_found() -> None:
 
 def test_flattened() -> None:
     layout = packing.flattened(torch.tensor([0, 3, 3, 8]), 8)
-    assert layout == (3, 8, 5, layout.cu_seqlens, None, None, None, None, None)
+    assert layout == packing.Packing(3, 8, 5, layout.cu_seqlens)
     assert layout.cu_seqlens.dtype == torch.int32
     hidden = torch.randn(1, 8, 2)
     assert layout.unpack(hidden) is hidden
