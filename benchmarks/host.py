@@ -31,7 +31,7 @@ from transformers.models.bert import modeling_bert as hf
 
 import fastbert
 from fastbert import ops
-from fastbert.runtime import encoder, graphs
+from fastbert.runtime import graphs
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import stub
@@ -169,7 +169,7 @@ def main() -> None:
     with torch.inference_mode():
         launches(hf.BertModel(config, add_pooling_layer=False).eval(), options.layers, options.calls)
         without_kernels()
-        encoder._is_readable = lambda ids: False  # as on a GPU
+        arguments._is_readable = lambda ids: False  # as on a GPU
         stock = hf.BertModel(config, add_pooling_layer=False).eval()
         for on in (False, True):
             model = fastbert.fuse(stock, cuda_graphs=on)

@@ -35,7 +35,7 @@ from triton.runtime.jit import JITFunction
 
 from fastbert import ops
 from fastbert.kernels import compiled, cpu
-from fastbert.runtime import encoder, packing
+from fastbert.runtime import arguments, packing
 
 MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 142, "sm_90": 132, "sm_100": 148, "sm_103": 160, "sm_120": 170}
 """Of an A100, A40, L40S, H100 or H200, B200, B300 and RTX 5090; of others, 48 as a GB10 has."""
@@ -191,7 +191,7 @@ def device(arch: str = "sm_90", compiles: bool = False) -> Iterator[Gpu]:
     stubs = {"architecture": lambda _: known_as, "multiprocessors": lambda _: MULTIPROCESSORS.get(arch, 48)}
     places: list[tuple[Any, str, Any]] = [
         (JITFunction, "_do_compile", record),
-        (encoder, "_is_readable", lambda ids: False),  # as on a GPU, like the next
+        (arguments, "_is_readable", lambda ids: False),  # as on a GPU, like the next
         (packing, "tiles_of", lambda cu_seqlens, tokens: ops.attention_tiles(cu_seqlens, tokens)),
     ]
     places += [(m, name, value) for m in _kernels() for name, value in stubs.items() if hasattr(m, name)]

@@ -83,13 +83,8 @@ if TYPE_CHECKING:
 
     from .calibration import Calibration as Calibration, calibrate as calibrate
     from .exporting import fused_export as fused_export
-    from .fuse import (
-        Explanation as Explanation,
-        UnsupportedModelError as UnsupportedModelError,
-        explain as explain,
-        fuse as fuse,
-        unfuse as unfuse,
-    )
+    from .explain import Explanation as Explanation, explain as explain
+    from .fuse import UnsupportedModelError as UnsupportedModelError, fuse as fuse, unfuse as unfuse
     from .tuned import set_batch_invariant as set_batch_invariant
     from .verify import verify as verify
 
@@ -97,7 +92,8 @@ if TYPE_CHECKING:
 _VERBS = {
     "calibration": ("Calibration", "calibrate"),
     "exporting": ("fused_export",),
-    "fuse": ("Explanation", "UnsupportedModelError", "explain", "fuse", "unfuse"),
+    "explain": ("Explanation", "explain"),
+    "fuse": ("UnsupportedModelError", "fuse", "unfuse"),
     "tuned": ("set_batch_invariant",),
     "verify": ("verify",),
 }

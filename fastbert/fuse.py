@@ -1,4 +1,4 @@
-"""`fuse`, `unfuse` and `explain`: the way in, the way out, and what goes on in between."""
+"""`fuse` and `unfuse`: the way in and the way out."""
 
 from __future__ import annotations
 
@@ -9,19 +9,16 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import transformers
 from torch import nn
 
-from .layers.embeddings import embeddings_are_foreign
 from .layers.fp8 import PRODUCTS, Fp8, calibrated
-from .runtime.encoder import PADDINGS, UNKNOWN, Running, Settings, decide, why_dense
-from .runtime.readers import HOLDS, HOOKS, Holder, Reads, outermost, reader_of, unknown_reader
-from .runtime.registry import REGISTERED, embeddings_of, encoder_of, layers_in, layers_of
+from .runtime.readers import HOLDS, HOOKS, Holder, reader_of
+from .runtime.registry import REGISTERED, encoder_of, layers_of
+from .runtime.settings import PADDINGS, Running, Settings
 from .runtime.support import (
-    embeddings_are_unsupported,
     fp8_is_unsupported,
     model_is_unsupported,
 )
@@ -30,6 +27,7 @@ from .version import is_newer
 
 FAMILIES = ("bert", "roberta", "xlm_roberta", "camembert", "electra", "ernie", "distilbert", "mpnet")
 """Modules of `fastbert.models`, each named as transformers names the family's."""
+
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -291,151 +289,6 @@ def _remove_hook(module: nn.Module, hook: Any) -> None:
     for key in [key for key, value in module._forward_pre_hooks.items() if value is hook]:
         del module._forward_pre_hooks[key]
         module._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
-@dataclass(frozen=True)
-class EncoderExplanation:
-    """What `explain` says of one base model."""
-
-    name: str
-    """Its name inside the model explained."""
-    fused: bool
-    """Whether `fuse` has been applied to it."""
-    padding: str | None
-    """The padding asked of `fuse`; None where it is not fused."""
-    reason: str | None
-    """Why an ordinary call at this moment would run stock; None where it would run fused."""
-    layers: dict[int, str]
-    """Layers that would run stock at this moment, each with the reason."""
-    embeddings: str | None
-    """Why its embeddings would run stock at this moment, or None."""
-    fused_calls: dict[str, int]
-    """Forwards so far that ran fused, by layout."""
-    stock_calls: dict[str, int]
-    """Forwards so far that ran stock, by reason."""
-    cuda_graphs: bool = False
-    """Whether CUDA graphs were asked of `fuse`."""
-    eager: str | None = None
-    """Why an ordinary call at this moment would not run as a CUDA graph, where they were asked for; else None."""
-    graph_calls: dict[str, int] = field(default_factory=dict)
-    """What came of CUDA graphs so far: "replayed", "captured", too, "eager: " and why, "dropped: " and why."""
-    precision: str | None = None
-    """The precision asked of `fuse`."""
-    fp8: str | None = None
-    """Where that is "fp8": what an ordinary call at this moment would make of it, in a line."""
-    not_fp8: dict[str, str] = field(default_factory=dict)
-    """There, products of layers that don't run in 8 bits, by name ("layer 0 down"), each with the reason."""
-    dense: str | None = None
-    """Why calls with padding run in the dense layout; None where they are packed, if what they ask for allows it."""
-    outside: str | None = None
-    """What in the model explained, outside of what `fuse` was given, may read padding; None where nothing does."""
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What would run fused in a model, what not and why, and how many forwards did each. str() renders it."""
-
-    encoders: list[EncoderExplanation] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        if not self.encoders:
-            return "no encoder of a supported family found"
-        lines = []
-        for e in self.encoders:
-            state = f"stock: {e.reason}" if e.reason else "fused"
-            lines.append(f"{e.name}: {state}" + (f" (padding={e.padding!r})" if e.fused else ""))
-            if e.embeddings and not e.reason:
-                lines.append(f"  embeddings: stock: {e.embeddings}")
-            lines += [f"  layer {i}: stock: {reason}" for i, reason in e.layers.items() if not e.reason]
-            if e.dense and e.padding != "dense" and not e.reason:
-                lines.append(f"  dense, not packed: {e.dense}")
-            if e.outside and not e.reason:
-                lines.append(f"  outside of what fuse was given: {e.outside}")
-            if e.fp8 is not None and not e.reason:
-                lines += [f"  fp8: {e.fp8}", *(f"    {name}: {reason}" for name, reason in e.not_fp8.items())]
-            lines += [f"  ran fused, {layout}: {n}" for layout, n in e.fused_calls.items()]
-            lines += [f"  ran stock, {reason}: {n}" for reason, n in e.stock_calls.items()]
-            if e.cuda_graphs:
-                lines.append(f"  CUDA graphs: none: {e.eager}" if e.eager else "  CUDA graphs: yes, at the right sizes")
-                lines += [f"  CUDA graphs, {what}: {n}" for what, n in e.graph_calls.items()]
-        return "\n".join(lines)
-
-
-def explain(model: nn.Module) -> Explanation:
-    """Says what in `model` would run fused at this moment, what would not and why, and counts what did.
-
-    "At this moment" includes torch's state: call it under the same `torch.inference_mode()` as the forward.
-    """
-    return Explanation([_explain_base(model, *found) for found in base_models(model)])
-
-
-def _explain_base(model: nn.Module, name: str, base: Any, family: Any) -> EncoderExplanation:
-    encoder = encoder_of(base)
-    settings: Settings | None = getattr(encoder, "fastbert", None)
-    if settings is None or not hasattr(base, "own_embeddings"):  # another class since
-        why = model_is_unsupported(base) or "not fused; call fastbert.fuse"
-        return EncoderExplanation(name, False, None, why, {}, None, {}, {})
-    foreign = embeddings_are_foreign(base)
-    reason, seen, _, watched = decide(base, settings, {}, foreign is not None)  # as every call does
-    if type(base).forward is not family.fused[family.base].forward:
-        reason = model_is_unsupported(base)
-    layers = {i: why for i, why in enumerate(seen.reasons) if why}
-    counts, graphs = settings.counts, settings.graphs
-    if graphs is None or reason is not None:
-        eager = reason
-    else:
-        eager = "a layer runs stock" if layers else graphs.refuses(encoder)
-    fp8, not_fp8 = _explain_fp8(encoder, settings, family)
-    dense, _ = why_dense(base, settings, Reads(told=True), bool(layers) or watched)
-    if dense == UNKNOWN:
-        around = outermost(base, settings.holders)
-        dense = f"{unknown_reader(around)}; if it does not, fuse the model with padding='packed'"
-    return EncoderExplanation(
-        name,
-        True,
-        settings.padding,
-        reason,
-        layers,
-        foreign or embeddings_are_unsupported(embeddings_of(base), sharded=True),
-        dict(counts.fused),
-        dict(counts.stock),
-        graphs is not None,
-        None if graphs is None else eager,
-        dict(counts.graphs),
-        None if settings.fp8 is None else "fp8",
-        fp8,
-        not_fp8,
-        dense,
-        _explain_outside(model, base, settings),
-    )
-
-
-def _explain_outside(model: nn.Module, base: Any, settings: Settings) -> str | None:
-    """`EncoderExplanation.outside` of a fused base model."""
-    around = outermost(base, settings.holders)
-    if settings.padding != "auto" or unknown_reader(around) is not None or any(model is each for each in around):
-        return None
-    inside = set(map(id, model.modules()))
-    if not any(id(each) in inside for each in around) or (why := unknown_reader([model])) is None:
-        return None
-    return f"{why}; fuse the whole {type(model).__name__}, to have it looked at"
-
-
-def _explain_fp8(encoder: Any, settings: Settings, family: Any) -> tuple[str | None, dict[str, str]]:
-    """`EncoderExplanation.fp8` and `.not_fp8` of a fused encoder."""
-    layers = layers_in(encoder)
-    if settings.fp8 is None:
-        return None, {}
-    sample = next(encoder.parameters())
-    if not settings.fp8.runs(layers, sample):
-        why = fp8_is_unsupported(sample.device) or "gradients are enabled, or it is training, autocast or torch.compile"
-        return f"off: {why}", {}
-    reasons = settings.fp8.reasons(layers, family.fused)
-    products = len(PRODUCTS) * len(layers)
-    how = "a scale of each row's own" if settings.fp8.scales is None else "scales from calibration"
-    simulated = ", simulated" if sample.device.type == "cpu" else ""
-    line = f"{products - len(reasons)} of {products} products, {how}{simulated}"
-    return line, {f"layer {i} {name}": why for (i, name), why in reasons.items()}
 
 
 # A mixin has no base of its own at run time: each family adds the Hugging Face class it stands in for.

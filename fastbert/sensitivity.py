@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .fuse import base_models, explain, fuse, unfuse
+from .explain import explain
+from .fuse import base_models, fuse, unfuse
 from .runtime.readers import named_arguments
 
 NOISE = 10.0

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import numerics
-from .fuse import explain, fuse, unfuse
+from .explain import explain
+from .fuse import fuse, unfuse
 from .layers.embeddings import first_position, positions
 from .quality import Measure, Quality
 from .runtime.registry import embeddings_of, encoder_of, layers_in, layers_of

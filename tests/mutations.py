@@ -92,19 +92,19 @@ FAULTS = {
     ),
     # One for each kind of situation that docs/trust.md has under a letter.
     "A: readers that aren't known": Fault(
-        "fastbert/runtime/encoder.py",
+        "fastbert/runtime/plan.py",
         "        if around.unknown is not None:\n            return UNKNOWN, around\n",
         "",
         f"{PROMISE} -k Neighbours",
     ),
     "B: embeddings of one's own": Fault(
-        "fastbert/runtime/encoder.py",
+        "fastbert/runtime/plan.py",
         "foreign = embeddings_are_foreign(model) is not None",
         "foreign = False",
         f"{PROMISE} -k embeddings",
     ),
     "B: the switch after the checks": Fault(
-        "fastbert/runtime/encoder.py",
+        "fastbert/runtime/plan.py",
         "    if is_disabled():\n        call",
         "    if False:\n        call",
         "tests/fastbert/test_embeddings.py -k disabled",
@@ -170,13 +170,13 @@ FAULTS = {
         "tests/fastbert/test_transforms.py -k batch",
     ),
     "M: sharded tables": Fault(
-        "fastbert/runtime/encoder.py",
+        "fastbert/runtime/arguments.py",
         "width = tables[next(iter(names.values()))].embedding_dim",
         "width = tables[next(iter(names.values()))].weight.shape[-1]",
         "tests/fastbert/test_embeddings.py -k sharded",
     ),
     "N: explained otherwise": Fault(
-        "fastbert/fuse.py",
+        "fastbert/explain.py",
         "reason, seen, _, watched = decide(base, settings, {}, foreign is not None)",
         "(_, seen, _, watched), reason = decide(base, settings, {}, foreign is not None), None",
         f"{PROMISE} -k patch",

@@ -32,7 +32,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "quality": set(),
     "runtime.known": set(),
     "runtime.wrappers": set(),
+    "usage": set(),
     "version": set(),
+    "checkpoints": {"usage"},
     "runtime.registry": {"runtime.wrappers"},
     "tuned": {"kernels", "version"},
     "ops": {"kernels", "tuned"},
@@ -60,6 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layers.fp8": {"layers.gemm", "layers.layer", "ops", "runtime.support"},
     "models.family": {"layers.layer", "models.heads", "runtime.readers"},
     "runtime.coverage": {"layers.layer", "runtime.registry", "runtime.support", "runtime.wrappers"},
+    "runtime.arguments": {"layers.embeddings", "runtime.packing", "runtime.registry", "runtime.support"},
     "runtime.graphs": {
         "kernels",
         "layers.context",
@@ -70,31 +73,49 @@ MAY_IMPORT: dict[str, set[str]] = {
         "runtime.registry",
         "runtime.support",
     },
-    "runtime.encoder": {
-        "layers.context",
-        "layers.embeddings",
-        "layers.fp8",
-        "layers.layer",
-        "runtime.coverage",
-        "runtime.graphs",
-        "runtime.known",
-        "runtime.packing",
-        "runtime.readers",
-        "runtime.registry",
-        "runtime.support",
-    },
+    "runtime.settings": {"layers.fp8", "runtime.coverage", "runtime.graphs", "runtime.readers"},
     "fuse": {
-        "layers.embeddings",
         "layers.fp8",
-        "runtime.encoder",
         "runtime.readers",
         "runtime.registry",
+        "runtime.settings",
         "runtime.support",
         "runtime.wrappers",
         "version",
     },
-    "models.probe": {"fuse", "models.family", "numerics", "runtime.known", "runtime.registry"},
-    "sensitivity": {"fuse", "runtime.readers"},
+    "runtime.plan": {
+        "layers.embeddings",
+        "runtime.arguments",
+        "runtime.coverage",
+        "runtime.known",
+        "runtime.packing",
+        "runtime.readers",
+        "runtime.registry",
+        "runtime.settings",
+        "runtime.support",
+    },
+    "explain": {
+        "fuse",
+        "layers.embeddings",
+        "layers.fp8",
+        "runtime.plan",
+        "runtime.readers",
+        "runtime.registry",
+        "runtime.settings",
+        "runtime.support",
+    },
+    "runtime.encoder": {
+        "layers.context",
+        "layers.layer",
+        "runtime.known",
+        "runtime.packing",
+        "runtime.plan",
+        "runtime.registry",
+        "runtime.settings",
+    },
+    "embed": {"checkpoints", "explain", "fuse", "layers.embeddings", "runtime.support", "usage", "version"},
+    "models.probe": {"explain", "fuse", "models.family", "numerics", "runtime.known", "runtime.registry"},
+    "sensitivity": {"explain", "fuse", "runtime.readers"},
     "models.classes": {
         "fuse",
         "layers.attention",
@@ -107,10 +128,19 @@ MAY_IMPORT: dict[str, set[str]] = {
         "runtime.encoder",
         "runtime.graphs",
         "runtime.known",
+        "runtime.plan",
         "runtime.readers",
         "runtime.registry",
     },
-    "verify": {"fuse", "layers.embeddings", "numerics", "quality", "runtime.registry", "sensitivity"},
+    "verify": {
+        "explain",
+        "fuse",
+        "layers.embeddings",
+        "numerics",
+        "quality",
+        "runtime.registry",
+        "sensitivity",
+    },
     "calibration": {"fuse", "layers.fp8", "numerics", "runtime.registry", "verify"},
     "models": {
         "layers.attention",
@@ -119,17 +149,16 @@ MAY_IMPORT: dict[str, set[str]] = {
         "models.classes",
         "models.family",
         "models.heads",
-        "runtime.encoder",
         "runtime.packing",
+        "runtime.plan",
         "runtime.readers",
         "runtime.support",
     },
-    "__init__": {"calibration", "exporting", "fuse", "tuned", "verify", "version"},
-    "usage": set(),
-    "checkpoints": {"usage"},
+    "__init__": {"calibration", "explain", "exporting", "fuse", "tuned", "verify", "version"},
     "measure": {
         "calibration",
         "checkpoints",
+        "explain",
         "fuse",
         "kernels",
         "numerics",
@@ -143,7 +172,6 @@ MAY_IMPORT: dict[str, set[str]] = {
         "version",
     },
     "tune": {"kernels", "measure", "numerics", "tuned"},
-    "embed": {"checkpoints", "fuse", "layers.embeddings", "runtime.support", "usage", "version"},
     "cli": {
         "checkpoints",
         "embed",
@@ -361,7 +389,6 @@ from transformers.utils.import_utils import is_kernels_available
 print(is_kernels_available())
 before = set(sys.modules)
 import fastbert
-from tests.mutations import FAULTS, plant
 fastbert.BertModel(BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
 """
 
@@ -412,7 +439,6 @@ def test_fastbert_runs_without_triton_and_leaves_the_gpu_alone() -> None:
 import sys
 sys.modules["triton"] = None  # import triton raises ImportError
 import fastbert
-from tests.mutations import FAULTS, plant
 import torch
 from transformers import BertConfig
 from types import FunctionType

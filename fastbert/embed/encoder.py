@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints import load_base
-from ..fuse import explain, fuse
+from ..explain import explain
+from ..fuse import fuse
 from ..layers.embeddings import first_position, positions
 from ..runtime.support import MAX_SEQUENCES
 from ..usage import UsageError, in_a_line

@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import BertModel
 
 from .. import numerics
-from ..fuse import explain, fuse
+from ..explain import explain
+from ..fuse import fuse
 from ..usage import in_a_line
 from ..verify import stock_in_fp8, twin
 from . import counts, gates, records

@@ -28,7 +28,7 @@ import torch
 from torch.profiler import ProfilerActivity, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..fuse import explain
+from ..explain import explain
 from ..usage import UsageError
 from . import counts
 from .cases import Workload

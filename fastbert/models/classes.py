@@ -26,8 +26,9 @@ from ..layers.embeddings import FusedEmbeddings
 from ..layers.feed_forward import FeedForward
 from ..layers.layer import FusedLayer, Layer
 from ..runtime import known
-from ..runtime.encoder import FusedEncoder, Plan, check_taken, plan_call
+from ..runtime.encoder import FusedEncoder
 from ..runtime.graphs import Stale
+from ..runtime.plan import Plan, check_taken, plan_call
 from ..runtime.readers import Reader, know, named_arguments, parameter_names
 from ..runtime.registry import REGISTERED, encoder_of
 from .family import Family

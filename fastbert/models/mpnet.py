@@ -15,8 +15,8 @@ from transformers.models.mpnet import modeling_mpnet as hf
 from ..layers.attention import Attention
 from ..layers.feed_forward import FeedForward
 from ..layers.layer import Layer
-from ..runtime.encoder import Plan
 from ..runtime.packing import Packing
+from ..runtime.plan import Plan
 from ..runtime.readers import FIRST, LABELS, REAL, SPANS
 from ..runtime.support import is_plain
 from .classes import lm_head, register

@@ -9,7 +9,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from ..fuse import explain, fuse
+from ..explain import explain
+from ..fuse import fuse
 from ..numerics import relative_error
 from ..runtime import known
 from ..runtime.registry import encoder_of

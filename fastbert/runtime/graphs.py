@@ -264,7 +264,7 @@ class Graphs:
         Args:
             encoder: the fused encoder.
             x: (1, T, H) or (B, S, H), hidden states as `plan` lays them out.
-            plan: the `fastbert.runtime.encoder.Plan` of the call.
+            plan: the `fastbert.runtime.plan.Plan` of the call.
             fp8: of the encoder, where the call is one in 8 bits.
 
         Returns:

@@ -34,6 +34,12 @@ def encoder_of(model: Any) -> Any:
     return encoder if last in encoder.__dict__["_modules"] else unwrapped(encoder)
 
 
+def has_fused_encoder(model: Any) -> bool:
+    """Whether the encoder of a base model is one that `fuse` has made, and not another in its place."""
+    family = family_of(model)
+    return isinstance(encoder_of(model), family.fused[family.encoder])
+
+
 def wrapped_encoder_of(model: Any) -> Any:
     """The stack of layers of a base model with the wrappers that it is in."""
     for name in family_of(model).stack[:-1]:

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 import fastbert
-import fastbert.runtime.encoder
+import fastbert.runtime.settings
 from fastbert.fuse import FAMILIES
 
 # From best to worst: a test whose phases or subtests end differently counts as the worst of them.
@@ -114,11 +114,11 @@ def fuse_when_built(kind: Any) -> None:
 
 def count_forwards(recorder: Recorder) -> None:
     """Has every count that fastbert takes of a forward taken by `recorder`, too."""
-    add = fastbert.runtime.encoder.Counts.add
+    add = fastbert.runtime.settings.Counts.add
 
     def count(self: Any, which: Counter[str], key: str) -> None:
         add(self, which, key)
         if not torch.compiler.is_compiling():
             recorder.count("fused" if which is self.fused else "stock", key)
 
-    fastbert.runtime.encoder.Counts.add = count  # type: ignore[method-assign]
+    fastbert.runtime.settings.Counts.add = count  # type: ignore[method-assign]

@@ -16,7 +16,7 @@ from packaging.version import Version
 from setuptools.config.pyprojecttoml import read_configuration
 
 import fastbert
-import fastbert.runtime.encoder
+import fastbert.runtime.settings
 from fastbert.version import TRIED
 from tests import models
 from tests.compat import hf_plugin, hf_suite, matrix
@@ -115,7 +115,7 @@ def test_the_plugin_fuses_what_is_built_once_and_counts_its_forwards(
     fused = []
     monkeypatch.setattr(fastbert, "fuse", lambda model, fuse=fastbert.fuse: fused.append(type(model)) or fuse(model))
     monkeypatch.setattr(
-        fastbert.runtime.encoder.Counts, "add", fastbert.runtime.encoder.Counts.add
+        fastbert.runtime.settings.Counts, "add", fastbert.runtime.settings.Counts.add
     )  # put back afterwards
     monkeypatch.setattr(models.hf.BertModel, "__init__", models.hf.BertModel.__init__)
     hf_plugin.fuse_when_built(Whole)

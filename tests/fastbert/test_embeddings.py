@@ -345,9 +345,9 @@ def test_a_flattened_call_of_fake_tensors(longest: int | None, monkeypatch: pyte
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     flat = {name: mode.from_tensor(v) if isinstance(v, Tensor) else v for name, v in models.ragged([3, 9, 5]).items()}
     flat["max_length_q"] = flat["max_length_k"] = longest
-    encoder, layouts = importlib.import_module("fastbert.runtime.encoder"), []
-    flattened = encoder.flattened
-    monkeypatch.setattr(encoder, "flattened", lambda *args: layouts.append(flattened(*args)) or layouts[-1])
+    plan, layouts = importlib.import_module("fastbert.runtime.plan"), []
+    flattened = plan.flattened
+    monkeypatch.setattr(plan, "flattened", lambda *args: layouts.append(flattened(*args)) or layouts[-1])
     with mode, torch.no_grad():
         assert model(**flat)[0].shape == (1, 17, WIDTH)
     assert [layout.max_seqlen for layout in layouts] == [longest or 17]

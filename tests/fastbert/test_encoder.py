@@ -15,7 +15,8 @@ import fastbert
 from fastbert import ops
 from fastbert.layers.context import Context
 from fastbert.numerics import assert_within_policy
-from fastbert.runtime import encoder, packing
+from fastbert.runtime import arguments as checks
+from fastbert.runtime import packing
 from tests import models
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -356,7 +357,7 @@ def test_host_synchronisations(monkeypatch: pytest.MonkeyPatch, padding: str, ki
     calls: list[int] = []
     real = packing.host_integers
     monkeypatch.setattr(packing, "host_integers", lambda values: (calls.append(len(values)), real(values))[1])
-    monkeypatch.setattr(encoder, "_check_ids", lambda *args: None)
+    monkeypatch.setattr(checks, "_check_ids", lambda *args: None)
     reads = []
 
     class Reads(TorchDispatchMode):

@@ -313,19 +313,19 @@ def test_threads_fuse_models_of_their_own() -> None:
 FORK = """
 import os, signal, sys, torch
 import fastbert
-from fastbert.runtime import encoder
+from fastbert.runtime import settings
 from tests import models
 torch.set_num_threads(1)  # as a DataLoader's workers have it; OpenMP's own threads don't outlive a fork
 model = fastbert.fuse(models.seeded())
 ids = models.ids(3, 9)
 with torch.no_grad():
     expected = model(ids)[0]
-    encoder._COUNTING.acquire()  # another thread is counting a call as this one forks
+    settings._COUNTING.acquire()  # another thread is counting a call as this one forks
     child = os.fork()
     if not child:
         signal.alarm(60)
         os._exit(0 if torch.equal(model(ids)[0], expected) else 1)
-    encoder._COUNTING.release()
+    settings._COUNTING.release()
     assert os.waitpid(child, 0)[1] == 0, "the child hung or was wrong"
     assert torch.equal(model(ids)[0], expected)
 """

@@ -20,7 +20,7 @@ from transformers.models.xlm_roberta import modeling_xlm_roberta as xlm_roberta
 
 import fastbert
 from fastbert.numerics import assert_within_policy
-from fastbert.runtime import encoder
+from fastbert.runtime import plan
 from tests import models
 from tests.compat.environments import BROKEN_TRACES
 
@@ -151,8 +151,8 @@ def test_sentence_transformers_own_unpadding(
     monkeypatch.setattr("transformers.modeling_flash_attention_utils.lazy_import_flash_attention", lambda name: there)
     fused[0].unpad_inputs = True
     calls = []
-    flattened = encoder.flattened
-    monkeypatch.setattr(encoder, "flattened", lambda *args: calls.append(args[0].tolist()) or flattened(*args))
+    flattened = plan.flattened
+    monkeypatch.setattr(plan, "flattened", lambda *args: calls.append(args[0].tolist()) or flattened(*args))
     theirs, truth = (each.encode(TEXTS * 8, batch_size=4) for each in (stock, copy.deepcopy(stock).double()))
     ours = fused.encode(TEXTS * 8, batch_size=4)
     assert_within_policy(*map(torch.from_numpy, (ours, theirs, truth)))

@@ -23,7 +23,7 @@ from fastbert import ops
 from fastbert.cli.__main__ import main
 from fastbert.measure import cases, counts, machine, profile, tables, trace
 from fastbert.measure.counts import Cost
-from fastbert.runtime import encoder
+from fastbert.runtime import plan
 from fastbert.usage import UsageError
 from tests import models
 
@@ -172,7 +172,7 @@ def test_a_training_step_against_stock(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_time_is_found_where_it_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some in the feed-forward of one layer, some in its backward, some where no operator is."""
-    right, pack, backward, calls = ops.feed_forward, encoder.pack_mask, ops.linear_gelu_backward, Counter[str]()
+    right, pack, backward, calls = ops.feed_forward, plan.pack_mask, ops.linear_gelu_backward, Counter[str]()
 
     def slow(name: str, seconds: float, layer: int, call: Any) -> Any:
         def slowed(*args: Any) -> Any:
@@ -185,7 +185,7 @@ def test_time_is_found_where_it_is_spent(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(ops, "feed_forward", slow("forward", 0.02, 0, right))  # the second of two
     monkeypatch.setattr(ops, "linear_gelu_backward", slow("backward", 0.03, 0, backward))  # which is of the first layer
-    monkeypatch.setattr(encoder, "pack_mask", lambda *args: time.sleep(0.04) or pack(*args))
+    monkeypatch.setattr(plan, "pack_mask", lambda *args: time.sleep(0.04) or pack(*args))
     model = fastbert.fuse(cases.build("minilm", torch.float32, torch.device("cpu")))
     (found,) = profile.measure({"fused": model}, cases.Workload("", LENGTHS), True)
     by_name = {row.operator: row.layers for row in found.trace.rows}

@@ -1,0 +1,351 @@
+"""How a call of a base model is run: whether fused, in which layout, with which seeds.
+
+A base model plans as its forward is entered, before transformers turns the mask into a 4-D one; the plan travels to the
+encoder as a keyword argument of the call itself, never as state, so threads can share a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.embeddings import default_positions, embeddings_are_foreign
+from . import known
+from .arguments import check_arguments, shape_of
+from .coverage import Seen
+from .packing import Packing, flattened, has_values, host_integers, isolating_mask, pack_mask
+from .readers import Readings, Reads, outermost, readings_of, told_aside
+from .registry import before_layers, embeddings_of, encoder_of, family_of, has_fused_encoder, layers_of
+from .settings import Settings
+from .support import (
+    DISABLED,
+    call_is_unsupported,
+    foreign_code,
+    is_asked,
+    is_disabled,
+    is_flash,
+    is_hooked,
+    is_unmixable,
+    named,
+)
+
+
+class Receipt:
+    """Says whether an encoder has taken a plan: an object, which copies of the plan (FSDP's, of arguments) share."""
+
+    def __init__(self) -> None:
+        self.taken = False
+
+
+class Plan(NamedTuple):
+    """How one call runs fused."""
+
+    packing: Packing
+    stock_layers: tuple[bool, ...]
+    """For each layer, whether it runs its stock code."""
+    seeds: Tensor | None = None
+    """(layers, 3) int64, of the dropouts of each layer, drawn from torch's generator; None where none drops."""
+    watched: bool = False
+    """Whether something sees the hidden states between embeddings and output."""
+    bound: tuple[Any, ...] | None = None
+    """`Seen.bound`."""
+    assumed: bool = False
+    """Whether the layers were not looked at, but taken to be as they were: see `fastbert.runtime.graphs`."""
+    settings: Any = None
+    """The `Settings` it was planned by, whatever `fuse` and `unfuse` leave on the encoder meanwhile."""
+    config: Any = None
+    """The model's, of which masks are made: DistilBERT's encoder has none."""
+    mask: Tensor | None = None
+    """The caller's attention_mask, for what runs stock, and what is to see stock's arguments."""
+    hooked: bool = False
+    """Whether a layer has hooks, which are to see it called as stock code calls it."""
+    foreign: bool = False
+    """Whether the hidden states come padded, of whatever shape: of embeddings that aren't the family's own."""
+    position_ids: Tensor | None = None
+    """Those of the call, as its rows are laid out; None: it gives none."""
+    receipt: Receipt | None = None
+    """Set by the encoder: see `check_taken`."""
+
+
+def _encoder_is_unsupported(model: Any) -> str | None:
+    """Why the encoder of a base model that was fused takes no plan at this moment."""
+    if is_disabled():
+        return DISABLED
+    if not has_fused_encoder(model):
+        return f"its encoder is a {named(encoder_of(model))} of one's own"
+    layers = layers_of(model)
+    if type(layers).__iter__ is not nn.ModuleList.__iter__:  # which may leave some out, by chance
+        return f"its layers are in a {named(layers)} of one's own"
+    return None
+
+
+UNKNOWN = "a module may read padding"
+"""`why_dense`, where `fastbert.runtime.readers` is to be asked which."""
+
+
+class Decision(NamedTuple):
+    """What becomes of a call: `plan_call` does it, `explain` says it."""
+
+    stock: str | None
+    """Why it runs stock; None: it runs fused."""
+    seen: Seen
+    """What was found of the layers."""
+    assumed: bool
+    """As `Plan.assumed`."""
+    watched: bool
+    """As `Plan.watched`."""
+
+
+def decide(model: Any, settings: Settings, call: Mapping[str, Any], foreign: bool, assumes: bool = False) -> Decision:
+    """Whether a call of a fused base model runs stock, as far as its arguments say, but not their values.
+
+    Args:
+        model: the base model.
+        settings: what `fuse` left on its encoder.
+        call: the arguments by name; none: an ordinary call.
+        foreign: whether the embeddings are not the family's own.
+        assumes: as `plan_call` has it.
+    """
+    graphs = settings.graphs
+    layers = len(layers_of(model))
+    seen = Seen((None,) * layers, (False,) * layers, (None,) * layers, False, False, False)
+    reason = _encoder_is_unsupported(model) or foreign_code(model)
+    reason = reason or (_foreign_call_is_unsupported(call) if foreign and call else None)
+    reason = reason or call_is_unsupported(model, call)
+    assumed = assumes and reason is None and graphs is not None and graphs.expects() and not foreign
+    assumed = assumed and _is_repeatable(model, call)
+    if reason is None and not assumed:
+        seen = settings.coverage.look(model)
+        if all(seen.stock):
+            reason = f"no layer can run fused: {seen.reasons[0]}" if layers else "it has no layers"
+    if reason is None:
+        reason = is_unmixable(model, call, seen.hooked or any(seen.stock))
+    # What foreign embeddings are given, and what comes of them, has stock's shape anyway.
+    watched = seen.hooked or (seen.watched and not foreign)
+    watched = watched or (not assumed and is_asked(model, call, "output_hidden_states"))
+    return Decision(reason, seen, assumed, watched)
+
+
+def why_dense(model: Any, settings: Settings, reads: Reads, keeps: bool) -> tuple[str | None, Readings]:
+    """Why a call with padding runs dense, by what is asked and who reads; and those who read, if they were looked at.
+
+    Args:
+        model: the base model.
+        settings: what `fuse` left on its encoder.
+        reads: what the call reads of its own.
+        keeps: whether a layer that runs stock, or something that sees hidden states, needs the padded shape.
+    """
+    nobody = Readings()
+    if settings.padding == "dense":
+        return "padding='dense' was asked of fuse", nobody
+    if keeps:
+        return "a layer runs stock, or something sees hidden states", nobody
+    if reads.reads_padding:
+        return "the call reads padding", nobody
+    if torch.compiler.is_compiling():
+        return "it is being compiled", nobody
+    around = readings_of(outermost(model, settings.holders))
+    if settings.padding == "auto":
+        if around.unknown is not None:
+            return UNKNOWN, around
+        if around.tells is not None and not reads.told:
+            return "it came past the hooks that tell what is read", around
+    return None, around
+
+
+def plan_call(
+    model: Any, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any], assumes: bool = True
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Checks the arguments of a call of a base model, chooses the layout, and adds what tells the encoder.
+
+    Args:
+        model: the base model.
+        names: those of the parameters of its stock forward.
+        args: the positional arguments.
+        kwargs: those by name; among them, from the hook of a head, what it reads.
+        assumes: whether layers that CUDA graphs were captured from may be taken to be as they were (`Plan.assumed`).
+
+    Returns:
+        The arguments to call the stock forward with.
+
+    Raises:
+        ValueError: an argument is out of range or of the wrong shape, dtype or device; the message names it.
+    """
+    encoder = encoder_of(model)
+    settings: Settings | None = getattr(encoder, "fastbert", None)  # once: another thread may unfuse the model
+    call = dict(zip(names, args, strict=False))
+    if settings is None or len(args) > len(names) or call.keys() & kwargs.keys():
+        # Unfused, or given too many or twice: the forward itself says so.
+        return args, {name: value for name, value in kwargs.items() if name not in Reads._fields}
+    if not known.takes_plan(family_of(model).name):  # called as stock: what has replaced it may take nothing else
+        return args, {name: value for name, value in kwargs.items() if name not in Reads._fields}
+    if not has_fused_encoder(model):  # in place of the one that was fused
+        settings.counts.add(settings.counts.stock, str(_encoder_is_unsupported(model)))
+        return args, {name: value for name, value in kwargs.items() if name not in Reads._fields}
+    call.update(kwargs)
+    reads = Reads(*(call.pop(name, default) for name, default in Reads._field_defaults.items()))
+    if family_of(model).run is not None and not torch.compiler.is_compiling() and not reads.told:
+        reads = told_aside(call)
+    if (call.get("input_ids") is None) == (call.get("inputs_embeds") is None):
+        return (), call  # both or neither: the forward itself says so
+    if is_disabled():
+        call["plan"] = DISABLED
+        _isolate(model, call, DISABLED)
+        return (), call
+    foreign = embeddings_are_foreign(model) is not None
+    check_arguments(model, call, foreign)
+    reason, seen, assumed, watched = decide(model, settings, call, foreign, assumes)
+    mixed = any(seen.stock)
+    cu_seqlens = call.get("cu_seq_lens_q")
+    if cu_seqlens is not None:
+        longest = call.get("max_length_q")
+        longest = longest if isinstance(longest, int) else None
+        packing = flattened(cu_seqlens, shape_of(call)[1], call.get("cu_seq_lens_k"), longest)
+        if reason is None and mixed:
+            reason = "a flattened call of a model with a layer that runs stock"
+    if reason is None and _has_empty_sequence(model, call.get("attention_mask")):
+        reason = "a sequence without a real token, under eager attention"
+    if reason is not None:
+        call["plan"] = reason
+        _isolate(model, call, reason)
+        return (), call
+    mask = call.get("attention_mask")
+    if cu_seqlens is None:
+        packing = _lay_out(model, call, settings, reads, foreign, mixed or watched)
+    seeds = _draw_seeds(layers_of(model)) if seen.drops else None
+    call["plan"] = Plan(
+        packing,
+        seen.stock,
+        seeds,
+        watched,
+        None if watched else seen.bound,
+        assumed,
+        settings,
+        model.config,
+        mask,
+        seen.hooked,
+        foreign,
+        call.get("position_ids"),
+        Receipt(),
+    )
+    return (), call
+
+
+def check_taken(model: nn.Module, plan: Any) -> None:
+    """Raises RuntimeError where a base model has returned and its encoder has not taken the plan of the call.
+
+    Then stock code has run over rows that were laid out for another: sequences saw each other, and padding.
+    """
+    if isinstance(plan, Plan) and plan.receipt is not None and not plan.receipt.taken:
+        raise RuntimeError(
+            f"{type(model).__name__} did not hand its encoder the plan of this call; its result would be wrong: call "
+            "fastbert.unfuse on the model, which restores its stock code, and report the version of transformers"
+        )
+
+
+def _foreign_call_is_unsupported(call: Mapping[str, Any]) -> str | None:
+    """Why a call of a model with embeddings that aren't the family's own runs stock, where its layout can't be told."""
+    name = "input_ids" if call.get("input_ids") is not None else "inputs_embeds"
+    values, mask = call[name], call.get("attention_mask")
+    if not isinstance(values, Tensor) or values.dim() < 2 or not values.numel():
+        return f"{name} without (batch, tokens), for embeddings of one's own"
+    if isinstance(mask, Tensor) and mask.dim() != 2:
+        return "an attention_mask that is not 2-D"
+    return None
+
+
+def _draw_seeds(layers: Any) -> Tensor:
+    """Seeds for all dropouts of one forward.
+
+    Drawn once, and handed to the layers as arguments: one computed again for its gradients drops the same.
+    """
+    device = next(layers.parameters()).device
+    return torch.randint(2**63 - 1, (len(layers), 3), dtype=torch.int64, device=device)
+
+
+def _has_empty_sequence(model: Any, mask: Tensor | None) -> bool:
+    """Whether a row of the mask is all zero where that matters, at the price of a synchronisation.
+
+    Eager attention spreads such a sequence evenly over all its keys, padding too; sdpa, and the kernels, give zeros.
+    """
+    if mask is None or model.config._attn_implementation not in ("eager", None) or not has_values(mask):
+        return False
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    return not host_integers([mask.to(torch.bool).any(1).all()])[0]
+
+
+def _isolate(model: Any, call: dict[str, Any], reason: str) -> None:
+    """Keeps the sequences of a flattened call apart that runs stock: stock code would let them attend to each other."""
+    cu_seqlens, implementation = call.get("cu_seq_lens_q"), model.config._attn_implementation
+    if cu_seqlens is None or call.get("attention_mask") is not None or is_flash(model):
+        return
+    if implementation in ("sdpa", "eager", None):
+        call["attention_mask"] = _stock_isolation(model, cu_seqlens, shape_of(call)[1])
+    elif reason != DISABLED:
+        raise ValueError(
+            f"cu_seq_lens_q is given, the call runs stock ({reason}), and attention implementation {implementation!r} "
+            "would not keep its sequences apart; expected 'sdpa', 'eager' or a flash attention"
+        )
+
+
+def _stock_isolation(model: Any, cu_seqlens: Tensor, tokens: int) -> Tensor:
+    mask = isolating_mask(cu_seqlens, tokens)
+    if model.config._attn_implementation == "sdpa":
+        return mask
+    dtype = next(model.parameters()).dtype
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+def _is_repeatable(model: Any, call: Mapping[str, Any]) -> bool:
+    """Whether what runs before the layers can run twice and nobody sees it: without hooks, without dropout."""
+    if is_asked(model, call, "output_hidden_states"):
+        return False
+    first = (module for each in before_layers(model) for module in each.modules())
+    return not any(module.training or is_hooked(module) for module in first)
+
+
+def _lay_out(model: Any, call: dict[str, Any], settings: Settings, reads: Reads, foreign: bool, keeps: bool) -> Packing:
+    """Chooses between packed and dense for a padded call, and rewrites its arguments to match.
+
+    Those of foreign embeddings stay as they are, and it is the mask that says how long the sequences are. `keeps` as
+    `why_dense` has it.
+    """
+    labels, mask = reads.padded_labels, call.get("attention_mask")
+    batch, seqlen = mask.shape if foreign and mask is not None else shape_of(call)
+    call["attention_mask"] = None
+    if mask is None:
+        return Packing(batch, seqlen, seqlen)
+    mask = mask.to(torch.bool)
+    why, around = why_dense(model, settings, reads, keeps)
+    dense = why is not None or (labels is not None and labels.shape != mask.shape)  # an error the loss will name
+    dense = dense or not has_values(mask) or type(mask) is not Tensor
+    if dense or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return Packing(batch, seqlen, seqlen, key_mask=mask)
+    if mask.device.type == "cpu" and bool(mask.all()):  # one operator; there, it costs no synchronisation
+        return Packing(batch, seqlen, seqlen)
+    selection = pack_mask(mask, labels)
+    if selection.tokens == batch * seqlen:
+        return Packing(batch, seqlen, seqlen)
+    # A pooler reads position 0 of every sequence, real or not.
+    exact = selection.starts_real or not (around.first or getattr(model, "pooler", None) is not None)
+    family = family_of(model)
+    if family.layout.attention.bias is not None and selection.has_holes:  # distances are those of the padded layout
+        exact = False
+    if selection.tokens == 0 or not exact or (selection.labels_padding and settings.padding == "auto"):
+        return Packing(batch, seqlen, seqlen, key_mask=mask)
+    indices, inverse = selection.packing.indices, selection.packing.inverse
+    assert indices is not None and inverse is not None
+    if foreign:
+        return selection.packing
+    if call.get("position_ids") is None and family.ids.get("position_ids") is not None:
+        call["position_ids"] = default_positions(embeddings_of(model), call.get("input_ids"), seqlen)
+    for name in family.ids:
+        if call.get(name) is not None:
+            call[name] = call[name].expand(batch, seqlen).flatten()[indices][None]
+    if call.get("inputs_embeds") is not None:
+        call["inputs_embeds"] = selection.packing.pack(call["inputs_embeds"])
+    return selection.packing

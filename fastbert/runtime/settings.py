@@ -1,0 +1,75 @@
+"""What `fuse` leaves on an encoder: what was asked of it, how many forwards ran which way, who is in one."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from typing import Any
+
+import torch
+
+from ..layers.fp8 import Fp8
+from .coverage import Coverage
+from .graphs import Graphs
+from .readers import Holder
+
+PADDINGS = ("auto", "packed", "dense")
+
+
+# Of all counts: held for an addition. A process that is forked meanwhile would wait for it forever.
+_COUNTING = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _COUNTING
+    _COUNTING = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
+class Counts:
+    """How many forwards ran which way; safe to share between threads, to fork, to copy and to pickle."""
+
+    def __init__(self) -> None:
+        self.fused: Counter[str] = Counter()
+        """Forwards that ran fused, by layout: "packed" or "dense"; with products in 8 bits "packed, fp8" and so on."""
+        self.stock: Counter[str] = Counter()
+        """Forwards that ran stock, by reason."""
+        self.graphs: Counter[str] = Counter()
+        """What came of CUDA graphs, of those that ran fused where they are asked for."""
+
+    def add(self, which: Counter[str], key: str) -> None:
+        """Counts one forward; a call being compiled is not counted."""
+        if not torch.compiler.is_compiling():
+            with _COUNTING:
+                which[key] += 1
+
+
+class Running:
+    """The threads that are in a forward of a fused base model at this moment. A copy of it begins with none."""
+
+    def __init__(self) -> None:
+        self.threads: list[int] = []
+
+    def __reduce__(self) -> tuple[type[Running], tuple[()]]:
+        return Running, ()
+
+
+class Settings:
+    """What `fuse` leaves on an encoder: what was asked of it, counts, and what its base model stood in."""
+
+    def __init__(self, padding: str, loss_only: bool, cuda_graphs: bool, fp8: Fp8 | None) -> None:
+        self.padding = padding
+        self.loss_only = loss_only
+        self.graphs = Graphs() if cuda_graphs else None
+        self.fp8 = fp8
+        self.holders: list[Holder] = []
+        """What the base model stood in, outermost first."""
+        self.counts = Counts()
+        self.running = Running()
+        self.coverage = Coverage()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "holders": []}  # those that are copied, too, come back by themselves
