@@ -446,7 +446,7 @@ def install(arch: str, compiles: bool, listed: str | None, layers: int | None, s
     }
     for name, value in constants.items():
         setattr(torch.cuda, name, lambda *args, value=value, **more: value)
-    ops._current_device = lambda: 0
+    ops.registry._current_device = lambda: 0
     torch.cuda.is_current_stream_capturing = lambda: bool(capturing)
     torch.cuda.current_stream = lambda device=None: streams[-1]  # type: ignore
     torch.cuda.default_stream = lambda device=None: streams[0]  # type: ignore
@@ -551,8 +551,8 @@ def install(arch: str, compiles: bool, listed: str | None, layers: int | None, s
 
     import importlib
 
-    for name, (file, _) in ops._OPERATORS.items():
-        module = importlib.import_module(f"fastbert.kernels.{file}")
+    for name, operator in ops.OPERATORS.items():
+        module = importlib.import_module(f"fastbert.kernels.{operator.module}")
         kernel, twin = launched(name, getattr(module, name)), getattr(cpu, name)
         setattr(module, name, kernel)
 
@@ -561,7 +561,7 @@ def install(arch: str, compiles: bool, listed: str | None, layers: int | None, s
             return kernel(*args) if there else twin(*args)
 
         ops.CPU_BACKEND[name] = backend
-    ops._kernel.cache_clear()
+    ops.registry.kernel.cache_clear()
 
 
 def append_specialization(file: Path, kernel: Any, signature: Any, constants: Any, options: Any, attrs: Any) -> None:

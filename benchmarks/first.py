@@ -527,7 +527,7 @@ def operators(
 
     def measure(problem: Any, count: int) -> None:
         arguments = rig.sets(problem, count)[0]
-        cost = counts.cost(problem.function, arguments, ops._SHAPES[problem.function](*arguments))
+        cost = counts.cost(problem.function, arguments, ops.OPERATORS[problem.function].fake(*arguments))
         case = {
             "what": f"variant {problem.name.split(',')[0]}",
             "workload": f"{count} rows",

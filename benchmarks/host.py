@@ -71,7 +71,7 @@ def without_kernels() -> None:
     held: dict[Any, Any] = {}
 
     def stub(name: str) -> Callable[..., Any]:
-        shapes = ops._SHAPES[name]
+        shapes = ops.OPERATORS[name].fake
 
         def run(*args: Any) -> Any:
             key = name, *(tuple(a.shape) for a in args if isinstance(a, Tensor))
@@ -124,7 +124,7 @@ def launches(stock: Any, layers: int, calls: int) -> None:
         "linear_gelu": (1, lambda: ops.linear_gelu(x, up, b4, "none")),
         "linear": (1, lambda: ops.linear(wide, down, b)),
         "attention_tiles": (1, lambda: ops.attention_tiles(cu_seqlens, 128)),
-        "mask_layout": (1, lambda: ops._kernel("mask_layout")(mask, None)),
+        "mask_layout": (1, lambda: ops.registry.kernel("mask_layout")(mask, None)),
         "unpack": (1, lambda: ops.unpack(x, ids, ids)),
         "linear_fp8": (1, lambda: ops.linear_fp8(x8, None, square8, scales, b, bf16)),
         "layer_norm_fp8": (1, lambda: ops.layer_norm_fp8(x, b, b, 1e-5, 0.1)),

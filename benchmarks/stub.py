@@ -154,14 +154,14 @@ def _forget() -> None:
 
 
 def _kernels() -> list[Any]:
-    names = {file for file, _ in ops._OPERATORS.values()} | {"launch"}
+    names = {operator.module for operator in ops.OPERATORS.values()} | {"launch"}
     for name in names:
         importlib.import_module(f"fastbert.kernels.{name}")
     return [module for name, module in list(sys.modules.items()) if name.startswith("fastbert.kernels.")]
 
 
 def _mask_layout(mask: torch.Tensor, labels: torch.Tensor | None) -> Any:
-    ops._kernel("mask_layout")(mask, labels)
+    ops.registry.kernel("mask_layout")(mask, labels)
     return cpu.mask_layout(mask, labels)
 
 
@@ -203,7 +203,7 @@ def device(arch: str = "sm_90", compiles: bool = False) -> Iterator[Gpu]:
         for place, name, value in places:
             setattr(place, name, value)
         for name in ops.CPU_BACKEND:
-            ops.CPU_BACKEND[name] = ops._kernel(name)
+            ops.CPU_BACKEND[name] = ops.registry.kernel(name)
         ops.CPU_BACKEND["mask_layout"] = _mask_layout
         yield gpu
     finally:

@@ -309,7 +309,7 @@ def _describe(case: Case, rig: Any, common: dict[str, Any]) -> tuple[dict[str, A
     problem, count = case
     names = launch.OPERATIONS[problem.key[0]].parameters()
     arguments = rig.sets(problem, count)[0]
-    cost = counts.cost(problem.function, arguments, ops._SHAPES[problem.function](*arguments))
+    cost = counts.cost(problem.function, arguments, ops.OPERATORS[problem.function].fake(*arguments))
     return {
         "what": f"variant {problem.name.split(',')[0] if problem.same_bits else problem.name}",
         "workload": f"{count} rows",

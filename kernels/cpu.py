@@ -18,6 +18,8 @@ from torch import Tensor
 
 from . import reference_fp8
 
+_gelu_ = torch._C._nn.gelu_  # type: ignore[attr-defined]  # torch.ops.aten.gelu_ without its Python
+
 
 @functools.cache
 def _has_native_matmul(dtype: torch.dtype) -> bool:
@@ -51,7 +53,7 @@ def _fuses_epilogue(x: Tensor, weight: Tensor) -> bool:
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x @ weight.T + bias` in the dtype matrix products run in: a new tensor, for an epilogue to change in place."""
-    dtype = _matmul_dtype(x)
+    dtype = _matmul_dtype(x) if x.dtype.itemsize == 2 else x.dtype
     return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
@@ -84,14 +86,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str = "none") -> Tensor:
-    if _fuses_epilogue(x, weight):
+    if x.dtype.itemsize == 2 and _fuses_epilogue(x, weight):
         fused: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], approximate)
         return fused
-    return torch.ops.aten.gelu_(_affine(x, weight, bias), approximate=approximate).to(x.dtype)
+    return _gelu_(_affine(x, weight, bias), approximate=approximate).to(x.dtype)
 
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-    if _fuses_epilogue(x, weight):
+    if x.dtype.itemsize == 2 and _fuses_epilogue(x, weight):
         fused: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
         return fused
     # Added after the product: accumulating onto the residual would round every partial sum to its magnitude.
@@ -123,9 +125,7 @@ def feed_forward(
     inner = _affine(x, weight1, bias1)
     pre = inner.to(x.dtype)
     # Not in place where `pre` is `inner` itself.
-    act = (
-        F.gelu(inner, approximate=approximate) if pre is inner else torch.ops.aten.gelu_(inner, approximate=approximate)
-    )
+    act = F.gelu(inner, approximate=approximate) if pre is inner else _gelu_(inner, approximate=approximate)
     return _affine(act, weight2, bias2).to(x.dtype), pre
 
 
@@ -317,7 +317,7 @@ def attention_backward(
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
+    return torch.layer_norm(x, weight.shape, weight, bias, eps)  # F.layer_norm without its Python
 
 
 def _total(x: Tensor, residual: Tensor, keep: Tensor | None) -> Tensor:
@@ -341,7 +341,7 @@ def add_layer_norm(
     seed: Tensor | None = None,
 ) -> Tensor:
     total = _total(x, residual, _keep_rows(x, dropout, seed))
-    return F.layer_norm(total, weight.shape, weight.to(total.dtype), bias.to(total.dtype), eps).to(residual.dtype)
+    return torch.layer_norm(total, weight.shape, weight.to(total.dtype), bias.to(total.dtype), eps).to(residual.dtype)
 
 
 def _layer_norm_backward(grad: Tensor, total: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -388,7 +388,7 @@ def embedding_layer_norm(
     position_padding_idx: int = -1,
 ) -> Tensor:
     total = _embed((input_ids, token_type_ids, position_ids), (word, token_type, position))
-    return F.layer_norm(total, weight.shape, weight.to(total.dtype), bias.to(total.dtype), eps).to(word.dtype)
+    return torch.layer_norm(total, weight.shape, weight.to(total.dtype), bias.to(total.dtype), eps).to(word.dtype)
 
 
 def embedding_layer_norm_backward(

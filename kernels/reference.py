@@ -1,8 +1,8 @@
 """The oracle: every operator in plain PyTorch, nothing tuned, on any device. On float64 tensors it gives the truth.
 
-A function has the signature and the result of the kernel of its name, and of its twin in `cpu`. All is computed in
-float32 or better and rounded once, to the dtype of the result; weights of another dtype than x are rounded to that of x
-first. A backward is PyTorch's own autograd through the forward of its name.
+A function has the signature and the result of the kernel of its name, and of its twin in `cpu`; shapes and dtypes are
+documented at the operator of that name, in fastbert/ops. All is computed in float32 or better and rounded once, to the
+dtype of the result; weights of another dtype than x are rounded to that of x first. A backward is PyTorch's own autograd through the forward of its name.
 
 Dropout is the one thing in which the three differ: each drops elements with the same probability, by the same seed and
 the same again in the backward, but this file and `cpu` draw from a generator of torch's and a kernel from Philox.
@@ -50,10 +50,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str = "none") -> Tensor:
-    """`gelu(x @ weight.T + bias)`: x (T, K), weight (N, K), bias (N,) or None -> (T, N).
-
-    `approximate` is "none" (exact, erf) or "tanh", as in torch.nn.functional.gelu.
-    """
+    """`gelu(x @ weight.T + bias)`: x (T, K), weight (N, K), bias (N,) or None -> (T, N)."""
     return F.gelu(_affine(x, weight, bias), approximate=approximate).to(x.dtype)
 
 
@@ -78,20 +75,12 @@ def qkv_linear(
 def feed_forward(
     x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, approximate: str
 ) -> tuple[Tensor, Tensor]:
-    """Both linear layers of a feed-forward: x (T, K), weight1 (I, K), bias1 (I,), weight2 (N, I), bias2 (N,).
-
-    Returns:
-        gelu(pre) @ weight2.T + bias2, (T, N); and what the backward needs, pre = x @ weight1.T + bias1, (T, I).
-    """
+    """Both linear layers of a feed-forward: x (T, K), weight1 (I, K), bias1 (I,), weight2 (N, I), bias2 (N,)."""
     return linear(linear_gelu(x, weight1, bias1, approximate), weight2, bias2), linear(x, weight1, bias1)
 
 
 def linear_gelu_backward(grad: Tensor, weight: Tensor, pre: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
-    """Back through `gelu(pre) @ weight.T`: grad (T, N), weight (N, I), pre (T, I).
-
-    Returns:
-        (grad @ weight) * gelu'(pre), (T, I); and gelu(pre), (T, I), which the gradient of `weight` is a product with.
-    """
+    """Back through `gelu(pre) @ weight.T`: grad (T, N), weight (N, I), pre (T, I)."""
     weight = weight.to(grad.dtype).to(_wide(pre))
     (dpre,) = _gradients(lambda pre: F.gelu(pre, approximate=approximate) @ weight.t(), grad, pre)
     return dpre.to(pre.dtype), F.gelu(pre.to(_wide(pre)), approximate=approximate).to(pre.dtype)
@@ -138,36 +127,12 @@ def attention(
     bias: Tensor | None = None,
     tiles: Tensor | None = None,
 ) -> Tensor:
-    """Bidirectional softmax attention within each sequence, over rows of all sequences laid end to end.
-
-    Args:
-        q, k, v: (T, heads, head_dim), one dtype; last dimension contiguous, rows and heads of any stride.
-        cu_seqlens: (B + 1,) int32, where sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1] (packed layout); None
-            where every sequence has max_seqlen rows (dense layout, B = T / max_seqlen).
-        key_mask: (B, max_seqlen) bool, True where a key takes part; dense layout only. None: all take part.
-        max_seqlen: length of the longest sequence, in tokens.
-        scale: factor on the scores, before the softmax.
-        bias: (heads, 2 R - 1), R at least max_seqlen: bias[h, R - 1 + j - i] is added to the scaled score of query i
-            and key j of a sequence. None: nothing is.
-        tiles: `attention_tiles`, which the kernel goes by.
-
-    Returns:
-        (T, heads, head_dim), contiguous. Rows whose keys are all masked are zero.
-    """
+    """Bidirectional softmax attention within each sequence, over rows of all sequences laid end to end."""
     return _attend((q, k, v), cu_seqlens, key_mask, max_seqlen, scale, bias)[0].to(q.dtype)
 
 
 def attention_tiles(cu_seqlens: Tensor, rows: int) -> Tensor:
-    """The blocks of 128 rows, or fewer at the end, of all sequences, the longest first.
-
-    Args:
-        cu_seqlens: (B + 1,) int32, where each sequence starts.
-        rows: T, of all sequences.
-
-    Returns:
-        (T // 128 + B, 4) int32: of each block the first row of its sequence, the length of that, where in it the block
-        starts, and the number of the sequence; zeros where there are no more blocks.
-    """
+    """The blocks of 128 rows, or fewer at the end, of all sequences, the longest first."""
     starts, lengths = cu_seqlens.tolist(), cu_seqlens.diff().tolist()
     longest_first = sorted(range(len(lengths)), key=lambda b: -lengths[b])
     tiles = [[starts[b], lengths[b], start, b] for b in longest_first for start in range(0, lengths[b], 128)]
@@ -186,20 +151,7 @@ def attention_forward(
     tiles: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`attention` with dropout of the probabilities, and what its backward needs.
-
-    Args:
-        qkv: (T, 3, heads, head_dim): queries, keys and values; rows of any stride, the rest contiguous.
-        cu_seqlens, key_mask, max_seqlen, scale: as `attention` has them.
-        dropout: rate, 0 to 1, at which probabilities are dropped; the others are scaled by 1 / (1 - dropout).
-        seed: int64 tensor of one element, which decides the dropped ones; None where `dropout` is 0.
-        tiles, bias: as `attention` has them.
-
-    Returns:
-        (T, heads, head_dim), contiguous, zero in rows whose keys are all masked; and what says the softmax of each row
-        again, (1, heads, T) float32 or better, or (2, ...) where qkv isn't of 16 bits: here the logarithm of the sum of
-        exp(scaled score), and ones.
-    """
+    """`attention` with dropout of the probabilities, and what its backward needs."""
     out, sums = _attend(qkv.unbind(1), cu_seqlens, key_mask, max_seqlen, scale, bias, dropout, seed)
     stats = sums[None] if qkv.dtype.itemsize == 2 else torch.stack([sums, torch.ones_like(sums)])
     return out.to(qkv.dtype), stats
@@ -220,10 +172,7 @@ def attention_backward(
     bias: Tensor | None = None,
     bias_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of `attention_forward`: dqkv, (T, 3, heads, head_dim), and dbias, like `bias`.
-
-    dbias is (0,) without a bias, or where `bias_grad` says that it isn't wanted.
-    """
+    """The gradients of `attention_forward`: dqkv, (T, 3, heads, head_dim), and dbias, like `bias`."""
 
     def attend(qkv: Tensor, bias: Tensor | None = bias) -> Tensor:
         return _attend(qkv.unbind(1), cu_seqlens, key_mask, max_seqlen, scale, bias, dropout, seed)[0]
@@ -253,16 +202,7 @@ def add_layer_norm(
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """`layer_norm(dropout(x) + residual)`, the sum taken in float32: x and residual (T, H), weight and bias (H,).
-
-    Args:
-        x: any dtype; the other three may be float32 where x is not.
-        dropout: rate, 0 to 1, at which elements of x are dropped; the others are scaled by 1 / (1 - dropout).
-        seed: int64 tensor of one element, which decides the dropped ones; None where `dropout` is 0.
-
-    Returns:
-        (T, H) in the dtype of `residual`.
-    """
+    """`layer_norm(dropout(x) + residual)`, the sum taken in float32: x and residual (T, H), weight and bias (H,)."""
     total = _dropped(x.to(_wide(x, residual)), dropout, seed) + residual
     return _layer_norm(total, weight, bias, eps).to(residual.dtype)
 
@@ -270,10 +210,7 @@ def add_layer_norm(
 def add_layer_norm_backward(
     grad: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float, dropout: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `add_layer_norm`: (dx, dresidual, dweight, dbias), each in the dtype of what it belongs to.
-
-    `dx` is empty, (0,), where it equals dresidual: without dropout, in one dtype.
-    """
+    """Gradients of `add_layer_norm`: (dx, dresidual, dweight, dbias), each in the dtype of what it belongs to."""
     dx, dresidual, dweight, dbias = _gradients(
         lambda x, residual, weight, bias: _layer_norm(_dropped(x, dropout, seed) + residual, weight, bias, eps),
         grad,
@@ -303,11 +240,7 @@ def embedding_layer_norm(
     padding_idx: int = -1,
     position_padding_idx: int = -1,
 ) -> Tensor:
-    """`layer_norm(word[input_ids] + token_type[token_type_ids] + position[position_ids])`, sums in float32.
-
-    Ids are (T,) int64; the tables (vocabulary, H), (types, H), (positions, H); weight and bias (H,) -> (T, H).
-    `padding_idx` and `position_padding_idx` are the rows of `word` and `position` that get no gradient, -1: none.
-    """
+    """`layer_norm(word[input_ids] + token_type[token_type_ids] + position[position_ids])`, sums in float32."""
     total = _embed((input_ids, token_type_ids, position_ids), (word, token_type, position))
     return _layer_norm(total, weight, bias, eps).to(word.dtype)
 
@@ -332,17 +265,7 @@ def embedding_layer_norm_backward(
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of `x @ weight.T + bias` against labels, row by row.
-
-    Args:
-        x: (R, H).
-        weight, bias: (V, H), and (V,) or None.
-        labels: (R,) int64, 0 to V - 1.
-
-    Returns:
-        The loss of each row, and the logarithm of the sum of its exponentiated logits, which the backward needs: both
-        (R,), float32 or better. Logits are rounded to the dtype of x, as a model's are.
-    """
+    """Cross-entropy of `x @ weight.T + bias` against labels, row by row."""
     logits = linear(x, weight, bias).to(_wide(x))
     return F.cross_entropy(logits, labels, reduction="none"), logits.logsumexp(1)
 
@@ -350,10 +273,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, labels:
 def linear_cross_entropy_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `linear_cross_entropy`: (dx, dweight, dbias), the last empty, (0,), without a bias.
-
-    `grad` (R,) is the gradient with respect to the losses.
-    """
+    """Gradients of `linear_cross_entropy`: (dx, dweight, dbias), the last empty, (0,), without a bias."""
     logits = linear(x, weight, bias).to(lse.dtype)
     (dlogits,) = _gradients(lambda logits: F.cross_entropy(logits, labels, reduction="none"), grad, logits)
     dx = (dlogits @ weight.to(x.dtype).to(lse.dtype)).to(x.dtype)
@@ -362,15 +282,7 @@ def linear_cross_entropy_backward(
 
 
 def mask_layout(mask: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The packed layout of a padding mask (B, S) bool, True at real tokens; labels (B, S) int64, -100 for none.
-
-    Returns:
-        - (B + 1,) int32, where each sequence starts among the real tokens;
-        - (B * S,) int64, the padded rows: those of real tokens in order, then those of padding, the last first;
-        - (B * S,) int64, the place of each padded row among the real ones, -1 where it is padding;
-        - (5,) int64: real tokens; the longest sequence; and whether every first position is real, a label stands at
-          padding, padding stands between real tokens of a sequence.
-    """
+    """The packed layout of a padding mask (B, S) bool, True at real tokens; labels (B, S) int64, -100 for none."""
     real, lengths = mask.flatten(), mask.sum(1)
     labelled = torch.tensor(False) if labels is None else ((labels != -100) & ~mask).any()
     begins = mask[:, :1].sum(1) + (mask[:, 1:] & ~mask[:, :-1]).sum(1)  # runs of real tokens, in each sequence
@@ -384,18 +296,12 @@ def mask_layout(mask: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Te
 
 
 def pack(x: Tensor, indices: Tensor, inverse: Tensor) -> Tensor:
-    """Rows of the padded layout that hold real tokens: x (R, H), indices (T,) int64 into its rows -> (T, H).
-
-    `inverse`, as `unpack` has it, is for the backward, which is `unpack`.
-    """
+    """Rows of the padded layout that hold real tokens: x (R, H), indices (T,) int64 into its rows -> (T, H)."""
     return x[indices]
 
 
 def unpack(x: Tensor, indices: Tensor, inverse: Tensor) -> Tensor:
-    """Packed rows back in the padded layout: x (T, H), inverse (R,) int64, the packed row of each or -1 -> (R, H).
-
-    Rows whose inverse is -1 come back as zeros. `indices`, as `pack` has them, say the same the other way round.
-    """
+    """Packed rows back in the padded layout: x (T, H), inverse (R,) int64, the packed row of each or -1 -> (R, H)."""
     out = torch.zeros(inverse.shape[0], x.shape[1], dtype=x.dtype, device=x.device)
     out[indices] = x
     return out

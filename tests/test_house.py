@@ -39,7 +39,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tuned": {"kernels", "version"},
     "ops": {"kernels", "tuned"},
     "runtime.support": {"exporting", "runtime.known", "runtime.registry", "runtime.wrappers", "version"},
-    "autograd": {"kernels", "ops"},
     "layers.gemm": {"ops", "runtime.support"},
     "runtime.packing": {"ops", "runtime.support"},
     "runtime.readers": {"runtime.known", "runtime.registry", "runtime.support", "runtime.wrappers"},
@@ -49,7 +48,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layers.attention": {"layers.context", "layers.gemm", "layers.norm", "ops", "runtime.support"},
     "layers.feed_forward": {"layers.context", "layers.gemm", "layers.norm", "ops", "runtime.support"},
     "layers.layer": {
-        "autograd",
         "layers.attention",
         "layers.context",
         "layers.feed_forward",

@@ -62,12 +62,16 @@ class Fp8Gemm(Gemm):
     def attention(self, *arguments: Any) -> tuple[Tensor, Quantized | None]:
         if self.scale is None:
             return super().attention(*arguments)
-        attended = ops.attention_fp8(*arguments, self.scale).flatten(1)
+        given: tuple[Any, ...] = (*arguments, self.scale)
+        attended = ops.attention_fp8(*given).flatten(1)
         return attended, (attended, None)
 
-    def _factors(self, x: Tensor, quantized: Quantized | None) -> tuple[Tensor | None, ...]:
+    def _factors(
+        self, x: Tensor, quantized: Quantized | None
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
         """The first five arguments of an operator."""
-        return *(self.quantized(x) if quantized is None else quantized), self.weight, self.col_scale, self.bias
+        values, row_scale = self.quantized(x) if quantized is None else quantized
+        return values, row_scale, self.weight, self.col_scale, self.bias
 
     def __call__(self, x: Tensor, quantized: Quantized | None = None) -> Tensor:
         return ops.linear_fp8(*self._factors(x, quantized), x.dtype)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import autograd as autograd  # registers the operators' gradients
 from .. import ops
 from ..runtime.support import (
     is_a,

@@ -124,8 +124,8 @@ def cost(name: str, args: Sequence[Any], result: Any) -> Cost:
     Raises:
         ValueError: there is no such operator.
     """
-    if name not in ops._OPERATORS:
-        raise ValueError(f"name is {name!r}; expected one of {', '.join(ops._OPERATORS)}")
+    if name not in ops.OPERATORS:
+        raise ValueError(f"name is {name!r}; expected one of {', '.join(ops.OPERATORS)}")
     read = _READ[name](*args) if name in _READ else _bytes(args)
     return Cost(_FLOPS[name](*args) if name in _FLOPS else 0, read + _bytes(result))
 
@@ -179,7 +179,7 @@ def encoder(config: Any, lengths: Sequence[int], dtype: torch.dtype, train: bool
         return torch.empty(shape, dtype=dtype, device="meta")
 
     def call(name: str, *args: Any) -> Cost:
-        return cost(name, args, ops._SHAPES[name](*args))
+        return cost(name, args, ops.OPERATORS[name].fake(*args))
 
     def product(m: int, k: int, n: int) -> Cost:
         return Cost(_products((m, n, k)), (m * k + k * n + m * n) * dtype.itemsize)

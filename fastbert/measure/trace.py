@@ -107,7 +107,7 @@ def annotated(model: Any) -> Iterator[None]:
                 hidden_states.register_hook(_mark(None))
         return out
 
-    before = {name: getattr(ops, name) for name in ops._OPERATORS}
+    before = {name: getattr(ops, name) for name in ops.OPERATORS}
     try:
         kind.__call__ = layer
         for name, operator in before.items():

@@ -29,7 +29,7 @@ def flops_by_torch(call: Any, *args: Any, **kwargs: Any) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("name", ops._OPERATORS)
+@pytest.mark.parametrize("name", ops.OPERATORS)
 def test_flops_are_those_of_the_twin(name: str) -> None:
     args = arguments()[name]
     result = ops.CPU_BACKEND[name](*args)
@@ -95,7 +95,7 @@ def test_bytes(dtype: torch.dtype) -> None:
     tables = (words + types + 9) * 32
     expected["embedding_layer_norm"] = (tables + 2 * 32 + rows, 3 * 8 * 9)
     expected["embedding_layer_norm_backward"] = (rows + tables + 32 + rows + 2 * 32, 3 * 8 * 9)
-    assert set(expected) == set(ops._OPERATORS)
+    assert set(expected) == set(ops.OPERATORS)
     for name, (elements, others) in expected.items():
         result = ops.CPU_BACKEND[name](*calls[name])
         assert counts.cost(name, calls[name], result).bytes == elements * dtype.itemsize + others, name

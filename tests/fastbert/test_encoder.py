@@ -28,7 +28,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("the kernels run for real here; see the gpu tests")
     for name in ops.CPU_BACKEND:
-        monkeypatch.setitem(ops.CPU_BACKEND, name, ops._kernel(name))
+        monkeypatch.setitem(ops.CPU_BACKEND, name, ops.registry.kernel(name))
 
 
 def outputs(model: Any, **call: Any) -> dict[str, torch.Tensor]:
@@ -370,7 +370,7 @@ def test_host_synchronisations(monkeypatch: pytest.MonkeyPatch, padding: str, ki
 
     # The reference twins may read what they like: on a GPU it is the kernels that run.
     for name in ops.CPU_BACKEND.keys() - {"mask_layout"}:
-        fake = ops._SHAPES[name]
+        fake = ops.OPERATORS[name].fake
         monkeypatch.setitem(ops.CPU_BACKEND, name, lambda *args, _f=fake: _f(*args).zero_())
     with torch.no_grad(), Reads():
         model(input_ids=models.ids(5, 19), attention_mask=models.masks(5, 19)[kind])

@@ -153,7 +153,7 @@ def test_kernels(family: str, name: str, padding: str, monkeypatch: pytest.Monke
     if torch.cuda.is_available():
         pytest.skip("the kernels run for real here; see test_on_a_gpu")
     for operator in ops.CPU_BACKEND:
-        monkeypatch.setitem(ops.CPU_BACKEND, operator, ops._kernel(operator))
+        monkeypatch.setitem(ops.CPU_BACKEND, operator, ops.registry.kernel(operator))
     given = [each for each in calls(family, name, 3, 19) if each[0]["attention_mask"] is not None][1:4]
     compare(seeded(family, name, num_hidden_layers=1), given, torch.float32, padding)
 

@@ -154,9 +154,9 @@ def test_a_kernel_that_does_not_compile_says_what_to_do(monkeypatch: pytest.Monk
         source = ASTSource(JITFunction(wrong), {"x_ptr": "*fp32", "n": "i32"})
         triton.compile(source, target=GPUTarget("cuda", 90, 32))
 
-    monkeypatch.setattr(ops, "_kernel", lambda name: compiles)
+    monkeypatch.setattr(ops.registry, "kernel", lambda name: compiles)
     with pytest.raises(RuntimeError) as raised:
-        ops._run_kernel("linear", [torch.zeros(2, 2)])
+        ops.registry.run_kernel("linear", [torch.zeros(2, 2)])
     told = str(raised.value)
     assert told.startswith("the kernel of fastbert::linear could not be compiled for cpu (torch.float32): ")
     assert "undefined is not defined" in told
@@ -168,9 +168,9 @@ def test_an_error_of_a_launcher_is_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     def refuses(*args: Any) -> None:
         raise ValueError("x has shape (1, 2)")
 
-    monkeypatch.setattr(ops, "_kernel", lambda name: refuses)
+    monkeypatch.setattr(ops.registry, "kernel", lambda name: refuses)
     with pytest.raises(ValueError, match=r"^x has shape \(1, 2\)$"):
-        ops._run_kernel("linear", [torch.zeros(2, 2)])
+        ops.registry.run_kernel("linear", [torch.zeros(2, 2)])
 
 
 @pytest.mark.gpu
@@ -178,7 +178,7 @@ def test_a_kernel_that_does_not_compile_on_a_gpu(monkeypatch: pytest.MonkeyPatch
     import triton
 
     broken = triton.jit(wrong)
-    monkeypatch.setattr(ops, "_kernel", lambda name: lambda x, *rest: broken[(1,)](x, 3))
+    monkeypatch.setattr(ops.registry, "kernel", lambda name: lambda x, *rest: broken[(1,)](x, 3))
     model = fastbert.fuse(models.seeded().half().cuda())
     with pytest.raises(RuntimeError, match=r"could not be compiled for cuda:0 \(torch.float16\).*FASTBERT_DISABLE=1"):
         last(model, **{name: value.cuda() for name, value in call().items()})

@@ -3,7 +3,9 @@ to the right backend."""
 
 from __future__ import annotations
 
+import inspect
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -12,7 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastbert import autograd, ops
+from fastbert import ops
+from fastbert.kernels import cpu
 
 FP8 = ("quantize_fp8", "layer_norm_fp8", "attention_fp8", "linear_fp8", "linear_gelu_fp8", "linear_add_fp8")
 WITHOUT_NUMBERS = ("mask_layout", "attention_tiles")  # of real kind: nothing to differentiate
@@ -95,33 +98,33 @@ def differentiable(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def test_every_operator_is_covered() -> None:
-    assert set(arguments()) == set(ops._OPERATORS)
-    assert all(callable(getattr(ops, name)) for name in ops._OPERATORS)
-    no_backward = {*WITHOUT_NUMBERS, *INFERENCE_ONLY, *(name for name in ops._OPERATORS if name.endswith("_backward"))}
-    assert set(autograd._FORMULAS) == set(ops._OPERATORS) - no_backward
+    assert set(arguments()) == set(ops.OPERATORS)
+    assert all(callable(getattr(ops, name)) for name in ops.OPERATORS)
+    no_backward = {*WITHOUT_NUMBERS, *INFERENCE_ONLY, *(name for name in ops.OPERATORS if name.endswith("_backward"))}
+    assert set(ops.OPERATORS) - no_backward == ops.DIFFERENTIABLE
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ops._OPERATORS)
+@pytest.mark.parametrize("name", ops.OPERATORS)
 def test_opcheck(name: str, dtype: torch.dtype) -> None:
     args = arguments(dtype)[name]
     check_operator(name, args)
-    if name in autograd._FORMULAS:
+    if name in ops.DIFFERENTIABLE:
         check_operator(name, differentiable(args))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ops._OPERATORS)
+@pytest.mark.parametrize("name", ops.OPERATORS)
 def test_opcheck_on_a_gpu(name: str, dtype: torch.dtype) -> None:
     args = arguments(dtype, "cuda")[name]
     check_operator(name, args)
-    if name in autograd._FORMULAS:
+    if name in ops.DIFFERENTIABLE:
         check_operator(name, differentiable(args))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("name", autograd._FORMULAS)
+@pytest.mark.parametrize("name", sorted(ops.DIFFERENTIABLE))
 def test_gradcheck(name: str, dropout: float) -> None:
     """Every gradient in float64 against finite differences; with dropout, of the elements the seed chose."""
     args = differentiable(arguments(torch.float64, dropout=dropout)[name])
@@ -254,7 +257,7 @@ def test_a_call_that_needs_gradients_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in autograd._FORMULAS if f"{n.removesuffix('_forward')}_backward" in ops._OPERATORS]
+    "name", [n for n in sorted(ops.DIFFERENTIABLE) if f"{n.removesuffix('_forward')}_backward" in ops.OPERATORS]
 )
 def test_second_derivatives_are_refused(name: str) -> None:
     out = getattr(ops, name)(*(args := differentiable(arguments()[name])))
@@ -306,3 +309,31 @@ def test_plain_inference_goes_past_the_dispatcher_and_nothing_else_does() -> Non
     names = [event.name for event in profile.events()]
     assert names.count("fastbert::linear") == 1
     assert names.count("aten::linear") == 2
+
+
+def test_a_call_costs_one_frame_in_plain_inference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small batches wait for Python: between a layer and the CPU's code stands the operator, and asks the compiler."""
+    frames: list[str] = []
+    monkeypatch.setitem(ops.CPU_BACKEND, "linear", lambda *args: args[0])
+    args = arguments()["linear"]
+    with torch.inference_mode():
+        sys.setprofile(lambda frame, event, _: frames.append(frame.f_code.co_name) if event == "call" else None)
+        try:
+            ops.linear(*args)
+        finally:
+            sys.setprofile(None)
+    assert frames == ["call", "is_dynamo_compiling", "<lambda>"]
+
+
+def test_an_operator_has_the_arguments_of_its_backends() -> None:
+    for name in ops.OPERATORS:
+        expected = list(inspect.signature(getattr(cpu, name)).parameters)
+        assert list(inspect.signature(getattr(ops, name)).parameters) == expected, name
+        assert [each.name for each in getattr(torch.ops.fastbert, name).default._schema.arguments] == expected, name
+        assert getattr(ops, name).__doc__, name
+
+
+def test_arguments_by_name() -> None:
+    x, weight, bias = arguments()["linear"]
+    with torch.no_grad():
+        assert torch.equal(ops.linear(weight=weight, bias=bias, x=x), ops.linear(x, weight, bias))

@@ -198,12 +198,12 @@ def test_time_is_found_where_it_is_spent(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_nothing_stays_annotated() -> None:
     model = fastbert.fuse(models.seeded())
-    before = {name: getattr(ops, name) for name in ops._OPERATORS}
+    before = {name: getattr(ops, name) for name in ops.OPERATORS}
     kind = type(model.encoder.layer[0])
     with trace.annotated(model):
         assert ops.linear is not before["linear"]
         assert "__call__" in vars(kind)
-    assert before == {name: getattr(ops, name) for name in ops._OPERATORS}
+    assert before == {name: getattr(ops, name) for name in ops.OPERATORS}
     assert "__call__" not in vars(kind)
 
 

@@ -58,7 +58,7 @@ def test_on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("the kernels run for real there")
     for operator in ops.CPU_BACKEND:
-        monkeypatch.setitem(ops.CPU_BACKEND, operator, ops._kernel(operator))
+        monkeypatch.setitem(ops.CPU_BACKEND, operator, ops.registry.kernel(operator))
     fused, stock, truth = models.three(seeded(), torch.float32)
     fastbert.fuse(fused, padding="packed")
     for call, real in calls(3, 19)[:3]:

@@ -348,7 +348,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("the kernels run for real here")
     for name in ops.CPU_BACKEND:
-        monkeypatch.setitem(ops.CPU_BACKEND, name, ops._kernel(name))
+        monkeypatch.setitem(ops.CPU_BACKEND, name, ops.registry.kernel(name))
 
 
 @pytest.mark.usefixtures("interpreted")

@@ -109,7 +109,7 @@ def test_losses_of_labelled_tokens_alone(way: Ways) -> None:
 
 def test_every_operator_of_a_backward_has_a_rule() -> None:
     """Those that are called on gradients: over any dimension, and where not all arguments have one."""
-    for name in ops._OPERATORS:
+    for name in ops.OPERATORS:
         if name.endswith("_backward") or name in ("pack", "unpack"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastbert::{name}", "FuncTorchBatched"), name
     rows, indices = torch.randn(3, 7, 5), torch.tensor([1, 4])

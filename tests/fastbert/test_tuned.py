@@ -124,10 +124,10 @@ def test_the_file_is_read_when_a_kernel_is_first_launched(cache: Path) -> None:
 
     tuned.write(cache, tuned.made_for(GPU, ARCH), ENTRIES)
     assert tuned.apply.cache_info().currsize == 0
-    ops._kernel.cache_clear()
-    ops._kernel("pack")
+    ops.registry.kernel.cache_clear()
+    ops.registry.kernel("pack")
     assert launch.linear_config(*LINEAR[1:]) == ENTRIES[0].config
-    ops._kernel.cache_clear()
+    ops.registry.kernel.cache_clear()
 
 
 def changed(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:

@@ -1,0 +1,129 @@
+"""Attention within each of many sequences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .registry import differentiable, on_gradient, operator, wide
+
+
+@operator("attention")
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    bias: Tensor | None = None,
+    tiles: Tensor | None = None,
+) -> Tensor:
+    """Bidirectional softmax attention within each sequence, over rows of all sequences laid end to end.
+
+    Args:
+        q, k, v: (T, heads, head_dim), one dtype; last dimension contiguous, rows and heads of any stride.
+        cu_seqlens: (B + 1,) int32, where sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1] (packed layout); None
+            where every sequence has max_seqlen rows (dense layout, B = T / max_seqlen).
+        key_mask: (B, max_seqlen) bool, True where a key takes part; dense layout only. None: all take part.
+        max_seqlen: length of the longest sequence, in tokens.
+        scale: factor on the scores, before the softmax.
+        bias: (heads, 2 R - 1), R at least max_seqlen: bias[h, R - 1 + j - i] is added to the scaled score of query i
+            and key j of a sequence. None: nothing is.
+        tiles: `attention_tiles`, which the kernel goes by.
+
+    Returns:
+        (T, heads, head_dim), contiguous. Rows whose keys are all masked are zero.
+    """
+    return q.new_empty(q.shape)
+
+
+@operator("attention")
+def attention_tiles(cu_seqlens: Tensor, rows: int) -> Tensor:
+    """The blocks of 128 rows, or fewer at the end, of all sequences, the longest first.
+
+    Args:
+        cu_seqlens: (B + 1,) int32, where each sequence starts.
+        rows: T, of all sequences.
+
+    Returns:
+        (T // 128 + B, 4) int32: of each block the first row of its sequence, the length of that, where in it the block
+        starts, and the number of the sequence; zeros where there are no more blocks.
+    """
+    return cu_seqlens.new_empty(rows // 128 + cu_seqlens.shape[0] - 1, 4)
+
+
+@operator("attention")
+def attention_forward(
+    qkv: Tensor,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+    tiles: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attention` with dropout of the probabilities, and what its backward needs.
+
+    Args:
+        qkv: (T, 3, heads, head_dim): queries, keys and values; rows of any stride, the rest contiguous.
+        cu_seqlens, key_mask, max_seqlen, scale: as `attention` has them.
+        dropout: rate, 0 to 1, at which probabilities are dropped; the others are scaled by 1 / (1 - dropout).
+        seed: int64 tensor of one element, which decides the dropped ones; None where `dropout` is 0.
+        tiles, bias: as `attention` has them.
+
+    Returns:
+        (T, heads, head_dim), contiguous, zero in rows whose keys are all masked; and what says the softmax of each row
+        again, (1, heads, T) float32 or better, or (2, ...) where qkv isn't of 16 bits: on a CPU the logarithm of the
+        sum of exp(scaled score), and ones.
+    """
+    rows, _, heads, _ = qkv.shape
+    stats = qkv.new_empty(2 if qkv.dtype.itemsize > 2 else 1, heads, rows, dtype=wide(qkv))
+    return qkv.new_empty(rows, *qkv.shape[2:]), stats
+
+
+@operator("attention", of_gradients=True)
+def attention_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    stats: Tensor,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+    tiles: Tensor | None = None,
+    bias: Tensor | None = None,
+    bias_grad: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `attention_forward`: dqkv, (T, 3, heads, head_dim), and dbias, like `bias`.
+
+    dbias is (0,) without a bias, or where `bias_grad` says that it isn't wanted.
+    """
+    dbias = stats.new_empty(0) if bias is None or not bias_grad else bias.new_empty(bias.shape)
+    return qkv.new_empty(qkv.shape), dbias
+
+
+def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, cu_seqlens, key_mask, max_seqlen, scale, dropout, seed, tiles, bias = inputs
+    out, stats = output
+    ctx.mark_non_differentiable(stats)
+    ctx.save_for_backward(qkv, out, stats, cu_seqlens, key_mask, seed, tiles, bias)
+    ctx.numbers = max_seqlen, scale, dropout
+
+
+def _attention_gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    qkv, out, stats, cu_seqlens, key_mask, seed, tiles, bias = ctx.saved_tensors
+    sequences = cu_seqlens, key_mask, *ctx.numbers, seed, tiles
+    wanted = bias is not None and ctx.needs_input_grad[8]  # arguments left out are not among those
+    dqkv, dbias = on_gradient(attention_backward, grad, qkv, out, stats, *sequences, bias, wanted)
+    return dqkv, *(None,) * 7, dbias if wanted else None
+
+
+differentiable(attention_forward, _save_attention, _attention_gradient)

@@ -1,0 +1,144 @@
+"""Linear layers and what is fused with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.cpu import matmul
+from .registry import differentiable, on_gradient, operator
+
+
+@operator("linear")
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x @ weight.T + bias`: x (T, K), weight (N, K), bias (N,) or None -> (T, N)."""
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@operator("linear")
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    """`gelu(x @ weight.T + bias)`: x (T, K), weight (N, K), bias (N,) or None -> (T, N).
+
+    `approximate` is "none" (exact, erf) or "tanh", as in torch.nn.functional.gelu.
+    """
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@operator("linear")
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """`x @ weight.T + bias + residual`: x (T, K), weight (N, K), residual (T, N) -> (T, N)."""
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@operator("linear")
+def qkv_linear(
+    x: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor | None,
+    k_weight: Tensor,
+    k_bias: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+) -> Tensor:
+    """Query, key and value projections: x (T, K), weights (N, K), biases (N,) or None -> (T, 3, N)."""
+    rows, width = x.shape[0], q_weight.shape[0]
+    if x.device.type == "cpu":  # one after the other in memory; a kernel lays them side by side
+        return x.new_empty(3, rows, width).transpose(0, 1)
+    return x.new_empty(rows, 3, width)
+
+
+@operator("linear")
+def feed_forward(
+    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, approximate: str
+) -> tuple[Tensor, Tensor]:
+    """Both linear layers of a feed-forward: x (T, K), weight1 (I, K), bias1 (I,), weight2 (N, I), bias2 (N,).
+
+    Returns:
+        gelu(pre) @ weight2.T + bias2, (T, N); and what the backward needs, pre = x @ weight1.T + bias1, (T, I).
+    """
+    return x.new_empty(x.shape[0], weight2.shape[0]), x.new_empty(x.shape[0], weight1.shape[0])
+
+
+@operator("linear", of_gradients=True)
+def linear_gelu_backward(grad: Tensor, weight: Tensor, pre: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
+    """Back through `gelu(pre) @ weight.T`: grad (T, N), weight (N, I), pre (T, I).
+
+    Returns:
+        (grad @ weight) * gelu'(pre), (T, I); and gelu(pre), (T, I), which the gradient of `weight` is a product with.
+    """
+    return pre.new_empty(pre.shape), pre.new_empty(pre.shape)
+
+
+def _linear_gradients(
+    needs: tuple[bool, bool, bool], grad: Tensor, x: Tensor, weight: Tensor, bias_dtype: torch.dtype | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `x @ weight.T + bias` with respect to the three, where needed."""
+    dx = matmul(grad, weight.to(grad.dtype), x.dtype) if needs[0] else None
+    dweight = matmul(grad.t(), x, weight.dtype) if needs[1] else None
+    dbias = grad.sum(0, dtype=bias_dtype) if needs[2] and bias_dtype is not None else None
+    return dx, dweight, dbias
+
+
+def _dtype(x: Tensor | None) -> torch.dtype | None:
+    return None if x is None else x.dtype
+
+
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.bias_dtype = _dtype(bias)
+
+
+def _linear_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    return _linear_gradients(ctx.needs_input_grad, grad, x, weight, ctx.bias_dtype)
+
+
+def _save_qkv_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *parameters = inputs
+    ctx.save_for_backward(x, *parameters[::2])
+    ctx.bias_dtypes = [_dtype(bias) for bias in parameters[1::2]]
+
+
+def _qkv_linear_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, *weights = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    grad = grad.reshape(grad.shape[0], -1)  # [T, 3 N]; batches of gradients can't be flattened
+    dx = None
+    if needs[0]:
+        dx = matmul(grad, torch.cat([weight.to(grad.dtype) for weight in weights]), x.dtype)
+    grads: list[Tensor | None] = []
+    # One product for all three where all are trained, as they usually are; else one for each that is.
+    together = all(needs[1::2]) and len({weight.dtype for weight in weights}) == 1
+    dweights = matmul(grad.t(), x, weights[0].dtype).chunk(3) if together else (None, None, None)
+    for i, columns in enumerate(grad.chunk(3, 1)):
+        needed = (False, needs[1 + 2 * i] and not together, needs[2 + 2 * i])
+        _, dweight, dbias = _linear_gradients(needed, columns, x, weights[i], ctx.bias_dtypes[i])
+        grads += [dweights[i] if together else dweight, dbias]
+    return dx, *grads
+
+
+def _save_feed_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight1, bias1, weight2, bias2, approximate = inputs
+    pre = output[1]
+    ctx.mark_non_differentiable(pre)
+    ctx.save_for_backward(x, weight1, weight2, pre)
+    ctx.bias_dtypes = _dtype(bias1), _dtype(bias2)
+    ctx.approximate = approximate
+
+
+def _feed_forward_gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    x, weight1, weight2, pre = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    dpre, act = on_gradient(linear_gelu_backward, grad, weight2, pre, ctx.approximate)
+    _, dweight2, dbias2 = _linear_gradients((False, *needs[3:5]), grad, act, weight2, ctx.bias_dtypes[1])
+    del act
+    dx, dweight1, dbias1 = _linear_gradients(needs[:3], dpre, x, weight1, ctx.bias_dtypes[0])
+    return dx, dweight1, dbias1, dweight2, dbias2, None
+
+
+differentiable(linear, _save_linear, _linear_gradient)
+differentiable(qkv_linear, _save_qkv_linear, _qkv_linear_gradient)
+differentiable(feed_forward, _save_feed_forward, _feed_forward_gradient)
