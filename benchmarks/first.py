@@ -446,15 +446,20 @@ def gate(steps: Steps, section: str, shape: dict[str, int], rows: Sequence[int],
         steps.run(section, name, functools.partial(judged, name, case))
 
 
+def workloads(batch: int) -> tuple[Any, ...]:
+    """What whole models run, the headline first."""
+    from fastbert.measure.cases import workload
+
+    return workload("squad", batch), workload("dense512", batch), workload("dense128", 1)
+
+
 def forwards(steps: Steps, size: str, batch: int, device: Any, keep: Callable[[dict[str, Any]], None]) -> None:
     """Whole models, by `fastbert bench`'s own hand; where a way to run one hangs, stock and fused alone."""
     import torch
 
     from fastbert.measure import bench, records
-    from fastbert.measure.cases import workload
 
-    found = workload("squad", batch), workload("dense512", batch), workload("dense128", 1)
-    items = {item.name: item for item in found}
+    items = {item.name: item for item in workloads(batch)}
     for peers, suffix in ((("graphs", "torch-varlen"), ""), ((), ", fused alone")):
         names = [name for name in items if ("forwards", name + suffix) not in steps.begun]
         names = [name for name in names if not suffix or ("forwards", name) in steps.wrong]
@@ -583,7 +588,7 @@ def measure(given: argparse.Namespace) -> int:
     about = found[0]["record"] if found else environment(device)  # of one run all records have one date
     about = {name: about[name] for name in environment(device)}
     models_log = gates.Log(output / "gates.jsonl", "first: models", Path(__file__))
-    models_log.plan({name: ["model.bfloat16"] for name in (f"squad b{batch}", f"dense512 b{batch}", "dense128 b1")})
+    models_log.plan({item.name: ["model.bfloat16"] for item in workloads(batch)})
 
     def row(record: dict[str, Any]) -> tuple[str, ...]:
         return record["what"], record["workload"], record["candidate"]

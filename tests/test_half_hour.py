@@ -207,6 +207,10 @@ def test_the_page_names_steps_there_are() -> None:
         if "--only" in words:
             assert set(words[words.index("--only") + 1 :]) <= steps
         assert len(call) < 1900
+    for line in text.splitlines():
+        if files := re.findall(r"`(tests/\S+\.py)`", line):
+            told = "".join((ROOT / file).read_text() for file in files)
+            assert all(f"def {name}(" in told for name in re.findall(r"`(test_\w+)`", line)), line
     assert len(calls) == 4
     assert max(minutes) < 10
     assert sum(minutes) < 28

@@ -20,6 +20,7 @@ from torch.profiler import record_function
 
 from .. import ops
 from ..runtime.registry import layers_of
+from ..usage import UsageError
 from .counts import Cost
 
 RUN = "fastbert profile: run"
@@ -192,6 +193,9 @@ def read(events: Iterable[Mapping[str, Any]], costs: Mapping[str, Cost], device:
         events: "traceEvents" of a Chrome trace by torch.profiler, of `annotated` runs in ranges named RUN.
         costs: of one run, by operator with its namespace; what other operators take counts as gaps.
         device: where it ran.
+
+    Raises:
+        UsageError: on a GPU no kernel was seen.
     """
     events = [event for event in events if event["ph"] == "X"]
     timeline = _Timeline(events, costs)
@@ -234,6 +238,10 @@ def read(events: Iterable[Mapping[str, Any]], costs: Mapping[str, Cost], device:
             last = max(end for _, end in spans_on_device)
             gap_us += last - min(spans_on_device)[0] - _covered(spans_on_device)
             run_us += max(0.0, last - run.end)  # the host is done before the device is
+        if not busy:
+            raise UsageError(
+                "the profiler saw no kernel; its library, CUPTI, may lack the permission to watch this GPU"
+            )
     n = len(timeline.runs)
     ranked = sorted((each.divided(n) for each in rows.values() if each.seconds), key=lambda each: -each.seconds)
     return Trace(

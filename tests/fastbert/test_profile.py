@@ -278,6 +278,9 @@ def test_a_trace_of_a_gpu() -> None:
     assert found.gap_s == pytest.approx(150e-6)
     assert found.run_s == pytest.approx(710e-6)
     assert (found.synchronisations, found.copies_to_host) == (1, 1)
+    of_the_host = [event for event in events if event.get("cat") not in ("kernel", "gpu_memcpy")]
+    with pytest.raises(UsageError, match="the profiler saw no kernel"):
+        trace.read(of_the_host, costs, torch.device("cuda"))
 
 
 @pytest.mark.parametrize(
