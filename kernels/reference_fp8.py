@@ -83,10 +83,9 @@ def mm_on_hopper(x: Tensor, weight: Tensor, exact_k: int, fraction_bits: int = 1
 
     An instruction adds 32 products to what it has: each of these 33 numbers is cut off, toward zero, below
     2^-fraction_bits of the largest one's power of two. 13 bits and the leading one are what is reported of H100 and
-    H800 (arXiv:2412.19437, 3.3.2: "around 14 bits"); NVIDIA documents nothing.
-    Ada (sm_89) may sum so, too (arXiv:2411.10958); that is not certain, and nothing here goes by it. Of normal numbers
-    the relative error is
+    H800 (arXiv:2412.19437, 3.3.2: "around 14 bits"); NVIDIA documents nothing. Of normal numbers the relative error is
     1.0e-4 to 1.25e-4 at exact_k 128, and 1.4e-3 for sums of 4,096, against 7e-8 in float32.
+    Ada (sm_89) may sum so, too (arXiv:2411.10958): that is not certain, and nothing here goes by it.
 
     Args:
         x: (T, K) float8_e4m3fn.
