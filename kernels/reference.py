@@ -2,7 +2,8 @@
 
 A function has the signature and the result of the kernel of its name, and of its twin in `cpu`; shapes and dtypes are
 documented at the operator of that name, in fastbert/ops. All is computed in float32 or better and rounded once, to the
-dtype of the result; weights of another dtype than x are rounded to that of x first. A backward is PyTorch's own autograd through the forward of its name.
+dtype of the result; weights of another dtype than x are rounded to that of x first. A backward is PyTorch's own
+autograd through the forward of its name.
 
 Dropout is the one thing in which the three differ: each drops elements with the same probability, by the same seed and
 the same again in the backward, but this file and `cpu` draw from a generator of torch's and a kernel from Philox.
