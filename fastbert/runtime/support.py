@@ -353,10 +353,6 @@ def is_unmixable(model: Any, call: Mapping[str, Any], mixed: bool) -> str | None
     runs stock, or has a hook.
     """
     family = family_of(model)
-    if family.layout.attention.bias is not None:
-        device = next(encoder_of(model).parameters()).device.type
-        if torch.is_grad_enabled() or model.training or torch.is_autocast_enabled(device):
-            return "a bias by distance, under gradients, dropout or autocast"
     if family.run is not None and is_asked(model, call, "output_hidden_states"):
         return "output_hidden_states"
     if mixed and (family.run is not None or family.tables is not None):
