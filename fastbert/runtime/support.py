@@ -300,7 +300,7 @@ def needs_stock(sample: Tensor) -> str | None:
         return "global module hooks"
     if torch._C._len_torch_function_stack() and (mode := _foreign_mode()) is not None:
         return f"a {mode}, which may replace what functions of torch compute"
-    if torch._C._len_torch_dispatch_stack() and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():  # which a compiler cannot trace
         for each in _get_current_dispatch_mode_stack():
             if type(each).__module__ not in _TRACING and not getattr(each, "knows_fastbert", False):
                 return f"a {named(each)}, which may count or replace torch's operators"
