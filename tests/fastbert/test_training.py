@@ -112,7 +112,7 @@ def compare(model: Any, kind: Any, dtype: torch.dtype, padding: str, layout: str
     ],
 )
 def test_gradients_of_every_head(kind: Any, dtype: torch.dtype, padding: str) -> None:
-    """Heads take what the encoder returns, whatever the dtype and layout; those of one output a token in all of them."""
+    """Heads take what the encoder returns, whatever its dtype and layout: two of them in all."""
     if kind is hf.BertForQuestionAnswering and padding == "packed":
         padding = "auto"  # its loss is taken over padding: there packed is another loss, and auto is dense
     layout = "packed" if padding == "packed" else "dense"
