@@ -182,7 +182,7 @@ class Code:
         # Those that they are derived from, of which what decides how they are called is looked at.
         self._bases = {base for kind in self._kinds for base in kind.__mro__ if _is_theirs_class(base)} - {*self._kinds}
         # A class shows its dictionary through a proxy; that refers to nothing else.
-        self._dictionaries = [get_referents(vars(kind))[0] for kind in (*self._kinds, nn.Module)]
+        self._dictionaries = [get_referents(vars(kind))[0] for kind in self._kinds]
         self._names = {module: self._globals(), masking_utils: _masking()}
         self._names |= {importlib.import_module(owner): names for owner, names in _FUNCTIONS.items()}
         self._kept = {f: f.__code__ for f in self._functions()}
@@ -198,6 +198,7 @@ class Code:
         if moment is not None and moment is self._moment:
             return self._last[1:]
         found = get_referents(*self._dictionaries)
+        found += map(vars(nn.Module).get, _CALLS)
         for module, names in self._names.items():
             found += map(vars(module).get, names)
         found += map(attrgetter("__code__"), self._kept)
