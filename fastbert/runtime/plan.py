@@ -300,6 +300,11 @@ def _stock_isolation(model: Any, cu_seqlens: Tensor, tokens: int) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
+def _is_seen_to_be_full(mask: Tensor) -> bool:
+    """Whether every token is real, where one operator tells, without a synchronisation."""
+    return mask.device.type == "cpu" and bool(mask.all())
+
+
 def _is_repeatable(model: Any, call: Mapping[str, Any]) -> bool:
     """Whether what runs before the layers can run twice and nobody sees it: without hooks, without dropout."""
     if is_asked(model, call, "output_hidden_states"):
@@ -325,7 +330,7 @@ def _lay_out(model: Any, call: dict[str, Any], settings: Settings, reads: Reads,
     dense = dense or not has_values(mask) or type(mask) is not Tensor
     if dense or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
         return Packing(batch, seqlen, seqlen, key_mask=mask)
-    if mask.device.type == "cpu" and bool(mask.all()):  # one operator; there, it costs no synchronisation
+    if _is_seen_to_be_full(mask):
         return Packing(batch, seqlen, seqlen)
     selection = pack_mask(mask, labels)
     if selection.tokens == batch * seqlen:
