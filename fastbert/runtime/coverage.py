@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.layer import layer_is_unsupported
-from .registry import before_layers, family_of, layers_of, wrapped_encoder_of
-from .support import is_hooked
+from .registry import before_layers, embeddings_of, family_of, layers_of, wrapped_encoder_of
+from .support import is_hooked, own_method, tables_are_unsupported
 from .wrappers import is_wrapper, unwrapped, wrapped
 
 _dtype = Tensor.dtype.__get__  # type: ignore[attr-defined]
@@ -121,6 +121,11 @@ class Seen(NamedTuple):
     """Whether a layer has hooks, which are to see it called as stock code calls it."""
     drops: bool
     """Whether a dropout of a layer that runs fused now drops anything."""
+    embeddings: str | None
+    """Why the embeddings run stock, by what they are; None where nothing of theirs stands against the kernel."""
+
+
+UNSEEN = "not looked at"
 
 
 def _roots(model: Any) -> tuple[Any, ...]:
@@ -138,7 +143,10 @@ def look(model: Any) -> Seen:
     stock = tuple([reason is not None for reason in reasons])
     fused = [unwrapped(layer) for layer, is_stock in zip(layers, stock, strict=True) if not is_stock]
     drops = any(rate for layer in fused for rate in type(layer).layout.dropouts(layer))
-    return Seen(reasons, stock, (None,) * len(reasons), watched, hooked, drops)
+    embeddings = embeddings_of(model)
+    fuses = hasattr(embeddings, "called") and own_method(embeddings, embeddings.called) is None
+    own = tables_are_unsupported(embeddings) if fuses else "stock"
+    return Seen(reasons, stock, (None,) * len(reasons), watched, hooked, drops, own)
 
 
 _REST = 64

@@ -10,7 +10,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import ModelOutput
 
 from ..layers.context import Context
-from ..layers.layer import stock_forward
+from ..layers.layer import FusedLayer, stock_forward
 from . import known
 from .packing import Packing
 from .plan import Plan
@@ -82,8 +82,13 @@ class FusedEncoder(_Module):
         seeds = (None,) * len(plan.stock_layers) if plan.seeds is None else plan.seeds.unbind(0)
         found: Any = plan.bound or (None,) * len(seeds)
         if fp8 is not None:
-            found = fp8.bind(layers, plan.stock_layers)
-        for layer, stock, own_seeds, bound in zip(layers, plan.stock_layers, seeds, found, strict=True):
+            found = [own or plain for own, plain in zip(fp8.bind(layers, plan.stock_layers), found, strict=True)]
+        if plan.bound is not None and plan.seeds is None and _only_infers(layers, plan.bound, hidden_states):
+            x = hidden_states.flatten(0, 1)
+            for bound in found:
+                x = bound.infer(x, context)
+            hidden_states, layers = x.view_as(hidden_states), ()
+        for layer, stock, own_seeds, bound in zip(layers, plan.stock_layers, seeds, found, strict=False):
             if stock:
                 hidden_states = layer(hidden_states, *shown, **kwargs)
             else:
@@ -140,6 +145,23 @@ def _runs_again(layer: nn.Module) -> bool:
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     return bool(layer.__dict__.get("gradient_checkpointing")) or type(layer).__name__ == "CheckpointWrapper"
+
+
+def _called_as(kind: Any) -> Any:
+    """How layers of a fused class are called, if nobody has replaced that on the class."""
+    return kind.family.layer.__call__
+
+
+def _only_infers(layers: Any, bound: tuple[Any, ...], sample: Tensor) -> bool:
+    """Whether nobody sees layers called, so that they need not be: all bound, in inference, of fastbert's own code."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(sample.device.type) or torch.compiler.is_compiling():
+        return False
+    if any(each is None for each in bound):
+        return False
+    kinds = {type(layer) for layer in layers}
+    if any(kind.forward is not FusedLayer.forward or kind.__call__ is not _called_as(kind) for kind in kinds):
+        return False
+    return not any(layer.training for layer in layers)
 
 
 def _stock_mask(hidden_states: Tensor, plan: Plan) -> Any:

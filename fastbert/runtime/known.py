@@ -159,10 +159,29 @@ def _masking() -> tuple[str, ...]:
 _THREAD = threading.local()
 
 
+class Moment:
+    """What this thread has found as a forward began."""
+
+    embeddings: Any = None
+    """Embeddings that run fused."""
+
+
+def vouch_for(embeddings: Any) -> None:
+    """Says that these embeddings run fused in the forward under way."""
+    if (moment := getattr(_THREAD, "moment", None)) is not None:
+        moment.embeddings = embeddings
+
+
+def are_vouched_for(embeddings: Any) -> bool:
+    """Whether `vouch_for` was told so."""
+    moment = getattr(_THREAD, "moment", None)
+    return moment is not None and moment.embeddings is embeddings
+
+
 @contextlib.contextmanager
 def looking_once() -> Iterator[None]:
     """Within, this thread looks once at the code of a family, and takes it to stay as it is."""
-    before, _THREAD.moment = getattr(_THREAD, "moment", None), object()
+    before, _THREAD.moment = getattr(_THREAD, "moment", None), Moment()
     try:
         yield
     finally:

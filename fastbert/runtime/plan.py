@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..layers.embeddings import default_positions, embeddings_are_foreign
 from . import known
 from .arguments import check_arguments, shape_of
-from .coverage import Seen
+from .coverage import UNSEEN, Seen
 from .packing import Packing, flattened, has_values, host_integers, isolating_mask, pack_mask
 from .readers import Readings, Reads, outermost, readings_of, told_aside
 from .registry import before_layers, embeddings_of, encoder_of, family_of, has_fused_encoder, layers_of
@@ -111,7 +111,7 @@ def decide(model: Any, settings: Settings, call: Mapping[str, Any], foreign: boo
     """
     graphs = settings.graphs
     layers = len(layers_of(model))
-    seen = Seen((None,) * layers, (False,) * layers, (None,) * layers, False, False, False)
+    seen = Seen((None,) * layers, (False,) * layers, (None,) * layers, False, False, False, UNSEEN)
     reason = _encoder_is_unsupported(model) or foreign_code(model)
     reason = reason or (_foreign_call_is_unsupported(call) if foreign and call else None)
     reason = reason or call_is_unsupported(model, call)
@@ -212,6 +212,8 @@ def plan_call(
         call["plan"] = reason
         _isolate(model, call, reason)
         return (), call
+    if seen.embeddings is None and not foreign:
+        known.vouch_for(embeddings_of(model))
     mask = call.get("attention_mask")
     if cu_seqlens is None:
         packing = _lay_out(model, call, settings, reads, foreign, mixed or watched)
@@ -324,14 +326,15 @@ def _lay_out(model: Any, call: dict[str, Any], settings: Settings, reads: Reads,
     call["attention_mask"] = None
     if mask is None:
         return Packing(batch, seqlen, seqlen)
+    readable = type(mask) is Tensor and has_values(mask)
+    if readable and _is_seen_to_be_full(mask):
+        return Packing(batch, seqlen, seqlen)
     mask = mask.to(torch.bool)
     why, around = why_dense(model, settings, reads, keeps)
     dense = why is not None or (labels is not None and labels.shape != mask.shape)  # an error the loss will name
-    dense = dense or not has_values(mask) or type(mask) is not Tensor
+    dense = dense or not readable
     if dense or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
         return Packing(batch, seqlen, seqlen, key_mask=mask)
-    if _is_seen_to_be_full(mask):
-        return Packing(batch, seqlen, seqlen)
     selection = pack_mask(mask, labels)
     if selection.tokens == batch * seqlen:
         return Packing(batch, seqlen, seqlen)

@@ -241,6 +241,11 @@ def oddity(module: Any) -> str:
 
 def embeddings_are_unsupported(embeddings: Any, sharded: bool = False) -> str | None:
     """Why an embeddings module runs its stock code; `sharded` as `is_plain` has it."""
+    return tables_are_unsupported(embeddings, sharded) or needs_stock(embeddings.word_embeddings.weight)
+
+
+def tables_are_unsupported(embeddings: Any, sharded: bool = False) -> str | None:
+    """The same, whatever the state of torch."""
     more = getattr(embeddings, "use_task_id", False)  # of the classes that have it, it adds a fourth table
     if more or not hasattr(embeddings, "token_type_embeddings"):
         return "there is a kernel for tables of words, types and positions, not for these"
@@ -259,7 +264,7 @@ def embeddings_are_unsupported(embeddings: Any, sharded: bool = False) -> str | 
     weights = [table.weight for table in tables] + [embeddings.LayerNorm.weight]
     if any(w.dtype != weights[0].dtype or w.device != weights[0].device for w in weights):
         return "its parameters differ in dtype or device"
-    return needs_stock(weights[0])
+    return None
 
 
 def is_transformed() -> bool:
