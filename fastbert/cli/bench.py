@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=WORKLOADS,
         default=["squad", "search", "dense128"],
-        help="question and passage in one; sentences; questions and passages; all of 128, 384, 512 tokens; "
+        help="question and passage in one; sentences; questions and passages; all of 16, 128, 384, 512 tokens; "
         "lengths spread around 254; default: squad search dense128",
     )
     parser.add_argument(

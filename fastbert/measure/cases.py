@@ -81,8 +81,8 @@ def workload(name: str, batch: int = 16) -> Workload:
     """A workload by name, of `batch` sequences.
 
     "squad": question and passage in one sequence; "sentences"; "search": questions and passages, one half each;
-    "dense128", "dense384", "dense512": all of so many tokens; "uniform254": evenly spread from 2 to 506, of 254 at the
-    mean, which is the mean of pre-training's sequences in MLPerf.
+    "dense16", "dense128", "dense384", "dense512": all of so many tokens; "uniform254": evenly spread from 2 to 506, of
+    254 at the mean, which is the mean of pre-training's sequences in MLPerf.
     """
     if name.startswith("dense"):
         return Workload(f"{name} b{batch}", (int(name.removeprefix("dense")),) * batch)

@@ -7,7 +7,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
 }
 """Of models by their size, as fields of a config."""
-WORKLOADS = ("squad", "sentences", "search", "dense128", "dense384", "dense512", "uniform254")
+WORKLOADS = ("squad", "sentences", "search", "dense16", "dense128", "dense384", "dense512", "uniform254")
 """What each is: `cases.workload`."""
 PEERS = (
     "graphs",

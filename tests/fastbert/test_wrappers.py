@@ -20,7 +20,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from transformers.models.bert import modeling_bert as hf
 
 import fastbert
-from fastbert.layers import layer
+from fastbert.layers.layer import Bound
 from tests import models
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "hidden_dropout_prob": 0.0}
@@ -143,8 +143,8 @@ def test_checkpointing_is_still_done(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what a layer computes nothing is kept, but what it is given: its forward runs again in the backward."""
     ran: list[int] = []
     fused = WRAPS["checkpointed"](fastbert.fuse(small().train()))
-    train = layer.Bound.train
-    monkeypatch.setattr(layer.Bound, "train", lambda *args: (ran.append(1), train(*args))[1])
+    train = Bound.train
+    monkeypatch.setattr(Bound, "train", lambda *args: (ran.append(1), train(*args))[1])
     out = fused(**CALL)[0].sum()
     layers = len(fused.encoder.layer)
     assert len(ran) == layers
