@@ -206,6 +206,14 @@ def _layer_norm(module: Any) -> str | None:
     return None if len(module.normalized_shape) == 1 else "it normalises over more than the last dimension"
 
 
+def _past_hooks(module: Any) -> str | None:
+    """Of PEFT's AdaLoraModel, which calls the forward of its model past the hooks."""
+    hooks = module.model._forward_pre_hooks.values()
+    if not any(hook in HOOKS for hook in hooks):
+        return None
+    return "it calls the head past the hook that tells what is read"
+
+
 def _rowwise(module: Any) -> str | None:
     return None if is_rowwise(module, sharded=True) else "it is no adapter of a plain linear layer"
 
@@ -249,7 +257,7 @@ _NAMED: dict[str, Reader] = {
     "peft:PeftModelForQuestionAnswering": _PEFT,
     "peft:PeftModelForFeatureExtraction": _PEFT,
     "peft:BaseTuner": Reader(around=True, derived=True),
-    "peft:AdaLoraModel": Reader(around=True),
+    "peft:AdaLoraModel": Reader(around=True, unless=_past_hooks),
     "peft:ModulesToSaveWrapper": _ROWS,
     # sentence-transformers: the models, and what can stand in them; as of 6.2.0.
     "sentence_transformers:SentenceTransformer": _AROUND,

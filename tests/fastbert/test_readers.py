@@ -739,3 +739,21 @@ def test_explain_agrees_with_the_counts(change: Any, family: str, training: bool
     else:
         layout = "packed" if before.dense is None else "dense"
         assert (after.stock_calls, after.fused_calls) == ({}, {layout: 1})
+
+
+@pytest.mark.parametrize("kind", [hf.BertForTokenClassification, hf.BertForSequenceClassification])
+@pytest.mark.parametrize("first", ["fuse", "peft"])
+def test_adalora_is_explained_as_it_runs(kind: Any, first: str) -> None:
+    peft = pytest.importorskip("peft")
+    head = models.seeded(kind)
+    if first == "fuse":
+        fastbert.fuse(head)
+    task = "TOKEN_CLS" if kind is hf.BertForTokenClassification else "SEQ_CLS"
+    config = peft.AdaLoraConfig(task_type=task, target_modules=["query", "value"], total_step=10)
+    model = fastbert.fuse(peft.get_peft_model(head, config).eval())
+    (said,) = fastbert.explain(model).encoders
+    with torch.no_grad():
+        model(input_ids=models.ids(3, 11), attention_mask=models.masks(3, 11)["right"])
+    tells = task == "TOKEN_CLS"
+    assert fastbert.explain(model).encoders[0].fused_calls == {"dense" if tells else "packed": 1}
+    assert ("AdaLoraModel" in str(said.dense)) if tells else said.dense is None
