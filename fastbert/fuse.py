@@ -15,6 +15,7 @@ import transformers
 from torch import nn
 
 from .layers.fp8 import PRODUCTS, Fp8, calibrated
+from .layers.layer import STOCK
 from .runtime.readers import HOLDS, HOOKS, Holder, reader_of
 from .runtime.registry import REGISTERED, encoder_of, layers_of
 from .runtime.settings import PADDINGS, Running, Settings
@@ -147,7 +148,7 @@ def fuse(
 @contextlib.contextmanager
 def _all_or_nothing(model: nn.Module) -> Iterator[None]:
     """Puts every module back as it was where what is done within breaks off, by Ctrl-C too."""
-    names = ("fastbert", *_FORWARDS, HOLDS)
+    names = ("fastbert", *_FORWARDS, HOLDS, STOCK)
     before = [
         (
             m,
@@ -197,7 +198,7 @@ def _fuse(model: nn.Module, supported: list[tuple[Any, Any, Settings]], loss_onl
         encoder = encoder_of(base)
         if (before := getattr(encoder, "fastbert", None)) is not None:  # fused before: goes on counting
             settings.counts, settings.running = before.counts, before.running
-            for holder in before.holders:
+            for holder in list(before.holders):
                 holder.hand_on(before, settings)
         encoder.fastbert = settings
 
@@ -221,11 +222,18 @@ _FORWARDS = ("forward", "_old_forward", "_original_forward")
 
 
 def _become(module: Any, kind: Any) -> None:
-    """Makes `module` one of another class; a forward of its own that ends in the class's then ends in the new one's."""
+    """Makes `module` one of another class; a forward of its own that ends in the class's then ends in the new one's.
+
+    What it ended in is what its stock code is from then on, whatever becomes of the class.
+    """
+    own, held = type(module).forward, module.__dict__.pop(STOCK, None)
+    target = kind.forward if held is None else held
     seen: dict[int, Any] = {}
     for name in _FORWARDS:
-        if name in module.__dict__:
-            module.__dict__[name] = redirect(module.__dict__[name], {type(module).forward: kind.forward}, seen)
+        if (before := module.__dict__.get(name)) is not None:
+            module.__dict__[name] = redirect(before, {own: target}, seen)
+            if held is None and module.__dict__[name] is not before:
+                module.__dict__[STOCK] = own
     module.__class__ = kind
 
 

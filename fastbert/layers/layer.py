@@ -36,8 +36,18 @@ from .gemm import PLAIN, Form, Path, Precision, Quantized, child, plain
 _Module: Any = nn.Module if TYPE_CHECKING else object
 
 
+STOCK = "_fastbert_stock"
+"""Attribute of a fused module whose forward on the instance held a function of its stock class: that function."""
+
+
 def stock_forward(mixin: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
-    """Calls the forward of the class that `mixin` is mixed into; of `module`, which may have been unfused meanwhile."""
+    """Calls the forward of the class that `mixin` is mixed into; of `module`, which may have been unfused meanwhile.
+
+    Where a wrapper on the instance held another function as `fuse` came, it calls that.
+    """
+    held = getattr(module, STOCK, None) if "forward" in module.__dict__ else None
+    if held is not None:
+        return held(module, *args, **kwargs)
     if torch.compiler.is_compiling():
         return super(mixin, module).forward(*args, **kwargs)
     kind: Any = type(module)  # once: another thread may unfuse it

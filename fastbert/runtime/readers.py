@@ -441,20 +441,20 @@ class Holder:
     """Ties a module that holds base models to what `fuse` left on those; copied and pickled together with it.
 
     A base model knows by it what it stands in, without holding it: a base model that is copied, pickled or kept
-    alone comes alone.
+    alone comes alone. A shallow copy of the module shares it: one that outlives its module is in such a copy.
     """
 
     def __init__(self, module: nn.Module, depth: int, settings: list[Any]) -> None:
         self.module, self.depth, self.settings = weakref.ref(module), depth, settings
         for each in settings:
-            each.holders = sorted([*each.holders, self], key=lambda holder: holder.depth)
+            each.holders.add(self)
 
     def hand_on(self, before: Any, settings: Any) -> None:
         """Ties its module, if it still has this one, to what a later `fuse`, of less than that, leaves there."""
         module = self.module()
         if module is not None and module.__dict__.get(HOLDS) is self:
             self.settings = [settings if each is before else each for each in self.settings]
-            settings.holders = sorted([*settings.holders, self], key=lambda holder: holder.depth)
+            settings.holders.add(self)
 
     def __getstate__(self) -> tuple[Any, ...]:
         return self.module(), self.depth, self.settings
@@ -463,10 +463,17 @@ class Holder:
         self.__init__(*state)  # type: ignore[misc]
 
 
-def outermost(base: nn.Module, holders: list[Holder]) -> list[nn.Module]:
+class ShallowCopy(nn.Module):
+    """In the place of a shallow copy of what `fuse` was given, which can't be looked at: no known reader."""
+
+
+def outermost(base: nn.Module, holders: Iterable[Holder]) -> list[nn.Module]:
     """What `fuse` was given, if there still is such a thing, or what is left of it around the base model."""
-    alive = [(holder.depth, module) for holder in holders if (module := holder.module()) is not None]
-    return [module for depth, module in alive if depth == alive[0][0]] or [base]
+    alive = [(holder.depth, holder.module()) for holder in holders]
+    if any(module is None for _, module in alive):
+        return [ShallowCopy()]
+    first = min((depth for depth, _ in alive), default=0)
+    return [module for depth, module in alive if depth == first and module is not None] or [base]
 
 
 def readings_of(roots: list[nn.Module]) -> Readings:

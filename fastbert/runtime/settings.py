@@ -6,6 +6,7 @@ import os
 import threading
 from collections import Counter
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -65,11 +66,15 @@ class Settings:
         self.loss_only = loss_only
         self.graphs = Graphs() if cuda_graphs else None
         self.fp8 = fp8
-        self.holders: list[Holder] = []
-        """What the base model stood in, outermost first."""
+        self.holders: WeakSet[Holder] = WeakSet()
+        """What the base model stood in."""
         self.counts = Counts()
         self.running = Running()
         self.coverage = Coverage()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "holders": []}  # those that are copied, too, come back by themselves
+        return {name: value for name, value in vars(self).items() if name != "holders"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.holders = WeakSet()  # those that are copied, too, come back by themselves

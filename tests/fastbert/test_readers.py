@@ -757,3 +757,31 @@ def test_adalora_is_explained_as_it_runs(kind: Any, first: str) -> None:
     tells = task == "TOKEN_CLS"
     assert fastbert.explain(model).encoders[0].fused_calls == {"dense" if tells else "packed": 1}
     assert ("AdaLoraModel" in str(said.dense)) if tells else said.dense is None
+
+
+class CentredTagger(hf.BertForTokenClassification):
+    """A head that reads every row."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        rows = self.bert(*args, **kwargs)[0]
+        return self.classifier(rows - rows.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("kind", [CentredTagger, hf.BertForTokenClassification])
+def test_a_shallow_copy_outlives_its_model(kind: Any) -> None:
+    call = {"input_ids": models.ids(3, 11), "attention_mask": models.masks(3, 11)["right"]}
+    stock, model = models.seeded(kind), fastbert.fuse(models.seeded(kind))
+    fused = copy.copy(model)
+    del model
+    gc.collect()
+    said = fastbert.explain(fused).encoders[0].dense
+    with torch.no_grad():
+        found, expected = ((out if isinstance(out := m(**call), Tensor) else out.logits) for m in (fused, stock))
+    real = call["attention_mask"].bool()
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-5)
+    assert "ShallowCopy" in str(said)
+    assert fastbert.explain(fused).encoders[0].fused_calls == {"dense": 1}
+    base = fused.bert
+    del fused
+    gc.collect()
+    assert fastbert.explain(base).encoders[0].dense is None  # kept alone

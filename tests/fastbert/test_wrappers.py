@@ -429,3 +429,26 @@ def _interrupted(module: Any) -> Callable[..., None]:
         raise KeyboardInterrupt
 
     return fuse_base
+
+
+@pytest.mark.parametrize("place", ["encoder", "encoder.layer.1", "embeddings"])
+@pytest.mark.parametrize("wrap", [functools.partial, functools.partial(torch.compile, backend="eager")])
+def test_stock_code_is_what_a_wrapper_held(wrap: Any, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class whose forward is replaced later: stock calls the one that the wrapper got hold of before."""
+    stock, fused = small(), small()
+    for model in (stock, fused):
+        module = model.get_submodule(place)
+        module.forward = wrap(module.forward)
+    fastbert.fuse(fused)
+    kind = type(stock.get_submodule(place))
+    own = kind.forward
+
+    def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = own(self, *args, **kwargs)
+        return 2 * found if isinstance(found, torch.Tensor) else type(found)(last_hidden_state=2 * found[0])
+
+    monkeypatch.setattr(kind, "forward", patched)
+    with torch.no_grad():
+        expected = stock(**CALL)[0]
+        torch.testing.assert_close(fused(**CALL)[0], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(fastbert.unfuse(fused)(**CALL)[0], expected, rtol=1e-4, atol=1e-5)
