@@ -74,6 +74,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime.settings": {"layers.fp8", "runtime.coverage", "runtime.graphs", "runtime.readers"},
     "fuse": {
         "layers.fp8",
+        "layers.layer",
         "runtime.readers",
         "runtime.registry",
         "runtime.settings",
