@@ -26,11 +26,11 @@ from ..layers.embeddings import FusedEmbeddings
 from ..layers.feed_forward import FeedForward
 from ..layers.layer import FusedLayer, Layer
 from ..runtime import known
-from ..runtime.encoder import FusedEncoder
+from ..runtime.encoder import FusedEncoder, refuse_to_run_again_unfused
 from ..runtime.graphs import Stale
 from ..runtime.plan import Plan, check_taken, plan_call
 from ..runtime.readers import Reader, know, named_arguments, parameter_names
-from ..runtime.registry import REGISTERED, encoder_of
+from ..runtime.registry import REGISTERED, encoder_of, wrapped_encoder_of
 from .family import Family
 from .heads import Vocabulary, labelled_loss, takes_labelled_rows
 from .probe import hands_nothing_on, try_family
@@ -169,6 +169,8 @@ def _base_model(family: Family, module: str) -> Any:
                 counts.add(counts.stock, plan)
             output = kind.forward(self, *planned, **named)
         check_taken(self, plan)
+        if isinstance(plan, Plan) and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            refuse_to_run_again_unfused(wrapped_encoder_of(self), encoder_of(self), output[0])
         return output
 
     @functools.wraps(kind.forward)

@@ -123,6 +123,32 @@ class FusedEncoder(_Module):
                 kept.drop()
 
 
+_UNFUSED_MEANWHILE = (
+    "a checkpointed {} ran fused in the forward and runs stock in its backward: fastbert.unfuse(model) came in "
+    "between; call it after the backward"
+)
+
+
+def refuse_to_run_again_unfused(called: Any, encoder: Any, output: Tensor) -> None:
+    """Has the backward raise where it would run an encoder again that was unfused meanwhile.
+
+    Stock code would take packed rows for one sequence.
+
+    Args:
+        called: what the base model calls: the encoder, or what it is wrapped in.
+        encoder: the fused encoder.
+        output: the last hidden states.
+    """
+    again = type(called).__name__ == "CheckpointWrapper" or "forward" in encoder.__dict__
+    if again and output.requires_grad:
+
+        def check(gradient: Tensor) -> None:
+            if not isinstance(encoder, FusedEncoder):
+                raise RuntimeError(_UNFUSED_MEANWHILE.format("encoder"))
+
+        output.register_hook(check)
+
+
 class _FusedAlone:
     """In the mask's place where a layer may run again in the backward: stock code that meets it raises.
 
@@ -131,10 +157,7 @@ class _FusedAlone:
 
     @classmethod
     def __torch_function__(cls, *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError(
-            "a checkpointed layer ran fused in the forward and runs stock in its backward: "
-            "fastbert.unfuse(model) came in between; call it after the backward"
-        )
+        raise RuntimeError(_UNFUSED_MEANWHILE.format("layer"))
 
 
 _FUSED_ALONE = _FusedAlone()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -11,7 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from torch.utils.checkpoint import checkpoint
 from transformers.models.bert import modeling_bert as hf
 from transformers.models.roberta import modeling_roberta
 
@@ -201,3 +206,18 @@ def test_unfuse_between_forward_and_backward_is_told(how: str, attention: str) -
     fastbert.unfuse(fused)
     with pytest.raises(RuntimeError, match=r"unfuse\(model\) came in between"):
         loss.backward()
+
+
+@pytest.mark.parametrize("way", ["wrapper", "by hand"])
+def test_an_encoder_that_is_unfused_before_it_runs_again_is_told(way: str) -> None:
+    model = fastbert.fuse(models.seeded()).train()
+    if way == "by hand":
+        model.encoder.forward = functools.partial(checkpoint, model.encoder.forward, use_reentrant=False)
+    else:
+        model.encoder = checkpoint_wrapper(model.encoder)
+    model(**call()).last_hidden_state.sum().backward()
+    out = model(**call())
+    assert fastbert.explain(model).encoders[0].fused_calls["packed"] >= 2
+    fastbert.unfuse(model)
+    with pytest.raises(RuntimeError, match=r"checkpointed encoder ran fused .* unfuse\(model\) came in between"):
+        out.pooler_output.sum().backward()
