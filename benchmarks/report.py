@@ -1,8 +1,8 @@
 """The README's table, docs/measured.md and docs/<device>.svg, from records: `python benchmarks/report.py FILES`.
 
-Of every case the latest run counts, of those whose gates are green. The README has a row for each case of a forward or
-a training step; docs/measured.md has all candidates with their spread, operators and cold starts; the plots, forwards
-and steps.
+Of every case the latest run counts, of those whose gates are green. The README has the headlines of one device;
+docs/measured.md has all candidates of all devices with their spread, operators and cold starts; the plots, forwards and
+training steps.
 """
 
 from __future__ import annotations
@@ -18,17 +18,26 @@ from fastbert.measure.records import device_folder, latest, load, proven
 from fastbert.usage import UsageError, in_a_line
 from fastbert.version import install
 
-MARKERS = ("<!-- table:begin -->", "<!-- table:end -->")
+MARKERS = "<!-- {}:begin -->", "<!-- {}:end -->"
+ROWS = 6
+"""Of the README's table."""
+# Cases that the README shows first: what, dtype, workload. Of one in several batches, whichever were run.
+HEADLINES = (
+    ("forward", "bfloat16", "squad"),
+    ("training step", "bfloat16", "squad"),
+    ("forward", "bfloat16", "dense128"),
+    ("forward", "bfloat16", "search"),
+    ("forward", "float32", "squad"),
+    ("forward", "float32", "dense128"),
+)
 MODEL = "BertModel "
 Runs = dict[tuple[str, ...], dict[str, dict[str, Any]]]
 
 
 def figure(record: dict[str, Any] | None, name: str, form: str, unit: float = 1) -> str:
-    """A field for a table, in units of `unit`; in its place what became of the candidate, where it has no time."""
-    if record is None:
+    """A field for a table, in units of `unit`; a dash where the candidate has no time."""
+    if record is None or record["status"] != "ok":
         return "-"
-    if record["status"] != "ok":
-        return str(record["status"]).partition(":")[0]
     value = record[name]
     return "-" if value is None else format(value if unit == 1 else value / unit, form)
 
@@ -39,33 +48,67 @@ def _table(header: Sequence[str], left: int, rows: Iterable[Sequence[str]]) -> l
     return ["| " + " | ".join(header) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)]
 
 
+def _headlines(records: Iterable[dict[str, Any]]) -> tuple[str, Runs]:
+    """The device that the README shows, a GPU before a CPU, then the one with most cases; and its cases.
+
+    Of a headline the largest batch counts: one sequence alone is a question of latency.
+    """
+    runs = {case: run for case, run in latest(records).items() if case[1].startswith(MODEL)}
+    if not runs:
+        return "", {}
+    devices = [case[0] for case in runs]
+    on_gpu = {case[0]: next(iter(run.values()))["backend"].startswith("triton") for case, run in runs.items()}
+    device = max(sorted(set(devices)), key=lambda name: (on_gpu[name], devices.count(name)))
+    ours = {case: run for case, run in runs.items() if case[0] == device}
+
+    def rank(case: tuple[str, ...]) -> tuple[int, int]:
+        _, what, _, dtype, workload = case
+        kind, _, batch = workload.partition(" b")
+        key = (what.removeprefix(MODEL), dtype, kind)
+        size = int(batch) if batch.isdigit() else 0
+        return (HEADLINES.index(key) if key in HEADLINES and size > 1 else len(HEADLINES), -size)
+
+    return device, {case: ours[case] for case in sorted(ours, key=rank)[:ROWS]}
+
+
+def _x_stock(run: dict[str, dict[str, Any]]) -> str:
+    return figure(run.get("fused"), "ratio_to_stock", ".2f")
+
+
+def figures(records: Iterable[dict[str, Any]]) -> str:
+    """The first three headlines in words."""
+    device, runs = _headlines(records)
+    lines = []
+    for (_, what, model, dtype, workload), run in list(runs.items())[:3]:
+        padded = max(record["ideal_ratio"] for record in run.values())
+        rows = "no padding" if padded < 1.005 else f"{1 - 1 / padded:.0%} of the padded rows are padding"
+        what = what.removeprefix(MODEL)
+        lines.append(f"- **{_x_stock(run)} x stock**: {what}, BERT-{model}, {dtype}, {workload}, {rows}; {device}")
+    return "\n".join(lines)
+
+
 def readme(records: Iterable[dict[str, Any]]) -> str:
-    """The table of the README: stock, fused, and the fastest of the others, for each case."""
+    """The table of the README: stock, fused, and the fastest of the others, for the headlines of one device."""
     header = [
-        *("device", "what", "model", "dtype", "workload", "padded / real", "stock, tokens/s", "fused, tokens/s"),
-        *("x stock", "best other, x stock", "of the floor", "memory, MiB: stock, fused"),
+        *("what", "model", "dtype", "workload", "padded / real rows", "stock, tokens/s", "fused, tokens/s"),
+        *("x stock", "best other, x stock"),
     ]
     rows = []
-    for (device, what, *case), run in latest(records).items():
-        if not what.startswith(MODEL):
-            continue
-        stock, fused = run.get("stock"), run.get("fused")
+    for (_, what, *case), run in _headlines(records)[1].items():
         others = [r for name, r in run.items() if name != "stock" and r["ratio_to_stock"] is not None]
         others = [r for r in others if not r["candidate"].startswith("fused")]
         best = max(others, key=lambda record: record["ratio_to_stock"], default=None)
         rows.append(
             [
-                *(device, what.removeprefix(MODEL), *case),
+                *(what.removeprefix(MODEL), *case),
                 f"{max(record['ideal_ratio'] for record in run.values()):.2f}",
-                figure(stock, "tokens_per_s", ",.0f"),
-                figure(fused, "tokens_per_s", ",.0f"),
-                figure(fused, "ratio_to_stock", ".2f"),
+                figure(run.get("stock"), "tokens_per_s", ",.0f"),
+                figure(run.get("fused"), "tokens_per_s", ",.0f"),
+                _x_stock(run),
                 "-" if best is None else f"{best['ratio_to_stock']:.2f} {best['candidate']}",
-                figure(fused, "fraction_of_floor", ".0%"),
-                ", ".join(figure(record, "peak_memory_bytes", ",.0f", 2**20) for record in (stock, fused)),
             ]
         )
-    return "\n".join(_table(header, 5, rows))
+    return "\n".join(_table(header, 4, rows))
 
 
 def measured(records: Iterable[dict[str, Any]]) -> str:
@@ -109,7 +152,9 @@ def _candidates(runs: Runs) -> list[str]:
             if record["status"].startswith("UNAVAILABLE"):
                 continue
             time = figure(record, "median_s", ",.3g" if what.startswith(("operator", "variant")) else ",.1f", 1e-3)
-            if record["median_s"] is not None:
+            if record["status"] != "ok":
+                time = in_a_line(record["status"])  # and why
+            elif record["median_s"] is not None:
                 time += f" ({1000 * record['p20_s']:,.4g} to {1000 * record['p80_s']:,.4g})"
             rows.append(
                 [
@@ -211,16 +256,39 @@ def plot(records: Iterable[dict[str, Any]], device: str, file: Path) -> None:
         drawn.savefig(file, metadata={"Date": None})
 
 
-def splice(text: str, table: str) -> str:
-    """`text` with `table` between the markers, in place of what was there.
+def chart(records: Iterable[dict[str, Any]], file: Path) -> None:
+    """Writes an SVG of the headlines: fused over stock, a bar each."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    device, runs = _headlines(records)
+    names = [f"{what.removeprefix(MODEL)}, {dtype}, {workload}" for _, what, _, dtype, workload in runs]
+    ratios = [(run.get("fused") or {}).get("ratio_to_stock") or 0.0 for run in runs.values()]
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastbert"}):
+        drawn = Figure((7, 0.9 + 0.36 * len(names)), layout="constrained")
+        axes = drawn.subplots()
+        places = range(len(names), 0, -1)
+        axes.bar_label(axes.barh(places, ratios, color="C0"), [f"{ratio:.2f}" for ratio in ratios], padding=3)
+        axes.axvline(1, color="black", linewidth=1)
+        axes.set_yticks(places, names)
+        axes.set_xlim(0, 1.15 * max([1.0, *ratios]))
+        axes.set_xlabel(f"tokens/s, x stock (line: stock); BERT-large, {device}")
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        drawn.savefig(file, metadata={"Date": None})
+
+
+def splice(text: str, part: str, name: str = "table") -> str:
+    """`text` with `part` between the markers of that name, in place of what was there.
 
     Raises:
         UsageError: the markers are not there.
     """
-    begin, end = (text.find(marker) for marker in MARKERS)
+    marks = [marker.format(name) for marker in MARKERS]
+    begin, end = map(text.find, marks)
     if begin < 0 or end < begin:
-        raise UsageError(f"--readme: expected a line {MARKERS[0]} and after it one {MARKERS[1]}")
-    return f"{text[: begin + len(MARKERS[0])]}\n{table}\n{text[end:]}"
+        raise UsageError(f"--readme: expected a line {marks[0]} and after it one {marks[1]}")
+    return f"{text[: begin + len(marks[0])]}\n{part}\n{text[end:]}"
 
 
 def render(files: Sequence[str | Path], document: str | Path) -> None:
@@ -233,10 +301,12 @@ def render(files: Sequence[str | Path], document: str | Path) -> None:
     path = Path(document)
     try:
         text = splice(path.read_text(encoding="utf-8"), readme(records))
+        text = splice(text, figures(records), "figures")
         docs = path.parent / "docs"
         docs.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8")
         (docs / "measured.md").write_text(measured(records), encoding="utf-8")
+        chart(records, docs / "headlines.svg")
         for device in sorted({record["device_name"] for record in records if record["what"].startswith(MODEL)}):
             plot(records, device, docs / f"{device_folder(device)}.svg")
     except (OSError, ValueError) as error:

@@ -572,22 +572,26 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     date = run[0]["date"]
     file, readme = tmp_path / "records.json", tmp_path / "README.md"
     records.write(file, [{**record, "date": date} for record in (*run, *cold)] + [older])
-    readme.write_text("before\n<!-- table:begin -->\nold\n<!-- table:end -->\nafter\n")
+    marked = "<!-- figures:begin -->\n<!-- figures:end -->\n<!-- table:begin -->\nold\n<!-- table:end -->\nafter\n"
+    readme.write_text(f"before\n{marked}")
     for _ in range(2):
         assert report.main([str(file), "--readme", str(readme)]) == 0
     text = readme.read_text()
-    assert f"| {device} | forward | large | float32 | squad b16 | 1.97 | 658 | 1,316 | 2.00 |" in text
-    assert "| 2.00 | 1.50 stock + torch.compile | 100% | 3, 3 |\n" in text
-    assert text.startswith("before\n<!-- table:begin -->\n| device |")
+    assert (
+        "| forward | large | float32 | squad b16 | 1.97 | 658 | 1,316 | 2.00 | 1.50 stock + torch.compile |\n" in text
+    )
+    padding = "49% of the padded rows are padding"
+    assert f"- **2.00 x stock**: forward, BERT-large, float32, squad b16, {padding}; {device}\n" in text
+    assert text.startswith("before\n<!-- figures:begin -->\n- **2.00 x")
     assert text.endswith("<!-- table:end -->\nafter\n")
     assert "old" not in text
-    assert text.count("squad b16") == 1
+    assert text.count("squad b16") == 2
     whole = (tmp_path / "docs" / "measured.md").read_text()
     assert (
         "| forward | large | float32 | squad b16 | fused | 2,000.0 (1,400 to 2,600) | 1,316 | 2.00 | 100% | - |"
         in whole
     )
-    assert "| OpenVINO | FAILED |" in whole
+    assert "| OpenVINO | FAILED: far off | - |" in whole
     assert "- flash-attn, float32: UNAVAILABLE: not here\n" in whole
     assert "### Cold starts\n" in whole
     assert "### Operators" not in whole
@@ -646,9 +650,13 @@ def test_the_documents_are_rendered_from_the_records(tmp_path: Path) -> None:
     assert all(set(record) == records.FIELDS for record in found)
     text = (root / "README.md").read_text(encoding="utf-8")
     assert report.splice(text, report.readme(found)) == text
+    assert report.splice(text, report.figures(found), "figures") == text
+    assert len(report.readme(found).splitlines()) <= 8
+    assert not re.search(r"FAILED(?!: \S)", report.measured(found))
     assert report.measured(found) == (root / "docs" / "measured.md").read_text(encoding="utf-8")
     devices = {record["device_name"] for record in found}
-    assert {file.stem for file in (root / "docs").glob("*.svg")} == set(map(records.device_folder, devices))
+    drawings = {"headlines", *map(records.device_folder, devices)}
+    assert {file.stem for file in (root / "docs").glob("*.svg")} == drawings
     for device in devices:
         name = f"{records.device_folder(device)}.svg"
         drawn = (root / "docs" / name).read_text(encoding="utf-8")
