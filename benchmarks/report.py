@@ -265,14 +265,14 @@ def chart(records: Iterable[dict[str, Any]], file: Path) -> None:
     names = [f"{what.removeprefix(MODEL)}, {dtype}, {workload}" for _, what, _, dtype, workload in runs]
     ratios = [(run.get("fused") or {}).get("ratio_to_stock") or 0.0 for run in runs.values()]
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastbert"}):
-        drawn = Figure((7, 0.9 + 0.36 * len(names)), layout="constrained")
+        drawn = Figure((7, 1.1 + 0.36 * len(names)), layout="constrained")
         axes = drawn.subplots()
         places = range(len(names), 0, -1)
         axes.bar_label(axes.barh(places, ratios, color="C0"), [f"{ratio:.2f}" for ratio in ratios], padding=3)
         axes.axvline(1, color="black", linewidth=1)
         axes.set_yticks(places, names)
         axes.set_xlim(0, 1.15 * max([1.0, *ratios]))
-        axes.set_xlabel(f"tokens/s, x stock (line: stock); BERT-large, {device}")
+        axes.set_xlabel(f"tokens/s, x stock (line: stock)\nBERT-large, {device}")
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
         drawn.savefig(file, metadata={"Date": None})
