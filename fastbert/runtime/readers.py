@@ -66,8 +66,8 @@ class Reader(NamedTuple):
     """Whether classes derived from it count, whatever they override, while they keep its forward."""
     forward: Any = None
     """Its forward, as it was when the class was first met."""
-    methods: frozenset[str] = frozenset()
-    """Other methods of the class that its forward calls: one that a module has for its own may read padding."""
+    methods: Mapping[str, Any] = {}
+    """Other methods of the class that its forward calls, as they were then: a replaced one may read padding."""
 
 
 @functools.cache
@@ -306,7 +306,8 @@ def reader_of(kind: type[nn.Module]) -> Reader | str:
     """What is known of a class, or why nothing is."""
     found = _MET.get(kind)
     if found is not None and kind.forward is found.forward:
-        return found
+        replaced = [name for name, method in found.methods.items() if getattr(kind, name, None) is not method]
+        return f"whose {_listed(replaced)} has been replaced, and may read padding" if replaced else found
     known: Any = next((each for each in kind.__mro__ if _row(each) is not None), None)
     row = None if known is None else _row(known)
     if row is None:
@@ -322,7 +323,9 @@ def reader_of(kind: type[nn.Module]) -> Reader | str:
     replaced = [] if made else [name for name in used if not _is_original(known, name)]
     if found is not None or replaced:  # met with another forward before, or with one that its package has not
         return f"whose {_listed(replaced) or 'forward'} has been replaced, and may read padding"
-    _MET[kind] = row._replace(forward=kind.forward, methods=frozenset(used) - {"forward"})
+    _MET[kind] = row._replace(
+        forward=kind.forward, methods={name: getattr(kind, name) for name in used if name != "forward"}
+    )
     return _MET[kind]
 
 
@@ -409,8 +412,7 @@ def readings(root: nn.Module) -> Readings:
             return Readings((module, "hooked: what sees its input may read padding"))
         if "forward" in attributes and not _hands_on(module):
             return Readings((module, "given a forward of its own, which may read padding"))
-        if not row.methods.isdisjoint(attributes):
-            own = sorted(row.methods.intersection(attributes))
+        if own := sorted(row.methods.keys() & attributes.keys()):
             return Readings((module, f"given {_listed(own)} of its own, which may read padding"))
         if row.unless is not None and (why := row.unless(module)) is not None:
             return Readings((module, f"{_a(kind)}: {why}"))

@@ -17,6 +17,7 @@ from transformers.models.bert import modeling_bert as hf
 from transformers.models.roberta import modeling_roberta
 
 import fastbert
+from fastbert.runtime import readers
 from fastbert.runtime.registry import encoder_of
 from tests import models
 
@@ -785,3 +786,14 @@ def test_a_shallow_copy_outlives_its_model(kind: Any) -> None:
     del fused
     gc.collect()
     assert fastbert.explain(base).encoders[0].dense is None  # kept alone
+
+
+def test_a_method_that_is_replaced_on_a_known_class_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the class was met, too: here sentence-transformers' pooling, by the mean over all rows."""
+    pooling = pytest.importorskip("sentence_transformers.sentence_transformer.modules").Pooling
+    held = "_exclude_prompt_from_mask"
+    assert isinstance(readers.reader_of(pooling), readers.Reader)
+    monkeypatch.setattr(pooling, held, lambda *args, **kwargs: None)
+    assert f"whose {held} has been replaced" in str(readers.reader_of(pooling))
+    monkeypatch.undo()
+    assert isinstance(readers.reader_of(pooling), readers.Reader)
