@@ -12,7 +12,7 @@ from .layers.embeddings import embeddings_are_foreign
 from .layers.fp8 import PRODUCTS
 from .runtime.plan import UNKNOWN, decide, why_dense
 from .runtime.readers import Reads, outermost, unknown_reader
-from .runtime.registry import embeddings_of, encoder_of, layers_in
+from .runtime.registry import embeddings_of, encoder_of, family_of, layers_of
 from .runtime.settings import Settings
 from .runtime.support import (
     embeddings_are_unsupported,
@@ -113,7 +113,7 @@ def _explain_base(model: nn.Module, name: str, base: Any, family: Any) -> Encode
         eager = reason
     else:
         eager = "a layer runs stock" if layers else graphs.refuses(encoder)
-    fp8, not_fp8 = _explain_fp8(encoder, settings, family)
+    fp8, not_fp8 = _explain_fp8(base, settings)
     dense, _ = why_dense(base, settings, Reads(told=True), bool(layers) or watched)
     if dense == UNKNOWN:
         around = outermost(base, settings.holders)
@@ -149,12 +149,12 @@ def _explain_outside(model: nn.Module, base: Any, settings: Settings) -> str | N
     return f"{why}; fuse the whole {type(model).__name__}, to have it looked at"
 
 
-def _explain_fp8(encoder: Any, settings: Settings, family: Any) -> tuple[str | None, dict[str, str]]:
-    """`EncoderExplanation.fp8` and `.not_fp8` of a fused encoder."""
-    layers = layers_in(encoder)
+def _explain_fp8(base: Any, settings: Settings) -> tuple[str | None, dict[str, str]]:
+    """`EncoderExplanation.fp8` and `.not_fp8` of a fused base model."""
+    layers, family = layers_of(base), family_of(base)
     if settings.fp8 is None:
         return None, {}
-    sample = next(encoder.parameters())
+    sample = next(layers.parameters())
     if not settings.fp8.runs(layers, sample):
         why = fp8_is_unsupported(sample.device) or "gradients are enabled, or it is training, autocast or torch.compile"
         return f"off: {why}", {}

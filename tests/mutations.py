@@ -129,8 +129,8 @@ FAULTS = {
     ),
     "F: wrapped forwards": Fault(
         "fastbert/fuse.py",
-        "redirect(module.__dict__[name], {type(module).forward: kind.forward}, seen)",
-        "module.__dict__[name]",
+        "module.__dict__[name] = redirect(before, {own: target}, seen)",
+        "module.__dict__[name] = before",
         f"{PROMISE} -k around",
     ),
     "G: tensors without values": Fault(

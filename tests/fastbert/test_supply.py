@@ -113,10 +113,10 @@ def test_the_sources_unpickle_nothing_and_trust_no_code() -> None:
                 assert not given.get("trust_remote_code"), path
                 if name == "torch.load":
                     assert given.get("weights_only") is True, path
-                if path.parent.name == "cli" and name.startswith("Auto") and last == "from_pretrained":
+                if folder == "fastbert" and name.startswith("Auto") and last == "from_pretrained":
                     loads += 1
                     assert given.get("trust_remote_code") is False or "config" in given, path
-    assert loads >= 6
+    assert loads >= 5
 
 
 def test_what_embed_writes_is_the_users_own(tmp_path: Path) -> None:
