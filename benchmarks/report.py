@@ -35,9 +35,11 @@ Runs = dict[tuple[str, ...], dict[str, dict[str, Any]]]
 
 
 def figure(record: dict[str, Any] | None, name: str, form: str, unit: float = 1) -> str:
-    """A field for a table, in units of `unit`; a dash where the candidate has no time."""
-    if record is None or record["status"] != "ok":
+    """A field for a table, in units of `unit`; in its place what became of the candidate, where it has no time."""
+    if record is None:
         return "-"
+    if record["status"] != "ok":
+        return str(record["status"]).partition(":")[0]
     value = record[name]
     return "-" if value is None else format(value if unit == 1 else value / unit, form)
 
@@ -151,22 +153,18 @@ def _candidates(runs: Runs) -> list[str]:
         for name, record in run.items():
             if record["status"].startswith("UNAVAILABLE"):
                 continue
+            kind = what
+            for beginning in (MODEL, "cold start: ", "operator ", "variant "):
+                kind = kind.removeprefix(beginning)
+            if record["status"] != "ok":  # and why
+                rows.append([kind, *case, name, in_a_line(record["status"]), *["-"] * (len(header) - 6)])
+                continue
             time = figure(record, "median_s", ",.3g" if what.startswith(("operator", "variant")) else ",.1f", 1e-3)
-            if record["status"] != "ok":
-                time = in_a_line(record["status"])  # and why
-            elif record["median_s"] is not None:
+            if record["median_s"] is not None:
                 time += f" ({1000 * record['p20_s']:,.4g} to {1000 * record['p80_s']:,.4g})"
             rows.append(
                 [
-                    *(
-                        what.removeprefix(MODEL)
-                        .removeprefix("cold start: ")
-                        .removeprefix("operator ")
-                        .removeprefix("variant "),
-                        *case,
-                        name,
-                        time,
-                    ),
+                    *(kind, *case, name, time),
                     figure(record, "tokens_per_s", ",.0f"),
                     figure(record, "ratio_to_stock", ".2f"),
                     figure(record, "fraction_of_floor", ".0%"),
