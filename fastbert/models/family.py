@@ -75,9 +75,9 @@ class Family:
     sizes: Mapping[str, Any] = field(
         default_factory=lambda: {
             "vocab_size": 16,
-            "hidden_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 1,
+            "hidden_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 3,
             "pad_token_id": 0,
         }
     )
