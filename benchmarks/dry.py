@@ -8,7 +8,7 @@ The command, and what Python it starts, find one GPU. Its tensors lie in the hos
 "cuda"; streams, events and graphs do nothing; Triton's driver is that of benchmarks/stub.py: kernels are chosen and
 specialised as on a device, and with --compiles compiled, into TRITON_CACHE_DIR, for a device to load. In place of a
 launch an operator's plain-PyTorch twin writes its result, if that takes milliseconds, else zeros. Large results of
-PyTorch's own are zeros, too. What a device refuses is refused: tensors of both kinds in one product, NumPy, reading a
+PyTorch's own are zeros, too. What a device refuses is refused: tensors of both kinds in one matmul, NumPy, reading a
 value while a graph is captured. So a call that fails here fails there; a wrong number says nothing, and no time does.
 torch.compile compiles nothing.
 
@@ -41,7 +41,7 @@ NAME = "no GPU (dry)"
 LARGE = 1 << 22
 """Elements of a tensor that nothing goes through."""
 FLOPS = 1 << 28
-"""Of a product that is taken: milliseconds."""
+"""Of a matmul that is taken: milliseconds."""
 
 _thread = threading.local()
 _held: list[Any] = []
@@ -228,8 +228,8 @@ def install(arch: str, compiles: bool, listed: str | None, layers: int | None, s
 
         return Zeros.apply(again, *(flat[i] for i in places))
 
-    products = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention", "__matmul__"}
-    products |= {"__rmatmul__", "_scaled_mm", "addmm_", "mm_", "conv1d"}
+    matmuls = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention", "__matmul__"}
+    matmuls |= {"__rmatmul__", "_scaled_mm", "addmm_", "mm_", "conv1d"}
     passes = {"gelu", "softmax", "layer_norm", "native_layer_norm", "dropout", "add", "sub", "mul", "div", "abs", "neg"}
     passes |= {
         "double",
@@ -267,7 +267,7 @@ def install(arch: str, compiles: bool, listed: str | None, layers: int | None, s
         "max",
     }
     written = {"copy_", "fill_", "zero_", "normal_", "mul_", "add_", "uniform_", "div_", "gelu_", "clamp_", "sub_"}
-    mixed = products | {
+    mixed = matmuls | {
         "add",
         "sub",
         "mul",
@@ -318,7 +318,7 @@ def install(arch: str, compiles: bool, listed: str | None, layers: int | None, s
             if name in ("reshape", "flatten") and most > LARGE and not args[0].is_contiguous():
                 return _shaped(call, args, more)
             if "out" not in more:
-                if (name in products and flops(tensors) > FLOPS) or (name in passes and most > LARGE):
+                if (name in matmuls and flops(tensors) > FLOPS) or (name in passes and most > LARGE):
                     with torch._C.DisableTorchFunction():
                         return _shaped(call, args, more)
                 if name in ("equal", "allclose") and most > LARGE:
@@ -326,7 +326,7 @@ def install(arch: str, compiles: bool, listed: str | None, layers: int | None, s
                 if name in ("isfinite", "all") and most > LARGE:
                     with torch._C.DisableTorchFunction():
                         return mark(torch.ones_like(_shaped(call, args, more)))
-            elif name in products and flops(tensors) > FLOPS:
+            elif name in matmuls and flops(tensors) > FLOPS:
                 return more["out"]
             if name in written and tensors[0].numel() > LARGE:
                 return tensors[0]
@@ -479,7 +479,7 @@ def install(arch: str, compiles: bool, listed: str | None, layers: int | None, s
     mm = torch.mm
 
     def mm_as(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None, **more: Any) -> Tensor:
-        """A host has no products of 16 bits in float32."""
+        """A host has no matmuls of 16 bits in float32."""
         found = mm(a, b, **more)
         return found if out_dtype is None else found.to(out_dtype)
 

@@ -33,9 +33,9 @@ class Chip:
     """What a GPU can do: rates a second."""
 
     peak: dict[str, float]
-    """FLOPs of matrix products, by the datasheet: what MFU is a fraction of."""
-    product: dict[str, float]
-    """FLOPs of a square product of 8192, as measured through PyTorch."""
+    """FLOPs of GEMMs, by the datasheet: what MFU is a fraction of."""
+    gemm: dict[str, float]
+    """FLOPs of a square GEMM of 8192, as measured through PyTorch."""
     copy: float
     """Bytes, read and written, of a large copy, as measured."""
     multiprocessors: int = 132
@@ -46,7 +46,7 @@ class Chip:
     """From L2 into one multiprocessor: 64 bytes a clock."""
 
 
-# fp8's product: 1,453 TFLOP/s is a public figure for an H100. The rest: read off such GPUs through PyTorch.
+# FP8's GEMM: 1,453 TFLOP/s is a public figure for an H100. The rest: read off such GPUs through PyTorch.
 CHIPS = {
     "NVIDIA H200": Chip({"bf16": DATASHEET["NVIDIA H200"], "fp8": 1978.9e12}, {"bf16": 788e12, "fp8": 1453e12}, 4.3e12),
     "NVIDIA H100 80GB HBM3": Chip(
@@ -60,7 +60,7 @@ class Assumed:
     """What kernels and the host make of a chip. None of it is measured: change it as soon as it is."""
 
     main_loop: float = 0.9
-    """Of the measured product's rate, within the main loop of a product with its operands in shared memory."""
+    """Of the measured GEMM's rate, within the main loop of a GEMM with its operands in shared memory."""
     tile_s: float = 2e-6
     """Start and end of a tile or a block of rows: first loads, epilogue. Persistent kernels hide part of it."""
     attention: float = 340e12
@@ -76,9 +76,9 @@ class Assumed:
     split: bool = True
     """Whether rows beyond whole waves of tiles may take a launch of their own, in smaller tiles."""
     tiles: tuple[tuple[int, int], ...] = ((128, 256), (256, 128), (128, 128), (64, 128), (64, 64), (64, 32))
-    """Of a product; the fastest is taken."""
+    """Of a GEMM; the fastest is taken."""
     folded: bool = False
-    """Whether LayerNorms are part of the products around them."""
+    """Whether LayerNorms are part of the GEMMs around them."""
     overlap: float = 0.0
     """Of tile_s and gap_s, what programmatic dependent launch hides."""
     host_launch_s: float = 10e-6
@@ -104,34 +104,34 @@ class Launch:
     """One launch of a layer, or one a forward."""
 
     name: str
-    kind: str  # "product", "attention" or "rows"
+    kind: str  # "GEMM", "attention" or "rows"
     bytes: int
-    product: tuple[int, int, int] = (0, 0, 0)  # rows, columns and depth
+    gemm: tuple[int, int, int] = (0, 0, 0)  # rows, columns and depth
     pairs: int = 0  # of a query and a key of the same sequence
     block_pairs: int = 0  # the same, with sequences rounded up to blocks
-    products: int = 2  # of attention
-    width: int = 2  # bytes of an operand of a product
+    matmuls: int = 2  # of attention
+    width: int = 2  # bytes of an operand of a GEMM
 
     @property
     def flops(self) -> int:
         """As counts.py has them."""
-        m, n, k = self.product
-        return 2 * m * n * k + self.products * 2 * HIDDEN * self.pairs
+        m, n, k = self.gemm
+        return 2 * m * n * k + self.matmuls * 2 * HIDDEN * self.pairs
 
 
-def _product(name: str, m: int, n: int, k: int, width: int, moved: int) -> Launch:
+def _gemm(name: str, m: int, n: int, k: int, width: int, moved: int) -> Launch:
     """`moved`: bytes beyond the two operands."""
-    return Launch(name, "product", (m * k + n * k) * width + moved, (m, n, k), width=width)
+    return Launch(name, "GEMM", (m * k + n * k) * width + moved, (m, n, k), width=width)
 
 
-def _attention(name: str, lengths: Sequence[int], moved: int, products: int) -> Launch:
+def _attention(name: str, lengths: Sequence[int], moved: int, matmuls: int) -> Launch:
     rounded = [-(-n // BLOCK) * BLOCK for n in lengths]
     pairs, block_pairs = sum(n * n for n in lengths), sum(n * n for n in rounded)
-    return Launch(name, "attention", moved, pairs=pairs, block_pairs=block_pairs, products=products)
+    return Launch(name, "attention", moved, pairs=pairs, block_pairs=block_pairs, matmuls=matmuls)
 
 
 def layer(lengths: Sequence[int], precision: str) -> list[Launch]:
-    """The seven launches of a layer in inference. In fp8 all four products take 8 bits.
+    """The seven launches of a layer in inference. In FP8 all four GEMMs take e4m3 operands.
 
     LayerNorm, GELU and, as after calibration, attention make them of their results.
     """
@@ -140,12 +140,12 @@ def layer(lengths: Sequence[int], precision: str) -> list[Launch]:
     row, starts = t * h, 4 * (len(lengths) + 1)
     norm = Launch("LayerNorm", "rows", 2 * row * 2 + 2 * h * 2 + (row if precision == "fp8" else 0))
     return [
-        _product("qkv", t, 3 * h, h, b, 3 * row * 2 + 3 * h * 2),
+        _gemm("qkv", t, 3 * h, h, b, 3 * row * 2 + 3 * h * 2),
         _attention("attention", lengths, 3 * row * 2 + row * b + starts, 2),
-        _product("projection + residual", t, h, h, b, 2 * row * 2 + h * 2),
+        _gemm("projection + residual", t, h, h, b, 2 * row * 2 + h * 2),
         norm,
-        _product("up + GELU", t, i, h, b, t * i * b + i * 2),
-        _product("down + residual", t, h, i, b, 2 * row * 2 + h * 2),
+        _gemm("up + GELU", t, i, h, b, t * i * b + i * 2),
+        _gemm("down + residual", t, h, i, b, 2 * row * 2 + h * 2),
         norm,
     ]
 
@@ -159,18 +159,18 @@ def training_layer(lengths: Sequence[int]) -> list[Launch]:
     back = Launch("its backward", "rows", 5 * row + 3 * h * 2 + seed)
 
     def gradient(m: int, n: int, k: int) -> Launch:
-        return _product("gradient", m, n, k, 2, m * n * 2)
+        return _gemm("gradient", m, n, k, 2, m * n * 2)
 
     return [
-        _product("qkv", t, 3 * h, h, 2, 3 * row + 3 * h * 2),
+        _gemm("qkv", t, 3 * h, h, 2, 3 * row + 3 * h * 2),
         _attention("attention", lengths, 4 * row + stats + starts + seed, 2),
-        _product("projection", t, h, h, 2, row + h * 2),
+        _gemm("projection", t, h, h, 2, row + h * 2),
         norm,
-        _product("up + GELU", t, i, h, 2, 2 * wide + i * 2),
-        _product("down", t, h, i, 2, row + h * 2),
+        _gemm("up + GELU", t, i, h, 2, 2 * wide + i * 2),
+        _gemm("down", t, h, i, 2, row + h * 2),
         norm,
         back,
-        _product("GELU's backward", t, i, h, 2, 3 * wide),
+        _gemm("GELU's backward", t, i, h, 2, 3 * wide),
         gradient(h, i, t),
         gradient(t, h, i),
         gradient(i, h, t),
@@ -200,9 +200,9 @@ def seconds(launch: Launch, chip: Chip, assumed: Assumed) -> tuple[float, float]
     if launch.kind == "rows":
         return launch.bytes / (chip.copy * assumed.rows), fixed
     if launch.kind == "attention":
-        rate = assumed.attention if launch.products == 2 else assumed.attention_backward
-        return max(launch.products * 2 * HIDDEN * launch.block_pairs / rate, launch.bytes / chip.copy), fixed
-    m, n, _ = launch.product
+        rate = assumed.attention if launch.matmuls == 2 else assumed.attention_backward
+        return max(launch.matmuls * 2 * HIDDEN * launch.block_pairs / rate, launch.bytes / chip.copy), fixed
+    m, n, _ = launch.gemm
     work = min(_tiled(launch, m, tile, chip, assumed) for tile in assumed.tiles)
     for tile in assumed.tiles if assumed.split else ():
         columns = math.ceil(n / tile[1])
@@ -215,9 +215,9 @@ def seconds(launch: Launch, chip: Chip, assumed: Assumed) -> tuple[float, float]
 
 
 def _tiled(launch: Launch, rows: int, tile: tuple[int, int], chip: Chip, assumed: Assumed) -> float:
-    """Seconds of so many rows of a product in tiles of one size; the first one's start and the last one's end apart."""
-    (block_m, block_n), (_, n, k) = tile, launch.product
-    rate = chip.product["fp8" if launch.width == 1 else "bf16"] * assumed.main_loop
+    """Seconds of so many rows of a GEMM in tiles of one size; the first one's start and the last one's end apart."""
+    (block_m, block_n), (_, n, k) = tile, launch.gemm
+    rate = chip.gemm["fp8" if launch.width == 1 else "bf16"] * assumed.main_loop
     loaded = (block_m + block_n) * k * launch.width
     alone = max(2 * block_m * block_n * k / (rate / chip.multiprocessors), loaded / chip.fill_bytes)
     waves, rest = divmod(math.ceil(rows / block_m) * math.ceil(n / block_n), chip.multiprocessors)
@@ -225,7 +225,7 @@ def _tiled(launch: Launch, rows: int, tile: tuple[int, int], chip: Chip, assumed
     if rest:
         work += max(alone, rest * loaded / chip.l2_bytes)
         waves += 1
-    hidden = assumed.persistent if launch.width == 2 else 0.0  # there is no persistent kernel of 8 bits
+    hidden = assumed.persistent if launch.width == 2 else 0.0  # there is no persistent kernel of FP8
     return work + (waves - 1) * assumed.tile_s * (1 - hidden)
 
 
@@ -271,7 +271,7 @@ class Estimate:
     """What the host takes; the device waits for it where it is longer."""
     launches: int
     flops: int
-    product_flops: int
+    gemm_flops: int
 
     @property
     def device(self) -> float:
@@ -292,7 +292,7 @@ def estimate(row: Row, chip: Chip, assumed: Assumed = ASSUMED) -> Estimate:
     if assumed.folded:
         each = [launch for launch in each if "LayerNorm" not in launch.name]
     launches = each * LAYERS + ends(row.lengths)
-    work = {"product": 0.0, "attention": 0.0, "rows": 0.0}
+    work = {"GEMM": 0.0, "attention": 0.0, "rows": 0.0}
     fixed = 0.0
     for launch in launches:
         working, waiting = seconds(launch, chip, assumed)
@@ -302,20 +302,20 @@ def estimate(row: Row, chip: Chip, assumed: Assumed = ASSUMED) -> Estimate:
     if row.way.startswith("graph"):
         host = 0.0  # one launch, and copying ids into place
     flops = [launch.flops for launch in launches]
-    products = sum(launch.flops for launch in launches if launch.kind == "product")
-    return Estimate(work, fixed, host, len(launches), sum(flops), products)
+    gemms = sum(launch.flops for launch in launches if launch.kind == "GEMM")
+    return Estimate(work, fixed, host, len(launches), sum(flops), gemms)
 
 
 def needed(row: Row, goal: float, chip: Chip, found: Estimate) -> float:
     """What reaches `goal` with all else as assumed.
 
-    Of a throughput, the rate of the products as a fraction of the measured one; infinite where what is left takes
+    Of a throughput, the rate of the GEMMs as a fraction of the measured one; infinite where what is left takes
     longer than the goal. Of a latency, the seconds that a launch may take beyond its work; negative likewise.
     """
     if row.way:
         return (row.time(goal) - sum(found.work.values())) / found.launches
-    left = row.time(goal) - (found.device - found.work["product"])
-    return found.product_flops / left / chip.product[row.precision] if left > 0 else math.inf
+    left = row.time(goal) - (found.device - found.work["GEMM"])
+    return found.gemm_flops / left / chip.gemm[row.precision] if left > 0 else math.inf
 
 
 def verdict(row: Row, goal: float, chip: Chip, found: Estimate) -> str:
@@ -327,11 +327,11 @@ def verdict(row: Row, goal: float, chip: Chip, found: Estimate) -> str:
     ask = needed(row, goal, chip, found)
     if row.way:
         return "beyond the assumptions" if ask > 0.5e-6 else "no: the work alone"
-    return "beyond the assumptions" if ask <= 0.9 else "no: products would have to be at the ceiling"
+    return "beyond the assumptions" if ask <= 0.9 else "no: GEMMs would have to be at the ceiling"
 
 
-KERNELS = ("mask layout", "embedding", "qkv", "attention", "product + residual", "LayerNorm", "GELU", "unpack")
-"""What a first forward compiles: each product once, as its depth is no part of the kernel."""
+KERNELS = ("mask layout", "embedding", "qkv", "attention", "GEMM + residual", "LayerNorm", "GELU", "unpack")
+"""What a first forward compiles: each GEMM once, as its depth is no part of the kernel."""
 
 
 def cold_start(assumed: Assumed = ASSUMED) -> float:
@@ -347,18 +347,16 @@ def _ask(row: Row, goal: float, chip: Chip, found: Estimate) -> str:
     ask = needed(row, goal, chip, found)
     if row.way:
         return f"{1e6 * ask:.1f} us a launch"
-    return "-" if ask == math.inf else f"products at {ask:.0%}"
+    return "-" if ask == math.inf else f"GEMMs at {ask:.0%}"
 
 
 def tables(name: str) -> str:
     """Both tables for a chip, in Markdown."""
     chip = CHIPS[name]
-    peak, product = (
-        " and ".join(f"{rates[p] / 1e12:,.0f}" for p in ("bf16", "fp8")) for rates in (chip.peak, chip.product)
-    )
+    peak, gemm = (" and ".join(f"{rates[p] / 1e12:,.0f}" for p in ("bf16", "fp8")) for rates in (chip.peak, chip.gemm))
     lines = [
         f"{name}. MFU is of the datasheet's {peak} TFLOP/s, in bf16 and fp8. *Takes* is what reaches the goal with all",
-        f"else as assumed: the rate of the products, of {product} TFLOP/s as measured at 8192; or what a launch may",
+        f"else as assumed: the rate of the GEMMs, of {gemm} TFLOP/s as measured at 8192; or what a launch may",
         "cost beyond its work.",
         "",
         "| goal | precision | estimate | MFU | goal, stretch | takes | plausible | stretch takes | plausible |",
@@ -366,7 +364,7 @@ def tables(name: str) -> str:
     ]
     parts = [
         "",
-        "| goal | precision | products | attention | rows | starts, ends, gaps | launches | host | most of it |",
+        "| goal | precision | GEMMs | attention | rows | starts, ends, gaps | launches | host | most of it |",
         "|---|---|---:|---:|---:|---:|---:|---:|---|",
     ]
     for row in ROWS:
@@ -405,7 +403,7 @@ def tables(name: str) -> str:
 
 # What each step changes, one after the other; the largest gain in what it is for comes first.
 BEGAN = replace(ASSUMED, main_loop=0.8, tiles=((128, 256), (128, 128)), persistent=0.0, split=False)
-"""Tiles read through pointers: a public sweep of fp16 products has 13 % more by descriptors."""
+"""Tiles read through pointers: a public sweep of fp16 GEMMs has 13 % more by descriptors."""
 STEPS: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (  # name, changes to what is assumed, and to the row
     ("CUDA graphs", {}, {"way": "graph"}),
     ("tiles for few rows", {"tiles": ASSUMED.tiles}, {}),
@@ -414,7 +412,7 @@ STEPS: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (  # name, chang
     ("persistent, first loads hidden", {"persistent": ASSUMED.persistent}, {}),
     ("whole waves", {"split": True}, {}),
     ("persistent, epilogue overlapped", {"persistent": 0.75}, {}),
-    ("LayerNorm in the products", {"folded": True}, {}),
+    ("LayerNorm in the GEMMs", {"folded": True}, {}),
     ("attention at 400, backward at 300 TFLOP/s", {"attention": 400e12, "attention_backward": 300e12}, {}),
     ("fp8", {}, {"precision": "fp8"}),
 )

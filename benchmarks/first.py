@@ -5,10 +5,10 @@
 In this order, each with a deadline of its own:
 
     gates      every operation in bfloat16 at BERT-large's shapes and 128, 2,048 and 21,222 rows, against float64
-    rates      what the device does at best: a product of 8192 x 8192, a copy
+    rates      what the device does at best: a GEMM of 8192 x 8192, a copy
     forwards   BERT-large: SQuAD's lengths and dense 512 at batch 128, then one text of 128 tokens. Stock on sdpa,
                fused, fused with CUDA graphs, stock packed by torch's varlen attention
-    operators  every product of BERT-large at 21,222, 65,536 and 128 rows: cuBLAS, shipped, persistent, tiles of
+    operators  every GEMM of BERT-large at 21,222, 65,536 and 128 rows: cuBLAS, shipped, persistent, tiles of
                128 x 128; attention against sdpa and varlen
     training   the gates of what only training runs; its rows are benchmarks/suite.py's
 
@@ -492,7 +492,7 @@ def forwards(steps: Steps, size: str, batch: int, device: Any, keep: Callable[[d
 def operators(
     steps: Steps, size: str, rows: Sequence[int], device: Any, rates: Any, about: Any, keep: Callable[[Any], None]
 ) -> None:
-    """Every product at every number of rows, the largest first, and attention; by ways of `benchmarks/variants.py`."""
+    """Every GEMM at every number of rows, the largest first, and attention; by ways of `benchmarks/variants.py`."""
     import torch
 
     from benchmarks import variants
@@ -509,7 +509,7 @@ def operators(
     found = problems(sizes, dtype, launch.architecture(device), multiprocessors=launch.multiprocessors(device))
     work = [problem for problem in found if problem.key[0] in ("linear", "attention")]
     rig, checker = Gpu(device, sizes, dtype), Checker(work, device)
-    # Of a product: shipped at so many rows, the likeliest persistent one, tiles of 128 x 128, cuBLAS.
+    # Of a GEMM: shipped at so many rows, the likeliest persistent one, tiles of 128 x 128, cuBLAS.
     chosen = {
         (problem.name, count): variants.configurations(problem, count, work, rig.shared_limit)[0]
         for problem, count in variants.cases(work, rows)

@@ -1,11 +1,11 @@
-"""What LayerNorm folded into the product after it would do to the numbers; on a CPU, in plain PyTorch.
+"""What LayerNorm folded into the GEMM after it would do to the numbers; on a CPU, in plain PyTorch.
 
     python benchmarks/folding.py [--layers 6] [--hidden 1024] [--rows 200]
 
 Folded, nobody writes LayerNorm(t): with W' = gamma * W, rounded once more,
     LayerNorm(t) @ W.T + b = rstd * (t @ W'.T - mean * W'.sum(1)) + (beta @ W.T + b)
 and mean and rstd come of partial sums of 16 columns, combined in one order as Chan has it. Rounding is emulated;
-products are those of 16-bit numbers in float32. The weights are random; t is plain, or has three features far out, or a
+GEMMs are those of 16-bit numbers in float32. The weights are random; t is plain, or has three features far out, or a
 mean far from 0. Prints the error of the last layer against float64: of stock and, over it, of what fastbert does, of
 folding, and what the policy allows.
 """
@@ -67,7 +67,7 @@ def run(x: Tensor, layers: Sequence[Weights], dtype: torch.dtype, way: str) -> T
         mean, rstd = moments(t)  # of a residual: in float32, and rounded nowhere
         return (t - mean) * rstd * w["gamma" + which] + w["beta" + which]
 
-    def product(t: Tensor, y: Tensor, w: Weights | None, which: str, matrix: Tensor) -> Tensor:
+    def gemm(t: Tensor, y: Tensor, w: Weights | None, which: str, matrix: Tensor) -> Tensor:
         """Of LayerNorm(t), which is y where it isn't folded."""
         if way != "folded" or w is None:
             return y @ matrix.T
@@ -83,12 +83,12 @@ def run(x: Tensor, layers: Sequence[Weights], dtype: torch.dtype, way: str) -> T
     before = None
     for each in layers:
         w = {name: weight.to(work) for name, weight in each.items()}
-        qkv = rounded(product(t, x, before, "2", w["qkv"]))
+        qkv = rounded(gemm(t, x, before, "2", w["qkv"]))
         q, k, v = qkv.unflatten(1, (3, -1, 64)).permute(1, 2, 0, 3)
         context = rounded(F.scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(1))
         t = total(context @ w["out"].T, w, x)
         x = normed(t, w, "1")
-        up = product(t, x, w, "1", w["up"])
+        up = gemm(t, x, w, "1", w["up"])
         act = rounded(F.gelu(rounded(up) if way == "stock" else up))
         t = total(act @ w["down"].T, w, x)
         x, before = normed(t, w, "2"), w

@@ -8,7 +8,7 @@ ptxas' version, and of the kernel's source and specialisation; not of torch, nor
 says there whether the keys can match. Work is listed without compiling, by launches on a device that isn't there
 (benchmarks/dry.py), in this order:
 
-    headline   what benchmarks/first.py launches: the gates of inference, BERT-large's forwards, the products compared
+    headline   what benchmarks/first.py launches: the gates of inference, BERT-large's forwards, the GEMMs compared
     training   the gates of training
     rows       what benchmarks/suite.py times next: throughput with fp8, latency, training steps
     tests      what tests marked `gpu` launch; listing it takes a quarter of an hour

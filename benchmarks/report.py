@@ -145,7 +145,7 @@ def measured(records: Iterable[dict[str, Any]]) -> str:
 def _candidates(runs: Runs) -> list[str]:
     """A row for each candidate that ran."""
     header = [
-        *("what", "model", "dtype", "workload", "run", "ms", "tokens/s", "x stock", "of the floor", "MFU"),
+        *("what", "model", "dtype", "workload", "run", "ms", "tokens/s", "x stock", "% of roofline", "MFU"),
         *("memory, MiB", "error", "repeats"),
     ]
     rows = []

@@ -322,7 +322,7 @@ def _describe(case: Case, rig: Any, common: dict[str, Any]) -> tuple[dict[str, A
 
 def table(found: Sequence[dict[str, Any]]) -> Iterator[str]:
     """For each case stock, the shipped configuration and the fastest three, in microseconds."""
-    yield f"{'what':<22}{'rows':<12}{'stock':>10}{'fused':>10}{'floor':>8}   fastest"
+    yield f"{'what':<22}{'rows':<12}{'stock':>10}{'fused':>10}{'roofline':>10}   fastest"
     runs: dict[tuple[str, str], dict[str, Any]] = {}
     for record in found:
         run = runs.setdefault((record["what"], record["workload"]), {})
@@ -334,7 +334,7 @@ def table(found: Sequence[dict[str, Any]]) -> Iterator[str]:
         floor = run["fused"]["fraction_of_floor"] if "fused" in run else None
         best = "; ".join(f"{r['candidate']} {1e6 * r['median_s']:.1f}" for r in ours[:3])
         name, rows = what.removeprefix("variant "), workload.removesuffix(" rows")
-        yield f"{name:<22}{rows:<12}{cells[0]:>10}{cells[1]:>10}{'-' if floor is None else f'{floor:.0%}':>8}   {best}"
+        yield f"{name:<22}{rows:<12}{cells[0]:>10}{cells[1]:>10}{'-' if floor is None else f'{floor:.0%}':>10}   {best}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -343,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--rows", nargs="+", type=int, default=[21222, 65536, 128], metavar="N")
     parser.add_argument("--train", action="store_true", help="the kernels of the backward, too")
-    parser.add_argument("--precision", choices=("fp8",), help="products in 8 bits, in place of those in --dtype")
+    parser.add_argument("--precision", choices=("fp8",), help="GEMMs in FP8, in place of those in --dtype")
     parser.add_argument("--minutes", type=float, default=3.0, help="stop about then; default: 3")
     parser.add_argument("--output", type=Path, metavar="DIR", help="write records to DIR/<device>/<date>-<commit>.json")
     given = parser.parse_args(argv)

@@ -135,7 +135,7 @@ def main() -> int:
             statuses.append(record["status"])
     print(
         "x stock: times stock's speed. ideal: padded tokens / real tokens. MiB: memory beyond the weights.\n"
-        "floor: share of the speed that matrix products, as measured in this run, would allow."
+        "roofline: share of the speed that matmuls, as measured in this run, would allow."
     )
 
     good = same and all(report.ok for report in reports) and set(statuses) == {"ok"}

@@ -1,4 +1,4 @@
-"""Pretrains BERT from scratch on plain text: a WordPiece vocabulary of one's own, masked words and sentence pairs.
+"""Pretrains BERT from scratch on plain text: its own WordPiece vocabulary, masked words and sentence pairs.
 
     python examples/pretraining.py --model google-bert/bert-base-uncased \\
         --train train.txt --eval held_out.txt --output runs/pretraining --epochs 40

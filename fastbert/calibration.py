@@ -1,4 +1,4 @@
-"""Scales for inference in 8 bits, and which products it is not for, by measurement on texts of one's own."""
+"""Scales for FP8 inference, and which GEMMs it is not for, by measurement on your own texts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import numerics
 from .fuse import fuse, unfuse
-from .layers.fp8 import PRODUCTS, Fp8, Key, calibrated
+from .layers.fp8 import GEMMS, Fp8, Key, calibrated
 from .runtime.registry import encoder_of, layers_in
 from .verify import at_real_tokens, batches_of, inner_model, real_tokens, twin
 
@@ -22,8 +22,8 @@ ROOM = (8, 4, 2, 1)
 
 
 @dataclass(frozen=True)
-class CalibratedProduct:
-    """One product of one layer."""
+class CalibratedGemm:
+    """One GEMM of one layer."""
 
     layer: int
     name: str
@@ -31,7 +31,7 @@ class CalibratedProduct:
     """Magnitude among what it multiplies by its weight, at real tokens."""
     scale: float
     error: float
-    """Of the last hidden states, relative, with this product alone in 8 bits."""
+    """Of the last hidden states, relative, with this GEMM alone in FP8."""
     kept: bool
     """Whether it stays in the model's dtype."""
 
@@ -40,22 +40,22 @@ class CalibratedProduct:
 class Calibration:
     """What `calibrate` found, and has written to the model's config."""
 
-    products: Sequence[CalibratedProduct]
+    gemms: Sequence[CalibratedGemm]
     error: float
-    """Of the last hidden states, relative to the model's dtype, with all products in 8 bits but those kept."""
+    """Of the last hidden states, relative to the model's dtype, with all GEMMs in FP8 but those kept."""
     texts: int
     tokens: int
 
     def __str__(self) -> str:
-        kept = [f"layer {p.layer} {p.name}" for p in self.products if p.kept]
+        kept = [f"layer {p.layer} {p.name}" for p in self.gemms if p.kept]
         lines = [
             f"{self.texts} texts, {self.tokens} tokens: last hidden states within {self.error:.1%}",
-            f"in the model's dtype: {', '.join(kept) or 'no product'}",
-            "layer  " + "  ".join(f"{name:>8}" for name in PRODUCTS) + "   error with one product in 8 bits; *: kept",
+            f"in the model's dtype: {', '.join(kept) or 'no GEMM'}",
+            "layer  " + "  ".join(f"{name:>8}" for name in GEMMS) + "   error with one GEMM in FP8; *: kept",
         ]
-        for layer in sorted({p.layer for p in self.products}):
-            cells = {p.name: f"{p.error:.2%}" + ("*" if p.kept else " ") for p in self.products if p.layer == layer}
-            lines.append(f"{layer:5}  " + "  ".join(f"{cells.get(name, '- '):>8}" for name in PRODUCTS))
+        for layer in sorted({p.layer for p in self.gemms}):
+            cells = {p.name: f"{p.error:.2%}" + ("*" if p.kept else " ") for p in self.gemms if p.layer == layer}
+            lines.append(f"{layer:5}  " + "  ".join(f"{cells.get(name, '- '):>8}" for name in GEMMS))
         return "\n".join(lines)
 
 
@@ -67,19 +67,19 @@ def calibrate(
     batch_size: int = 8,
     tolerance: float = 0.1,
 ) -> Calibration:
-    """Finds static scales for `fuse(model, precision="fp8")` and the products to leave out of it.
+    """Finds static scales for `fuse(model, precision="fp8")` and the GEMMs to leave out of it.
 
     What it finds goes into the model's config, as config.fastbert, and with it into config.json: `fuse` reads it there.
-    A model that is fused in 8 bits already goes on by it. Scales leave room for eight times what was seen, where that
+    A model that is fused in FP8 already goes on by it. Scales leave room for eight times what was seen, where that
     costs no precision. After training further, calibrate again.
 
     Args:
         model: a Hugging Face model with any head, fused or not, or a module that holds one.
         inputs: texts as the model will meet them, a few dozen; or tensors, as `fastbert.verify` takes them.
         tokenizer: for texts; default: the one `model` carries, as a SentenceTransformer does.
-        batch_size: how many texts go into one forward. On the first batch every product is tried alone.
+        batch_size: how many texts go into one forward. On the first batch every GEMM is tried alone.
         tolerance: the largest relative error (Frobenius norm) of the last hidden states, on the first batch, that
-            8 bits may cause. The products that cost most for their share of FLOPs stay in the model's dtype until it
+            FP8 may cause. The GEMMs that cost most for their share of FLOPs stay in the model's dtype until it
             holds.
 
     Returns:
@@ -88,7 +88,7 @@ def calibrate(
     Raises:
         ValueError: an argument is out of range, empty, or lacks what it needs; ids are not of the model; what the model
             computes isn't finite.
-        UnsupportedModelError: the model can't run in 8 bits on its device.
+        UnsupportedModelError: the model can't run in FP8 on its device.
     """
     if not 0 < tolerance < math.inf:
         raise ValueError(f"tolerance is {tolerance}; expected a positive number")
@@ -104,33 +104,33 @@ def calibrate(
     base = working.base_model
     fuse(working, precision="fp8")  # refused before anything is computed, where it can't be
     encoder = encoder_of(base)
-    products = encoder.fastbert.fp8.groups(layers_in(encoder))
+    gemms = encoder.fastbert.fp8.groups(layers_in(encoder))
     unfuse(working)
 
     def scales_of(chosen: Iterable[Key]) -> list[dict[str, float | None]]:
         wanted, layers = set(chosen), len(layers_in(encoder))
-        return [{n: scales[i, n] if (i, n) in wanted else None for n in PRODUCTS} for i in range(layers)]
+        return [{n: scales[i, n] if (i, n) in wanted else None for n in GEMMS} for i in range(layers)]
 
     def error(chosen: Iterable[Key]) -> float:
         encoder.fastbert.fp8 = Fp8(scales_of(chosen))
         return numerics.relative_error(_last(base, first, real), truth)
 
     with torch.inference_mode():
-        largest = _observe(base, batches, products, {})
+        largest = _observe(base, batches, gemms, {})
         smallest = {key: _least_scale(value) for key, value in largest.items()}
-        errors = _observe(base, batches, products, smallest)
+        errors = _observe(base, batches, gemms, smallest)
         scales = {key: smallest[key] * _room(errors, key) for key in smallest}
 
         fuse(working, padding="packed")
         first, real = batches[0], real_tokens(batches[0])
         truth = _last(base, first, real).double()
-        alone = {key: error([key]) for key in products}
+        alone = {key: error([key]) for key in gemms}
         chosen = dict(alone)
-        # Errors of products add up as independent ones do, about; whether it was so is looked at in the end.
+        # Errors of GEMMs add up as independent ones do, about; whether it was so is looked at in the end.
         while chosen and math.hypot(*chosen.values()) > tolerance:
-            del chosen[_dearest(chosen, products)]
+            del chosen[_dearest(chosen, gemms)]
         while (total := error(chosen)) > tolerance and chosen:
-            del chosen[_dearest(chosen, products)]
+            del chosen[_dearest(chosen, gemms)]
     if not math.isfinite(total):
         raise ValueError("inputs: the model's last hidden states on the first batch are not finite")
 
@@ -143,10 +143,7 @@ def calibrate(
             settings.graphs.drop()
     tokens = [real_tokens(batch) for batch in batches]
     return Calibration(
-        [
-            CalibratedProduct(key[0], key[1], largest[key], scales[key], alone[key], key not in chosen)
-            for key in products
-        ],
+        [CalibratedGemm(key[0], key[1], largest[key], scales[key], alone[key], key not in chosen) for key in gemms],
         total,
         sum(mask.shape[0] for mask in tokens),
         sum(int(mask.sum()) for mask in tokens),
@@ -172,13 +169,13 @@ def _last(base: Any, batch: Mapping[str, Tensor], real: Tensor) -> Tensor:
 def _observe(
     base: Any,
     batches: Sequence[Mapping[str, Tensor]],
-    products: Mapping[Key, Sequence[Any]],
+    gemms: Mapping[Key, Sequence[Any]],
     smallest: Mapping[Key, float],
 ) -> dict[Any, float]:
-    """Looks at what the products of a stock model multiply, at real tokens, over all batches.
+    """Looks at what the GEMMs of a stock model multiply, at real tokens, over all batches.
 
     Returns:
-        Without `smallest`, the largest magnitude by layer and product. With it, by layer, product and factor of ROOM,
+        Without `smallest`, the largest magnitude by layer and GEMM. With it, by layer, GEMM and factor of ROOM,
         the squared error of rounding to e4m3 in a scale of factor times `smallest`.
     """
     found: dict[Any, Tensor] = {}
@@ -196,7 +193,7 @@ def _observe(
             rounded = (x / scale).clamp_(-448, 448).to(torch.float8_e4m3fn).float() * scale
             add((key, factor), (rounded - x).square().sum(dtype=torch.float64), torch.add)
 
-    hooks = [group[0].register_forward_pre_hook(partial(look, key=key)) for key, group in products.items()]
+    hooks = [group[0].register_forward_pre_hook(partial(look, key=key)) for key, group in gemms.items()]
     try:
         for batch in batches:
             real = real_tokens(batch)
@@ -216,6 +213,6 @@ def _room(errors: Mapping[Any, float], key: Key) -> int:
     return next(factor for factor in ROOM if own[factor] <= 1.02**2 * min(own.values()))
 
 
-def _dearest(errors: Mapping[Key, float], products: Mapping[Key, Sequence[Any]]) -> Key:
-    """The product that costs most squared error for its FLOPs."""
-    return max(errors, key=lambda key: errors[key] ** 2 / sum(linear.weight.numel() for linear in products[key]))
+def _dearest(errors: Mapping[Key, float], gemms: Mapping[Key, Sequence[Any]]) -> Key:
+    """The GEMM that costs most squared error for its FLOPs."""
+    return max(errors, key=lambda key: errors[key] ** 2 / sum(linear.weight.numel() for linear in gemms[key]))

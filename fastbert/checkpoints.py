@@ -1,4 +1,4 @@
-"""What is asked for by `--model` and `--device`: looked for, and loaded, with errors that say what is wrong."""
+"""The checkpoint and the device that are asked for: looked for, and loaded, with errors that say what is wrong."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .usage import UsageError, in_a_line
 def check_folder(path: str) -> None:
     """Raises UsageError where `path` can only be a folder and there is none: the hub isn't asked."""
     if path.startswith(("/", ".", "~")) and not os.path.isdir(path):
-        raise UsageError(f"--model {path}: no such folder")
+        raise UsageError(f"{path}: no such folder", "model")
 
 
 def default_device(name: str | None) -> torch.device:
@@ -29,10 +29,10 @@ def default_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
-            raise UsageError(f"--device {name}: expected cpu or cuda")
+            raise UsageError(f"{name}: expected cpu or cuda", "device")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"{name}: {str(error).splitlines()[0]}", "device") from error
     return device
 
 
@@ -42,7 +42,7 @@ def load_config(path: str) -> Any:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever reading files and asking the hub raises: to a user it is one thing
-        raise UsageError(f"--model {path}: {in_a_line(error)}") from error
+        raise UsageError(f"{path}: {in_a_line(error)}", "model") from error
 
 
 def load_base(path: str, dtype: str | None, device: torch.device) -> Any:
@@ -52,7 +52,7 @@ def load_base(path: str, dtype: str | None, device: torch.device) -> Any:
         kind = "auto" if dtype is None else getattr(torch, dtype)
         return AutoModel.from_pretrained(path, config=config, dtype=kind, trust_remote_code=False).to(device).eval()
     except Exception as error:  # as above
-        raise UsageError(f"--model {path}: {in_a_line(error)}") from error
+        raise UsageError(f"{path}: {in_a_line(error)}", "model") from error
 
 
 def load_model(path: str) -> tuple[Any, Any]:
@@ -67,12 +67,12 @@ def load_model(path: str) -> tuple[Any, Any]:
         name = (config.architectures or ["AutoModel"])[0]
         kind = getattr(transformers, name, None)
         if kind is None:
-            raise UsageError(f"--model {path}: transformers has no class {name}, which its config names")
+            raise UsageError(f"{path}: transformers has no class {name}, which its config names", "model")
         model = kind.from_pretrained(path, dtype="auto")
     except UsageError:
         raise
     except Exception as error:  # whatever reading files and checking repositories raises: to a user it is one thing
-        raise UsageError(f"--model {path}: {in_a_line(error)}") from error
+        raise UsageError(f"{path}: {in_a_line(error)}", "model") from error
     return model, load_tokenizer(path)
 
 
@@ -86,7 +86,7 @@ def load_tokenizer(path: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever reading files and asking the hub raises: to a user it is one thing
-        raise UsageError(f"--model {path}: {in_a_line(error)}") from error
+        raise UsageError(f"{path}: {in_a_line(error)}", "model") from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes up where there is none
-        raise UsageError(f"--model {path}: holds no tokenizer")
+        raise UsageError(f"{path}: holds no tokenizer", "model")
     return tokenizer

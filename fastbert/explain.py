@@ -9,7 +9,7 @@ from torch import nn
 
 from .fuse import base_models
 from .layers.embeddings import embeddings_are_foreign
-from .layers.fp8 import PRODUCTS
+from .layers.fp8 import GEMMS
 from .runtime.plan import UNKNOWN, decide, why_dense
 from .runtime.readers import Reads, outermost, unknown_reader
 from .runtime.registry import embeddings_of, encoder_of, family_of, layers_of
@@ -52,7 +52,7 @@ class EncoderExplanation:
     fp8: str | None = None
     """Where that is "fp8": what an ordinary call at this moment would make of it, in a line."""
     not_fp8: dict[str, str] = field(default_factory=dict)
-    """There, products of layers that don't run in 8 bits, by name ("layer 0 down"), each with the reason."""
+    """There, GEMMs of layers that don't run in FP8, by name ("layer 0 down"), each with the reason."""
     dense: str | None = None
     """Why calls with padding run in the dense layout; None where they are packed, if what they ask for allows it."""
     outside: str | None = None
@@ -159,8 +159,8 @@ def _explain_fp8(base: Any, settings: Settings) -> tuple[str | None, dict[str, s
         why = fp8_is_unsupported(sample.device) or "gradients are enabled, or it is training, autocast or torch.compile"
         return f"off: {why}", {}
     reasons = settings.fp8.reasons(layers, family.fused)
-    products = len(PRODUCTS) * len(layers)
+    gemms = len(GEMMS) * len(layers)
     how = "a scale of each row's own" if settings.fp8.scales is None else "scales from calibration"
     simulated = ", simulated" if sample.device.type == "cpu" else ""
-    line = f"{products - len(reasons)} of {products} products, {how}{simulated}"
+    line = f"{gemms - len(reasons)} of {gemms} GEMMs, {how}{simulated}"
     return line, {f"layer {i} {name}": why for (i, name), why in reasons.items()}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import transformers
 from torch import nn
 
-from .layers.fp8 import PRODUCTS, Fp8, calibrated
+from .layers.fp8 import GEMMS, Fp8, calibrated
 from .layers.layer import STOCK
 from .runtime.readers import HOLDS, HOOKS, Holder, reader_of
 from .runtime.registry import REGISTERED, encoder_of, layers_of
@@ -108,7 +108,7 @@ def fuse(
             from the labelled tokens alone: the (batch, tokens, vocabulary) logits are never made.
         cuda_graphs: whether inference on a GPU launches the layers of small batches as one CUDA graph, by buckets of
             their sizes: see docs/latency.md. Elsewhere it changes nothing; `explain` says why.
-        precision: None: that of the model's dtype. "fp8": inference multiplies weights and activations of 8 bits
+        precision: None: that of the model's dtype. "fp8": inference multiplies weights and activations of FP8
             (e4m3), by the scales that `calibrate` left in the model's config, or else one of each row's own; outside
             the numerical policy, see docs/fp8.md. It takes compute capability 8.9; on a CPU it is simulated. Training,
             calls with gradients enabled, autocast and torch.compile run in the model's dtype.
@@ -119,7 +119,7 @@ def fuse(
     Raises:
         UnsupportedModelError: nothing in `model` could be fused, or not in this `precision`; nothing was changed:
             whatever fails, or is interrupted, leaves the model as it was.
-        ValueError: `padding` or `precision` is none of those; what the config says of 8 bits doesn't fit the model.
+        ValueError: `padding` or `precision` is none of those; what the config says of FP8 doesn't fit the model.
         TypeError: `model` is not a torch.nn.Module, or `cuda_graphs` not a bool.
     """
     if not isinstance(cuda_graphs, bool):
@@ -204,15 +204,15 @@ def _fuse(model: nn.Module, supported: list[tuple[Any, Any, Settings]], loss_onl
 
 
 def _fp8(name: str, base: Any, family: Any) -> Fp8:
-    """What inference of a base model in 8 bits needs; raises where there can be none."""
+    """What inference of a base model in FP8 needs; raises where there can be none."""
     if reason := fp8_is_unsupported(next(encoder_of(base).parameters()).device):
         raise UnsupportedModelError(f"{name} can't be fused with precision='fp8': {reason}")
     state = Fp8(calibrated(base.config))
     layers = layers_of(base)
-    if len(reasons := state.reasons(layers, family.fused)) == len(PRODUCTS) * len(layers):
-        (index, product), why = next(iter(reasons.items()))
+    if len(reasons := state.reasons(layers, family.fused)) == len(GEMMS) * len(layers):
+        (index, gemm), why = next(iter(reasons.items()))
         raise UnsupportedModelError(
-            f"{name} can't be fused with precision='fp8': no product can run in 8 bits; layer {index} {product}: {why}"
+            f"{name} can't be fused with precision='fp8': no GEMM can run in FP8; layer {index} {gemm}: {why}"
         )
     return state
 

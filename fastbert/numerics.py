@@ -8,11 +8,11 @@ plus one rounding of the stored result:
 
 There is no absolute tolerance and no cosine gate.
 
-In 8 bits (`fuse(model, precision="fp8")`) the same holds with another stock: one whose linear layers multiply what
-`as_fp8` makes of their weights and inputs, and a slack of FP8_SLACK. It says that nothing but the 8 bits themselves is
+In FP8 (`fuse(model, precision="fp8")`) the same holds with another stock: one whose linear layers multiply what
+`as_fp8` makes of their weights and inputs, and a slack of FP8_SLACK. It says that nothing but FP8 itself is
 lost; what they cost a task is reported beside it (`fastbert.quality`), and not judged.
 
-A single GEMM of 8-bit numbers is judged by a stock GEMM of the same numbers in float32. Hopper's tensor cores add such
+A single GEMM of FP8 numbers is judged by a stock GEMM of the same numbers in float32. Hopper's tensor cores add such
 products up in fewer bits than float32 has: there stock is `reference_fp8.mm_on_hopper`, which has such sums, each taken
 over into float32 after `launch.FP8_EXACT_K` products. What adds up more of them, or in fewer bits, exceeds the bound.
 """
@@ -24,7 +24,7 @@ import torch
 SLACK = 1.1
 
 FP8_SLACK = 1.25
-"""In 8 bits: one scale for all rows rounds the outliers that a row's own scale, as stock has it there, makes exact.
+"""In FP8: one scale for all rows rounds the outliers that a row's own scale, as stock has it there, makes exact.
 
 That costs a tenth on all-MiniLM-L6-v2 (docs/fp8.md); a scale that saturates costs several times as much.
 """
@@ -36,7 +36,7 @@ def unit_roundoff(dtype: torch.dtype) -> float:
 
 
 def as_fp8(x: torch.Tensor) -> torch.Tensor:
-    """x (..., K) after each row has been rounded to 8 bits (e4m3) in the scale that makes its largest magnitude 448."""
+    """x (..., K) after each row has been rounded to FP8 (e4m3) in the scale that makes its largest magnitude 448."""
     scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-30) / 448
     return ((x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
 

@@ -10,7 +10,19 @@ from pathlib import Path
 
 
 class UsageError(Exception):
-    """What the user asked for can't be done; the message, one line, says why."""
+    """What the user asked for can't be done.
+
+    Args:
+        told: one line: what is wrong, and what was expected.
+        argument: the name of the argument at fault, which goes before it: the command line puts its option there.
+    """
+
+    def __init__(self, told: str, argument: str = "") -> None:
+        super().__init__(told, argument)
+        self.told, self.argument = told, argument
+
+    def __str__(self) -> str:
+        return f"{self.argument} {self.told}" if self.argument else self.told
 
 
 def in_a_line(error: Exception) -> str:

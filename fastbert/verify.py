@@ -97,7 +97,7 @@ class Report:
     precision: str | None = None
     """As `fuse` takes it."""
     quality: Sequence[Measure] = ()
-    """In 8 bits, what that changes in what the model is used for; it decides nothing."""
+    """In FP8, what that changes in what the model is used for; it decides nothing."""
     padding: Sensitivity = field(default_factory=lambda: Sensitivity({}, False, "not asked"))
     """Whether what the whole model returns depends on what stands at padding."""
 
@@ -176,7 +176,7 @@ class Report:
             return "NOT VERIFIED: " + "; ".join(f"{layout} ran stock: {why}" for layout, why in self.not_fused.items())
         if self.padding.packed:
             return "DEPARTS from stock: padding is read, and packed away"
-        bound = "the numerical policy" if self.precision is None else "the bound of 8 bits, numerics.FP8_SLACK"
+        bound = "the numerical policy" if self.precision is None else "the bound of FP8, numerics.FP8_SLACK"
         return f"ok: every output is within {bound}" if self.ok else "NOT VERIFIED: nothing was compared"
 
 
@@ -255,7 +255,7 @@ def verify(
         device: where fused and stock run; default: the model's. The truth is always computed on the CPU.
         layouts: which layouts of the fused path to run, of "packed" and "dense".
         batch_size: how many texts go into one forward.
-        precision: as `fuse` takes it. In 8 bits the bound is set by stock with its linear layers in 8 bits, and the
+        precision: as `fuse` takes it. In FP8 the bound is set by stock with its linear layers in FP8, and the
             report says what they change in what the model is used for.
 
     Returns:
@@ -360,7 +360,7 @@ def _padding(
 
 
 def stock_in_fp8(inner: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A stock twin of `inner` whose linear layers multiply 8-bit numbers, where `inner`, fused in 8 bits, would."""
+    """A stock twin of `inner` whose linear layers multiply FP8 numbers, where `inner`, fused in FP8, would."""
     model = twin(inner, device, dtype)
     encoder = encoder_of(fuse(model, precision="fp8").base_model)
     for group in encoder.fastbert.fp8.groups(layers_in(encoder)).values():

@@ -200,7 +200,7 @@ def attention_kernel(
     for start_n in range(0, length, BLOCK_N):
         keep = offs_n < length - start_n
         mask_kv = keep[:, None] & mask_d
-        if key_mask_ptr is not None:  # asked for before the product, which hides its latency
+        if key_mask_ptr is not None:  # asked for before the matmul, which hides its latency
             keep = tl.load(key_mask_ptr + sequence * max_seqlen + start_n + offs_n, mask=keep, other=False)
         k = tl.load(k_tile_ptr + k_offs, mask=mask_kv, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
@@ -255,7 +255,7 @@ def attention_kernel(
     out = acc.to(q_ptr.dtype.element_ty)
     if out_ptr.dtype.element_ty == tl.float8e4nv:  # of the rounded result, as it is where that comes from memory
         out = to_e4m3(out.to(tl.float32) * out_inverse_scale)
-        # Compared anew: for the layout that 8 bits are stored in, a mask from above would be carried through the loop.
+        # Compared anew: for the layout that FP8 is stored in, a mask from above would be carried through the loop.
         mask_q = (offs_m[:, None] < length - start_m) & mask_d
     tl.store(out_tile_ptr + out_offs, out, mask=mask_q)
 

@@ -43,7 +43,7 @@ def _matmul_dtype(x: Tensor) -> torch.dtype:
 
 @functools.cache
 def _has_fused_epilogues(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's products with an epilogue are here and worth it: in 16 bits, where passes over memory count."""
+    """Whether oneDNN's GEMMs with an epilogue are here and worth it: in 16 bits, where passes over memory count."""
     return dtype.itemsize == 2 and _has_native_matmul(dtype)
 
 
@@ -52,7 +52,7 @@ def _fuses_epilogue(x: Tensor, weight: Tensor) -> bool:
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x @ weight.T + bias` in the dtype matrix products run in: a new tensor, for an epilogue to change in place."""
+    """`x @ weight.T + bias` in the dtype matmuls run in: a new tensor, for an epilogue to change in place."""
     dtype = _matmul_dtype(x) if x.dtype.itemsize == 2 else x.dtype
     return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
@@ -96,7 +96,7 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor)
     if x.dtype.itemsize == 2 and _fuses_epilogue(x, weight):
         fused: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
         return fused
-    # Added after the product: accumulating onto the residual would round every partial sum to its magnitude.
+    # Added after the GEMM: accumulating onto the residual would round every partial sum to its magnitude.
     return _affine(x, weight, bias).add_(residual).to(x.dtype)
 
 

@@ -1,7 +1,7 @@
 """Cross-entropy over a vocabulary, from hidden states, without ever holding all logits.
 
 `linear_cross_entropy` and `linear_cross_entropy_backward` are the Triton twins of the functions of those names in
-`reference`. Rows are taken some at a time: their logits are a plain product, torch's, and one program a row walks them,
+`reference`. Rows are taken some at a time: their logits are a plain GEMM, torch's, and one program a row walks them,
 for the logarithm of their exponentials' sum or, in the backward, to turn them into their own gradients in place.
 
 Labels are checked on the device, as ids are in `embedding`: no row is read out of bounds, and where assertions do

@@ -31,7 +31,7 @@ class Config:
     variant: str = ""
     """Which of the operation's kernels; "" is the one that every GPU and every shape runs."""
     group_m: int = 8
-    """Of products: rows of tiles walked through column by column together, their operand in the L2 cache meanwhile."""
+    """Of GEMMs: rows of tiles walked through column by column together, their operand in the L2 cache meanwhile."""
     programs: int = 0
     """Programs an SM, each of which walks through tiles; 0: one program a tile."""
     max_registers: int = 0
@@ -44,7 +44,7 @@ MEASURED: dict[str, str] = {}
 figures: registers, shared memory, programs an SM."""
 
 VARIANTS = ("", "persistent")
-"""What `Config.variant` may be. "persistent", of products of 16 bits: `programs` an SM, each of which walks through
+"""What `Config.variant` may be. "persistent", of 16-bit GEMMs: `programs` an SM, each of which walks through
 tiles that the tensor memory accelerator loads; for sm_90 and later."""
 LIBRARY = "library"
 """One more, of GEMMs: PyTorch's, by cuBLAS, then what the epilogue does, pass by pass. It chooses among kernels by the
@@ -210,7 +210,7 @@ def float32_precision() -> str:
 
 
 def input_precision(dtype: torch.dtype) -> str:
-    """How the products of a kernel's matrix multiplications are taken: "ieee" or, for float32 where allowed, "tf32".
+    """How a kernel multiplies matrices: "ieee" or, for float32 where allowed, "tf32".
 
     As stock does: by `float32_precision`, on NVIDIA GPUs.
     """
@@ -242,7 +242,7 @@ def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 # Attention: by architecture, then (bytes of an element, head_dim rounded up to a power of two). Not measured yet: the
 # reasons are what the compiler reports, registers a thread, shared memory, and so how many programs share an SM. Blocks
-# of 64 waste little at the ends of sequences. In float32, IEEE products spill with fewer warps, larger tiles or more
+# of 64 waste little at the ends of sequences. In float32, IEEE matmuls spill with fewer warps, larger tiles or more
 # stages. benchmarks/NOTES.md counts what bounds head_dim 64.
 _ATTENTION: dict[str, dict[tuple[int, int], Config]] = {
     "sm_80": {
@@ -427,10 +427,10 @@ _PERSISTENT_SM_90 = Config(128, 256, 64, 8, 4, "persistent", programs=1)  # 224 
 _LINEAR: dict[str, dict[int, tuple[tuple[float, Config], ...]]] = {
     "sm_80": {
         2: (
-            (2048, Config(128, 128, 32, 4, 4)),  # two programs an SM: one's epilogue under the other's products
+            (2048, Config(128, 128, 32, 4, 4)),  # two programs an SM: one's epilogue under the other's main loop
             (_ANY, Config(128, 256, 32, 8, 4)),  # a quarter less traffic an operation; block_k 64 leaves no register
         ),
-        4: ((_ANY, Config(64, 128, 32, 8, 3)),),  # the largest tile whose IEEE products and separate sums fit
+        4: ((_ANY, Config(64, 128, 32, 8, 3)),),  # the largest tile whose IEEE matmul and separate sums fit
     },
     "sm_90": {
         # Two warp groups of m64n256 wgmma. At full speed they read 48 bytes a clock and SM from the L2 cache, which has
@@ -497,7 +497,7 @@ class Rates(NamedTuple):
     """What an SM of an architecture does in a clock, and the cycles a tile takes beyond its main loop."""
 
     multiply_adds: int
-    """Of 16-bit numbers with sums in float32; of 8-bit ones twice as many."""
+    """Of 16-bit numbers with sums in float32; of FP8 ones twice as many."""
     l2_bytes: int
     """From the L2 cache, where all SMs load."""
     shared_bytes: int
@@ -552,7 +552,7 @@ def tile_cycles(
 LINEAR_CANDIDATES: dict[str, tuple[Config, ...]] = {
     "sm_90": (
         Config(128, 256, 64, 8, 4),  # 192 KiB; by pointers, which were in the tables before there were figures
-        Config(128, 128, 64, 4, 3, "persistent", programs=2),  # 104 KiB; one's epilogue under the other's products
+        Config(128, 128, 64, 4, 3, "persistent", programs=2),  # 104 KiB; one's epilogue under the other's main loop
     ),
     "sm_100": (Config(128, 256, 64, 8, 3, "persistent", programs=1),),
 }
@@ -657,7 +657,7 @@ def full_waves(
     return first if cycles(config, first) + 2 * rates.launch + rest < cycles(config, rows) else rows
 
 
-# The product whose epilogue is GELU's derivative, by bytes an element. Two results and what they are made from are held
+# The GEMM whose epilogue is GELU's derivative, by bytes an element. Two results and what they are made from are held
 # beside the sums: with four warps, or wider tiles, that spills. Not measured yet. On sm_90 registers allow one program
 # an SM: two loads of block_k 32 ahead are 512 cycles of wgmma, less than a load takes, and 64 halves the barriers.
 _LINEAR_BACKWARD = {2: Config(128, 128, 32, 8, 3), 4: Config(64, 128, 32, 8, 3)}
@@ -672,7 +672,7 @@ def linear_backward_config(arch: str, dtype: torch.dtype, n: int, k: int) -> Con
     return (_LINEAR_BACKWARD_SM_90 if arch == "sm_90" else _LINEAR_BACKWARD)[dtype.itemsize]
 
 
-# Products in 8 bits: by architecture, (n below which it applies, configuration). Not measured yet: counted from
+# FP8 GEMMs: by architecture, (n below which it applies, configuration). Not measured yet: counted from
 # registers and shared memory a program, as the ahead-of-time compilation reports them. With exact sums (below) a tile
 # is held twice: 128 x 256 spills.
 _LINEAR_FP8: dict[str, tuple[tuple[float, Config], ...]] = {
@@ -689,15 +689,15 @@ LINEAR_FP8_TILES: dict[str, tuple[Config, ...]] = {
         Config(64, 32, 128, 4, 8),
     ),
 }
-"""As LINEAR_TILES, of 8-bit GEMMs: each tile adds four steps of 32 elements in one chain, and the sums in float32."""
+"""As LINEAR_TILES, of FP8 GEMMs: each tile adds four steps of 32 elements in one chain, and the sums in float32."""
 
 FP8_EXACT_K = 128
-"""How many products of 8-bit numbers Hopper adds up in fewer bits than float32 has, before the sum goes to float32."""
+"""How many products of FP8 numbers Hopper adds up in fewer bits than float32 has, before the sum goes to float32."""
 
 
 @_tunable("block_m", "block_n", "block_k", "num_warps", "num_stages", "group_m")
 def linear_fp8_config(arch: str, n: int, k: int, rows: int = MANY_ROWS, multiprocessors: int = 0) -> Config:
-    """The tiles of a GEMM of 8-bit numbers with a weight of shape (n, k). Arguments as `linear_config`'s."""
+    """The tiles of a GEMM of FP8 numbers with a weight of shape (n, k). Arguments as `linear_config`'s."""
     if n % 16:
         return _LINEAR_FP8_UNALIGNED
     if arch in LINEAR_FP8_TILES:

@@ -1,10 +1,10 @@
-"""Linear layers: one matrix product with its epilogue (bias, GELU, residual) in one launch.
+"""Linear layers: one GEMM with its epilogue (bias, GELU, residual) in one launch.
 
 `linear`, `linear_gelu`, `linear_add`, `qkv_linear` and `feed_forward` are the Triton twins of the functions of those
 names in `reference`: same arguments, same result, on a GPU. They share one kernel. `linear_gelu_backward` has its own,
-a product whose epilogue is GELU's derivative; the other gradients are plain products, and torch's.
+a GEMM whose epilogue is GELU's derivative; the other gradients are plain GEMMs, and torch's.
 
-Products accumulate in float32, the epilogue runs in float32, and there is one rounding, at the store. float32 inputs
+GEMMs accumulate in float32, the epilogue runs in float32, and there is one rounding, at the store. float32 inputs
 are multiplied as PyTorch is set to on CUDA (`launch.float32_precision`): IEEE by default, or TF32.
 
 K is never split, and is added up in one order whatever the tile, so a row of the result is bitwise the same whatever
@@ -51,7 +51,7 @@ def normal_tail(z):
 def gelu_erf_16(x):
     """GELU for results of 16 bits: a third of the instructions that erf takes, and as exact below 0 as above.
 
-    Where one program has an SM, nothing runs beside its epilogue: erf's took half as long as the products at k 1024.
+    Where one program has an SM, nothing runs beside its epilogue: erf's took half as long as the GEMM at k 1024.
     """
     z = tl.minimum(tl.abs(x), 16.0)  # past it the tail is 0, and infinity times 0 is not
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) - z * normal_tail(z)
@@ -445,7 +445,7 @@ def _by_library(
     pre: Tensor | None,
     out: Tensor,
 ) -> Tensor:
-    """The same by PyTorch's products, into `out`: cuBLAS adds the bias; what else there is takes a pass each."""
+    """The same by PyTorch's GEMMs, into `out`: cuBLAS adds the bias; what else there is takes a pass each."""
     n = out.shape[1] // sum(weight is not None for weight in weights)
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         if weight is not None:
@@ -514,7 +514,7 @@ def qkv_linear(
 ) -> Tensor:
     """Query, key and value projections: x (T, K), weights (N, K), biases (N,) or None -> (T, 3, N), contiguous.
 
-    One product, in which the three weights are read where they are: nothing is concatenated.
+    One GEMM, in which the three weights are read where they are: nothing is concatenated.
 
     Raises:
         ValueError: shapes that don't fit together.
@@ -630,7 +630,7 @@ def linear_gelu_backward(grad: Tensor, weight: Tensor, pre: Tensor, approximate:
     """Back through `gelu(pre) @ weight.T`: grad (T, N), weight (N, I), pre (T, I).
 
     Returns:
-        (grad @ weight) * gelu'(pre), (T, I); and gelu(pre), (T, I), which the gradient of `weight` is a product with.
+        (grad @ weight) * gelu'(pre), (T, I); and gelu(pre), (T, I), which the gradient of `weight` is a GEMM with.
 
     Raises:
         ValueError: shapes that don't fit together, or another `approximate` than "none" or "tanh".

@@ -1,9 +1,9 @@
-"""Linear layers in 8 bits: products of e4m3 rows and e4m3 weights, with their epilogue, in one launch; inference alone.
+"""Linear layers in FP8: GEMMs of e4m3 rows and e4m3 weights, with their epilogue, in one launch; inference alone.
 
 `linear_fp8`, `linear_gelu_fp8` and `linear_add_fp8` are the Triton twins of the functions of those names in
 `reference_fp8`. They share one kernel.
 
-The epilogue runs in float32, with one rounding at the store. Hopper is reported to add products of 8-bit numbers up in
+The epilogue runs in float32, with one rounding at the store. Hopper is reported to add products of FP8 numbers up in
 some 14 bits; here no more than EXACT_K of them before the sum is taken over into float32. That costs registers and
 additions. What is left is an error of 1.2e-4 (`reference_fp8.mm_on_hopper`), which tests on a GPU hold it to: less than
 a tenth of a rounding to bfloat16, and 1/300 of what `quantize_fp8` loses.

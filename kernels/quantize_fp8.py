@@ -1,4 +1,4 @@
-"""Rows in 8 bits (e4m3, torch.float8_e4m3fn), with or without LayerNorm first, in one launch.
+"""Rows in FP8 (e4m3, torch.float8_e4m3fn), with or without LayerNorm first, in one launch.
 
 `quantize_fp8` and `layer_norm_fp8` are the Triton twins of the functions of those names in `reference_fp8`. One program
 takes one row, held in registers: its largest magnitude, and so a scale of its own, costs no second pass, and a row's
@@ -21,8 +21,8 @@ from .compiled import run
 from .dependent import wait_for_previous
 from .layer_norm import _plan, normalize
 
-# The interpreter truncates where it should round to e4m3, makes a number of its NaN, and multiplies no 8-bit numbers:
-# there conversions are spelled out, and products are taken of float32.
+# The interpreter truncates where it should round to e4m3, makes a number of its NaN, and multiplies no FP8 numbers:
+# there conversions are spelled out, and float32 is multiplied.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -124,7 +124,7 @@ def _launch(
 
 
 def quantize_fp8(x: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    """x (T, H) in units of `scale`, or of one of each row's own, in 8 bits; and those of the rows.
+    """x (T, H) in units of `scale`, or of one of each row's own, in FP8; and those of the rows.
 
     Args:
         x: (T, H), any floating dtype.

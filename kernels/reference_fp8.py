@@ -1,6 +1,6 @@
-"""Plain-PyTorch twins of the 8-bit kernels: the same signatures, the same quantized numbers.
+"""Plain-PyTorch twins of the FP8 kernels: the same signatures, the same quantized numbers.
 
-They are the oracle: asked for a result in float64 they give the exact product of the quantized numbers, but for
+They are the oracle: asked for a result in float64 they give the exact GEMM of the quantized numbers, but for
 float64's own rounding.
 """
 
@@ -30,7 +30,7 @@ def own_scale(largest: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_fp8(x: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    """x (T, H) in units of `scale`, or of one of each row's own, in 8 bits; and those of the rows.
+    """x (T, H) in units of `scale`, or of one of each row's own, in FP8; and those of the rows.
 
     Args:
         x: (T, H), any floating dtype.
@@ -117,7 +117,7 @@ def mm_on_hopper(x: Tensor, weight: Tensor, exact_k: int, fraction_bits: int = 1
 def _affine(
     x: Tensor, row_scale: Tensor | None, weight: Tensor, col_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """The product in float32, or float64 where that is asked for: a new tensor, for an epilogue to change in place."""
+    """The GEMM in float32, or float64 where that is asked for: a new tensor, for an epilogue to change in place."""
     inner = torch.promote_types(dtype, torch.float32)
     out = torch.mm(x.to(inner), weight.to(inner).t()).mul_(col_scale)
     if row_scale is not None and row_scale.numel():

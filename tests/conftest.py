@@ -95,8 +95,8 @@ def nothing_cold_in_a_quick_run(request: pytest.FixtureRequest) -> Iterator[None
 
 
 @pytest.fixture(scope="session", autouse=True)
-def products_rounded_once() -> Iterator[None]:
-    """The interpreter's products, summed in float64: NumPy's are as exact as the BLAS of this CPU.
+def matmuls_rounded_once() -> Iterator[None]:
+    """The interpreter's matmuls, summed in float64: NumPy's are as exact as the BLAS of this CPU.
 
     Without AVX-512 they have up to 1.6 times the error of torch's, which sets the bound; a kernel is judged, not they.
     """
@@ -110,7 +110,7 @@ def products_rounded_once() -> Iterator[None]:
     def create_dot(self: Any, a: Any, b: Any, accumulator: Any, *options: Any) -> Any:
         x, y, z = (operand.data for operand in (a, b, accumulator))
         if not all(np.issubdtype(operand.dtype, np.floating) for operand in (x, y, z)):
-            return plain(self, a, b, accumulator, *options)  # bits of 8-bit numbers or of bfloat16, or integers
+            return plain(self, a, b, accumulator, *options)  # bits of FP8 numbers or of bfloat16, or integers
         total = np.matmul(x.astype(np.float64), y.astype(np.float64)) + z
         return interpreter.TensorHandle(total.astype(z.dtype), accumulator.dtype.scalar)
 

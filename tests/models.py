@@ -108,7 +108,7 @@ def assert_all_within_policy(
     """The policy over many tensors at once, each scaled to about the norm of its truth so that none hides another.
 
     Their errors share causes, and one tensor's alone is often that of a few numbers: its ratio to stock's then varies,
-    with the CPU and how its products split their sums, by more than the policy's slack.
+    with the CPU and how its GEMMs split their sums, by more than the policy's slack.
     """
     assert fused.keys() == stock.keys() == truth.keys()
     assert truth

@@ -97,7 +97,7 @@ FAULTS = {
         "",
         f"{PROMISE} -k Neighbours",
     ),
-    "B: embeddings of one's own": Fault(
+    "B: custom embeddings": Fault(
         "fastbert/runtime/plan.py",
         "foreign = embeddings_are_foreign(model) is not None",
         "foreign = False",

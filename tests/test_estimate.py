@@ -16,7 +16,7 @@ from fastbert.measure import counts
 from fastbert.measure.cases import SHAPES
 
 H200 = estimate.CHIPS["NVIDIA H200"]
-# Round figures: a product at 132 TFLOP/s is one at 1 TFLOP/s a multiprocessor.
+# Round figures: a GEMM at 132 TFLOP/s is one at 1 TFLOP/s a multiprocessor.
 ROUND = estimate.Chip(
     {"bf16": 2e14, "fp8": 4e14}, {"bf16": 132e12, "fp8": 264e12}, copy=1e12, l2_bytes=1e18, fill_bytes=1e18
 )
@@ -37,8 +37,8 @@ def test_costs_are_those_that_are_counted(train: bool) -> None:
 def test_eight_bits_halve_the_operands_of_products() -> None:
     for half, full in zip(estimate.layer((512,), "fp8"), estimate.layer((512,), "bf16"), strict=True):
         assert half.flops == full.flops
-        m, n, k = full.product
-        saved = m * k + n * k if half.kind == "product" else 0
+        m, n, k = full.gemm
+        saved = m * k + n * k if half.kind == "GEMM" else 0
         if full.name == "up + GELU":
             saved += m * n  # its result is an operand
         if full.name == "attention":
@@ -48,12 +48,12 @@ def test_eight_bits_halve_the_operands_of_products() -> None:
         assert full.bytes - half.bytes == saved, full.name
 
 
-def test_the_time_of_a_product() -> None:
+def test_the_time_of_a_gemm() -> None:
     """132 tiles of 128 x 128 x 1000 are one each: 32.768 MFLOP at 1 TFLOP/s; a 133rd is a second one's time."""
     assumed = replace(PLAIN, tiles=((128, 128),))
-    one = estimate.Launch("", "product", 0, (128, 128 * 132, 1000))
+    one = estimate.Launch("", "GEMM", 0, (128, 128 * 132, 1000))
     assert estimate.seconds(one, ROUND, assumed) == pytest.approx((32.768e-6, 1.5))
-    more = estimate.Launch("", "product", 0, (128, 128 * 132 + 1, 1000))
+    more = estimate.Launch("", "GEMM", 0, (128, 128 * 132 + 1, 1000))
     assert estimate.seconds(more, ROUND, assumed)[0] == pytest.approx(2 * 32.768e-6 + 1.0)
     hidden = replace(assumed, persistent=0.75, overlap=0.5)
     assert estimate.seconds(more, ROUND, hidden) == pytest.approx((2 * 32.768e-6 + 0.25, 0.75))
@@ -67,7 +67,7 @@ def test_the_time_of_a_product() -> None:
 def test_the_last_wave() -> None:
     """A tile alone has more of the cache than one of 132; rows beyond a whole wave may take a launch of their own."""
     assumed = replace(PLAIN, tiles=((128, 128),))
-    more = estimate.Launch("", "product", 0, (128 * 132 + 1, 128, 1000))
+    more = estimate.Launch("", "GEMM", 0, (128 * 132 + 1, 128, 1000))
     slow = replace(ROUND, l2_bytes=1e9)
     assert estimate.seconds(more, slow, assumed)[0] == pytest.approx(132 * 512e-6 + 512e-6 + 1.0)
     small = replace(assumed, tiles=((128, 128), (16, 16)))
@@ -80,14 +80,14 @@ def test_the_last_wave() -> None:
 
 def test_the_fastest_tile_is_taken() -> None:
     """64 x 64 x 1000: one tile of 128 x 128 has four times the work; of 64 x 32 there are two, on two of them."""
-    launch = estimate.Launch("", "product", 0, (64, 64, 1000))
+    launch = estimate.Launch("", "GEMM", 0, (64, 64, 1000))
     times = [estimate.seconds(launch, ROUND, replace(PLAIN, tiles=(tile,)))[0] for tile in ((128, 128), (64, 32))]
     assert times == pytest.approx([32.768e-6, 4.096e-6])
     assert estimate.seconds(launch, ROUND, replace(PLAIN, tiles=((128, 128), (64, 32))))[0] == times[1]
 
 
 def test_the_time_of_attention_and_of_rows() -> None:
-    """Lengths 64 and 65: blocks of 64 make that 64 and 128. Two products of 2 x 1024 FLOPs a pair at 1 TFLOP/s."""
+    """Lengths 64 and 65: blocks of 64 make that 64 and 128. Two matmuls of 2 x 1024 FLOPs a pair at 1 TFLOP/s."""
     attention = estimate.layer((64, 65), "bf16")[1]
     assert attention.flops == 4096 * (64**2 + 65**2)
     assert estimate.seconds(attention, ROUND, PLAIN)[0] == pytest.approx(4096 * (64**2 + 128**2) / 1e12)
@@ -100,7 +100,7 @@ def row(name: str, precision: str = "bf16", way: str = "") -> estimate.Row:
 
 
 def test_what_a_goal_takes() -> None:
-    """With products at the rate that is asked for, and all else as it was, the batch takes the goal's time."""
+    """With GEMMs at the rate that is asked for, and all else as it was, the batch takes the goal's time."""
     for each in estimate.ROWS:
         found = estimate.estimate(each, H200)
         ask = estimate.needed(each, each.goal, H200, found)
@@ -108,8 +108,8 @@ def test_what_a_goal_takes() -> None:
         if each.way:
             time = work + found.launches * ask
         else:
-            products = found.product_flops / (ask * H200.product[each.precision])
-            time = products + found.device - found.work["product"]
+            gemms = found.gemm_flops / (ask * H200.gemm[each.precision])
+            time = gemms + found.device - found.work["GEMM"]
         assert time == pytest.approx(each.goal / 1000 if each.way else len(each.lengths) / each.goal)
 
 
@@ -132,7 +132,7 @@ def test_launches_and_what_they_cost() -> None:
     assert graph.launches == 24 * 7 + 3
     assert graph.host == 0
     assert graph.fixed == pytest.approx(171 * 3e-6)
-    assert graph.work["product"] > 24 * 25.2e6 / 4.3e12
+    assert graph.work["GEMM"] > 24 * 25.2e6 / 4.3e12
     hidden = estimate.estimate(row("1 x 128", way="graph, PDL"), H200)
     assert hidden.fixed == pytest.approx(171 * 2e-6)
     # Without PDL 335 GFLOP a sequence of 512 at 989 TFLOP/s would be 2,953 a second.

@@ -533,6 +533,56 @@ def test_no_paths_of_one_machine() -> None:
             assert not found, f"{name}: {found}"
 
 
+def tracked(*suffixes: str) -> Iterator[tuple[str, str]]:
+    """(name, text) of the files of the tree that end so, but for this one, which holds what it forbids."""
+    for name in listed():
+        path = ROOT / name
+        if path.is_file() and name.endswith(suffixes) and name != "tests/test_house.py":
+            yield name, path.read_text(encoding="utf-8")
+
+
+WORDS = {
+    r"(?<![\w.])8[- ]bits?\b": "FP8",
+    r"\bone's own\b": "custom",
+    r"\bmatrix[- ]products?\b|\bPRODUCTS\b": "matmul or GEMM",
+    r"\bderived class|\bchild class": "subclass",
+    r"\bspeed-ups?\b": "speedup",
+    r"\bof the floor\b": "of roofline",
+}
+"""What is not said here, and the field's word for it."""
+
+
+def test_words_are_the_fields() -> None:
+    for banned, word in WORDS.items():
+        for name, text in tracked(".py", ".md", ".toml", "Makefile"):
+            found = re.search(banned, text)
+            assert not found, f"{name} says {found[0]!r}; say {word}"
+
+
+def test_errors_of_the_library_name_arguments() -> None:
+    """The command line puts its option in their place: `UsageError.argument`."""
+    option = re.compile(r"(?<![\w-])--[a-z]")
+    assert option.search("--model x: no such folder")
+    for name, path in sources():
+        if room(name) == "cli":
+            continue
+        raises = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Raise)]
+        for node in (part for each in raises for part in ast.walk(each)):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not option.search(node.value), f"{path}, line {node.lineno}: names an option"
+
+
+# Annotations of the library that say nothing. Fewer is better: this is what there were when last counted.
+MOST_ANY = 663
+
+
+def test_any_is_rare() -> None:
+    """The name `Any` wherever it is used, and not where it is imported."""
+    nodes = (node for _, path in sources() for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    count = sum(isinstance(node, ast.Name) and node.id == "Any" for node in nodes)
+    assert count <= MOST_ANY, f"{count} uses of Any; name the type, or object where any will do"
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_can_be_planted(name: str, tmp_path: Path) -> None:
     """Those of `make mutants`: where the line has changed, so must the fault."""

@@ -123,7 +123,8 @@ def _run(argv: Sequence[str] | None) -> int:
             status: int = _module(arguments.command).run(arguments)
         print(end="", flush=True)
     except UsageError as error:
-        print(f"fastbert {arguments.command}: {error}", file=sys.stderr)
+        option = f"--{error.argument.replace('_', '-')} " if error.argument else ""
+        print(f"fastbert {arguments.command}: {option}{error.told}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"fastbert {arguments.command}: interrupted", file=sys.stderr)

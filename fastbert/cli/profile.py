@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 HELP = "where the time of a forward or a training step goes, by operator"
 DESCRIPTION = (
     "Traces the fused model and tells for every operator its calls, time, share, FLOPs and bytes a "
-    "second and how much of the floor that is, by ceilings measured in the same run; and host gaps, host "
+    "second and % of roofline, by ceilings measured in the same run; and host gaps, host "
     "synchronisations, tokens a second and peak memory. Exit status: 0 done, 2 bad usage, 130 interrupted."
 )
 EXAMPLES = (

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--train", action="store_true", help="the kernels of the backward, too")
-    kind.add_argument("--precision", choices=("fp8",), help='the products of fuse(model, precision="fp8")')
+    kind.add_argument("--precision", choices=("fp8",), help='the GEMMs of fuse(model, precision="fp8")')
     parser.add_argument(
         "--library", action="store_true", help="PyTorch's GEMMs, too, for use after fastbert.set_batch_invariant(False)"
     )

@@ -49,13 +49,13 @@ def read_recipe(folder: Path) -> Recipe:
     """What a sentence-transformers folder says; the defaults of a plain checkpoint, which has no modules.json.
 
     Raises:
-        UsageError: it has modules or a pooling that this command has not.
+        UsageError: it has modules or a pooling that `embed` has not.
     """
 
     def load(*path: str) -> Any:
         name = os.path.normpath(os.path.join(*path))
         if os.path.isabs(name) or name.startswith(".."):
-            raise UsageError(f"--model {folder}: names a file outside of it, {name}")
+            raise UsageError(f"{folder}: names a file outside of it, {name}", "model")
         file = folder / name
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
@@ -65,14 +65,16 @@ def read_recipe(folder: Path) -> Recipe:
     kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
     if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
         raise UsageError(
-            f"--model {folder}: has modules {', '.join(kinds)}; expected Transformer, Pooling [, Normalize]"
+            f"{folder}: has modules {', '.join(kinds)}; expected Transformer, Pooling [, Normalize]", "model"
         )
     config = load(modules[1]["path"], "config.json")
     modes = config.get("pooling_mode") or [mode for key, mode in _LEGACY.items() if config.get(key)] or "mean"
     modes = [modes] if isinstance(modes, str) else modes
     pooling = _NAMES.get(modes[0], modes[0])
     if len(modes) > 1 or pooling not in POOLINGS or config.get("include_prompt") is False:
-        raise UsageError(f"--model {folder}: pools by {config}; expected one of {', '.join(POOLINGS)}, prompt included")
+        raise UsageError(
+            f"{folder}: pools by {config}; expected one of {', '.join(POOLINGS)}, prompt included", "model"
+        )
     whole = load("config_sentence_transformers.json")
     prompt = (whole.get("prompts") or {}).get(whole.get("default_prompt_name"), "") or ""
     longest = load("sentence_bert_config.json").get("max_seq_length")
@@ -86,7 +88,7 @@ def pool(rows: Tensor, cu_seqlens: Tensor, how: str) -> Tensor:
 
     Args:
         rows: (T, H), of sequences end to end.
-        cu_seqlens: (B + 1,) where each starts; none is empty.
+        cu_seqlens: (B + 1,) cumulative lengths; no sequence is empty.
         how: one of POOLINGS.
 
     Returns:
@@ -130,7 +132,7 @@ class Encoder:
         device = self.model.device
         rows = self.model.get_input_embeddings().num_embeddings
         if (largest := int(tokens.ids.max(initial=0))) >= rows:
-            raise UsageError(f"--model: its tokenizer gives token {largest}, its embeddings have 0 to {rows - 1}")
+            raise UsageError(f"has a tokenizer that gives token {largest}, and embeddings of 0 to {rows - 1}", "model")
         for chosen in self.batches(tokens.lengths):
             lengths = tokens.lengths[chosen]
             cu_seqlens = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
@@ -193,24 +195,28 @@ def load(
         recipe = read_recipe(Path(path)) if Path(path).is_dir() else Recipe()
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         told = f"{type(error).__name__}: {in_a_line(error)}"
-        raise UsageError(f"--model {path}: its modules are not as sentence-transformers writes them: {told}") from error
+        raise UsageError(
+            f"{path}: its modules are not as sentence-transformers writes them: {told}", "model"
+        ) from error
     given: dict[str, Any] = {"pooling": pooling, "normalize": normalize, "prompt": prompt, "max_length": max_length}
     recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
     model = load_base(path, dtype, device)
     try:
         model = fuse(model)
     except ValueError as error:  # UnsupportedModelError is one
-        raise UsageError(f"--model {path}: {in_a_line(error)}") from error
+        raise UsageError(f"{path}: {in_a_line(error)}", "model") from error
     with torch.inference_mode():
         if reason := explain(model).encoders[0].reason:
-            raise UsageError(f"--model {path}: runs stock ({reason}); expected a model that runs fused")
+            raise UsageError(f"{path}: runs stock ({reason}); expected a model that runs fused", "model")
     if tokenizer.cls_token_id is None and recipe.pooling == "cls":
-        raise UsageError("--pooling cls: the tokenizer has no such token")
+        raise UsageError("cls: the tokenizer has no such token", "pooling")
     longest = positions(model.embeddings)
     limit = longest if recipe.max_length is None else min(longest, recipe.max_length)
     least = tokenizer.num_special_tokens_to_add() + 1
     if limit < least:
-        raise UsageError(f"--max-length is {limit}; expected at least {least}, of which {least - 1} are special tokens")
+        raise UsageError(
+            f"is {limit}; expected at least {least}, of which {least - 1} are special tokens", "max_length"
+        )
     if max_length is not None and max_length > longest:
-        raise UsageError(f"--max-length is {max_length}; the model has positions for {longest}")
+        raise UsageError(f"is {max_length}; the model has positions for {longest}", "max_length")
     return model, recipe, limit

@@ -1,7 +1,7 @@
 """Embeddings of a corpus, in shards, to be taken up again where it was stopped.
 
-Rows are read in order, and every `--shard-rows` of them are a shard. A process beside reads ahead and tokenises; here
-the texts of a shard are sorted by length, cut into batches of about `--batch-tokens` tokens, laid end to end without
+Rows are read in order, and every `shard_rows` of them are a shard. A process beside reads ahead and tokenises; here
+the texts of a shard are sorted by length, cut into batches of about `batch_tokens` tokens, laid end to end without
 padding, run through the fused model, pooled, and written. What a shard holds depends on its own rows alone, so that a
 run that was killed, and one over many ranks, leave the same files as one that ran through.
 """
@@ -239,14 +239,14 @@ def embed(
         "rejected", "truncated" and "tokens".
 
     Raises:
-        UsageError: what is asked for can't be done; it names options as the command line has them.
+        UsageError: what is asked for can't be done; it names the argument.
     """
     logging.disable_progress_bar()
-    for option, value in (("batch-tokens", batch_tokens), ("shard-rows", shard_rows), ("workers", workers)):
+    for name, value in (("batch_tokens", batch_tokens), ("shard_rows", shard_rows), ("workers", workers)):
         if value is not None and value < 1:
-            raise UsageError(f"--{option} is {value}; expected at least 1")
+            raise UsageError(f"is {value}; expected at least 1", name)
     if os.path.exists(output) and not os.path.isdir(output):
-        raise UsageError(f"--output {output}: is a file; expected a folder")
+        raise UsageError(f"{output}: is a file; expected a folder", "output")
     source = Input(files, column, id_column)
     rank, world, local = _place()
     if world > 1 and "-" in files:
@@ -282,7 +282,7 @@ def embed(
         except BrokenProcessPool as error:
             raise UsageError("a process that tokenises has died: killed, or out of memory?") from error
         except torch.OutOfMemoryError as error:
-            raise UsageError(f"out of memory on {where} with --batch-tokens {batch_tokens}; expected fewer") from error
+            raise UsageError(f"is {batch_tokens}: {where} is out of memory; expected fewer", "batch_tokens") from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

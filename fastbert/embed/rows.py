@@ -59,7 +59,7 @@ class Input:
             raise UsageError("- is given twice; standard input can be read once")
         for path, kind in self._files:
             if kind == "txt" and key_column is not None:
-                raise UsageError(f"--id-column is given with {path}, which has no columns")
+                raise UsageError(f"is given with {path}, which has no columns", "id_column")
         self.is_stream = "-" in paths
         self._sizes = [0 if path == "-" else os.path.getsize(path) for path, _ in self._files]
         self._done = 0
@@ -173,9 +173,9 @@ class Input:
             raise UsageError(f"{path}: {error}") from error
 
     def _need(self, path: str, names: Sequence[str]) -> None:
-        for option, column in (("--column", self.column), ("--id-column", self.key_column)):
+        for name, column in (("column", self.column), ("id_column", self.key_column)):
             if column is not None and column not in names:
-                raise UsageError(f"{option} {column}: {path} has no such column; it has {', '.join(names) or 'none'}")
+                raise UsageError(f"{column}: {path} has no such column; it has {', '.join(names) or 'none'}", name)
 
     def _fields(self, found: dict[str, Any]) -> tuple[Any, Any]:
         key = found.get(self.key_column) if self.key_column else None

@@ -53,7 +53,9 @@ class Shards:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = self._hold()
         except OSError as error:
-            raise UsageError(f"--output {folder}: {in_a_line(error)}; expected a folder that can be written") from error
+            raise UsageError(
+                f"{folder}: {in_a_line(error)}; expected a folder that can be written", "output"
+            ) from error
         try:
             for left in folder.glob("*.partial"):
                 owner = re.match(r"part-(\d+)\.|manifest\.json\.(\d+)-", left.name)
@@ -63,7 +65,7 @@ class Shards:
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):
-                raise UsageError(f"--output {folder}: {in_a_line(error)}") from error
+                raise UsageError(f"{folder}: {in_a_line(error)}", "output") from error
             raise
 
     def close(self) -> None:
@@ -81,7 +83,7 @@ class Shards:
             except BlockingIOError as error:
                 file.close()
                 raise UsageError(
-                    f"--output {self.folder}: another process, of rank {self.rank} too, is writing there"
+                    f"{self.folder}: another process, of rank {self.rank} too, is writing there", "output"
                 ) from error
             except OSError:  # a file system without locks
                 return file
@@ -96,7 +98,7 @@ class Shards:
         if not manifest.exists():
             if holds_shards:
                 raise UsageError(
-                    f"--output {self.folder}: holds shards without a manifest.json; expected an empty folder"
+                    f"{self.folder}: holds shards without a manifest.json; expected an empty folder", "output"
                 )
             self._put("manifest.json", _json({"settings": self._settings, "complete": False}), new=True)
         try:
@@ -109,7 +111,7 @@ class Shards:
             self._put("manifest.json", _json({"settings": self._settings, "complete": False}))
         elif names:
             differ = "; ".join(f"{name} {there.get(name)!r}, not {self._settings.get(name)!r}" for name in names)
-            raise UsageError(f"--output {self.folder}: holds shards made with {differ}; expected another folder")
+            raise UsageError(f"{self.folder}: holds shards made with {differ}; expected another folder", "output")
 
     def is_own(self, index: int) -> bool:
         """Whether a shard is written here."""
@@ -151,7 +153,7 @@ class Shards:
             hashes = {file: hashlib.sha256(data).hexdigest() for file, data in files.items()}
             self._put(f"{name}.json", _json({"files": hashes, **about}))
         except OSError as error:
-            raise UsageError(f"--output {self.folder}: {in_a_line(error)}") from error
+            raise UsageError(f"{self.folder}: {in_a_line(error)}", "output") from error
 
     def finish(self, count: int) -> dict[str, Any] | None:
         """The totals of `count` shards, put into the manifest; None while another rank's are still missing."""
@@ -167,7 +169,7 @@ class Shards:
                 for lock in self.folder.glob("rank-*.lock"):  # of processes that were killed
                     lock.unlink(missing_ok=True)
         except OSError as error:
-            raise UsageError(f"--output {self.folder}: {in_a_line(error)}") from error
+            raise UsageError(f"{self.folder}: {in_a_line(error)}", "output") from error
         return summary
 
     def _put(self, name: str, data: bytes, new: bool = False) -> None:

@@ -65,7 +65,7 @@ def embeddings_are_foreign(model: Any) -> str | None:
         kind = kind.__mro__[2]  # fully_shard's subclass of it is (FSDPModule, kind)
     stock, forward, fused, called = model.own_embeddings
     if kind is not stock and kind is not fused:
-        return f"the embeddings are a {kind.__name__} of one's own"
+        return f"the embeddings are a custom {kind.__name__}"
     if stock.forward is not forward or _is_replaced(embeddings):
         return f"the forward of {kind.__name__} has been replaced"
     if (name := own_method(embeddings, called)) is not None:

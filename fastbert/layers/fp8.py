@@ -1,6 +1,6 @@
 """Inference in FP8: which GEMMs of a layer run in e4m3, and their quantized weights.
 
-A layer has four GEMMs (PRODUCTS). In each, weights have a scale for every output channel, and activations one for
+A layer has four GEMMs (GEMMS). In each, weights have a scale for every output channel, and activations one for
 every row, found as the row is made, or one for all rows that `fastbert.calibrate` found. Residuals, LayerNorm and
 attention stay in the model's dtype. Anything but inference runs without FP8.
 
@@ -22,7 +22,7 @@ from ..runtime.support import fp8_is_unsupported, is_hooked, is_plain
 from .gemm import PLAIN, Form, Gemm, Norm, Quantized, plain
 from .layer import Bound, FusedLayer
 
-PRODUCTS = ("qkv", "context", "up", "down")
+GEMMS = ("qkv", "context", "up", "down")
 """The GEMMs of a layer: queries, keys and values; attention's output; both linear layers of the feed-forward."""
 
 Key = tuple[int, str]
@@ -103,12 +103,12 @@ def calibrated(config: Any) -> list[Scales] | None:
         return None
     layers = found.get("layers") if isinstance(found, Mapping) else None
     if not isinstance(layers, list) or not all(
-        isinstance(layer, Mapping) and set(layer) == set(PRODUCTS) and all(map(_is_scale, layer.values()))
+        isinstance(layer, Mapping) and set(layer) == set(GEMMS) and all(map(_is_scale, layer.values()))
         for layer in layers
     ):
         raise ValueError(
             "model.config.fastbert['fp8']: expected what fastbert.calibrate writes, a list 'layers' of positive scales "
-            f"(null: not in 8 bits) of {', '.join(PRODUCTS)}; run it again, or delete model.config.fastbert"
+            f"(null: not in FP8) of {', '.join(GEMMS)}; run it again, or delete model.config.fastbert"
         )
     if len(layers) != config.num_hidden_layers:
         raise ValueError(
@@ -132,7 +132,7 @@ def _unsupported(group: Sequence[Any]) -> str | None:
         if not is_plain(linear, nn.Linear):
             return f"a {type(linear).__name__}" + (" that is hooked or sharded" if type(linear) is nn.Linear else "")
         if linear.in_features % 16:
-            return f"{linear.in_features} input features; 8 bits take a multiple of 16"
+            return f"{linear.in_features} input features; FP8 takes a multiple of 16"
         if linear.weight.is_inference():
             return "its weight was made under torch.inference_mode, where writing to it leaves no trace"
     return None
@@ -175,9 +175,9 @@ class Fp8:
         for index, layer in enumerate(layers):
             scales = self._scales_of(index, len(layers))
             kind = classes.get(type(layer), type(layer))
-            stock = None if issubclass(kind, FusedLayer) else f"it is in a {kind.__name__} of one's own"
+            stock = None if issubclass(kind, FusedLayer) else f"it is in a custom {kind.__name__}"
             groups = {} if stock else kind.layout.gemms(layer)
-            for name in PRODUCTS:
+            for name in GEMMS:
                 reason = stock or _unsupported(groups[name])
                 if reason is None and scales is not None and scales[name] is None:
                     reason = "calibration keeps it"
@@ -192,7 +192,7 @@ class Fp8:
         return {
             (i, name): groups[name]
             for i, groups in enumerate(found)
-            for name in PRODUCTS
+            for name in GEMMS
             if groups and (i, name) not in reasons
         }
 
@@ -203,7 +203,7 @@ class Fp8:
     def gemms(self, index: int, layer: Any, layers: int) -> Gemms:
         """The GEMMs of layer `index` of `layers` in FP8."""
         found = layer.layout.gemms(layer)
-        groups = {name: found[name] if _unsupported(found[name]) is None else () for name in PRODUCTS}
+        groups = {name: found[name] if _unsupported(found[name]) is None else () for name in GEMMS}
         tensors = [x for group in groups.values() for linear in group for x in (linear.weight, linear.bias)]
         key = tuple(None if x is None else (x.data_ptr(), x._version) for x in tensors)
         made = self._made.get(index)

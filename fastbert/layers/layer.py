@@ -201,7 +201,7 @@ def layer_is_unsupported(layer: Any, name: str) -> str | None:
     layer = unwrapped(layer)
     sharded = is_a(layer, "torch.distributed.fsdp", "FSDPModule")
     if not isinstance(layer, FusedLayer):
-        return "fully_shard came before fuse" if sharded else f"{name} is a {named(layer)} of one's own"
+        return "fully_shard came before fuse" if sharded else f"{name} is a custom {named(layer)}"
     layout, own, forward = type(layer).layout, type(layer).forward, layer.__dict__.get("forward")
     if forward is not None and not is_placed(layer) and not is_transparent(forward, own):
         return f"{name}.forward has been replaced (accelerate does so to offload)"

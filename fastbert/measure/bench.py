@@ -4,7 +4,7 @@ Stock runs the batch padded to its longest row; so does the caller of fused, who
 seeded and shared by all candidates, which take turns in random order. Time is that of a forward, or of a training
 step: forward with dropout and backward, without an optimizer. On a GPU it is taken between CUDA events. Memory is what
 it takes on top of the weights, and of their gradients: on a CPU the growth of the peak of the resident set (Linux), on
-a GPU of the allocator's. The floor is what `counts.encoder` counts, FLOPs over the rate of matrix products or bytes
+a GPU of the allocator's. The roofline is what `counts.encoder` counts, FLOPs over the rate of matmuls or bytes
 over the rate of copying, whichever is larger; both rates are measured in the run.
 """
 
@@ -202,7 +202,7 @@ def _measure(
             rounded = _outputs(stock_in_fp8(candidate.model, truth.device, rows.dtype), item, truth.device)
             limit = numerics.bound(numerics.relative_error(rounded, truth), rows.dtype, numerics.FP8_SLACK)
             if not candidate.error <= limit:
-                raise AssertionError(f"output: error {candidate.error:.3e} exceeds the bound for 8 bits, {limit:.3e}")
+                raise AssertionError(f"output: error {candidate.error:.3e} exceeds the bound for FP8, {limit:.3e}")
             return
         candidate.error, _ = numerics.assert_within_policy(rows, stock_rows[0], truth)
 

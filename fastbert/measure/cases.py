@@ -52,7 +52,7 @@ class Workload:
 def check_batch(batch: int) -> None:
     """Raises UsageError where no forward takes so many sequences."""
     if not 1 <= batch <= MAX_SEQUENCES:
-        raise UsageError(f"--batch is {batch}; expected 1 to {MAX_SEQUENCES}")
+        raise UsageError(f"is {batch}; expected 1 to {MAX_SEQUENCES}", "batch")
 
 
 def draw(*parts: tuple[str, int]) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
-"""What calls cost at least: FLOPs of their matrix products, and bytes they move.
+"""What calls cost at least: FLOPs of their matmuls, and bytes they move.
 
-A product of (M, K) and (K, N) is 2 M K N FLOPs; arithmetic element by element (GELU, softmax, LayerNorm, dropout) is
-none. Attention is its two products within each sequence, masked keys included, and its backward five: scores, and the
+A matmul of (M, K) and (K, N) is 2 M K N FLOPs; arithmetic element by element (GELU, softmax, LayerNorm, dropout) is
+none. Attention is its two matmuls within each sequence, masked keys included, and its backward five: scores, and the
 gradients of probabilities, queries, keys and values, each once. Of bytes, every argument is read once and every result
 written once, in its own dtype; of tables, only the rows that are asked for. What stays within a launch costs nothing,
 and what a cache still holds is counted all the same.
@@ -63,13 +63,13 @@ def _pairs(rows: int, cu_seqlens: Tensor | None, max_seqlen: int) -> int:
     return int(cu_seqlens.long().diff().square().sum())
 
 
-def _attention(q: Tensor, sequences: Sequence[Any], products: int) -> int:
-    """Of `products` products over q (T, heads, head_dim) or qkv (T, 3, heads, head_dim)."""
+def _attention(q: Tensor, sequences: Sequence[Any], matmuls: int) -> int:
+    """Of `matmuls` matmuls over q (T, heads, head_dim) or qkv (T, 3, heads, head_dim)."""
     cu_seqlens, _, max_seqlen, *_ = sequences
-    return products * 2 * q.shape[-2] * q.shape[-1] * _pairs(q.shape[0], cu_seqlens, max_seqlen)
+    return matmuls * 2 * q.shape[-2] * q.shape[-1] * _pairs(q.shape[0], cu_seqlens, max_seqlen)
 
 
-# FLOPs by operator, from its arguments; operators without matrix products are not in it.
+# FLOPs by operator, from its arguments; operators without matmuls are not in it.
 _FLOPS: dict[str, Callable[..., int]] = {
     **dict.fromkeys(
         ("linear_fp8", "linear_gelu_fp8", "linear_add_fp8"), lambda x, scale, weight, *_: _linear(x, weight)
@@ -163,8 +163,8 @@ def encoder(config: Any, lengths: Sequence[int], dtype: torch.dtype, train: bool
     """The least that the layers of a packed encoder cost, without its embeddings and without packing and unpacking.
 
     A forward is the seven launches of each layer. A training step is the same with what the backward needs written, the
-    operators of the backward, and the products that make up the gradients of weights and inputs; sums of gradients are
-    counted as part of the products that make them, and dropout's rates are the config's.
+    operators of the backward, and the matmuls that make up the gradients of weights and inputs; sums of gradients are
+    counted as part of the matmuls that make them, and dropout's rates are the config's.
 
     Args:
         config: of a model of a supported family.
@@ -181,7 +181,7 @@ def encoder(config: Any, lengths: Sequence[int], dtype: torch.dtype, train: bool
     def call(name: str, *args: Any) -> Cost:
         return cost(name, args, ops.OPERATORS[name].fake(*args))
 
-    def product(m: int, k: int, n: int) -> Cost:
+    def matmul(m: int, k: int, n: int) -> Cost:
         return Cost(_products((m, n, k)), (m * k + k * n + m * n) * dtype.itemsize)
 
     heads, eps = config.num_attention_heads, 0.0
@@ -215,14 +215,14 @@ def encoder(config: Any, lengths: Sequence[int], dtype: torch.dtype, train: bool
         call("feed_forward", x, up, long, down, vector, "none"),
         *[call("add_layer_norm_backward", x, x, x, vector, eps, *drops[1])] * 2,
         call("linear_gelu_backward", x, down, wide, "none"),
-        product(h, tokens, i),
-        product(tokens, i, h),
-        product(i, tokens, h),
-        product(tokens, h, h),
-        product(h, tokens, h),
+        matmul(h, tokens, i),
+        matmul(tokens, i, h),
+        matmul(i, tokens, h),
+        matmul(tokens, h, h),
+        matmul(h, tokens, h),
         call("attention_backward", context, qkv, context, stats, *sequences, *drops[0]),
-        product(tokens, 3 * h, h),
-        product(3 * h, tokens, h),
+        matmul(tokens, 3 * h, h),
+        matmul(3 * h, tokens, h),
         biases,
     ]
     return total(each * config.num_hidden_layers)

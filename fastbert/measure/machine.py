@@ -24,7 +24,7 @@ from ..runtime.support import gpu_is_unsuitable
 from ..version import VERSION
 from .counts import Cost
 
-# Of matrix products in bfloat16 and float16, without sparsity, by the name torch gives the GPU; FLOPs a second.
+# Of matmuls in bfloat16 and float16, without sparsity, by the name torch gives the GPU; FLOPs a second.
 # From NVIDIA's datasheets of the H100 (SXM5), H200, A100, L40S and B200.
 DATASHEET = {
     "NVIDIA H100 80GB HBM3": 989.4e12,
@@ -57,7 +57,7 @@ def datasheet(name: str, dtype: torch.dtype) -> float | None:
 
 
 class Machine:
-    """What `device` can do at best, measured: the rates of the floor."""
+    """What `device` can do at best, measured: the rates of the roofline."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -67,7 +67,7 @@ class Machine:
         self.bytes_per_s = 2 * source.nbytes / min(timed(lambda: target.copy_(source), device) for _ in range(5))
 
     def flops_per_s(self, dtype: torch.dtype) -> float:
-        """Of a square matrix product; on a CPU that is slower in 16-bit dtypes than in float32, float32's rate."""
+        """Of a square matmul; on a CPU that is slower in 16-bit dtypes than in float32, float32's rate."""
         if dtype not in self._products:
             n = 8192 if self.device.type == "cuda" else 2048
             a, b = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))
@@ -78,7 +78,7 @@ class Machine:
         return self._products[dtype]
 
     def rates(self, dtype: torch.dtype) -> Rates:
-        """Of matrix products in `dtype`, and of copying."""
+        """Of matmuls in `dtype`, and of copying."""
         return Rates(self.flops_per_s(dtype), self.bytes_per_s)
 
 

@@ -249,8 +249,8 @@ class _Dependent(nn.Module):
 
 
 def not_in_fp8(device: torch.device) -> str | None:
-    """Why 8 bits are no faster on `device`, or None."""
-    return "8 bits are simulated on a CPU" if device.type == "cpu" else fp8_is_unsupported(device)
+    """Why FP8 is no faster on `device`, or None."""
+    return "FP8 is simulated on a CPU" if device.type == "cpu" else fp8_is_unsupported(device)
 
 
 def _fp8(cuda_graphs: bool) -> Callable[[BertModel], nn.Module]:
@@ -258,7 +258,7 @@ def _fp8(cuda_graphs: bool) -> Callable[[BertModel], nn.Module]:
         if (reason := not_in_fp8(model.device)) is not None:
             raise Unavailable(reason)
         model = share(model)
-        # Of random weights no product deserves to be left out.
+        # Of random weights no GEMM deserves to be left out.
         calibrate(model, workload("squad", 8).inputs(model.device), tolerance=10.0)
         return fuse(model, precision="fp8", cuda_graphs=cuda_graphs)
 
@@ -283,6 +283,6 @@ PEERS: dict[str, tuple[str, Callable[[BertModel], Any]]] = {
 
 INFERENCE_ONLY = ("graphs", "graphs-pdl", "fp8", "fp8-graphs", "onnxruntime", "openvino")
 IN_FP8 = (PEERS["fp8"][0], PEERS["fp8-graphs"][0])
-"""Those judged by the policy for 8 bits."""
+"""Those judged by the policy for FP8."""
 KEEP_MEMORY = tuple(PEERS[name][0] for name in INFERENCE_ONLY)
 """Those that keep what memory a call took, so that the growth of another one says nothing."""

@@ -1,8 +1,8 @@
-"""Where the time of a forward or a training step goes, by operator, and how near to the floor.
+"""Where the time of a forward or a training step goes, by operator, and how near to the roofline.
 
 Rows are fastbert's operators, and torch's own where they are called outside of those. On a CPU an operator's time is
 that between its begin and its end; on a GPU that of the kernels launched in between, which are named. What it costs at
-least stands in `counts`, and its floor is the larger of FLOPs over the rate of matrix products and bytes over the rate
+least stands in `counts`, and its roofline is the larger of FLOPs over the rate of matmuls and bytes over the rate
 of copying, both measured in the run. What a cache still holds is read faster than that, so that small shapes can be
 above 100 %. All is of one forward or step, and an average over several; wall time is taken without the profiler.
 

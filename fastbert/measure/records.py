@@ -236,7 +236,7 @@ def compare(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> Ite
 
 HEADER = f"{'what':<22}{'model':<8}{'dtype':<10}{'workload':<14}{'run':<38}" + "".join(
     name.rjust(width)
-    for name, width in (("ms", 10), ("tokens/s", 11), ("x stock", 9), ("ideal", 7), ("floor", 7), ("MiB", 8))
+    for name, width in (("ms", 10), ("tokens/s", 11), ("x stock", 9), ("ideal", 7), ("roofline", 10), ("MiB", 8))
 )
 
 
@@ -256,6 +256,6 @@ def line(record: dict[str, Any]) -> str:
         + figure("tokens_per_s", ".0f", 11)
         + figure("ratio_to_stock", ".2f", 9)
         + figure("ideal_ratio", ".2f", 7)
-        + figure("fraction_of_floor", ".0%", 7)
+        + figure("fraction_of_floor", ".0%", 10)
         + figure("peak_memory_bytes", ".0f", 8, 2**20)
     )

@@ -13,7 +13,7 @@ LEAST_SHARE = 0.005
 
 HEADER = f"{'operator':<50}" + "".join(
     name.rjust(width)
-    for name, width in (("calls", 7), ("ms", 10), ("share", 8), ("TFLOP/s", 10), ("TB/s", 10), ("floor", 7))
+    for name, width in (("calls", 7), ("ms", 10), ("share", 8), ("TFLOP/s", 10), ("TB/s", 10), ("roofline", 10))
 )
 
 
@@ -22,7 +22,7 @@ def _line(name: str, row: Mapping[str, Any]) -> str:
     return (
         f"{name:<50}{row['calls']:>7g}{1000 * row['seconds']:>10.3f}{row['share']:>8.1%}"
         + "".join(f"{rate / 1e12:.3g}".rjust(10) if rate else " " * 10 for rate in rates)
-        + (f"{row['fraction_of_floor']:>7.0%}" if row["bytes"] else "")
+        + (f"{row['fraction_of_floor']:>10.0%}" if row["bytes"] else "")
     )
 
 
@@ -54,7 +54,7 @@ def table(run: Mapping[str, Any], what: str) -> str:
         "",
         f"wall time              {1000 * run['wall_s']:.3f} ms a {what}, median of {run['repeats']}, "
         f"{1000 * run['p20_s']:.3f} to {1000 * run['p80_s']:.3f}; {1000 * run['profiled_s']:.3f} under the profiler",
-        f"tokens/s               {run['tokens_per_s']:,.0f}, {run['fraction_of_floor']:.0%} of the floor of the layers",
+        f"tokens/s               {run['tokens_per_s']:,.0f}, {run['fraction_of_floor']:.0%} of the layers' roofline",
         f"host gaps              {1000 * run['gap_s']:.3f} ms, {run['gap_s'] / run['profiled_s']:.1%} of the profiled",
         "host synchronisations  "
         + (
@@ -79,14 +79,14 @@ def plot(run: Mapping[str, Any], title: str, rates: Rates, folder: Path, prefix:
     figure = Figure((9, 4.8 + below), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 1))
     peak, copying = rates.flops_per_s / 1e12, rates.bytes_per_s / 1e12
-    products = [row for row in rows if row["flops"]]
-    intensities = [row["flops"] / row["bytes"] for row in products]
+    matmuls = [row for row in rows if row["flops"]]
+    intensities = [row["flops"] / row["bytes"] for row in matmuls]
     ridge = peak / copying
     least, most = min([ridge, *intensities]) / 3, max([ridge, *intensities]) * 3
     ceilings = f"measured ceilings: {peak:.3g} TFLOP/s, {copying:.3g} TB/s"
     left.plot([least, ridge, most], [least * copying, peak, peak], color="black", label=ceilings)
     right.axhline(copying, color="black")
-    for row, intensity in zip(products, intensities, strict=True):
+    for row, intensity in zip(matmuls, intensities, strict=True):
         color, marker = looks[row["operator"]]
         left.plot(
             intensity, row["flops_per_s"] / 1e12, marker, color=color, markersize=8, alpha=0.8, label=row["operator"]
@@ -95,8 +95,8 @@ def plot(run: Mapping[str, Any], title: str, rates: Rates, folder: Path, prefix:
         color, marker = looks[row["operator"]]
         right.plot(i, row["bytes_per_s"] / 1e12, marker, color=color, markersize=8, alpha=0.8, label=row["operator"])
     for axes, ceiling, label, heading in (
-        (left, peak, "TFLOP/s", "matrix products and attention"),
-        (right, copying, "TB/s", "no products"),
+        (left, peak, "TFLOP/s", "GEMMs and attention"),
+        (right, copying, "TB/s", "no matmuls"),
     ):
         axes.set_yscale("log")
         axes.set_ylabel(label)

@@ -45,7 +45,7 @@ def attention_tiles(cu_seqlens: Tensor, rows: int) -> Tensor:
     """The blocks of 128 rows, or fewer at the end, of all sequences, the longest first.
 
     Args:
-        cu_seqlens: (B + 1,) int32, where each sequence starts.
+        cu_seqlens: (B + 1,) int32, cumulative lengths: where each sequence starts.
         rows: T, of all sequences.
 
     Returns:

@@ -10,7 +10,7 @@ from .registry import operator
 
 @operator("quantize_fp8")
 def quantize_fp8(x: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    """x (T, H) in units of `scale`, or of one of each row's own, in 8 bits; and those of the rows.
+    """x (T, H) in units of `scale`, or of one of each row's own, in FP8; and those of the rows.
 
     Args:
         x: (T, H), any floating dtype.

@@ -66,7 +66,7 @@ def linear_gelu_backward(grad: Tensor, weight: Tensor, pre: Tensor, approximate:
     """Back through `gelu(pre) @ weight.T`: grad (T, N), weight (N, I), pre (T, I).
 
     Returns:
-        (grad @ weight) * gelu'(pre), (T, I); and gelu(pre), (T, I), which the gradient of `weight` is a product with.
+        (grad @ weight) * gelu'(pre), (T, I); and gelu(pre), (T, I), which the gradient of `weight` is a GEMM with.
     """
     return pre.new_empty(pre.shape), pre.new_empty(pre.shape)
 
@@ -110,7 +110,7 @@ def _qkv_linear_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if needs[0]:
         dx = matmul(grad, torch.cat([weight.to(grad.dtype) for weight in weights]), x.dtype)
     grads: list[Tensor | None] = []
-    # One product for all three where all are trained, as they usually are; else one for each that is.
+    # One GEMM for all three where all are trained, as they usually are; else one for each that is.
     together = all(needs[1::2]) and len({weight.dtype for weight in weights}) == 1
     dweights = matmul(grad.t(), x, weights[0].dtype).chunk(3) if together else (None, None, None)
     for i, columns in enumerate(grad.chunk(3, 1)):

@@ -15,7 +15,7 @@ def mask_layout(mask: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Te
     """The packed layout of a padding mask (B, S) bool, True at real tokens; labels (B, S) int64, -100 for none.
 
     Returns:
-        - (B + 1,) int32, where each sequence starts among the real tokens;
+        - (B + 1,) int32, cumulative lengths: where each sequence starts among the real tokens;
         - (B * S,) int64, the padded rows: those of real tokens in order, then those of padding, the last first;
         - (B * S,) int64, the place of each padded row among the real ones, -1 where it is padding;
         - (5,) int64: real tokens; the longest sequence; and whether every first position is real, a label stands at

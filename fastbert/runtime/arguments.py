@@ -118,6 +118,6 @@ def _check_flattened(call: Mapping[str, Any], batch: int) -> None:
         integer = isinstance(starts, Tensor) and starts.dtype in (torch.int32, torch.int64)
         if not integer or starts.dim() != 1 or len(starts) < 2 or starts.shape != cu_seqlens.shape:
             raise ValueError(
-                f"{name}: expected a 1-D int32 tensor of where each sequence starts, the number of tokens last; "
+                f"{name}: expected a 1-D int32 tensor of cumulative lengths, from 0 to the number of tokens; "
                 "the same for queries and keys"
             )

@@ -99,7 +99,7 @@ class FusedEncoder(_Module):
         return family.output(last_hidden_state=packing.unpack(hidden_states))
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """As torch's `.to`, `.half` and others call it. Graphs and 8 bits would keep the memory that is being left."""
+        """As torch's `.to`, `.half` and others call it. Graphs and FP8 weights would keep the old memory."""
         self._drop()
         return super()._apply(*args, **kwargs)
 
@@ -116,7 +116,7 @@ class FusedEncoder(_Module):
         return super().train(mode)
 
     def _drop(self) -> None:
-        """Frees graphs, weights in 8 bits and what was found of layers; they are made again where they are needed."""
+        """Frees graphs, weights in FP8 and what was found of layers; they are made again where they are needed."""
         settings = getattr(self, "fastbert", None)
         for kept in () if settings is None else (settings.graphs, settings.fp8, settings.coverage):
             if kept is not None:
@@ -201,5 +201,5 @@ def _take(encoder: Any, rows: Tensor, plan: Plan) -> tuple[Tensor, Plan, str | N
     flat = packing.cu_seqlens is not None and packing.indices is None
     expected = (1 if flat else packing.batch, packing.seqlen)
     if shape != expected or rows.dtype != dtype:
-        return rows, plan, f"embeddings of one's own that give {shape} of {rows.dtype}, not {expected} of {dtype}"
+        return rows, plan, f"custom embeddings that give {shape} of {rows.dtype}, not {expected} of {dtype}"
     return packing.pack(rows), plan._replace(packing=packing), None

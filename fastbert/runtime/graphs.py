@@ -8,7 +8,7 @@ others do, and no other sequence sees them. A bucket is captured when it is met 
 What a graph was captured from may change: weights are replaced, modules, hooks. Looking costs as much as a small batch
 takes on the device, and the device is busy meanwhile: so first the graph is replayed, then everything is compared
 with what it was, and where anything differs the result is dropped and the call planned again (`Stale`). Until then the
-graphs hold on to the memory that they read. Weights updated in place are what a replay reads; in 8 bits, of which it
+graphs hold on to the memory that they read. Weights updated in place are what a replay reads; in FP8, of which it
 reads copies, that is a change as any other.
 """
 
@@ -204,7 +204,7 @@ class Graphs:
         """What cu_seqlens holds, where it is of sequences of one length."""
         self._pool: Any = None
         self._quantized: Any = None
-        """What holds the weights in 8 bits that graphs read."""
+        """What holds the weights in FP8 that graphs read."""
 
     def drop(self, fingerprint: Fingerprint | None = None) -> None:
         """Frees the graphs and their memory, when the device is done with them; where one is given, only its own."""
@@ -265,7 +265,7 @@ class Graphs:
             encoder: the fused encoder.
             x: (1, T, H) or (B, S, H), hidden states as `plan` lays them out.
             plan: the `fastbert.runtime.plan.Plan` of the call.
-            fp8: of the encoder, where the call is one in 8 bits.
+            fp8: of the encoder, where the call is one in FP8.
 
         Returns:
             (B, S, H), or (1, T, H) of a flattened call: its own memory.

@@ -29,7 +29,7 @@ class Packing(NamedTuple):
     max_seqlen: int
     """Length of the longest sequence, in tokens."""
     cu_seqlens: Tensor | None = None
-    """(B + 1,) int32, where each sequence starts in the packed layout; None: dense."""
+    """(B + 1,) int32, cumulative lengths: where each sequence starts in the packed layout; None: dense."""
     key_mask: Tensor | None = None
     """(B, S) bool, True where a key takes part; dense layout only. None: all take part."""
     indices: Tensor | None = None
@@ -121,7 +121,7 @@ def flattened(cu_seqlens: Tensor, tokens: int, keys: Tensor | None = None, longe
     """The layout of a flattened call, where sequences lie end to end in one row already.
 
     Args:
-        cu_seqlens: (B + 1,) integer, where each sequence starts, from 0 to `tokens`.
+        cu_seqlens: (B + 1,) integer, cumulative lengths: where each sequence starts, from 0 to `tokens`.
         tokens: T, the tokens of all sequences.
         keys: the same for the keys, (B + 1,); None: as the queries.
         longest: the most tokens of a sequence, as the caller has it; taken at its word only where there are no values

@@ -75,10 +75,10 @@ def _encoder_is_unsupported(model: Any) -> str | None:
     if is_disabled():
         return DISABLED
     if not has_fused_encoder(model):
-        return f"its encoder is a {named(encoder_of(model))} of one's own"
+        return f"its encoder is a custom {named(encoder_of(model))}"
     layers = layers_of(model)
     if type(layers).__iter__ is not nn.ModuleList.__iter__:  # which may leave some out, by chance
-        return f"its layers are in a {named(layers)} of one's own"
+        return f"its layers are in a custom {named(layers)}"
     return None
 
 
@@ -253,7 +253,7 @@ def _foreign_call_is_unsupported(call: Mapping[str, Any]) -> str | None:
     name = "input_ids" if call.get("input_ids") is not None else "inputs_embeds"
     values, mask = call[name], call.get("attention_mask")
     if not isinstance(values, Tensor) or values.dim() < 2 or not values.numel():
-        return f"{name} without (batch, tokens), for embeddings of one's own"
+        return f"{name} without (batch, tokens), for custom embeddings"
     if isinstance(mask, Tensor) and mask.dim() != 2:
         return "an attention_mask that is not 2-D"
     return None

@@ -222,7 +222,7 @@ _ROWS = Reader()  # each row from the same row of its input alone
 _AROUND = Reader(around=True)
 _BASE = Reader(around=True, children=("pooler",))
 _WRAPPER = Reader(
-    around=True, unless=lambda module: None if is_wrapper(module) else "its checkpoint_fn is one of one's own"
+    around=True, unless=lambda module: None if is_wrapper(module) else "its checkpoint_fn is a custom one"
 )
 _PEFT = Reader(around=True, children=("base_model",))  # beside it, what makes prompts
 

@@ -35,7 +35,7 @@ class Counts:
 
     def __init__(self) -> None:
         self.fused: Counter[str] = Counter()
-        """Forwards that ran fused, by layout: "packed" or "dense"; with products in 8 bits "packed, fp8" and so on."""
+        """Forwards that ran fused, by layout: "packed" or "dense"; with FP8 GEMMs "packed, fp8" and so on."""
         self.stock: Counter[str] = Counter()
         """Forwards that ran stock, by reason."""
         self.graphs: Counter[str] = Counter()

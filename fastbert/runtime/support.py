@@ -101,7 +101,7 @@ def is_placed(module: nn.Module) -> bool:
     """Whether accelerate has replaced the forward of `module` alone to move its inputs to where its weights are.
 
     So it does where a model is spread over devices (`device_map`); what it offloads has its weights elsewhere, and a
-    hook of one's own, derived from accelerate's, may change anything.
+    custom hook, derived from accelerate's, may change anything.
     """
     attributes = module.__dict__
     hook, forward = attributes.get("_hf_hook"), attributes.get("forward")
@@ -186,7 +186,7 @@ def model_is_unsupported(model: Any) -> str | None:
     if family.unsupported is not None:
         return family.unsupported
     if type(model) is not family.base and type(model).forward is not family.fused[family.base].forward:
-        return f"{type(model).__name__} is a class of one's own; supported: {family.base.__name__} itself"
+        return f"{type(model).__name__} is a custom class; supported: {family.base.__name__} itself"
     if _is_decoder(config):
         return "it is a decoder (config.is_decoder or config.add_cross_attention)"
     encoder = type(encoder_of(model))
@@ -220,7 +220,7 @@ def activation_is_unsupported(activation: Any) -> str | None:
     """Why an activation may be none that works element by element."""
     kind = type(activation)
     if kind not in known.ELEMENTWISE and kind.__module__ != "transformers.activations":
-        return f"a {named(activation)} of one's own"
+        return f"a custom {named(activation)}"
     if is_hooked(activation):
         return f"a {named(activation)} that has hooks"
     act = activation.__dict__.get("act")
@@ -332,16 +332,16 @@ def _foreign_mode() -> str | None:
 
 
 def fp8_is_unsupported(device: torch.device) -> str | None:
-    """Why products of 8-bit numbers (e4m3) can't run on `device`; on a CPU they are simulated."""
+    """Why FP8 (e4m3) GEMMs can't run on `device`; on a CPU they are simulated."""
     if device.type == "cpu":
         return None
     if device.type != "cuda":
         return f"device {device.type}"
     if torch.version.hip:
-        return "an AMD GPU, whose 8-bit numbers are others"
+        return "an AMD GPU, whose FP8 numbers are others"
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < (8, 9):
-        return f"{torch.cuda.get_device_name(device)}, of compute capability {major}.{minor}; 8 bits take 8.9 or higher"
+        return f"{torch.cuda.get_device_name(device)}, of compute capability {major}.{minor}; FP8 takes 8.9 or higher"
     return None
 
 
@@ -442,7 +442,7 @@ def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
     parameter = first_parameter(encoder_of(model))
     if parameter is None:
         return "its parameters are elsewhere (a replica of torch.nn.DataParallel, FSDP1)"
-    norm = getattr(embeddings_of(model), "LayerNorm", None)  # embeddings of one's own may have none
+    norm = getattr(embeddings_of(model), "LayerNorm", None)  # custom embeddings may have none
     weight = getattr(norm, "weight", None)
     if not isinstance(weight, Tensor):
         weight = parameter

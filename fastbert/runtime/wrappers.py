@@ -1,7 +1,7 @@
 """What is put around modules and around their forwards, and hands on what it is given.
 
 Modules: a checkpointed, compiled or sharded layer is called as the layer is, and asked what the layer is asked. Those
-known to do no more than that are in `_WRAPPERS`; any other is a module of one's own.
+known to do no more than that are in `_WRAPPERS`; any other is a custom module.
 
 Forwards: accelerate's mixed precision, torch.compile and decorators leave on a module a forward that ends in the one
 its class had. `redirect` makes one like it that ends in another.
@@ -33,7 +33,7 @@ def _inside(module: Any) -> str | None:
     name = _WRAPPERS.get((type(module).__module__, type(module).__qualname__))
     if name is None:
         return None
-    by = module.__dict__.get("checkpoint_fn")  # torch's, or one of one's own, which may change anything
+    by = module.__dict__.get("checkpoint_fn")  # torch's, or a custom one, which may change anything
     by = getattr(by, "func", by)
     return name if by is None or str(getattr(by, "__module__", "")).startswith("torch.") else None
 

@@ -157,23 +157,23 @@ def _products(sizes: Sizes, dtype: torch.dtype, arch: str, multiprocessors: int)
 
 def _products_fp8(sizes: Sizes, dtype: torch.dtype, arch: str, multiprocessors: int) -> Iterator[Problem]:
     h, i, eight = sizes.hidden, sizes.intermediate, torch.float8_e4m3fn
-    unit = 2**-4  # of a result in 8 bits
+    unit = 2**-4  # of a result in FP8
 
-    def product(x: Tensor, rows: None, weight: Tensor, scale: Tensor, bias: Tensor, *rest: Any) -> Tensor:
-        """In the dtype of the bias, which holds 8-bit numbers exactly; in float32 with the sums that Hopper has."""
+    def gemm(x: Tensor, rows: None, weight: Tensor, scale: Tensor, bias: Tensor, *rest: Any) -> Tensor:
+        """In the dtype of the bias, which holds FP8 numbers exactly; in float32 with the sums that Hopper has."""
         if arch == "sm_90" and bias.dtype == torch.float32:
             return mm_on_hopper(x.to(eight), weight.to(eight), launch.FP8_EXACT_K) * scale + bias
         return F.linear(x.to(bias.dtype), weight.to(bias.dtype)) * scale.to(bias.dtype) + bias
 
     def gelu(*arguments: Any) -> Tensor:
-        found = F.gelu(product(*arguments[:5]), approximate=arguments[6]) / arguments[7]
+        found = F.gelu(gemm(*arguments[:5]), approximate=arguments[6]) / arguments[7]
         return found if found.dtype == torch.float64 else found.clamp(-448, 448).to(eight)
 
     def added(*arguments: Any) -> Tensor:
-        return product(*arguments[:5]) + arguments[5]
+        return gemm(*arguments[:5]) + arguments[5]
 
     for name, function, peer, n, k in (
-        ("qkv", "linear_fp8", product, 3 * h, h),
+        ("qkv", "linear_fp8", gemm, 3 * h, h),
         ("up", "linear_gelu_fp8", gelu, i, h),
         ("down", "linear_add_fp8", added, h, i),
         ("projection", "linear_add_fp8", added, h, h),
@@ -361,7 +361,7 @@ def problems(
         sizes, dtype: of the model.
         arch: as `launch.architecture` names it.
         train: the kernels of the backward, too.
-        precision: "fp8": its GEMMs in 8 bits, with results in `dtype`, in place of those in `dtype`.
+        precision: "fp8": its GEMMs in FP8, with results in `dtype`, in place of those in `dtype`.
         multiprocessors: SMs of the device; 0: as many as the architecture's usual one has.
     """
     gemms = _products if precision is None else _products_fp8

@@ -5,7 +5,7 @@ tried: first in processes of their own, where they are compiled and their result
 one that hangs or crashes takes nothing along; those that are right are timed in this process, one by one. Time is that
 of the device: launches captured into a CUDA graph, over buffers that the L2 cache can't hold. One that is faster than
 the shipped configuration beyond the spread of both is kept. Where a table is by the number of rows, only one that gives
-the same bits as the shipped one is, so that a sequence's result still doesn't depend on its batch. With `--library`
+the same bits as the shipped one is, so that a sequence's result still doesn't depend on its batch. With `library`
 PyTorch's GEMM is tried, too: where it beats the best tile it is kept beside that, for those who give this up
 (`fastbert.set_batch_invariant`).
 """

@@ -23,7 +23,7 @@ LENGTHS = [5, 1, 17, 12]
 
 
 def flops_by_torch(call: Any, *args: Any, **kwargs: Any) -> int:
-    """FLOPs of a call by torch's counter, which does not know the fused attention of a CPU: products one by one."""
+    """FLOPs of a call by torch's counter, which does not know the fused attention of a CPU: matmuls one by one."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         call(*args, **kwargs)
     return counter.get_total_flops()
@@ -124,7 +124,7 @@ def alone(model: nn.Module, n: int, backward: bool = False) -> None:
 
 @pytest.fixture(scope="module")
 def stock() -> Any:
-    """A stock model without a pooler, whose attention is matrix products one by one."""
+    """A stock model without a pooler, whose attention is matmuls one by one."""
     torch.manual_seed(0)
     return hf.BertModel(models.config(attn_implementation="eager"), add_pooling_layer=False)
 
@@ -144,13 +144,13 @@ def test_flops_are_counted_on_real_tokens() -> None:
 
 def test_flops_of_a_training_step(stock: Any) -> None:
     found = counts.encoder(stock.config, LENGTHS, torch.float32, train=True)
-    # Stock keeps the scores; the fused backward computes them again, one product more a layer.
+    # Stock keeps the scores; the fused backward computes them again, one matmul more a layer.
     again = stock.config.num_hidden_layers * sum(2 * n * n * stock.config.hidden_size for n in LENGTHS)
     assert found.flops == again + sum(flops_by_torch(alone, stock, n, backward=True) for n in LENGTHS)
 
 
 class Calls(TorchDispatchMode):
-    """Costs of fastbert's operators and of matrix products, as they are called."""
+    """Costs of fastbert's operators and of matmuls, as they are called."""
 
     knows_fastbert = True
 
@@ -174,7 +174,7 @@ class Calls(TorchDispatchMode):
 def test_an_encoder_costs_what_it_calls(
     train: bool, dtype: torch.dtype, dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "_has_native_matmul", lambda dtype: True)  # products in `dtype` wherever this runs
+    monkeypatch.setattr(cpu, "_has_native_matmul", lambda dtype: True)  # matmuls in `dtype` wherever this runs
     rates = {"attention_probs_dropout_prob": dropout, "hidden_dropout_prob": dropout}
     model = fastbert.fuse(models.seeded(**rates).to(dtype)).train(train)
     mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()

@@ -51,7 +51,7 @@ def parametrized(model: Any, layer: Any) -> None:
 
 
 def hook_brings_weights(model: Any, layer: Any) -> None:
-    """At each call, after layers were looked at: as offloading of one's own does."""
+    """At each call, after layers were looked at: as custom offloading does."""
 
     def bring(module: Any, args: Any) -> None:
         module.output.dense.weight = nn.Parameter(module.output.dense.weight.detach() * 0.9)

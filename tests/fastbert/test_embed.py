@@ -248,9 +248,9 @@ def test_embeddings_that_are_not_finite_are_told(tiny: Path, tmp_path: Path, mon
             encoder,
             "pool",
             torch.OutOfMemoryError("CUDA"),
-            "out of memory on cpu with --batch-tokens 2048; expected fewer",
+            "--batch-tokens is 2048: cpu is out of memory; expected fewer",
         ),
-        (job.Shards, "commit", UsageError("--output: no space left"), "--output: no space left"),
+        (job.Shards, "commit", UsageError("DIR: no space left", "output"), "--output DIR: no space left"),
     ],
 )
 def test_what_fails_is_told_and_gone_on_with(
@@ -630,7 +630,7 @@ def test_recipes(tmp_path: Path) -> None:
         (["{folder}/in.txt", "--model", "{folder}/words"], "--model {folder}/words: holds no tokenizer"),
         (
             ["{folder}/in.txt", "--model", "{folder}/small"],
-            "--model: its tokenizer gives token 2028, its embeddings have 0 to 210",
+            "--model has a tokenizer that gives token 2028, and embeddings of 0 to 210",
         ),
         (
             ["{folder}/in.txt", "--model", "{folder}/modules"],
@@ -680,7 +680,7 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shards.os, "fsync", full)
-    with pytest.raises(shards.UsageError, match=r"^--output .*/out: No space left on device$"):
+    with pytest.raises(shards.UsageError, match=r"^output .*/out: No space left on device$"):
         found.commit(0, [0], np.zeros((1, 4), np.float32), [], {})
     assert found.committed(0) is None
 

@@ -118,7 +118,7 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
     "positions replaced": (lambda m: setattr(m.embeddings, "position_embeddings", Sinusoids()), "position_embeddings"),
     "without LayerNorm": (lambda m: setattr(m.embeddings, "LayerNorm", nn.Identity()), "LayerNorm"),
     "norm over tokens": (lambda m: setattr(m.embeddings, "LayerNorm", OverTokens()), "LayerNorm"),
-    "a module of one's own": (lambda m: setattr(m, "embeddings", Own()), "Own"),
+    "a custom module": (lambda m: setattr(m, "embeddings", Own()), "Own"),
     "wrapped": (lambda m: setattr(m, "embeddings", nn.Sequential(m.embeddings)), "Sequential"),
     "forward on the instance": (on_instance, "forward"),
     "rows renormalised": (renormalising, "renormalise"),

@@ -436,7 +436,7 @@ def test_packed_inference_is_batch_invariant(dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("interpreted")
 def test_packed_inference_is_batch_invariant_in_the_interpreter() -> None:
-    """Here only for the first sequence of a batch: NumPy's products depend on where in a tile a row stands."""
+    """Here only for the first sequence of a batch: NumPy's matmuls depend on where in a tile a row stands."""
     model = fastbert.fuse(models.seeded(hidden_size=64, num_attention_heads=2, intermediate_size=96), padding="packed")
     mask = models.masks(4, 37)["right"]
     tokens = models.ids(4, 37)

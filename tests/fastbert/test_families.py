@@ -223,7 +223,7 @@ def gradients(model: Any, family: str, name: str, batches: int = 8) -> dict[str,
     """Each parameter's gradients of several batches, one after the other."""
     found: dict[str, list[Tensor]] = {}
     for seed in range(batches):
-        # Of several lengths: how a vendor's product splits its sum hangs on them, and so does its error.
+        # Of several lengths: how a vendor's GEMM splits its sum hangs on them, and so does its error.
         mask = models.masks(12, 19 + 4 * seed)["right"]
         assert mask is not None
         model.zero_grad()

@@ -1,4 +1,4 @@
-"""Models in 8 bits: against stock whose linear layers quantize, in float64; when they don't; what is left untouched."""
+"""Models in FP8: against stock whose linear layers quantize, in float64; when they don't; what is left untouched."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ class Quantizing(nn.Module):
 def quantizing(model: Any, dtype: torch.dtype, scales: list[Any] | None = None) -> Any:
     """`model`, a stock BertModel, with linear layers that quantize as the config says."""
     for i, layer in enumerate(model.encoder.layer):
-        own = dict.fromkeys(fp8.PRODUCTS) if scales is None else scales[i]
+        own = dict.fromkeys(fp8.GEMMS) if scales is None else scales[i]
         attention = layer.attention
-        for holder, name, product in (
+        for holder, name, gemm in (
             *((attention.self, name, "qkv") for name in ("query", "key", "value")),
             (attention.output, "dense", "context"),
             (layer.intermediate, "dense", "up"),
             (layer.output, "dense", "down"),
         ):
-            if scales is None or own[product] is not None:
-                setattr(holder, name, Quantizing(getattr(holder, name), own[product], dtype))
+            if scales is None or own[gemm] is not None:
+                setattr(holder, name, Quantizing(getattr(holder, name), own[gemm], dtype))
     return model
 
 
@@ -108,7 +108,7 @@ def test_every_product_is_that_of_quantized_numbers(calibrated: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_in_16_bits(dtype: torch.dtype) -> None:
-    """Residuals and attention in 16 bits move the result by far less than 8 bits do."""
+    """Residuals and attention in 16 bits move the result by far less than FP8 does."""
     model = models.seeded().to(dtype)
     truth = run(copy.deepcopy(model).double())
     out = run(fuse(model, precision="fp8", padding="dense"))
@@ -143,7 +143,7 @@ def test_kernels_run_a_model(calibrated: bool, monkeypatch: pytest.MonkeyPatch, 
 
 
 def with_sums_of_hopper(calibrated: bool, monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    """What twins make of it whose products are added up in fewer bits: more numbers fall on the other side of a tie."""
+    """What twins make of it whose GEMMs are added up in fewer bits: more numbers fall on the other side of a tie."""
 
     def affine(x: Tensor, rows: Any, weight: Tensor, columns: Tensor, bias: Any, dtype: torch.dtype) -> Tensor:
         out = reference_fp8.mm_on_hopper(x, weight, launch.FP8_EXACT_K) * columns
@@ -214,7 +214,7 @@ def test_a_sequence_is_the_same_in_any_batch() -> None:
     lengths = given["attention_mask"].sum(1).tolist()
     out = run(model, **given)
     for i, n in enumerate(lengths):
-        # Twins multiply by torch's products, whose order of sums may vary by rows: what is asked of them is less.
+        # Twins multiply by torch's GEMMs, whose order of sums may vary by rows: what is asked of them is less.
         alone = run(model, input_ids=given["input_ids"][i : i + 1, :n])
         assert relative_error(alone[0], out[i, :n].double()) < 2e-3
 
@@ -373,7 +373,7 @@ def test_products_that_do_not_fit_stay_in_the_models_dtype() -> None:
     model = models.seeded(intermediate_size=100)
     real = call()["attention_mask"].bool()
     out = run(fuse(model, precision="fp8"))[real]
-    reason = "100 input features; 8 bits take a multiple of 16"
+    reason = "100 input features; FP8 takes a multiple of 16"
     assert not_in_8_bits(model) == {"layer 0 down": reason, "layer 1 down": reason}
     assert relative_error(out, run(models.seeded(intermediate_size=100))[real].double()) < 0.2
     model.encoder.layer[0].intermediate.dense.register_forward_hook(lambda *args: None)
@@ -381,7 +381,7 @@ def test_products_that_do_not_fit_stay_in_the_models_dtype() -> None:
     assert "layer 0 up" in not_in_8_bits(model)
     with torch.inference_mode():
         assert "layer 0: stock: " in str(fastbert.explain(model))
-        assert "fp8: 5 of 8 products, a scale of each row's own, simulated" in str(fastbert.explain(model))
+        assert "fp8: 5 of 8 GEMMs, a scale of each row's own, simulated" in str(fastbert.explain(model))
 
 
 def test_it_is_refused_before_anything_changes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,9 +404,7 @@ def test_it_is_refused_before_anything_changes(monkeypatch: pytest.MonkeyPatch) 
             fuse(model, precision="fp8")
     del model.config.fastbert
     narrow = models.seeded(hidden_size=100, num_attention_heads=4, intermediate_size=100)
-    with pytest.raises(
-        fastbert.UnsupportedModelError, match=r"layer 0 qkv: 100 input features; 8 bits take a multiple"
-    ):
+    with pytest.raises(fastbert.UnsupportedModelError, match=r"layer 0 qkv: 100 input features; FP8 takes a multiple"):
         fuse(narrow, precision="fp8")
     for untouched in (model, narrow):
         assert not fastbert.explain(untouched).encoders[0].fused
@@ -420,7 +418,7 @@ def test_support_by_compute_capability(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     reason = support.fp8_is_unsupported(torch.device("cuda:0"))
-    assert reason == ("a GPU, of compute capability 8.0; 8 bits take 8.9 or higher" if refused else None)
+    assert reason == ("a GPU, of compute capability 8.0; FP8 takes 8.9 or higher" if refused else None)
     assert support.fp8_is_unsupported(torch.device("meta")) == "device meta"
 
 
@@ -463,7 +461,7 @@ def test_other_families(kind: Any, config: dict[str, Any]) -> None:
 
 
 def test_outputs_of_the_wrong_sort_would_be_seen() -> None:
-    """The policy does not hold in 8 bits: what is tested above is not vacuous."""
+    """The policy does not hold in FP8: what is tested above is not vacuous."""
     model, stock, truth = models.three(models.seeded(), torch.float32)
     real = call()["attention_mask"].bool()
     outs = [run(m)[real] for m in (fuse(model, precision="fp8"), stock, truth)]
@@ -472,7 +470,7 @@ def test_outputs_of_the_wrong_sort_would_be_seen() -> None:
 
 
 def outliers(**changes: Any) -> Any:
-    """A model one of whose products has an input that 8 bits are bad at: a few large numbers that cancel out."""
+    """A model one of whose GEMMs has an input that FP8 is bad at: a few large numbers that cancel out."""
     model = models.seeded(**changes)
     with torch.no_grad():
         dense = model.encoder.layer[1].intermediate.dense
@@ -492,29 +490,29 @@ def test_calibration_finds_scales(tmp_path: Path) -> None:
     found = fastbert.calibrate(model, BATCHES, tolerance=1.0)
     assert not fastbert.explain(model).encoders[0].fused
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert not any(product.kept for product in found.products)
+    assert not any(gemm.kept for gemm in found.gemms)
     assert (found.texts, found.tokens) == (7, sum(int(batch["attention_mask"].sum()) for batch in BATCHES))
 
-    # What each product multiplies, at real tokens: here, that of the last down, by stock itself.
+    # What each GEMM multiplies, at real tokens: here, that of the last down, by stock itself.
     seen: list[Tensor] = []
     dense = model.encoder.layer[1].output.dense
     hook = dense.register_forward_pre_hook(lambda module, args: seen.append(args[0][batch["attention_mask"].bool()]))
     for batch in BATCHES:
         run(model, **batch)
     hook.remove()
-    product = next(p for p in found.products if (p.layer, p.name) == (1, "down"))
+    gemm = next(p for p in found.gemms if (p.layer, p.name) == (1, "down"))
     largest = torch.cat(seen).abs().max().item()
-    assert product.largest == pytest.approx(largest, rel=1e-6)
-    assert product.scale == 2 ** round(math.log2(product.scale))
-    assert 448 * product.scale >= largest  # nothing saturates
-    assert 4 * largest < 448 * product.scale <= 16 * largest  # with room for eight times as much
+    assert gemm.largest == pytest.approx(largest, rel=1e-6)
+    assert gemm.scale == 2 ** round(math.log2(gemm.scale))
+    assert 448 * gemm.scale >= largest  # nothing saturates
+    assert 4 * largest < 448 * gemm.scale <= 16 * largest  # with room for eight times as much
 
-    assert model.config.fastbert["fp8"]["layers"][1]["down"] == product.scale
+    assert model.config.fastbert["fp8"]["layers"][1]["down"] == gemm.scale
     model.save_pretrained(tmp_path)
     again = fuse(hf.BertModel.from_pretrained(tmp_path).eval(), precision="fp8")
     out = run(again)
     assert torch.equal(run(fuse(model, precision="fp8")), out)
-    assert "8 of 8 products, scales from calibration" in explained(again)
+    assert "8 of 8 GEMMs, scales from calibration" in explained(again)
     real = call()["attention_mask"].bool()
     plain = run(models.seeded())[real]
     # The error that it tells is that of the first batch.
@@ -534,13 +532,13 @@ def test_calibration_keeps_what_costs_most() -> None:
     dynamic = run(model)
     whole = fastbert.calibrate(model, BATCHES, tolerance=10.0)
     found = fastbert.calibrate(model, BATCHES, tolerance=0.8 * whole.error)
-    errors = {(p.layer, p.name): p.error for p in found.products}
+    errors = {(p.layer, p.name): p.error for p in found.gemms}
     assert max(errors, key=errors.__getitem__) == (1, "up")
-    kept = {(p.layer, p.name) for p in found.products if p.kept}
+    kept = {(p.layer, p.name) for p in found.gemms if p.kept}
     assert (1, "up") in kept
     assert kept != set(errors)
     assert found.error <= 0.8 * whole.error
-    # The model was fused in 8 bits, and goes on by what was found.
+    # The model was fused in FP8, and goes on by what was found.
     assert {tuple(name.split()[1:]) for name in not_in_8_bits(model)} == {(str(i), name) for i, name in kept}
     real, plain = call()["attention_mask"].bool(), run(outliers())
     assert relative_error(run(model)[real], plain[real].double()) < relative_error(dynamic[real], plain[real].double())
@@ -601,7 +599,7 @@ def test_verify_in_8_bits(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert json.loads(report.to_json())["quality"][0]["name"] in str(report)
 
-    # Twice the error of 8 bits is seen.
+    # Twice the error of FP8 is seen.
     right = reference_fp8.to_e4m3
     monkeypatch.setattr(reference_fp8, "to_e4m3", lambda x: right(x * 1.06))
     assert not fastbert.verify(model, BATCHES, precision="fp8", layouts=("packed",)).ok

@@ -151,7 +151,7 @@ def assert_replays(model: Any, call: dict[str, Any], twin: Any) -> None:
     assert calls(model).get("replayed", 0) == before + 1, calls(model)
     if result.is_cuda:
         assert torch.equal(result, expected)
-    else:  # there products depend on the number of rows
+    else:  # there GEMMs depend on the number of rows
         torch.testing.assert_close(result, expected)
 
 

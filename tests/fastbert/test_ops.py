@@ -78,7 +78,7 @@ def arguments(
 
 
 def check_operator(name: str, args: tuple[Any, ...]) -> None:
-    """torch's own checks; the one of the schema compares arguments in ways that 8-bit numbers have no code for."""
+    """torch's own checks; the one of the schema compares arguments in ways that FP8 numbers have no code for."""
     utilities: tuple[str, ...] = (
         "test_schema",
         "test_autograd_registration",

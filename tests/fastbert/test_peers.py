@@ -50,7 +50,7 @@ def test_peers_that_cannot_run_say_why() -> None:
     assert reasons == [
         "UNAVAILABLE: CUDA graphs are for CUDA",
         "UNAVAILABLE: programmatic dependent launch takes sm_90 or later",
-        "UNAVAILABLE: 8 bits are simulated on a CPU",
+        "UNAVAILABLE: FP8 is simulated on a CPU",
         'UNAVAILABLE: mode "reduce-overhead" is for CUDA',
         'UNAVAILABLE: mode "max-autotune" is for CUDA',
         "UNAVAILABLE: torch's varlen attention is for 16-bit dtypes on CUDA",
@@ -79,13 +79,13 @@ def test_dependent_launches_are_of_one_candidate_alone(monkeypatch: pytest.Monke
 
 @pytest.mark.usefixtures("tiny")
 def test_8_bits_are_judged_by_their_own_policy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are further from float64 than stock may be, and within the bound of stock with 8-bit products."""
+    """They are further from float64 than stock may be, and within the bound of stock with FP8 GEMMs."""
     monkeypatch.setattr(peers, "not_in_fp8", lambda device: None)
     record = run(["fp8"], torch.float32)["three fused in fp8"]
     assert (record["status"], record["repeats"], record["flops"], record["mfu"]) == ("ok", 3, None, None)
     assert 1e-3 < record["error"] < 0.2
     monkeypatch.setattr(bench.numerics, "FP8_SLACK", 0.1)
-    assert "exceeds the bound for 8 bits" in run(["fp8"], torch.float32)["three fused in fp8"]["status"]
+    assert "exceeds the bound for FP8" in run(["fp8"], torch.float32)["three fused in fp8"]["status"]
 
 
 @pytest.mark.usefixtures("tiny")

@@ -256,7 +256,7 @@ def test_a_trace_of_a_gpu() -> None:
         add("user_annotation", "backward of layer 1", t + 110, 0, 2)
         add("cpu_op", "aten::mm", t + 120, 30, 2)
         launch("sm90_xmma_gemm", t + 125, t + 300, 200, 2)  # 50 after the last one
-        launch("vectorized_elementwise", t + 210, t + 400, 200)  # 100 of it beside the product
+        launch("vectorized_elementwise", t + 210, t + 400, 200)  # 100 of it beside the GEMM
         launch("Memcpy DtoH (Device -> Pageable)", t + 215, t + 700, 10, cat="gpu_memcpy")  # 100 after
         add("cuda_runtime", "cudaStreamSynchronize", t + 220, 100, correlation=0)
         add("cuda_runtime", "cudaDeviceSynchronize", t + 500, 10, correlation=0)  # the profiler's own
@@ -266,14 +266,14 @@ def test_a_trace_of_a_gpu() -> None:
     assert list(by_name) == [
         *("aten::mm", "vectorized_elementwise", "fastbert::attention_backward", "Memcpy DtoH (Device -> Pageable)")
     ]
-    attention, product = by_name["fastbert::attention_backward"], by_name["aten::mm"]
+    attention, gemm = by_name["fastbert::attention_backward"], by_name["aten::mm"]
     assert (attention.calls, attention.seconds, attention.cost) == (1, pytest.approx(150e-6), (10, 20))
     assert attention.kernels == {
         "attention_backward_q_kernel": (1, pytest.approx(50e-6)),
         "attention_backward_kv_kernel": (1, pytest.approx(100e-6)),
     }
     assert attention.layers == {0: pytest.approx(150e-6)}
-    assert (product.calls, product.seconds, product.layers) == (1, pytest.approx(200e-6), {1: pytest.approx(200e-6)})
+    assert (gemm.calls, gemm.seconds, gemm.layers) == (1, pytest.approx(200e-6), {1: pytest.approx(200e-6)})
     assert (by_name["vectorized_elementwise"].calls, by_name["vectorized_elementwise"].cost) == (1, (0, 0))
     assert found.gap_s == pytest.approx(150e-6)
     assert found.run_s == pytest.approx(710e-6)

@@ -361,7 +361,7 @@ CHANGES: dict[str, Change] = {
     "a BiLSTM for a head": recurrent_head,
     "a mixing dropout in a head": summing_dropout,
     "a pooler over all rows": replaced("pooler", mean_pooler),
-    "embeddings of one's own": replaced("embeddings", OwnEmbeddings),
+    "custom embeddings": replaced("embeddings", OwnEmbeddings),
     "embeddings passed through": replaced("embeddings", Passing),
     "embeddings without a norm": replaced("embeddings.LayerNorm", lambda old: nn.Identity()),
     "embeddings derived": replaced("embeddings", derived(hf.BertEmbeddings)),

@@ -409,7 +409,7 @@ def sentence_modules() -> dict[str, tuple[Callable[[], list[Any]], str]]:
             "packed",
         ),
         "a CNN": (lambda: [st.CNN(384, 16), st.Pooling(48)], "dense"),
-        "one's own": (lambda: [Attentive()], "dense"),
+        "custom": (lambda: [Attentive()], "dense"),
         "an activation that mixes": (
             lambda: [
                 st.Dense(384, 8, activation_function=nn.Softmax(dim=1), module_input_name="token_embeddings"),
@@ -430,7 +430,7 @@ def sentence_modules() -> dict[str, tuple[Callable[[], list[Any]], str]]:
             "dense",
             "dense over tokens",
             "a CNN",
-            "one's own",
+            "custom",
             "an activation that mixes",
         ),
     ],

@@ -74,7 +74,7 @@ def test_what_can_not_be_seen_is_said() -> None:
     assert "padding: not looked at" in str(report)
 
 
-@pytest.mark.parametrize("name", ["mean", "one's own", "queries that are expanded"])
+@pytest.mark.parametrize("name", ["mean", "custom", "queries that are expanded"])
 def test_sentence_transformers(name: str) -> None:
     sentence_transformers = pytest.importorskip("sentence_transformers")
     backbone = _transformer()

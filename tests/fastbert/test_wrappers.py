@@ -209,7 +209,7 @@ def test_an_unknown_wrapper_runs_stock_and_is_named(kind: Any) -> None:
         model.encoder.layer[1] = kind(model.encoder.layer[1])
     with torch.no_grad():
         torch.testing.assert_close(fused(**CALL)[0], stock(**CALL)[0], rtol=1e-4, atol=1e-5)
-    assert said(fused).layers == {1: f"encoder.layer.1 is a {__name__}.{kind.__name__} of one's own"}
+    assert said(fused).layers == {1: f"encoder.layer.1 is a custom {__name__}.{kind.__name__}"}
     assert said(fused).fused_calls == {"dense": 1}
 
 

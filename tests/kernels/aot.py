@@ -105,14 +105,14 @@ class Spec:
     config: Config  # of which num_warps and num_stages are used here
     matrix: bool = True  # whether 16-bit operands should meet in wgmma on sm_90
     # Whether each step of its main loop on 16-bit operands should be asynchronous copies of 16 bytes or more, and
-    # matrix instructions of k 16 (8 bits: 32), the same in every tile of an architecture: launch.LINEAR_TILES builds on
+    # matrix instructions of k 16 (FP8: 32), the same in every tile of an architecture: launch.LINEAR_TILES builds on
     # that.
     streams: bool = False
     unaligned: tuple[str, ...] = ()  # the pointers that are divisible by nothing
 
 
 def targets(op: str, everything: bool) -> tuple[str, ...]:
-    """The architectures an op is compiled for: those that have 8-bit numbers, for ops of them.
+    """The architectures an op is compiled for: those that have FP8 numbers, for ops of them.
 
     sm_89 only for those, but for `everything`: for all else its instructions are those of sm_80. sm_121 has them, but
     Triton (3.7.1) multiplies them there in 16 bits.
@@ -310,7 +310,7 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
 
 @specializations("attention_fp8")
 def _attention_fp8(arch: str, full: bool) -> Iterator[Spec]:
-    """Attention in inference, its result in 8 bits."""
+    """Attention in inference, its result in FP8."""
     for spec in _attention(arch, full):
         given = spec.arguments
         if spec.kernel is not attention.attention_kernel or given["stats_ptr"] is not None:

@@ -45,7 +45,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.dependent:
         launch.DEPENDENT.add(given.arch)
-    width = 256 if given.train else 1024  # products of gradients are torch's, on this CPU
+    width = 256 if given.train else 1024  # GEMMs of gradients are torch's, on this CPU
     sizes = {"hidden_size": width, "num_attention_heads": width // 64, "intermediate_size": 4 * width}
     model = fastbert.fuse(
         hf.BertModel(BertConfig(vocab_size=64, num_hidden_layers=2, **sizes)).train(given.train).bfloat16()

@@ -51,7 +51,7 @@ def assert_clean(rows: list[dict[str, Any]]) -> None:
 def test_compiles_without_spills_within_shared_memory() -> None:
     """Every kernel, in every dtype. One is a function launched over a grid, `run(name, grid, ...)`; its file is its op.
 
-    8-bit numbers are for the architectures that have them, and of those sm_89 is compiled for them alone. One test, as
+    FP8 numbers are for the architectures that have them, and of those sm_89 is compiled for them alone. One test, as
     processes of its own share the work out.
     """
     rows = compile_all()

@@ -1,4 +1,4 @@
-"""8-bit kernels and their twins: rounding against a search of all numbers, products against float64 of what was
+"""FP8 kernels and their twins: rounding against a search of all numbers, GEMMs against float64 of what was
 quantized."""
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ VALUES = CODES.view(torch.float8_e4m3fn).double()
 @pytest.fixture(autouse=True)
 def needs_fp8(device: str) -> None:
     if device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("this GPU has no 8-bit numbers")
+        pytest.skip("this GPU has no FP8 numbers")
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -90,7 +90,7 @@ def test_quantize(backend: Any, scale: float | None, dtype: torch.dtype, device:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", [None, 0.25])
 def test_what_is_not_finite_is_no_number(backend: Any, scale: float | None, device: str) -> None:
-    """NaN stays, infinity becomes NaN; so every output of that row of a product is NaN, and none of another row."""
+    """NaN stays, infinity becomes NaN; so every output of that row of a GEMM is NaN, and none of another row."""
     x = normal(4, 64).float().to(device)
     x[1, 3], x[2, 5], x[3, 7] = math.nan, math.inf, -math.inf
     out, row_scale = quantize(backend, x, scale)
@@ -233,7 +233,7 @@ def test_a_product_to_8_bits(backend: Any, approximate: str, device: str) -> Non
 
 
 def check_codes(out: Tensor, truth: Tensor, stock: Tensor) -> None:
-    """Codes of 8 bits are those of the truth, but for sums that stand on the other side of a tie, as stock's may."""
+    """Codes of FP8 are those of the truth, but for sums that stand on the other side of a tie, as stock's may."""
     wanted = nearest(truth)
     differs, stock_differs = (codes != wanted for codes in (out.view(torch.uint8), nearest(stock.double())))
     assert differs.double().mean() <= SLACK * stock_differs.double().mean() + 1e-3
@@ -243,7 +243,7 @@ def check_codes(out: Tensor, truth: Tensor, stock: Tensor) -> None:
 
 
 def sums_of(multiply: Any) -> Any:
-    """A module whose products are those of `multiply`."""
+    """A module whose GEMMs are those of `multiply`."""
 
     def linear_fp8(x: Tensor, rows: Any, weight: Tensor, columns: Tensor, bias: Any, dtype: torch.dtype) -> Tensor:
         return scaled(multiply(x, weight), rows, columns, bias).to(dtype)

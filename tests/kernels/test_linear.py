@@ -334,7 +334,7 @@ def test_persistent_feed_forward(gelu: str, device: str, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_by_library(dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> None:
-    """Every epilogue of the kernels, after PyTorch's products."""
+    """Every epilogue of the kernels, after PyTorch's GEMMs."""
     monkeypatch.setattr(launch, "linear_config", lambda *_: dataclasses.replace(PERSISTENT, variant=launch.LIBRARY))
     for (op, rest), bias in itertools.product(OPS, (True, False)):
         check(kernel, op, make_args(op, 37, 72, 40, dtype, device, bias), rest)
