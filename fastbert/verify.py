@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 from . import numerics
 from .explain import explain
 from .fuse import fuse, unfuse
-from .layers.embeddings import first_position, positions
+from .layers.embeddings import first_position, longest_sequence
 from .quality import Measure, Quality
-from .runtime.registry import embeddings_of, encoder_of, layers_in, layers_of
+from .runtime.registry import REGISTERED, embeddings_of, encoder_of, layers_in, layers_of
 from .sensitivity import Sensitivity, sensitivity
 
 LAYOUTS = ("packed", "dense")
@@ -478,8 +478,8 @@ def _check_ids(name: str, ids: Tensor, rows: int) -> None:
 
 def _limit(model: PreTrainedModel) -> int | None:
     """How many tokens a sequence may have; None of a model that is refused later."""
-    embeddings = getattr(model.base_model, "embeddings", None)
-    return positions(embeddings) if hasattr(embeddings, "position_ids") else None
+    base = model.base_model
+    return longest_sequence(base) if any(kind in REGISTERED for kind in type(base).__mro__) else None
 
 
 def _shape(batch: Mapping[str, Tensor]) -> torch.Size:

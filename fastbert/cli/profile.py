@@ -116,7 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from ..checkpoints import default_device, load_config
-    from ..layers.embeddings import positions
+    from ..layers.embeddings import longest_sequence
     from ..measure import counts, profile, tables
     from ..measure.machine import Machine, backend, device_name, environment
 
@@ -130,8 +130,8 @@ def run(arguments: argparse.Namespace) -> int:
     if limit is not None and max(item.lengths) > limit:
         raise UsageError(f"{given}: holds {max(item.lengths)}; expected at most max_position_embeddings, {limit}")
     models = _models(arguments, device)
-    longest = positions(models["fused"].embeddings)
-    if max(item.lengths) > longest:  # a family whose first positions are that of padding
+    longest = longest_sequence(models["fused"])
+    if longest is not None and max(item.lengths) > longest:  # a family whose first positions are that of padding
         raise UsageError(f"{given}: holds {max(item.lengths)}; the model has positions for {longest}")
     dtype, config = models["fused"].dtype, models["fused"].config
     rates = Machine(device).rates(dtype)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..checkpoints import load_base
 from ..explain import explain
 from ..fuse import fuse
-from ..layers.embeddings import first_position, positions
+from ..layers.embeddings import first_position, longest_sequence
 from ..runtime.support import MAX_SEQUENCES
 from ..usage import UsageError, in_a_line
 from .tokens import Tokens
@@ -210,13 +210,16 @@ def load(
             raise UsageError(f"{path}: runs stock ({reason}); expected a model that runs fused", "model")
     if tokenizer.cls_token_id is None and recipe.pooling == "cls":
         raise UsageError("cls: the tokenizer has no such token", "pooling")
-    longest = positions(model.embeddings)
-    limit = longest if recipe.max_length is None else min(longest, recipe.max_length)
+    longest = longest_sequence(model)
+    limits = [each for each in (longest, recipe.max_length) if each is not None]
+    if not limits:
+        raise UsageError("expected a number of tokens; the model itself has no limit", "max_length")
+    limit = min(limits)
     least = tokenizer.num_special_tokens_to_add() + 1
     if limit < least:
         raise UsageError(
             f"is {limit}; expected at least {least}, of which {least - 1} are special tokens", "max_length"
         )
-    if max_length is not None and max_length > longest:
+    if max_length is not None and longest is not None and max_length > longest:
         raise UsageError(f"is {max_length}; the model has positions for {longest}", "max_length")
     return model, recipe, limit

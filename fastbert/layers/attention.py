@@ -13,7 +13,7 @@ from .. import ops
 from ..runtime.support import PLAIN_ATTENTION, is_hooked
 from .context import Context
 from .gemm import Gemm, Norm, Path, Precision, Quantized, child
-from .norm import norm_of, rate_of
+from .norm import dropouts_at, norm_of, rate_of
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Attention:
     """Where the layers of a family keep their attention, and what is its own about it. The defaults are BERT's."""
 
     module: Path = ("attention", "self")
-    """Says `head_dim`, may say `scaling` (else head_dim ** -0.5), and holds the dropout of the probabilities."""
+    """Says `head_dim`, may say `scaling` (else head_dim ** -0.5), and has the dropout of the probabilities."""
     query: Path = ("attention", "self", "query")
     key: Path = ("attention", "self", "key")
     value: Path = ("attention", "self", "value")
@@ -29,9 +29,11 @@ class Attention:
     """One linear layer in place of those three, if it gives queries, then keys, then values."""
     output: Path = ("attention", "output", "dense")
     output_dropout: Path | None = ("attention", "output", "dropout")
+    """An nn.Dropout, or an attribute that is a rate, of what the half adds; None where nothing of it is dropped."""
     norm: Path = ("attention", "output", "LayerNorm")
     head_dim: str = "attention_head_size"
-    dropout: str = "dropout"
+    dropout: str | None = "dropout"
+    """An nn.Dropout of `module`, or its attribute that is a rate; None where no probability is dropped."""
     bias: str | None = None
     """Of `Context.tables`, what is added to scores by the distance of key and query."""
     rotary: str | None = None
@@ -46,13 +48,15 @@ class Attention:
             "context": (self.output,),
         }
 
+    def dropout_paths(self) -> tuple[Path | None, Path | None]:
+        """Where the dropouts are, of probabilities and of the result."""
+        return None if self.dropout is None else (*self.module, self.dropout), self.output_dropout
+
     def parts(self, layer: Any) -> Iterator[tuple[Path, nn.Module, type[nn.Module]]]:
         """(path, submodule, class) of all whose code is known: `kinds`, and the dropouts."""
         for path, kind in self.kinds.items():
             yield path, child(layer, *path), kind
-        for path in ((*self.module, self.dropout), self.output_dropout or ()):
-            if path:
-                yield path, child(layer, *path), nn.Dropout
+        yield from dropouts_at(layer, self.dropout_paths())
 
     def unsupported(self, layer: Any, name: str) -> str | None:
         """Why a layer of that name can't run fused, by what is this half's own."""
@@ -81,9 +85,10 @@ class Attention:
 
     def dropouts(self, layer: Any) -> tuple[float, float]:
         """Rates at which dropout now drops: of probabilities, and of the result."""
-        module = child(layer, *self.module)
-        # As stock: the flag of the attention, the rate of its dropout.
-        probabilities = float(child(module, self.dropout).p) if module.training else 0.0
+        module, probabilities = child(layer, *self.module), 0.0
+        if self.dropout is not None and module.training:  # as stock: the flag of the attention, the rate of its dropout
+            dropout = getattr(module, self.dropout)
+            probabilities = float(getattr(dropout, "p", dropout))
         return probabilities, rate_of(layer, self.output_dropout)
 
 

@@ -23,9 +23,15 @@ def first_position(embeddings: Any) -> int:
     return 0 if padding_idx is None else int(padding_idx) + 1
 
 
-def positions(embeddings: Any) -> int:
-    """How many tokens a sequence may have."""
-    return int(embeddings.position_ids.shape[1]) - first_position(embeddings)
+def longest_sequence(model: Any) -> int | None:
+    """How many tokens a sequence may have, by the table of positions of a base model; None where it has none."""
+    embeddings = embeddings_of(model)
+    table = embeddings.__dict__["_modules"].get(family_of(model).ids.get("position_ids"))
+    if table is None:
+        return None
+    buffer = getattr(embeddings, "position_ids", None)
+    rows = getattr(table, "num_embeddings", None) if buffer is None else buffer.shape[1]
+    return None if rows is None else int(rows) - first_position(embeddings)
 
 
 def default_positions(embeddings: Any, input_ids: Tensor | None, seqlen: int) -> Tensor:
@@ -41,8 +47,10 @@ def default_positions(embeddings: Any, input_ids: Tensor | None, seqlen: int) ->
     """
     first = first_position(embeddings)
     if not first or input_ids is None:
-        positions: Tensor = embeddings.position_ids[:, first : first + seqlen]
-        return positions
+        buffer: Tensor | None = getattr(embeddings, "position_ids", None)
+        if buffer is None:
+            return torch.arange(first, first + seqlen, device=next(embeddings.parameters()).device)[None]
+        return buffer[:, first : first + seqlen]
     real = input_ids != embeddings.padding_idx
     return real.cumsum(1) * real + embeddings.padding_idx
 

@@ -13,7 +13,7 @@ from .. import ops
 from ..runtime.support import activation_is_unsupported, is_hooked
 from .context import Context
 from .gemm import Called, Gemm, Linear, Norm, Path, Precision, Quantized, child
-from .norm import norm_of, rate_of
+from .norm import dropouts_at, norm_of, rate_of
 
 # transformers' activation classes by the value of torch.nn.functional.gelu's `approximate` that computes the same.
 _GELU = {
@@ -47,6 +47,7 @@ class FeedForward:
     """Of a module or a function that works element by element."""
     down: Path = ("output", "dense")
     down_dropout: Path | None = ("output", "dropout")
+    """As `Attention.output_dropout`."""
     norm: Path = ("output", "LayerNorm")
     chunk: Path | None = ("feed_forward_chunk",)
     """The method that computes it, if the layer has one, which somebody may replace."""
@@ -58,12 +59,15 @@ class FeedForward:
         found: dict[str, tuple[Path, ...]] = {"up": (self.up,), "down": (self.down,)}
         return found if self.gate is None else {"gate": (self.gate,), **found}
 
+    def dropout_paths(self) -> tuple[Path | None]:
+        """Where the dropout of the result is."""
+        return (self.down_dropout,)
+
     def parts(self, layer: Any) -> Iterator[tuple[Path, nn.Module, type[nn.Module]]]:
         """(path, submodule, class) of all whose code is known: `kinds`, and the dropout."""
         for path, kind in self.kinds.items():
             yield path, child(layer, *path), kind
-        if self.down_dropout is not None:
-            yield self.down_dropout, child(layer, *self.down_dropout), nn.Dropout
+        yield from dropouts_at(layer, self.dropout_paths())
 
     def activation_of(self, layer: Any) -> Any:
         """What is applied between the two linear layers."""

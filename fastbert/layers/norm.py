@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from .gemm import Norm, Path, child
 
@@ -16,6 +18,20 @@ def norm_of(module: Any) -> Norm:
 
 
 def rate_of(layer: Any, path: Path | None) -> float:
-    """The rate at which the dropout there now drops; 0 where there is none."""
-    dropout = None if path is None else child(layer, *path)
-    return float(dropout.p) if dropout is not None and dropout.training else 0.0
+    """The rate at which the dropout there now drops, a module's or an attribute; 0 where there is none."""
+    if path is None:
+        return 0.0
+    holder = child(layer, *path[:-1])
+    dropout = holder.__dict__["_modules"].get(path[-1])
+    if dropout is not None:
+        return float(dropout.p) if dropout.training else 0.0
+    return float(getattr(holder, path[-1])) if holder.training else 0.0
+
+
+def dropouts_at(layer: Any, paths: Iterable[Path | None]) -> Iterator[tuple[Path, nn.Module, type[nn.Module]]]:
+    """(path, submodule, nn.Dropout) of those paths at which there is a module, not a rate alone."""
+    for path in paths:
+        if path is not None:
+            dropout = getattr(child(layer, *path[:-1]), path[-1])
+            if isinstance(dropout, nn.Module):
+                yield path, dropout, nn.Dropout

@@ -33,7 +33,7 @@ from ..runtime.readers import Reader, know, named_arguments, parameter_names
 from ..runtime.registry import REGISTERED, encoder_of, wrapped_encoder_of
 from .family import Family
 from .heads import Vocabulary, labelled_loss, takes_labelled_rows
-from .probe import hands_nothing_on, try_family
+from .probe import check_description, hands_nothing_on, try_family
 
 T = TypeVar("T", bound=nn.Module)
 
@@ -50,13 +50,25 @@ def register(family: Family, module: str) -> Family:
         `family`.
 
     Raises:
-        ValueError: a small model of the family computes something else fused than stock; what it does is named, and
-            the family is not registered.
+        ValueError: the module is not loaded, or has no place for what is made; the family is registered already, or
+            says what its classes don't have; or a small model of it computes something else fused than stock, which is
+            named. Then the family is not registered.
 
     Warns:
         RuntimeWarning: the base model does not hand its encoder the keyword arguments that it doesn't know, which is
             tried on the meta device; then none of the family is fused. See `Family.run`.
     """
+    if module not in sys.modules:
+        raise ValueError(f"module is {module!r}, which is not loaded; expected the adapter's __name__")
+    if family.base in REGISTERED:
+        made = REGISTERED[family.base].fused[family.base].__module__
+        raise ValueError(f"family: {family.base.__name__} is registered already, by {made}")
+    outside = not module.startswith("fastbert.")
+    if outside:
+        check_description(family)
+    family.unknown_arguments = _unknown_arguments(family)
+    recorded = getattr(family.base, "_can_record_outputs", None) or {}
+    family.records_hidden_states = family.run is None and "hidden_states" in recorded
     kinds = {
         family.base: _base_model(family, module),
         family.encoder: _derive(family, family.encoder, module, FusedEncoder),
@@ -76,16 +88,32 @@ def register(family: Family, module: str) -> Family:
 
     stood_in_for = (*kinds, *(kind for half in family.layout.halves() for kind in half.kinds.values()))
     known.keep(family.name, family.code, stood_in_for)
-    know((family.base, kinds[family.base]), family.heads, family.parts, family.loss_heads)
+    before = (family.embeddings_at[0], family.stack[0], *family.between)
+    know((family.base, kinds[family.base]), before, family.heads, family.parts, family.loss_heads)
     REGISTERED[family.base] = family
-    _introduce(family)
-    if family.unsupported is None and not module.startswith("fastbert."):
-        try:
+    try:
+        _introduce(family)
+        if outside and family.unsupported is None:
             try_family(family)
-        except BaseException:
-            del REGISTERED[family.base]
-            raise
+    except BaseException:
+        del REGISTERED[family.base]
+        raise
     return family
+
+
+_ARGUMENTS = {
+    *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "encoder_hidden_states"),
+    *("encoder_attention_mask", "past_key_values", "cache", "use_cache", "cache_position", "cu_seq_lens_q"),
+    *("cu_seq_lens_k", "max_length_q", "max_length_k", "is_causal", "output_attentions", "output_hidden_states"),
+    *("return_dict", "head_mask", "kwargs", "args"),
+}
+"""Parameters of base models that are known, whatever the family: checked, looked at, or of no effect on its rows."""
+
+
+def _unknown_arguments(family: Family) -> tuple[str, ...]:
+    """Parameters of the base model's forward that neither the family nor anything else here speaks of."""
+    base: Any = family.base
+    return tuple(name for name in parameter_names(base) if name not in _ARGUMENTS and name not in family.ids)
 
 
 def bert_like(

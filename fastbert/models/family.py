@@ -61,6 +61,10 @@ class Family:
     hidden_states as the layout has them, (1, T, H) or (B, S, H). Without position_ids, `packing.positions` says where
     in its sequence every row is. Where there are tables, layers don't mix with stock ones, which are called otherwise.
     """
+    spreads_empty: bool = False
+    """Whether a sequence without a real token attends to all its tokens, whatever config._attn_implementation says:
+    then a call with one runs stock. sdpa gives zeros there, as the kernels do; code that fills scores with the lowest
+    number spreads them evenly."""
     run: Callable[..., Any] | None = None
     """(base model, arguments by name, plan) -> its output, where the stock forward does not hand the encoder the
     keyword arguments that it doesn't know. Hidden states are not collected there, nor do layers mix with stock ones."""
@@ -89,6 +93,11 @@ class Family:
     """Made by `register`: the same of `vocabularies`."""
     unsupported: str | None = field(default=None, init=False)
     """Found by `register`: why no model of it can run fused."""
+
+    records_hidden_states: bool = field(default=False, init=False)
+    """Found by `register`: whether transformers records what layers return, and no loop of the family's own."""
+    unknown_arguments: tuple[str, ...] = field(default=(), init=False)
+    """Found by `register`: parameters of the base model's forward that nothing here speaks of."""
 
     @property
     def name(self) -> str:

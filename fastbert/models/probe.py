@@ -1,19 +1,27 @@
-"""What a family is tried on as it is registered: whether a plan reaches its encoder, whether fused is stock."""
+"""What a family is tried on as it is registered: whether its description fits its classes, whether fused is stock."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..explain import explain
 from ..fuse import fuse
+from ..layers.embeddings import first_position
+from ..layers.gemm import Path, child
+from ..layers.layer import Layer
 from ..numerics import relative_error
 from ..runtime import known
-from ..runtime.registry import encoder_of
+from ..runtime.readers import parameter_names, tell_labels
+from ..runtime.registry import encoder_of, layers_of
+from ..runtime.support import is_plain
 from .family import Family
 
 _TOLERANCE = 1e-4
@@ -47,55 +55,494 @@ def hands_nothing_on(model: Any, family: Family) -> str | None:
     return f"{where} does not hand its keyword arguments on to its encoder{why}"
 
 
+def check_description(family: Family) -> None:
+    """Holds what a family says of its classes against a small stock model.
+
+    Raises:
+        ValueError: they don't fit; the field of `Family` is named, or of the half of its layout.
+    """
+    base: Any = family.base
+    with torch.device("meta"):
+        model = base(family.config(**family.sizes))
+    if len(family.stack) < 2:
+        raise ValueError(
+            f"Family.stack is {family.stack}; expected a path through the encoder to its layers: a base model that "
+            "calls its layers itself has no encoder to stand in for"
+        )
+    for field, path in (("embeddings_at", family.embeddings_at), ("stack", family.stack)):
+        _at(model, path, f"Family.{field}", base.__name__)
+    encoder, layers = _at(model, family.stack[:-1], "", ""), _at(model, family.stack, "", "")
+    embeddings = _at(model, family.embeddings_at, "", "")
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        raise ValueError(f"Family.stack leads to {_a(layers)}; expected an nn.ModuleList with layers")
+    for field, module, kind in (
+        ("encoder", encoder, family.encoder),
+        ("layer", layers[0], family.layer),
+        ("embeddings", embeddings, family.embeddings),
+    ):
+        if type(module) is not kind:
+            raise ValueError(f"Family.{field} is {kind.__name__}; the model has {_a(module)} there")
+    if not family.ids:
+        raise ValueError("Family.ids is empty; expected the argument of the words' ids, and its table")
+    words = next(iter(family.ids.values()))
+    if not isinstance(embeddings._modules.get(words or ""), nn.Embedding):
+        raise ValueError(f"Family.ids names {words!r} as the table of words; {_a(embeddings)} has no such nn.Embedding")
+    if family.final_norm is not None and not is_plain(
+        encoder._modules.get(family.final_norm) or nn.Identity(), nn.LayerNorm
+    ):
+        raise ValueError(f"Family.final_norm is {family.final_norm!r}; {_a(encoder)} has no such nn.LayerNorm")
+    _check_layout(family.layout, layers[0])
+
+
+def _a(module: Any) -> str:
+    return f"a {type(module).__name__}"
+
+
+def _at(module: Any, path: Path, field: str, owner: str) -> Any:
+    """The submodule or attribute at a path."""
+    for i, name in enumerate(path):
+        if not hasattr(module, name):
+            raise ValueError(f"{field} is {'.'.join(path)}; {'.'.join((owner, *path[:i]))} has no {name}")
+        module = getattr(module, name)
+    return module
+
+
+def _check_layout(layout: Layer, layer: Any) -> None:
+    attention, feed_forward = layout.attention, layout.feed_forward
+    owner = type(layer).__name__
+    if feed_forward.is_gated and feed_forward.gate is not None:
+        raise ValueError("FeedForward.is_gated and FeedForward.gate are both given; expected one of the two")
+    head_dim = getattr(_at(layer, attention.module, "Attention.module", owner), attention.head_dim, None)
+    if not isinstance(head_dim, int):
+        place = ".".join((owner, *attention.module))
+        raise ValueError(f"Attention.head_dim is {attention.head_dim!r}; {place} has no such number")
+    _at(layer, feed_forward.activation, "FeedForward.activation", owner)
+    halves = (("Attention", attention), ("FeedForward", feed_forward))
+    known_parameters: set[int] = set()
+    dropouts: list[Any] = []
+    paths: list[Path] = [attention.module, feed_forward.activation]
+    for name, half in halves:
+        for path in (path for group in half.gemms().values() for path in group):
+            linear = _at(layer, path, f"{name}: a linear layer", owner)
+            if not isinstance(linear, nn.Linear):
+                raise ValueError(f"{name}: {'.'.join(path)} is {_a(linear)}; expected an nn.Linear")
+            known_parameters |= {id(p) for p in linear.parameters()}
+            paths.append(path)
+        norm = _at(layer, half.norm, f"{name}.norm", owner)
+        if not isinstance(norm, nn.LayerNorm) or norm.weight is None:
+            raise ValueError(f"{name}.norm is {_a(norm)}; expected an nn.LayerNorm with a weight")
+        known_parameters |= {id(p) for p in norm.parameters()}
+        paths.append(half.norm)
+        for path in filter(None, half.dropout_paths()):
+            dropout = _at(layer, path, f"{name}: a dropout", owner)
+            if type(dropout) is not nn.Dropout and not isinstance(dropout, (int, float)):
+                raise ValueError(f"{name}: {'.'.join(path)} is {_a(dropout)}; expected an nn.Dropout, or a rate")
+            dropouts.append(dropout)
+            paths.append(path)
+        for path, kind in half.kinds.items():
+            if type(found := _at(layer, path, f"{name}.kinds", owner)) is not kind:
+                raise ValueError(f"{name}.kinds: {'.'.join(path)} is {_a(found)}, not {kind.__name__}")
+    _check_widths(layout, layer, head_dim)
+    stood_in_for = {*attention.kinds, *feed_forward.kinds}
+    for path in paths:
+        for end in range(1, len(path)):
+            if path[:end] not in stood_in_for:
+                kind = _at(layer, path[:end], "", "")
+                raise ValueError(
+                    f"{'.'.join(path[:end])} is {_a(kind)}, in the kinds of no half: the fused layer stands in for its "
+                    "code, and has to see when somebody replaces it"
+                )
+    for name, parameter in layer.named_parameters():
+        if id(parameter) not in known_parameters:
+            raise ValueError(f"{owner} has {name}, a parameter of nothing that either half names")
+    for name, module in layer.named_modules():
+        if type(module) is nn.Dropout and not any(module is each for each in dropouts):
+            raise ValueError(f"{owner} has {name}, a dropout that neither half names")
+
+
+def _check_widths(layout: Layer, layer: Any, head_dim: int) -> None:
+    def outputs(half: Any, name: str) -> int:
+        return sum(child(layer, *path).out_features for path in half.gemms()[name])
+
+    attention, feed_forward = layout.halves()
+    attended = child(layer, *attention.output).in_features
+    if attended % head_dim or outputs(attention, "qkv") != 3 * attended:
+        raise ValueError(
+            f"Attention: queries, keys and values have {outputs(attention, 'qkv')} columns; expected three times the "
+            f"{attended} that its output takes, in heads of {head_dim}"
+        )
+    raised = child(layer, *feed_forward.down).in_features * (2 if feed_forward.is_gated else 1)
+    for name in ("up", "gate"):
+        if name in feed_forward.gemms() and outputs(feed_forward, name) != raised:
+            found = outputs(feed_forward, name)
+            raise ValueError(
+                f"FeedForward.{name} gives {found} columns; expected {raised}, by FeedForward.down and is_gated"
+            )
+
+
+class _Call(NamedTuple):
+    """A call that is tried."""
+
+    what: str
+    """As errors have it, after "in a call"."""
+    arguments: dict[str, Any]
+    real: Tensor
+    """(B, S) bool, real tokens."""
+    hint: str = ""
+    """What else may be wrong, if this one departs and others don't."""
+
+
 def try_family(family: Family) -> None:
-    """Compares a small model with random weights fused and stock: hidden states and gradients, in both layouts.
+    """Compares small models with random weights fused and stock.
+
+    The base model, in both layouts, over paddings, lengths, positions and embeddings of one's own, with gradients, and
+    with everything dropped at one place after the other; and heads, as they read padding or don't.
 
     Raises:
         ValueError: they differ, or nothing of it runs fused.
     """
-    name = family.base.__name__
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
-        stock: Any = family.base(family.config(**family.sizes)).float().eval()
-        with torch.no_grad():
-            for parameter in stock.parameters():
-                parameter.copy_(0.3 * torch.randn(parameter.shape) + (parameter.dim() == 1))
-        mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0]])
-        ids = torch.randint(1, 16, mask.shape) * mask
-        # A LayerNorm's sum over a row says nothing of the row.
-        weights = torch.randn(stock.config.hidden_size) * mask[..., None]
-        expected, gradients = _results(stock, family, ids, mask, weights)
+        stock = _small(family, family.base)
+        calls = list(_calls(stock, family))
+        _check_tables(stock, family, calls[0])
         for padding in ("packed", "dense"):
             fused = fuse(copy.deepcopy(stock), padding=padding)
-            found, own = _results(fused, family, ids, mask, weights)
-            (encoder,) = explain(fused).encoders
-            if not encoder.fused_calls:
-                raise ValueError(f"{name} was registered, and runs stock: {encoder.stock_calls or encoder.reason}")
-            error = relative_error(found, expected.double())
-            if error > _TOLERANCE:
-                raise ValueError(
-                    f"{name} was registered, and departs from stock: its hidden states by {error:.1e}, {padding}; "
-                    f"its layout, tables or final_norm says something else than its code"
-                )
-            largest = max(gradient.norm().item() for gradient in gradients.values())
-            for key, gradient in gradients.items():
-                # Some are zero but for rounding, as that of the keys' bias.
-                size = max(gradient.norm().item(), largest / 1000)
-                error = ((own[key] - gradient).norm() / size).item() if key in own else 1.0
-                if error > 10 * _TOLERANCE:
-                    what = f"the gradient of {key} by {error:.1e}, {padding}"
-                    raise ValueError(f"{name} was registered, and departs from stock: {what}")
+            for i, call in enumerate(calls):
+                _compare(stock, fused, call, padding)
+                (encoder,) = explain(fused).encoders
+                if not i and not encoder.fused_calls:
+                    told = encoder.stock_calls or encoder.reason
+                    raise ValueError(f"{family.base.__name__} was registered, and runs stock: {told}")
+            _compare_sequences(stock, fused, family)
+            _compare_gradients(stock, fused, calls[0], padding)
+        _try_dropout(family, calls[0])
+        for kind, reader in family.heads.items():
+            _try_head(family, kind, labelled=reader.hook is tell_labels)
 
 
-def _results(
-    model: Any, family: Family, ids: Tensor, mask: Tensor, weights: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The last hidden states at real tokens, and gradients of a weighted sum of them."""
-    call = {next(iter(family.ids)): ids, "attention_mask": mask}
+def _small(family: Family, kind: Any, **changes: Any) -> Any:
+    """A small stock model with random weights."""
+    model = kind(family.config(**{**family.sizes, **changes})).float().eval()
     with torch.no_grad():
-        found = model(**call)[0][mask.bool()]
-    with torch.enable_grad():
-        (model(**call)[0] * weights).sum().backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-    model.zero_grad(set_to_none=True)
-    return found, gradients
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape) + (parameter.dim() == 1))
+    return model
+
+
+def _departs(model: Any, what: str, hint: str = "") -> ValueError:
+    name = type(model).__name__
+    return ValueError(f"{name} was registered, and departs from stock: {what}{hint and f'; {hint}'}")
+
+
+_MASKS = {
+    "with padding": ([1] * 9, [1] * 4 + [0] * 5, [1] + [0] * 8),
+    "with padding on the left": ([0] * 5 + [1] * 4, [1] * 9, [0] * 8 + [1]),
+    "with holes in its mask": ([1, 0, 1, 1, 0, 0, 1, 0, 1], [0, 1, 1, 0, 1, 1, 1, 0, 0], [1] * 9),
+    "with a sequence without a real token": ([1] * 9, [0] * 9, [1, 1, 0, 0, 0, 0, 0, 0, 0]),
+}
+_OF_THE_MASK = "if its positions come from the mask, it can't be fused"
+_HINTS = {
+    "with padding": "its layout, tables or final_norm says something else than its code",
+    "with padding on the left": _OF_THE_MASK,
+    "with holes in its mask": _OF_THE_MASK,
+    "with a sequence without a real token": "see Family.spreads_empty",
+}
+
+
+def _calls(stock: Any, family: Family) -> Iterator[_Call]:
+    """Those that stock can be called with, the one with padding first."""
+    base: Any = family.base
+    words, *others = family.ids
+    rows = {name: _rows(stock, family, name) for name in family.ids}
+
+    def ids(batch: int, seqlen: int) -> dict[str, Any]:
+        given = {words: torch.randint(1, rows[words], (batch, seqlen))}
+        return given | {n: torch.randint(rows[n], (batch, seqlen)) for n in others if n != "position_ids"}
+
+    found = []
+    for what, mask in _MASKS.items():
+        real = torch.tensor(mask)
+        arguments = ids(*real.shape)
+        arguments[words] = torch.where(real.bool(), arguments[words], 0)
+        found.append(_Call(what, {**arguments, "attention_mask": real}, real.bool(), _HINTS.get(what, "")))
+    padded = found[0]
+    real = torch.ones(2, 7, dtype=torch.bool)
+    found.append(_Call("without a mask", ids(2, 7), real))
+    found.append(_Call("for hidden states", {**padded.arguments, "output_hidden_states": True}, padded.real))
+    for length in (300, 70, 30):
+        real = torch.arange(length) < torch.tensor([[length], [length // 2], [length - 3]])
+        found.append(_Call(f"of {length} tokens a sequence", {**ids(3, length), "attention_mask": real.long()}, real))
+    names = parameter_names(base)
+    if "position_ids" in names or "position_ids" in family.ids:
+        hint = "tables have to be made of position_ids where they are given"
+        for what, shape in (("position_ids for all", (1, 9)), ("position_ids for each", (3, 9))):
+            positions = torch.randint(max(rows.get("position_ids", 9), 9), shape)
+            found.append(
+                _Call(f"with {what} sequence", {**padded.arguments, "position_ids": positions}, padded.real, hint)
+            )
+    if "inputs_embeds" in names:
+        embeds = torch.randn(*padded.real.shape, _width(stock, family))
+        arguments = {name: value for name, value in padded.arguments.items() if name != words}
+        found.append(_Call("with inputs_embeds", {**arguments, "inputs_embeds": embeds}, padded.real))
+    for i, call in enumerate(found):
+        if not i or _stock_takes(stock, call):
+            yield call
+
+
+def _rows(stock: Any, family: Family, name: str) -> int:
+    """How many values an argument of ids has: rows of its table; 2, where it has none."""
+    table = family.ids[name]
+    embeddings = _at(stock, family.embeddings_at, "", "")
+    found = None if table is None else embeddings._modules.get(table)
+    return 2 if found is None else int(found.num_embeddings)
+
+
+def _width(stock: Any, family: Family) -> int:
+    """Of the embeddings of words."""
+    table: Any = _at(stock, family.embeddings_at, "", "")._modules[next(iter(family.ids.values()))]
+    return int(table.embedding_dim)
+
+
+def _stock_takes(stock: Any, call: _Call) -> bool:
+    """Whether stock runs that call; what it raises is its own to say."""
+    try:
+        with torch.no_grad():
+            stock(**call.arguments)
+    except (IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _tensors(result: Any) -> dict[str, Tensor]:
+    """The tensors of a model's output, by name."""
+    if isinstance(result, Tensor):
+        return {"output": result}
+    items = result.items() if isinstance(result, Mapping) else enumerate(result or ())
+    found = {}
+    for name, value in items:
+        inner = (
+            {"": value} if isinstance(value, Tensor) else _tensors(value) if isinstance(value, (tuple, list)) else {}
+        )
+        found.update({f"{name}{rest and f'.{rest}'}": tensor for rest, tensor in inner.items()})
+    return found
+
+
+def _compare(stock: Any, fused: Any, call: _Call, layout: str) -> None:
+    """Raises ValueError where the outputs of a call differ: at real tokens; at all of them, where `layout` is dense."""
+    where = f"{layout}, in a call {call.what}"
+    with torch.no_grad():
+        expected = _tensors(stock(**call.arguments))
+        try:
+            found = _tensors(fused(**call.arguments))
+        except Exception as raised:  # whatever it is, stock does not raise it
+            raise _departs(stock, f"it raises {type(raised).__name__}, {where}: {raised}", call.hint) from raised
+    if missing := sorted(expected.keys() ^ found.keys()):
+        raise _departs(stock, f"{', '.join(missing)} given by one of the two alone, {where}", call.hint)
+    for name, tensor in expected.items():
+        ours, truth = found[name], tensor
+        if layout != "dense" and truth.shape[: call.real.dim()] == call.real.shape:
+            ours, truth = ours[call.real], truth[call.real]
+        elif layout != "dense" and truth.shape[:1] == call.real.shape[:1]:
+            some = call.real.any(1)
+            ours, truth = ours[some], truth[some]
+        error = relative_error(ours, truth.double()) if ours.shape == truth.shape else float("inf")
+        if not error <= _TOLERANCE:
+            name = "hidden states" if name in ("last_hidden_state", "output", "0") else name
+            raise _departs(stock, f"its {name} by {error:.1e}, {where}", call.hint)
+
+
+def _compare_sequences(stock: Any, fused: Any, family: Family) -> None:
+    """The flattened call, where sequences lie end to end: each as stock has it alone."""
+    lengths, words = (5, 9, 1, 7), next(iter(family.ids))
+    ids = torch.randint(2, _rows(stock, family, words), (1, sum(lengths)))  # 0 and 1 may be padding's
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    call: dict[str, Any] = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 9, "max_length_k": 9}
+    if family.ids.get("position_ids") is not None:
+        call["position_ids"] = positions + first_position(_at(stock, family.embeddings_at, "", ""))
+    with torch.no_grad():
+        try:
+            found = _tensors(fused(**{words: ids}, **call))
+        except TypeError:  # it takes no arguments of such names
+            return
+        expected = [next(iter(_tensors(stock(**{words: part})).values())) for part in ids.split(lengths, 1)]
+    error = relative_error(next(iter(found.values())), torch.cat(expected, 1).double())
+    if not error <= _TOLERANCE:
+        raise _departs(stock, f"its hidden states by {error:.1e}, in a flattened call, with cu_seq_lens_q")
+
+
+def _compare_gradients(stock: Any, fused: Any, call: _Call, layout: str) -> None:
+    # A LayerNorm's sum over a row says nothing of the row.
+    weights = torch.randn(stock.config.hidden_size) * call.real[..., None]
+    found = []
+    for model in (stock, fused):
+        with torch.enable_grad():
+            (next(iter(_tensors(model(**call.arguments)).values())) * weights).sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()})
+        model.zero_grad(set_to_none=True)
+    gradients, own = found
+    largest = max(gradient.norm().item() for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        # Some are zero but for rounding, as that of the keys' bias.
+        size = max(gradient.norm().item(), largest / 1000)
+        error = ((own[name] - gradient).norm() / size).item() if name in own else 1.0
+        if not error <= 10 * _TOLERANCE:
+            raise _departs(stock, f"the gradient of {name} by {error:.1e}, {layout}")
+
+
+def _check_tables(stock: Any, family: Family, call: _Call) -> None:
+    """Looks at the tables that the family makes, in two dtypes and both layouts."""
+    made, attention = family.tables, family.layout.attention
+    if made is None:
+        for field in ("bias", "rotary"):
+            if (name := getattr(attention, field)) is not None:
+                raise ValueError(f"Attention.{field} is {name!r}; Family.tables, which is to make it, is None")
+        return
+    module = child(layers_of(stock)[0], *attention.module)
+    head_dim = getattr(module, attention.head_dim)
+    heads = child(layers_of(stock)[0], *attention.output).in_features // head_dim
+
+    def check(encoder: Any, hidden_states: Tensor, packing: Any, position_ids: Tensor | None) -> Any:
+        tables, rows = made(encoder, hidden_states, packing, position_ids), hidden_states.shape[:2].numel()
+        for field, shapes, dtypes in (
+            ("bias", [(heads, 2 * packing.max_seqlen - 1)], (torch.float32,)),
+            ("rotary", [(rows, head_dim)] * 2, (torch.float32, torch.bfloat16)),
+        ):
+            if (name := getattr(attention, field)) is None:
+                continue
+            found = tables.get(name)
+            found = list(found) if isinstance(found, (tuple, list)) else [found]
+            told = [f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else f"{x!r}" for x in found]
+            fits = len(found) == len(shapes) and all(isinstance(x, Tensor) and x.dtype in dtypes for x in found)
+            if not fits or [tuple(x.shape) for x in found] != shapes:
+                expected = ", ".join(f"{shape} {dtypes[0]}" for shape in shapes)
+                raise ValueError(
+                    f"Family.tables gave {', '.join(told)} for {name!r}, Attention.{field}; expected {expected}"
+                )
+        return tables
+
+    family.tables = check
+    try:
+        for padding in ("packed", "dense"):
+            for dtype in (torch.float32, torch.bfloat16):
+                with torch.no_grad():
+                    fuse(copy.deepcopy(stock).to(dtype), padding=padding)(**call.arguments)
+    finally:
+        family.tables = made
+
+
+class _Dropped(TorchFunctionMode):
+    """Notes what is dropped, and drops nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[float, Tensor | None]] = []
+        """(rate, what it drops elements of), None for the probabilities of `scaled_dot_product_attention`."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is nn.functional.dropout:
+            given = inspect.signature(function).bind(*args, **kwargs).arguments
+            if given.get("training", True):
+                self.seen.append((given.get("p", 0.5), given["input"]))
+            return given["input"]
+        if function is nn.functional.scaled_dot_product_attention and kwargs.get("dropout_p"):
+            self.seen.append((kwargs["dropout_p"], None))
+            kwargs = {**kwargs, "dropout_p": 0.0}
+        return function(*args, **kwargs)
+
+
+def _check_places(stock: Any, family: Family, call: _Call) -> None:
+    """Looks at what each dropout of the layout drops, by a rate of its own: `stock` in training, without others."""
+    attention, feed_forward = family.layout.halves()
+    halves = ((attention.dropout_paths()[1], attention.output), (feed_forward.down_dropout, feed_forward.down))
+    layer, ends = layers_of(stock)[0], []
+    hooks = [child(layer, *end).register_forward_hook(lambda _, __, out: ends.append(out)) for _, end in halves]
+    rates = {
+        path: (i + 1) / 16 for i, path in enumerate((attention.dropout_paths()[0], *(place for place, _ in halves)))
+    }
+    for path, rate in rates.items():
+        if path is not None:
+            _set_rate(stock, path, rate)
+    with torch.no_grad(), _Dropped() as dropped:
+        stock(**call.arguments)
+    for hook in hooks:
+        hook.remove()
+    for i, (path, rate) in enumerate(rates.items()):
+        if path is None:
+            continue
+        _set_rate(stock, path, 0.0)
+        found = [x for p, x in dropped.seen if p == rate]
+        if i:
+            right = bool(found) and found[0] is not None and torch.equal(found[0], ends[i - 1])
+            what = f"what {'.'.join(halves[i - 1][1])} gives"
+        else:
+            right, what = bool(found), "attention's probabilities"
+            for x in found:
+                right = right and (x is None or bool(torch.allclose(x.sum(-1), torch.ones(()), atol=1e-5)))
+        if not right:
+            raise ValueError(f"{'.'.join(path)} is not the dropout of {what}, in {type(layer).__name__}")
+
+
+def _set_rate(model: Any, path: Path, rate: float) -> None:
+    """Sets a dropout of every layer."""
+    for layer in layers_of(model):
+        holder = child(layer, *path[:-1])
+        dropout = getattr(holder, path[-1])
+        if isinstance(dropout, nn.Dropout):
+            dropout.p = rate
+        else:
+            setattr(holder, path[-1], rate)
+
+
+def _try_dropout(family: Family, call: _Call) -> None:
+    """Looks for dropout that the layout leaves out, then has everything dropped, at one of its places at a time."""
+    config = family.config(**family.sizes)
+    rates = {n: 0.5 for n, v in vars(config).items() if "drop" in n and isinstance(v, (int, float)) and v is not False}
+    stock = _small(family, family.base, **rates).train()
+    places = [path for half in family.layout.halves() for path in half.dropout_paths() if path is not None]
+    for path in places:
+        _set_rate(stock, path, 0.0)
+    seen: list[Any] = []
+    encoder = encoder_of(stock)
+    hook = encoder.register_forward_hook(lambda _, args, kwargs, __: seen.append((args, kwargs)), with_kwargs=True)
+    with torch.no_grad():
+        stock(**call.arguments)
+        hook.remove()
+        args, kwargs = seen[0]
+        once, twice = (next(iter(_tensors(encoder(*args, **kwargs)).values())) for _ in range(2))
+    if not torch.equal(once, twice):
+        raise ValueError(f"{type(encoder).__name__} drops something in training that neither half names")
+    within = {id(module) for module in layers_of(stock).modules()}
+    for module in stock.modules():
+        if isinstance(module, nn.Dropout) and id(module) not in within:
+            module.p = 0.0
+    with torch.no_grad():
+        once, twice = (next(iter(_tensors(stock(**call.arguments)).values())) for _ in range(2))
+    if not torch.equal(once, twice):  # of its embeddings, which run as they are
+        return
+    _check_places(stock, family, call)
+    for path in places:
+        _set_rate(stock, path, 1.0)
+        tried = call._replace(what=f"in training where {'.'.join(path)} drops all")
+        _compare(stock, fuse(copy.deepcopy(stock)), tried, "packed")
+        _set_rate(stock, path, 0.0)
+
+
+def _try_head(family: Family, kind: Any, labelled: bool) -> None:
+    try:
+        stock = _small(family, kind)
+    except Exception as error:  # whatever it needs of its config
+        raise ValueError(f"Family.sizes make no {kind.__name__}: {error}") from error
+    fused, words = fuse(copy.deepcopy(stock)), next(iter(family.ids))
+    hint = "Family.heads says which rows it reads"
+    for what, mask in list(_MASKS.items())[:3]:
+        real = torch.tensor(mask)
+        ids = torch.where(real.bool(), torch.randint(1, _rows(stock.base_model, family, words), real.shape), 0)
+        call = _Call(what, {words: ids, "attention_mask": real}, real.bool(), hint)
+        labels = torch.where(real.bool(), torch.randint(2, real.shape), -100) if labelled else real[:, 0] * 0
+        for arguments in ({}, {"labels": labels}):
+            tried = call._replace(arguments={**call.arguments, **arguments})
+            if _stock_takes(stock, tried):
+                _compare(stock, fused, tried, "auto")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layers.embeddings import first_position
+from ..layers.embeddings import first_position, longest_sequence
 from .packing import has_values, host_integers
 from .registry import embeddings_of, family_of
 from .support import (
@@ -53,16 +53,16 @@ def check_arguments(model: Any, call: Mapping[str, Any], foreign: bool) -> None:
             _check_ids(name, call[name], (batch, seqlen), None if table is None else tables[table])
     if any(call.get(name) is not None for name in CACHES):
         return  # a cache changes which lengths are right
-    if call.get("position_ids") is None and names.get("position_ids") is not None:
-        _check_length(embeddings, ids, given, seqlen)
+    longest = longest_sequence(model)
+    if call.get("position_ids") is None and longest is not None:
+        _check_length(embeddings, longest, ids, given, seqlen)
     _check_mask(call.get("attention_mask"), (batch, seqlen))
     if call.get("cu_seq_lens_q") is not None:
         _check_flattened(call, batch)
 
 
-def _check_length(embeddings: Any, ids: Tensor | None, given: str, seqlen: int) -> None:
+def _check_length(embeddings: Any, longest: int, ids: Tensor | None, given: str, seqlen: int) -> None:
     first = first_position(embeddings)
-    longest = embeddings.position_ids.shape[1] - first
     if first and ids is not None and seqlen > longest:  # positions count tokens other than padding's
         if not _is_readable(ids):
             return

@@ -187,8 +187,8 @@ def plan_call(
         return args, {name: value for name, value in kwargs.items() if name not in Reads._fields}
     call.update(kwargs)
     reads = Reads(*(call.pop(name, default) for name, default in Reads._field_defaults.items()))
-    if family_of(model).run is not None and not torch.compiler.is_compiling() and not reads.told:
-        reads = told_aside(call)
+    if not reads.told and not torch.compiler.is_compiling():
+        reads = told_aside(call) or reads
     if (call.get("input_ids") is None) == (call.get("inputs_embeds") is None):
         return (), call  # both or neither: the forward itself says so
     if is_disabled():
@@ -207,7 +207,7 @@ def plan_call(
         if reason is None and mixed:
             reason = "a flattened call of a model with a layer that runs stock"
     if reason is None and _has_empty_sequence(model, call.get("attention_mask")):
-        reason = "a sequence without a real token, under eager attention"
+        reason = "a sequence without a real token, which eager attention spreads over its padding"
     if reason is not None:
         call["plan"] = reason
         _isolate(model, call, reason)
@@ -230,7 +230,7 @@ def plan_call(
         mask,
         seen.hooked,
         foreign,
-        call.get("position_ids"),
+        _position_ids(call, packing),
         Receipt(),
     )
     return (), call
@@ -259,6 +259,14 @@ def _foreign_call_is_unsupported(call: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _position_ids(call: Mapping[str, Any], packing: Packing) -> Tensor | None:
+    """The position_ids of a call, one for each of its rows."""
+    given: Tensor | None = call.get("position_ids")
+    if given is None or packing.cu_seqlens is not None:
+        return given
+    return given.expand(packing.batch, packing.seqlen)
+
+
 def _draw_seeds(layers: Any) -> Tensor:
     """Seeds for all dropouts of one forward.
 
@@ -273,7 +281,8 @@ def _has_empty_sequence(model: Any, mask: Tensor | None) -> bool:
 
     Eager attention spreads such a sequence evenly over all its keys, padding too; sdpa, and the kernels, give zeros.
     """
-    if mask is None or model.config._attn_implementation not in ("eager", None) or not has_values(mask):
+    spreads = family_of(model).spreads_empty or model.config._attn_implementation in ("eager", None)
+    if mask is None or not spreads or not has_values(mask):
         return False
     if mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
@@ -315,6 +324,11 @@ def _is_repeatable(model: Any, call: Mapping[str, Any]) -> bool:
     return not any(module.training or is_hooked(module) for module in first)
 
 
+def _has_table(model: Any, name: str) -> bool:
+    """Whether the embeddings look up the argument of that name."""
+    return family_of(model).ids.get(name) in embeddings_of(model).__dict__["_modules"]
+
+
 def _lay_out(model: Any, call: dict[str, Any], settings: Settings, reads: Reads, foreign: bool, keeps: bool) -> Packing:
     """Chooses between packed and dense for a padded call, and rewrites its arguments to match.
 
@@ -330,6 +344,9 @@ def _lay_out(model: Any, call: dict[str, Any], settings: Settings, reads: Reads,
     if readable and _is_seen_to_be_full(mask):
         return Packing(batch, seqlen, seqlen)
     mask = mask.to(torch.bool)
+    family = family_of(model)
+    # Positions that the family doesn't count among its ids aren't packed.
+    keeps = keeps or (call.get("position_ids") is not None and "position_ids" not in family.ids)
     why, around = why_dense(model, settings, reads, keeps)
     dense = why is not None or (labels is not None and labels.shape != mask.shape)  # an error the loss will name
     dense = dense or not readable
@@ -340,7 +357,6 @@ def _lay_out(model: Any, call: dict[str, Any], settings: Settings, reads: Reads,
         return Packing(batch, seqlen, seqlen)
     # A pooler reads position 0 of every sequence, real or not.
     exact = selection.starts_real or not (around.first or getattr(model, "pooler", None) is not None)
-    family = family_of(model)
     if family.layout.attention.bias is not None and selection.has_holes:  # distances are those of the padded layout
         exact = False
     if selection.tokens == 0 or not exact or (selection.labels_padding and settings.padding == "auto"):
@@ -349,7 +365,7 @@ def _lay_out(model: Any, call: dict[str, Any], settings: Settings, reads: Reads,
     assert indices is not None and inverse is not None
     if foreign:
         return selection.packing
-    if call.get("position_ids") is None and family.ids.get("position_ids") is not None:
+    if call.get("position_ids") is None and _has_table(model, "position_ids"):
         call["position_ids"] = default_positions(embeddings_of(model), call.get("input_ids"), seqlen)
     for name in family.ids:
         if call.get(name) is not None:

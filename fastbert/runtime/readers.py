@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .known import ELEMENTWISE, methods_used
-from .registry import family_of
+from .registry import REGISTERED, family_of
 from .support import ROWWISE_LINEARS, is_harmless, is_placed, is_rowwise
 from .wrappers import is_transparent, is_wrapper
 
@@ -59,7 +59,9 @@ class Reader(NamedTuple):
     unless: Callable[[Any], str | None] | None = None
     """Why a module of this class may read padding after all."""
     children: tuple[str, ...] | None = None
-    """Which of its children meet the rows, and so must be known; None: all."""
+    """Which of its children meet the rows, and so must be known; None: all but `apart`."""
+    apart: tuple[str, ...] = ()
+    """Children that don't meet the rows."""
     around: bool = False
     """Whether it is called with what goes into the base model, so that its pre-hooks don't see the rows."""
     derived: bool = False
@@ -79,6 +81,13 @@ def parameter_names(kind: Any) -> tuple[str, ...]:
 def named_arguments(kind: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call of `kind.forward`, all by name."""
     return {**dict(zip(parameter_names(kind), args, strict=False)), **kwargs}
+
+
+@functools.cache
+def _takes_any(kind: Any) -> bool:
+    """Whether the forward of a class takes keyword arguments of any name."""
+    parameters = inspect.signature(kind.forward).parameters.values()
+    return any(each.kind is each.VAR_KEYWORD for each in parameters)
 
 
 def _is_overtaken(module: nn.Module, hook: Hook, positional: bool = False) -> bool:
@@ -105,10 +114,11 @@ _ASIDE = threading.local()
 def _tell(model: Any, reads: Reads, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """Has the base model of a head know what the call reads: by arguments of names that only `plan_call` knows.
 
-    transformers hands these on. Where a family's heads don't (`Family.run`), they are laid aside, for the next call in
-    this thread that is given the same tensor.
+    transformers hands these on. Heads that don't (`Family.run`), or take no such arguments, have them laid aside, for
+    the next call in this thread that is given the same tensor.
     """
-    if family_of(model.base_model).run is None:
+    kind: Any = type(model)
+    if family_of(model.base_model).run is None and _takes_any(kind):
         return args, {**kwargs, **reads._asdict()}
     given = _first(named_arguments(type(model), args, kwargs))
     _ASIDE.last = None if given is None else (weakref.ref(given), reads)
@@ -119,10 +129,14 @@ def _first(call: Mapping[str, Any]) -> Any:
     return call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
 
 
-def told_aside(call: Mapping[str, Any]) -> Reads:
+def told_aside(call: Mapping[str, Any]) -> Reads | None:
     """What `_tell` has laid aside for a call of a base model, by its arguments; it is gone after that."""
-    last, _ASIDE.last = getattr(_ASIDE, "last", None), None
-    return last[1] if last is not None and last[0]() is _first(call) else Reads()
+    last = getattr(_ASIDE, "last", None)
+    if last is None:
+        return None
+    _ASIDE.last = None
+    reads: Reads = last[1]
+    return reads if last[0]() is _first(call) else None
 
 
 def tell_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -220,7 +234,6 @@ def _rowwise(module: Any) -> str | None:
 
 _ROWS = Reader()  # each row from the same row of its input alone
 _AROUND = Reader(around=True)
-_BASE = Reader(around=True, children=("pooler",))
 _WRAPPER = Reader(
     around=True, unless=lambda module: None if is_wrapper(module) else "its checkpoint_fn is a custom one"
 )
@@ -288,13 +301,23 @@ _HARMLESS = {"_apply", "train", "_init_weights", "init_weights", "post_init", "s
 _CALLS = {"__call__", "__getattr__", "__getattribute__", "_call_impl", "_wrapped_call_impl"}
 
 
-def know(bases: Iterable[Any], heads: Mapping[Any, Reader], parts: Iterable[Any], fused: Mapping[Any, Any]) -> None:
-    """Makes the classes of a family known: its base models, heads and parts, and heads that return their loss."""
-    _KNOWN.update(dict.fromkeys(bases, _BASE))
+def know(
+    bases: Iterable[Any],
+    before: Iterable[str],
+    heads: Mapping[Any, Reader],
+    parts: Iterable[Any],
+    fused: Mapping[Any, Any],
+) -> None:
+    """Makes the classes of a family known: its base models, heads and parts, and heads that return their loss.
+
+    `before`: the children of a base model that the rows come from; all others may read them.
+    """
+    _KNOWN.update(dict.fromkeys(bases, Reader(around=True, apart=tuple(before))))
     _KNOWN.update(dict.fromkeys(parts, _ROWS))
     _KNOWN.update(heads)
     _KNOWN.update({own: heads[plain] for plain, own in fused.items()})
     for kind in (*bases, *heads, *parts, *fused.values()):
+        _MET.pop(kind, None)  # of an earlier description, which was refused
         reader_of(kind)  # keeps its forward
 
 
@@ -358,8 +381,9 @@ def _listed(names: list[str]) -> str:
 
 
 def _is_original(kind: Any, name: str) -> bool:
-    """Whether a method of a class, and all that it wraps, was written in the class's package or in torch."""
-    packages = (sys.modules.get(package) for package in (kind.__module__.partition(".")[0], "torch"))
+    """Whether a method of a class, and all that it wraps, was written in the package of who defines it, or in torch."""
+    definer = next((each for each in kind.__mro__ if name in vars(each)), kind)
+    packages = (sys.modules.get(package) for package in (definer.__module__.partition(".")[0], "torch"))
     folders = tuple(os.path.dirname(str(package.__file__)) + os.sep for package in packages if package is not None)
     folders += (contextlib.__file__,)  # its decorators
     function = getattr(kind, name)
@@ -420,7 +444,7 @@ def readings(root: nn.Module) -> Readings:
         tells = module if row.hook is not None and tells is None else tells
         children = attributes["_modules"]
         if row.children is None:
-            todo += [child for child in children.values() if child is not None]
+            todo += [each for name, each in children.items() if each is not None and name not in row.apart]
         else:
             todo += [children[name] for name in row.children if children.get(name) is not None]
     return Readings(None, first, tells)
@@ -428,7 +452,7 @@ def readings(root: nn.Module) -> Readings:
 
 def _holds_base_model(module: nn.Module) -> bool:
     """Whether a module is a base model, or around one: it is called with what goes into that."""
-    bases = tuple(kind for kind, row in _KNOWN.items() if row is _BASE)
+    bases = tuple(REGISTERED)
     return any(isinstance(each, bases) for each in module.modules())
 
 

@@ -354,11 +354,11 @@ def is_asked(model: Any, call: Mapping[str, Any], name: str) -> bool:
 def is_unmixable(model: Any, call: Mapping[str, Any], mixed: bool) -> str | None:
     """Why a call runs stock of a base model whose encoder has more to do than to call its layers, by its family.
 
-    Nobody collects hidden states there, or a layer is called with more than others know: `mixed` says that one of them
+    It collects hidden states itself, or a layer is called with more than others know: `mixed` says that one of them
     runs stock, or has a hook.
     """
     family = family_of(model)
-    if family.run is not None and is_asked(model, call, "output_hidden_states"):
+    if not family.records_hidden_states and is_asked(model, call, "output_hidden_states"):
         return "output_hidden_states"
     if mixed and (family.run is not None or family.tables is not None):
         return "a layer that runs stock, or has a hook, takes what only its own encoder gives"
@@ -429,6 +429,10 @@ def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
         return "an attention_mask of one row for more sequences"
     if call["is_causal"] if "is_causal" in call else getattr(config, "is_causal", False):
         return "is_causal"
+    family, encoder = family_of(model), encoder_of(model)
+    for name in family.unknown_arguments:
+        if call.get(name) is not None:
+            return f"{name}, which its family says nothing of"
     cu_seqlens = call.get("cu_seq_lens_q")
     if first is not None and (first.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1) > MAX_SEQUENCES:
         return f"more than {MAX_SEQUENCES} sequences"
@@ -439,7 +443,7 @@ def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
     if infers_sequences and call.get("position_ids") is not None:
         return "flash attention that reads the sequences from position_ids"
     embeds = call.get("inputs_embeds")
-    parameter = first_parameter(encoder_of(model))
+    parameter = first_parameter(encoder)
     if parameter is None:
         return "its parameters are elsewhere (a replica of torch.nn.DataParallel, FSDP1)"
     norm = getattr(embeddings_of(model), "LayerNorm", None)  # custom embeddings may have none
@@ -453,8 +457,12 @@ def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
         return f"mixed dtypes: {', '.join(sorted(map(str, dtypes)))}"
     if reason := needs_stock(parameter) or forward_is_replaced(model) or method_is_replaced(model):
         return reason
-    if is_hooked(encoder_of(model), called=True):
+    if is_hooked(encoder, called=True):
         return "the encoder has hooks"
+    if family.final_norm is not None:
+        norm = encoder.__dict__["_modules"].get(family.final_norm)
+        if not is_plain(norm, nn.LayerNorm, sharded=True):
+            return f"{family.final_norm} of the encoder is a {named(norm)}{oddity(norm)}, not a plain nn.LayerNorm"
     if any(is_rewritten(module) for module in wrapped(wrapped_encoder_of(model)) if is_wrapper(module)):
         return "the encoder is in a wrapper whose forward has been replaced"
     return None

@@ -350,7 +350,7 @@ def test_a_sequence_without_a_real_token() -> None:
     arguments = {"input_ids": models.ids(5, 17), "attention_mask": models.masks(5, 17)["empty"]}
     for implementation, expected in (
         ("sdpa", {}),
-        ("eager", {"a sequence without a real token, under eager attention": 1}),
+        ("eager", {"a sequence without a real token, which eager attention spreads over its padding": 1}),
     ):
         stock = models.seeded(attn_implementation=implementation)
         fused = fastbert.fuse(copy.deepcopy(stock), padding="dense")

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastbert
 from fastbert import numerics, ops
+from fastbert.models import classes, probe
 from fastbert.models.classes import register
 from fastbert.models.family import Family
 from fastbert.runtime import registry
+from fastbert.runtime.readers import REAL
 from tests import models
 from tests.fastbert.quill import adapter
 from tests.fastbert.quill import modeling_quill as code
@@ -50,8 +53,9 @@ def test_outputs(seqlen: int, dtype: torch.dtype, padding: str) -> None:
             found = [model(**call).last_hidden_state[real.bool()] for model in (fused, stock, truth)]
         numerics.assert_within_policy(*found)
     (encoder,) = fastbert.explain(fused).encoders
-    assert not encoder.stock_calls
-    assert ("packed" in encoder.fused_calls) is (padding == "packed")
+    # That with a sequence without a real token, which the adapter says that stock spreads (`spreads_empty`).
+    assert list(encoder.stock_calls.values()) == [1]
+    assert ("packed" in encoder.fused_calls) is (padding == "packed" and seqlen > 1)
 
 
 def test_on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,32 +127,250 @@ def test_a_layer_that_runs_stock_takes_the_call_with_it() -> None:
     assert "takes what only its own encoder gives" in reason
 
 
-def swapped_gate(family: Family) -> dict[str, Any]:
-    half = dataclasses.replace(family.layout.feed_forward, is_gated=False)
-    return {"layout": dataclasses.replace(family.layout, feed_forward=half)}
+@pytest.mark.parametrize("shape", [(1, 9), (2, 9)], ids=["for all", "for each"])
+@pytest.mark.parametrize("padding", ["packed", "dense"])
+def test_position_ids(padding: str, shape: tuple[int, int]) -> None:
+    """Tables are made of those that a call gives, one for each row."""
+    stock = seeded()
+    fused = fastbert.fuse(copy.deepcopy(stock), padding=padding)
+    mask = torch.tensor([[1] * 9, [1] * 4 + [0] * 5])
+    call = {
+        "attention_mask": mask,
+        "position_ids": torch.randint(40, shape, generator=torch.Generator().manual_seed(3)),
+    }
+    ids = models.ids(2, 9, high=100)
+    with torch.no_grad():
+        expected, found = (model(ids, **call).last_hidden_state[mask.bool()] for model in (stock, fused))
+        assert not torch.allclose(expected, stock(ids, attention_mask=mask).last_hidden_state[mask.bool()])
+    torch.testing.assert_close(found, expected)
+    assert dict(fastbert.explain(fused).encoders[0].fused_calls) == {padding: 1}
 
 
-def unturned(family: Family) -> dict[str, Any]:
-    half = dataclasses.replace(family.layout.attention, rotary=None)
-    return {"layout": dataclasses.replace(family.layout, attention=half)}
+def test_hidden_states_that_an_encoder_collects_itself() -> None:
+    """A loop of its own, which the fused encoder does not have, so that such calls are stock's."""
+    stock = seeded()
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    ids = models.ids(2, 9, high=100)
+    with torch.no_grad():
+        expected, found = (model(ids, output_hidden_states=True).hidden_states for model in (stock, fused))
+    assert len(expected) == 3
+    assert all(map(torch.equal, found, expected))
+    assert dict(fastbert.explain(fused).encoders[0].stock_calls) == {"output_hidden_states": 1}
 
 
-WRONG: dict[str, Callable[[Family], dict[str, Any]]] = {
-    "no rotation": unturned,
-    "the norm after": lambda family: {"layout": dataclasses.replace(family.layout, pre_norm=False)},
-    "no final norm": lambda family: {"final_norm": None},
-    "positions from 1": lambda family: {
-        "tables": lambda encoder, x, packing, ids: {"rotation": encoder.rotation(packing.positions(x.device) ** 2)}
-    },
+def test_an_argument_that_the_adapter_says_nothing_of() -> None:
+    stock = seeded()
+    fused = fastbert.fuse(copy.deepcopy(stock), padding="packed")
+    call = {"attention_mask": torch.tensor([[1] * 9, [1] * 4 + [0] * 5]), "extra_rows": torch.randn(2, 9, 64)}
+    ids = models.ids(2, 9, high=100)
+    with torch.no_grad():
+        assert torch.equal(fused(ids, **call).last_hidden_state, stock(ids, **call).last_hidden_state)
+    (reason,) = fastbert.explain(fused).encoders[0].stock_calls
+    assert reason == "extra_rows, which its family says nothing of"
+
+
+class Mixing(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x.mean(1, keepdim=True)
+
+
+def mixes(model: Any) -> None:
+    model.stack.norm = Mixing(64)
+
+
+def watches(model: Any) -> None:
+    model.stack.norm.register_forward_hook(lambda module, args, out: out - out.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("change", [mixes, watches])
+@pytest.mark.parametrize("before", [True, False], ids=["before fuse", "after fuse"])
+def test_a_final_norm_that_is_replaced_or_hooked(change: Callable[[Any], None], before: bool) -> None:
+    stock = seeded()
+    fused = copy.deepcopy(stock)
+    change(stock)
+    if before:
+        change(fused)
+    fastbert.fuse(fused, padding="packed")
+    ids, mask = models.ids(2, 9, high=100), torch.tensor([[1] * 9, [1] * 4 + [0] * 5])
+    with torch.no_grad():
+        if not before:
+            fused(ids, attention_mask=mask)
+            change(fused)
+        found, expected = (model(ids, attention_mask=mask).last_hidden_state for model in (fused, stock))
+    assert torch.equal(found, expected)
+    assert any("norm of the encoder is a" in reason for reason in fastbert.explain(fused).encoders[0].stock_calls)
+
+
+def test_a_module_of_the_base_model_that_nobody_knows_makes_calls_dense() -> None:
+    """It may read what the encoder returns, padding too."""
+    model = seeded()
+    model.summary = Mixing(64)
+    fastbert.fuse(model)
+    with torch.no_grad():
+        model(models.ids(2, 9, high=100), attention_mask=torch.tensor([[1] * 9, [1] * 4 + [0] * 5]))
+    assert dict(fastbert.explain(model).encoders[0].fused_calls) == {"dense": 1}
+
+
+@pytest.fixture
+def unregistered(monkeypatch: pytest.MonkeyPatch) -> Iterator[Family]:
+    """The adapter's family, with another to be registered in its place."""
+    kept = registry.REGISTERED.pop(code.QuillModel)
+    yield kept
+    registry.REGISTERED.pop(code.QuillModel, None)
+    monkeypatch.setattr(classes, "try_family", lambda family: None)
+    register(kept, adapter.__name__)
+
+
+def attention(**changes: Any) -> Callable[[Family], dict[str, Any]]:
+    return lambda f: {
+        "layout": dataclasses.replace(f.layout, attention=dataclasses.replace(f.layout.attention, **changes))
+    }
+
+
+def feed_forward(**changes: Any) -> Callable[[Family], dict[str, Any]]:
+    def change(family: Family) -> dict[str, Any]:
+        half = dataclasses.replace(family.layout.feed_forward, **changes)
+        return {"layout": dataclasses.replace(family.layout, feed_forward=half)}
+
+    return change
+
+
+def quirk(name: str, **sizes: Any) -> Callable[[Family], dict[str, Any]]:
+    """The stock code does what the adapter doesn't say."""
+    return lambda family: {"sizes": {**family.sizes, "quirk": name, **sizes}}
+
+
+def tables(make: Callable[..., Any]) -> Callable[[Family], dict[str, Any]]:
+    return lambda family: {"tables": make}
+
+
+def squared(encoder: Any, x: Tensor, packing: Any, ids: Tensor | None) -> dict[str, Any]:
+    return {"rotation": encoder.rotation(packing.positions(x.device) ** 2)}
+
+
+def blind(encoder: Any, x: Tensor, packing: Any, ids: Tensor | None) -> dict[str, Any]:
+    return {"rotation": encoder.rotation(packing.positions(x.device))}
+
+
+def of_rows(encoder: Any, x: Tensor, packing: Any, ids: Tensor | None) -> dict[str, Any]:
+    positions = torch.arange(x.shape[0] * x.shape[1]) if ids is None else ids.flatten()
+    return {"rotation": encoder.rotation(positions)}
+
+
+def short(encoder: Any, x: Tensor, packing: Any, ids: Tensor | None) -> dict[str, Any]:
+    return {"rotation": encoder.rotation(torch.arange(x.shape[1]))}
+
+
+DEPARTS = "QuillModel was registered, and departs from stock: its hidden"
+WRONG: dict[str, tuple[Callable[[Family], dict[str, Any]], str]] = {
+    "the norm after": (lambda f: {"layout": dataclasses.replace(f.layout, pre_norm=False)}, DEPARTS),
+    "no final norm": (lambda f: {"final_norm": None}, DEPARTS),
+    "no rotation": (attention(rotary=None), DEPARTS),
+    "squared positions": (tables(squared), DEPARTS),
+    "tables without position_ids": (tables(blind), "position_ids .*; tables have to be made of position_ids"),
+    "positions of rows": (tables(of_rows), DEPARTS),
+    "tables of one sequence": (
+        tables(short),
+        r"Family.tables gave .* for 'rotation', Attention.rotary; expected \(27,",
+    ),
+    "a table of another name": (attention(rotary="turn"), "Family.tables gave None for 'turn', Attention.rotary"),
+    "no tables": (lambda f: {"tables": None}, "Attention.rotary is 'rotation'; Family.tables"),
+    "empty sequences": (lambda f: {"spreads_empty": False}, "see Family.spreads_empty"),
+    "no gate": (feed_forward(is_gated=False), "FeedForward.up gives .* columns; expected"),
+    "heads of another width": (attention(head_dim="rate"), "Attention.head_dim is 'rate'"),
+    "two gates": (feed_forward(gate=("mlp", "wi")), "is_gated and FeedForward.gate are both given"),
+    "a dropout left out": (feed_forward(down_dropout=None), "QuillBlock has drop, a dropout that neither half names"),
+    "a dropout taken for another": (
+        lambda f: {**attention(dropout=None, output_dropout=("attn", "drop"))(f)},
+        "attn.drop is not the dropout of what attn.wo gives, in QuillBlock",
+    ),
+    "kinds left out": (feed_forward(kinds={}), "mlp is a QuillGate, in the kinds of no half"),
+    "kinds of another class": (
+        feed_forward(kinds={("mlp",): code.QuillAttention}),
+        "mlp is a QuillGate, not a? ?Quill",
+    ),
+    "a linear layer that isn't there": (
+        feed_forward(down=("mlp", "down")),
+        "FeedForward: a linear layer is mlp.down; QuillBlock.mlp has no",
+    ),
+    "a norm left out": (feed_forward(norm=("norm1",)), "QuillBlock has norm2.weight, a parameter of nothing"),
+    "no head dimension": (attention(head_dim="head"), "Attention.head_dim is 'head'; QuillBlock.attn has no such"),
+    "no encoder between": (lambda f: {"stack": ("blocks",)}, r"Family.stack is \('blocks',\); expected a path through"),
+    "layers elsewhere": (
+        lambda f: {"stack": ("stack", "layer")},
+        "Family.stack is stack.layer; QuillModel.stack has no",
+    ),
+    "no table of words": (lambda f: {"ids": {"input_ids": "words"}}, "Family.ids names 'words' as the table of words"),
+    "another final norm": (lambda f: {"final_norm": "blocks"}, "Family.final_norm is 'blocks'; a QuillEncoder has no"),
+    "a head of real tokens": (lambda f: {"heads": {code.QuillForRanking: REAL}}, "left; Family.heads says which rows"),
+    "a head of all rows": (quirk("a mean over all rows"), "QuillForRanking was registered, and departs"),
+    "a qkv by heads": (quirk("queries, keys and values of each head side by side"), DEPARTS),
+    "a scale of its own": (quirk("a scale"), DEPARTS),
+    "a window": (quirk("a window"), f"{DEPARTS} .* of 300 tokens a sequence"),
+    "a layer unlike others": (quirk("a layer without positions"), DEPARTS),
+    "positions of the mask": (quirk("positions of the mask"), "in its mask; if its positions come from the mask"),
+    "a rate left out": (
+        lambda f: {**attention(dropout=None)(f), **quirk("a rate")(f)},
+        "QuillEncoder drops something in training that neither half names",
+    ),
+    "dropout elsewhere": (quirk("dropout of values"), "attn.drop is not the dropout of attention's probabilities"),
+    "a table of positions left out": (
+        lambda f: {"ids": {"input_ids": "tokens"}, "sizes": {**f.sizes, "places": 512}},
+        DEPARTS,
+    ),
 }
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_an_adapter_that_says_what_is_not_so_is_refused(what: str) -> None:
-    family = dataclasses.replace(adapter.FAMILY, **WRONG[what](adapter.FAMILY))
-    try:
-        with pytest.raises(ValueError, match="QuillModel was registered, and departs from stock: its hidden"):
-            register(family, adapter.__name__)
-        assert code.QuillModel not in registry.REGISTERED
-    finally:
-        register(adapter.FAMILY, adapter.__name__)
+def test_an_adapter_that_says_what_is_not_so_is_refused(what: str, unregistered: Family) -> None:
+    change, error = WRONG[what]
+    family = dataclasses.replace(unregistered, **change(unregistered))
+    with pytest.raises(ValueError, match=error):
+        register(family, adapter.__name__)
+    assert code.QuillModel not in registry.REGISTERED
+
+
+def test_a_table_of_positions_without_a_buffer(unregistered: Family) -> None:
+    """Its rows say how long a sequence may be, and positions are counted from 0."""
+    register(dataclasses.replace(unregistered, sizes={**unregistered.sizes, "places": 512}), adapter.__name__)
+    stock = seeded(places=9)
+    fused = fastbert.fuse(copy.deepcopy(stock), padding="packed")
+    ids, mask = models.ids(2, 9, high=100), torch.tensor([[1] * 9, [1] * 4 + [0] * 5])
+    with torch.no_grad():
+        found, expected = (model(ids, attention_mask=mask).last_hidden_state[mask.bool()] for model in (fused, stock))
+        torch.testing.assert_close(found, expected)
+        with pytest.raises(ValueError, match=r"10 tokens a sequence; expected at most max_position_embeddings, 9"):
+            fused(models.ids(1, 10, high=100))
+
+
+def test_a_rate_in_place_of_a_dropout(unregistered: Family) -> None:
+    """Stock drops probabilities by a number, and so does the fused layer, while the attention is in training."""
+    changes = {**attention(dropout="rate")(unregistered), **quirk("a rate")(unregistered)}
+    register(dataclasses.replace(unregistered, **changes), adapter.__name__)
+    model = fastbert.fuse(seeded(quirk="a rate", dropout=0.3)).train()
+    model.stack.blocks[0].attn.rate = model.stack.blocks[1].attn.rate = 0.3
+    for block in model.stack.blocks:
+        block.drop.p = 0.0
+    ids = models.ids(2, 9, high=100)
+    once, twice = (model(ids).last_hidden_state for _ in range(2))
+    assert not torch.equal(once, twice)
+    for block in model.stack.blocks:
+        block.attn.rate = 1.0
+    stock = fastbert.unfuse(copy.deepcopy(model))
+    torch.testing.assert_close(model(ids).last_hidden_state, stock(ids).last_hidden_state)
+    assert not fastbert.explain(model).encoders[0].stock_calls
+
+
+def test_registered_once_and_from_a_module_that_is_there() -> None:
+    with pytest.raises(ValueError, match=r"QuillModel is registered already, by tests.fastbert.quill.adapter"):
+        register(dataclasses.replace(adapter.FAMILY), adapter.__name__)
+    with pytest.raises(ValueError, match=r"module is 'no.such', which is not loaded"):
+        register(dataclasses.replace(adapter.FAMILY), "no.such")
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "electra", "ernie", "distilbert", "mpnet"])
+def test_families_that_come_with_fastbert_are_as_they_say(name: str) -> None:
+    """What is asked of a stranger's adapter, asked of ours; XLM-R's and CamemBERT's code is RoBERTa's."""
+    family = importlib.import_module(f"fastbert.models.{name}").FAMILY
+    probe.check_description(family)
+    probe.try_family(family)
