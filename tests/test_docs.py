@@ -7,6 +7,7 @@ import importlib.util
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -82,14 +83,21 @@ def test_python_of_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
     numerics.assert_within_policy(ours, theirs, truth)
 
 
-@pytest.mark.parametrize("name", ["SplinterModel", "SplinterForQuestionAnswering"])
-def test_the_family_that_is_added(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def added() -> Iterator[ModuleType]:
+    """The adapter of the page, which registers its family: once, as an import does."""
     module = ModuleType("an_adapter_for_splinter")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    (source,) = blocks(FAMILY, "python")
-    exec(compile(source, str(FAMILY), "exec"), module.__dict__)
-    model = getattr(module.hf, name)(
-        module.hf.SplinterConfig(
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, module.__name__, module)
+        (source,) = blocks(FAMILY, "python")
+        exec(compile(source, str(FAMILY), "exec"), module.__dict__)
+        yield module
+
+
+@pytest.mark.parametrize("name", ["SplinterModel", "SplinterForQuestionAnswering"])
+def test_the_family_that_is_added(name: str, added: ModuleType) -> None:
+    model = getattr(added.hf, name)(
+        added.hf.SplinterConfig(
             vocab_size=99,
             hidden_size=64,
             num_hidden_layers=2,

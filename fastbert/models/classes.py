@@ -123,6 +123,7 @@ def bert_like(
     others: tuple[str, ...] = (),
     parts: tuple[str, ...] = (),
     vocabularies: Mapping[str, Callable[[Any], Vocabulary]] | None = None,
+    dropout: str = "dropout",
     **differences: Any,
 ) -> Family:
     """A family whose layers and embeddings are BERT's after renaming.
@@ -131,6 +132,7 @@ def bert_like(
         code: the module of its classes.
         prefix: what the names of its classes begin with: "Bert".
         heads, others, parts, vocabularies: as `Family` has them, by the rest of the name: "ForMaskedLM".
+        dropout: as `Attention` has it.
         differences: what else is not BERT's, of `Family`.
     """
 
@@ -142,7 +144,8 @@ def bert_like(
             ("attention",): named("Attention"),
             ("attention", "self"): named("SelfAttention"),
             ("attention", "output"): named("SelfOutput"),
-        }
+        },
+        dropout=dropout,
     )
     feed_forward = FeedForward(kinds={("intermediate",): named("Intermediate"), ("output",): named("Output")})
     base = named("Model")

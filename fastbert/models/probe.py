@@ -119,7 +119,6 @@ def _check_layout(layout: Layer, layer: Any) -> None:
     _at(layer, feed_forward.activation, "FeedForward.activation", owner)
     halves = (("Attention", attention), ("FeedForward", feed_forward))
     known_parameters: set[int] = set()
-    dropouts: list[Any] = []
     paths: list[Path] = [attention.module, feed_forward.activation]
     for name, half in halves:
         for path in (path for group in half.gemms().values() for path in group):
@@ -137,7 +136,6 @@ def _check_layout(layout: Layer, layer: Any) -> None:
             dropout = _at(layer, path, f"{name}: a dropout", owner)
             if type(dropout) is not nn.Dropout and not isinstance(dropout, (int, float)):
                 raise ValueError(f"{name}: {'.'.join(path)} is {_a(dropout)}; expected an nn.Dropout, or a rate")
-            dropouts.append(dropout)
             paths.append(path)
         for path, kind in half.kinds.items():
             if type(found := _at(layer, path, f"{name}.kinds", owner)) is not kind:
@@ -155,9 +153,6 @@ def _check_layout(layout: Layer, layer: Any) -> None:
     for name, parameter in layer.named_parameters():
         if id(parameter) not in known_parameters:
             raise ValueError(f"{owner} has {name}, a parameter of nothing that either half names")
-    for name, module in layer.named_modules():
-        if type(module) is nn.Dropout and not any(module is each for each in dropouts):
-            raise ValueError(f"{owner} has {name}, a dropout that neither half names")
 
 
 def _check_widths(layout: Layer, layer: Any, head_dim: int) -> None:
@@ -501,6 +496,9 @@ def _try_dropout(family: Family, call: _Call) -> None:
     config = family.config(**family.sizes)
     rates = {n: 0.5 for n, v in vars(config).items() if "drop" in n and isinstance(v, (int, float)) and v is not False}
     stock = _small(family, family.base, **rates).train()
+    for module in layers_of(stock).modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
     places = [path for half in family.layout.halves() for path in half.dropout_paths() if path is not None]
     for path in places:
         _set_rate(stock, path, 0.0)

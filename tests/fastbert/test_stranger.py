@@ -279,7 +279,7 @@ WRONG: dict[str, tuple[Callable[[Family], dict[str, Any]], str]] = {
     "no gate": (feed_forward(is_gated=False), "FeedForward.up gives .* columns; expected"),
     "heads of another width": (attention(head_dim="rate"), "Attention.head_dim is 'rate'"),
     "two gates": (feed_forward(gate=("mlp", "wi")), "is_gated and FeedForward.gate are both given"),
-    "a dropout left out": (feed_forward(down_dropout=None), "QuillBlock has drop, a dropout that neither half names"),
+    "a dropout left out": (feed_forward(down_dropout=None), "QuillEncoder drops something in training that neither"),
     "a dropout taken for another": (
         lambda f: {**attention(dropout=None, output_dropout=("attn", "drop"))(f)},
         "attn.drop is not the dropout of what attn.wo gives, in QuillBlock",

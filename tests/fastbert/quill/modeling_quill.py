@@ -60,7 +60,7 @@ class QuillAttention(nn.Module):
         self.width = config.hidden_size // config.num_attention_heads
         self.wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.wo = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.drop = nn.Identity() if config.quirk == "a rate" else nn.Dropout(config.dropout)
+        self.drop = nn.Dropout(config.dropout)
         self.quirk, self.rate = config.quirk, config.dropout
 
     def forward(self, x: Tensor, mask: Tensor | None, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -80,7 +80,9 @@ class QuillAttention(nn.Module):
         probabilities = scores.softmax(-1)
         if self.quirk == "a rate":
             probabilities = nn.functional.dropout(probabilities, self.rate, self.training)
-        mixed = self.drop(probabilities) @ v
+        else:
+            probabilities = self.drop(probabilities)
+        mixed = probabilities @ v
         if self.quirk == "dropout of values":
             mixed = probabilities @ self.drop(v)
         return self.wo(mixed.transpose(1, 2).flatten(2))
