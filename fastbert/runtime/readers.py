@@ -35,7 +35,7 @@ HOLDS = "_fastbert"
 """Attribute of a module that holds base models: its `Holder`."""
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-Hook = Callable[[Any, tuple[Any, ...], dict[str, Any]], "Call | None"]
+Hook = Callable[..., "Call | None"]
 
 
 class Reads(NamedTuple):
@@ -139,12 +139,28 @@ def told_aside(call: Mapping[str, Any]) -> Reads | None:
     return reads if last[0]() is _first(call) else None
 
 
+def _once_told_names(hook: Hook) -> Hook:
+    """A hook that says nothing where torch gives it no arguments by name.
+
+    So it does in another thread while `fuse` adds the hook, or `unfuse` takes it away: of a hook, and of what it is to
+    be given, torch keeps two dictionaries. A base model that is told nothing is dense, if it runs fused at all.
+    """
+
+    @functools.wraps(hook)
+    def tell(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Call | None:
+        return None if kwargs is None else hook(module, args, kwargs)
+
+    return tell
+
+
+@_once_told_names
 def tell_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """Of a head with a loss over labelled tokens: shows its base model the labels."""
     labels = named_arguments(type(model), args, kwargs).get("labels")
     return _tell(model, Reads(padded_labels=labels, told=_tells(model, tell_labels, args)), args, kwargs)
 
 
+@_once_told_names
 def tell_spans(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """Of a head with a loss that takes in padding: tells its base model so when there is a loss."""
     call = named_arguments(type(model), args, kwargs)
@@ -155,6 +171,7 @@ def tell_spans(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 _LOSSES = ("labels", "start_positions", "end_positions")
 
 
+@_once_told_names
 def tell_features(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
     """Of sentence-transformers' Transformer, which calls the forward of its model past the hooks.
 

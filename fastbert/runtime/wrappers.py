@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 # Modules that call the one inside with their arguments, whatever these are: by name the attribute it is under.
@@ -168,6 +169,7 @@ def reached(function: Any, seen: dict[int, Any] | None = None) -> Iterator[Any]:
         yield from reached(value, seen)
 
 
+@torch.compiler.assume_constant_result  # a compiler that looks into the cells of a function can't call it after that
 def is_transparent(forward: Any, own: Any) -> bool:
     """Whether a forward on a module does no more than hand its arguments on to `own`, its class's."""
     found = list(reached(forward))

@@ -26,7 +26,7 @@ from fastbert.runtime import support
 from tests import models
 
 pytest.importorskip("hypothesis")
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 ROWS, LENGTH = 4, 11
@@ -638,6 +638,7 @@ def test_any_composition(trial: Trial) -> None:
 
 @pytest.mark.slow
 @settings(max_examples=40)
+@example(Trial(before=("a forward around embeddings, reads",)), "the forward of the base compiled", False)
 @given(trials(list(ALL)), st.sampled_from(list(COMPILED)), st.booleans())
 def test_any_composition_compiled(trial: Trial, compiled: str, before: bool) -> None:
     which = "before" if before else "after"

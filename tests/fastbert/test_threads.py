@@ -185,6 +185,83 @@ def test_models_are_swapped_under_load(mask: str, often: None) -> None:
     assert not wrong and all(ran)
 
 
+class At:
+    """Calls `act` as the code of torch's calls, of transformers and of fastbert comes to one of its lines."""
+
+    def __init__(self, line: Any = None, act: Callable[[], None] = lambda: None) -> None:
+        self.lines: dict[tuple[str, int], None] = {}
+        self._line, self._act = line, act
+
+    def __enter__(self) -> At:
+        sys.settrace(self._enter)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        sys.settrace(None)
+
+    def _enter(self, frame: Any, event: str, arg: Any) -> Any:
+        code = frame.f_code.co_filename
+        return self._step if code.endswith(("nn/modules/module.py", *self._FILES)) else None
+
+    _FILES = ("modeling_bert.py", "models/heads.py", "models/classes.py", "runtime/readers.py")
+
+    def _step(self, frame: Any, event: str, arg: Any) -> Any:
+        line = frame.f_code.co_filename, frame.f_lineno
+        if event == "line" and line not in self.lines:
+            self.lines[line] = None
+            if line == self._line:
+                sys.settrace(None)
+                self._act()
+        return self._step
+
+
+SWAPS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "unfused": (lambda model: fastbert.fuse(model, loss_only=True), fastbert.unfuse),
+    "fused otherwise": (lambda model: fastbert.fuse(model, loss_only=True), fastbert.fuse),
+    "fused": (lambda model: model, lambda model: fastbert.fuse(model, loss_only=True)),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "swap"), [*((hf.BertForMaskedLM, swap) for swap in SWAPS), (hf.BertForQuestionAnswering, "unfused")]
+)
+def test_heads_are_swapped_at_any_line(kind: Any, swap: str) -> None:
+    """Another thread swaps a head while this one is in it, at the first run of each line: its loss is the model's.
+
+    A loss over labelled tokens alone, and one over padding, are each told to the base model by a hook.
+    """
+    small = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 1}
+    stock, (before, after) = models.seeded(kind, **small), SWAPS[swap]
+    given = call()
+    if kind is hf.BertForMaskedLM:
+        given["labels"] = torch.where(given["attention_mask"] == 1, given["input_ids"], -100)
+    else:
+        given |= {"start_positions": torch.zeros(ROWS, dtype=torch.long), "end_positions": torch.ones(ROWS).long()}
+    expected = hidden(stock, given)
+    model = before(copy.deepcopy(stock))
+    hidden(model, given)  # the first does more
+    with At() as seen:
+        hidden(model, given)
+    assert len(seen.lines) > 50
+    for line in seen.lines:
+        model = before(copy.deepcopy(stock))
+        thread = threading.Thread(target=after, args=(model,))
+
+        def act(thread: threading.Thread = thread) -> None:
+            thread.start()
+            thread.join(0.01)  # an `unfuse` that waits for this forward is not done
+
+        with At(line, act):
+            found = hidden(model, given)
+        thread.join(30)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=lambda text, at=line: f"{at}: {text}")
+        assert is_fused(model) is (swap != "unfused"), line
+
+
+def is_fused(model: Any) -> bool:
+    return any(kind.__module__.startswith("fastbert") for kind in kinds(model))
+
+
 def _checkpointed(model: Any, how: str) -> None:
     if how == "wrapper":
         apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, hf.BertLayer))

@@ -333,6 +333,18 @@ def test_a_wrapped_forward_of_a_layer_or_the_encoder(wrap: Any, first: str) -> N
     torch.testing.assert_close(result(fastbert.unfuse(model)), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("wrap", "place"), [(in_a_closure, "embeddings"), (bound, "encoder.layer.1")])
+def test_a_wrapped_forward_inside_a_compiled_model(wrap: Any, place: str) -> None:
+    """What the wrapper holds was looked at, of which the compiler then knew no more how to call it."""
+    stock = small()
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    for model in (stock, fused):
+        wrap(model.get_submodule(place))
+    expected = result(stock)
+    fused.forward = torch.compile(fused.forward, backend="eager", fullgraph=True)
+    torch.testing.assert_close(result(fused), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_layers_compiled_in_place_run_fused() -> None:
     stock = small()
     model = fastbert.fuse(copy.deepcopy(stock))
