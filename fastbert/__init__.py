@@ -137,7 +137,7 @@ def __dir__() -> list[str]:
 class _Package(ModuleType):
     """`fastbert.fuse` is the function: Python binds a module's name here as it loads it, over what had that name."""
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, getattr(value, name) if name in _PLACES and isinstance(value, ModuleType) else value)
 
 

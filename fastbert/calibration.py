@@ -63,7 +63,7 @@ def calibrate(
     model: nn.Module,
     inputs: Sequence[str] | Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]],
     *,
-    tokenizer: Any = None,
+    tokenizer: object = None,
     batch_size: int = 8,
     tolerance: float = 0.1,
 ) -> Calibration:
@@ -161,7 +161,7 @@ def _call(base: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: x.to(base.dtype) if x.is_floating_point() else x for name, x in flat.items()}
 
 
-def _last(base: Any, batch: Mapping[str, Tensor], real: Tensor) -> Tensor:
+def _last(base: nn.Module, batch: Mapping[str, Tensor], real: Tensor) -> Tensor:
     """The last hidden states at real tokens, in float32."""
     return at_real_tokens(base(**_call(base, batch)).last_hidden_state, real).float()
 
@@ -183,7 +183,7 @@ def _observe(
     def add(key: Any, value: Tensor, join: Any) -> None:
         found[key] = value if key not in found else join(found[key], value)
 
-    def look(module: Any, args: tuple[Tensor, ...], key: Key) -> None:
+    def look(module: nn.Module, args: tuple[Tensor, ...], key: Key) -> None:
         x = at_real_tokens(args[0], real).float()
         if not smallest:
             add(key, x.abs().amax(), torch.maximum)
@@ -207,7 +207,7 @@ def _observe(
     return values
 
 
-def _room(errors: Mapping[Any, float], key: Key) -> int:
+def _room(errors: Mapping[object, float], key: Key) -> int:
     """The most of ROOM that costs less than 2 % of the rounding error."""
     own = {factor: errors[key, factor] for factor in ROOM}
     return next(factor for factor in ROOM if own[factor] <= 1.02**2 * min(own.values()))

@@ -138,7 +138,7 @@ def _explain_base(model: nn.Module, name: str, base: Any, family: Any) -> Encode
     )
 
 
-def _explain_outside(model: nn.Module, base: Any, settings: Settings) -> str | None:
+def _explain_outside(model: nn.Module, base: nn.Module, settings: Settings) -> str | None:
     """`EncoderExplanation.outside` of a fused base model."""
     around = outermost(base, settings.holders)
     if settings.padding != "auto" or unknown_reader(around) is not None or any(model is each for each in around):
@@ -149,7 +149,7 @@ def _explain_outside(model: nn.Module, base: Any, settings: Settings) -> str | N
     return f"{why}; fuse the whole {type(model).__name__}, to have it looked at"
 
 
-def _explain_fp8(base: Any, settings: Settings) -> tuple[str | None, dict[str, str]]:
+def _explain_fp8(base: nn.Module, settings: Settings) -> tuple[str | None, dict[str, str]]:
     """`EncoderExplanation.fp8` and `.not_fp8` of a fused base model."""
     layers, family = layers_of(base), family_of(base)
     if settings.fp8 is None:

@@ -9,13 +9,13 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import transformers
 from torch import nn
 
 from .layers.fp8 import GEMMS, Fp8, calibrated
-from .layers.layer import STOCK
+from .layers.layer import STOCK, Mixin
 from .runtime.readers import HOLDS, HOOKS, Holder, reader_of
 from .runtime.registry import REGISTERED, encoder_of, layers_of
 from .runtime.settings import PADDINGS, Running, Settings
@@ -293,20 +293,16 @@ def _wait_for_forwards(model: nn.Module, running: list[Running]) -> None:
         time.sleep(0.001)
 
 
-def _remove_hook(module: nn.Module, hook: Any) -> None:
+def _remove_hook(module: nn.Module, hook: object) -> None:
     for key in [key for key, value in module._forward_pre_hooks.items() if value is hook]:
         del module._forward_pre_hooks[key]
         module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-# A mixin has no base of its own at run time: each family adds the Hugging Face class it stands in for.
-_Module: Any = nn.Module if TYPE_CHECKING else object
-
-
-class FusedModel(_Module):
+class FusedModel(Mixin):
     """Fuses a model as it is built; one that can't be (a decoder) stays stock, and `explain` says why."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         if any(model_is_unsupported(base) is None for _, base, _ in base_models(self)):
             fuse(self)

@@ -80,13 +80,13 @@ class _Call(NamedTuple):
     whole: bool = False
     """Whether the features are one argument, as of sentence-transformers' models."""
 
-    def __call__(self, model: Any) -> Any:
+    def __call__(self, model: nn.Module) -> Any:
         if not self.whole:
             return model(**self.features)
         return model(dict(self.features)) if self.task is None else model(dict(self.features), task=self.task)
 
 
-def _calls(model: Any, texts: Sequence[str], batches: Sequence[Mapping[str, Tensor]]) -> Iterator[_Call]:
+def _calls(model: nn.Module, texts: Sequence[str], batches: Sequence[Mapping[str, Tensor]]) -> Iterator[_Call]:
     preprocess = getattr(model, "preprocess", None) if isinstance(model, nn.Sequential) else None
     if preprocess is None:
         yield from (_Call(dict(batch)) for batch in batches)
@@ -110,7 +110,7 @@ def _run(model: nn.Module, call: _Call, fill: float) -> dict[str, Tensor]:
     return {name: x[real] if x.shape[: real.dim()] == real.shape else x for name, x in found.items()}
 
 
-def _tensors(found: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+def _tensors(found: object, name: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(found, Tensor):
         yield name or "output", found
     elif isinstance(found, Mapping):
@@ -125,7 +125,7 @@ def _tensors(found: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 def _filled(model: nn.Module, fill: float) -> Iterator[None]:
     """Puts noise at padding. By a forward, not a hook: sentence-transformers calls `forward` itself."""
 
-    def replaced(base: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    def replaced(base: object, forward: Any, *args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
         mask = named_arguments(type(base), args, kwargs).get("attention_mask")
         hidden: Tensor = output[0]

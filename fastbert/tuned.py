@@ -132,7 +132,7 @@ def problem(key: Key, config: Config) -> str | None:
     return None
 
 
-def _entry(found: Any) -> Entry:
+def _entry(found: object) -> Entry:
     """One entry of a file. Raises Unusable."""
     from .kernels import launch
 
@@ -143,7 +143,7 @@ def _entry(found: Any) -> Entry:
     given, fields = found["key"], found["config"]
     if operation is None or not isinstance(given, dict) or given.keys() != set(names):
         raise Unusable("an entry is of an operation, or a key, that these kernels don't have")
-    key: list[Any] = [found["operation"]]
+    key: list[object] = [found["operation"]]
     for name in names:
         value = given[name]
         if name == "dtype":

@@ -231,7 +231,7 @@ def verify(
     model: nn.Module,
     inputs: Sequence[str] | Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]],
     *,
-    tokenizer: Any = None,
+    tokenizer: object = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     layouts: Sequence[str] = LAYOUTS,
@@ -346,7 +346,7 @@ def verify(
 
 def _padding(
     model: nn.Module,
-    inputs: Any,
+    inputs: object,
     batches: Sequence[Mapping[str, Tensor]],
     device: torch.device,
     dtype: torch.dtype,
@@ -389,7 +389,7 @@ def twin(model: Module, device: torch.device, *dtypes: torch.dtype) -> Module:
 
     Tensors that need no cast and no move are shared with `model`, so a copy of the same kind takes no memory.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, object] = {}
     for tensor in chain(model.parameters(), model.buffers()):
         cast = tensor.detach().to(device)
         for dtype in dtypes if cast.is_floating_point() else ():
@@ -402,7 +402,9 @@ def twin(model: Module, device: torch.device, *dtypes: torch.dtype) -> Module:
     return unfuse(copy.deepcopy(model, memo)).eval()
 
 
-def batches_of(model: PreTrainedModel, inputs: Any, tokenizer: Any, batch_size: int) -> Iterator[dict[str, Tensor]]:
+def batches_of(
+    model: PreTrainedModel, inputs: object, tokenizer: object, batch_size: int
+) -> Iterator[dict[str, Tensor]]:
     if isinstance(inputs, Mapping):
         inputs = [inputs]
     if isinstance(inputs, str) or not isinstance(inputs, Sequence):
@@ -451,7 +453,7 @@ def _checked(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Tens
         fits = name != "attention_mask" and found[-1:] == shape[-1:]  # ids of one sequence are for all
         if found != shape and not (fits and found[:-1].numel() in (1, shape[:-1].numel())):
             raise ValueError(f"inputs: {name!r} has shape {tuple(found)}; expected {tuple(shape)}")
-    embeddings = getattr(model.base_model, "embeddings", None)
+    embeddings: Any = getattr(model.base_model, "embeddings", None)
     for name, place in _TABLES.items():
         table = getattr(embeddings, place, None)
         rows = getattr(getattr(table, "base_layer", table), "num_embeddings", None)  # that of PEFT's adapters
@@ -501,7 +503,7 @@ def _outputs(model: PreTrainedModel, batch: Mapping[str, Tensor], real: Tensor) 
         for name, tensor in batch.items()
     }
     outputs: dict[str, Tensor] = {}
-    encoded: list[Mapping[str, Any]] = []
+    encoded: list[Mapping[str, object]] = []
     base = model.base_model
     with contextlib.ExitStack() as stack:
         stack.enter_context(_recorded(embeddings_of(base), "embeddings", outputs, real))
@@ -525,7 +527,7 @@ def _recorded(module: nn.Module, name: str, outputs: dict[str, Tensor], real: Te
     kind: Any = type(module)
 
     class Recorder(kind):
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
+        def forward(self, *args: object, **kwargs: object) -> Any:
             result = super().forward(*args, **kwargs)
             hidden = result[0] if isinstance(result, tuple) else result  # a tuple of MPNet's stock layers
             outputs[name] = at_real_tokens(hidden, real)

@@ -25,7 +25,6 @@ The recurrence and the backward are those of FlashAttention-2 (Dao, 2023, https:
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -38,6 +37,7 @@ from .dropout import checked_seed, draw_threshold, keep_scale, keep_tile, keep_t
 from .launch import (
     DBIAS_PROGRAMS,
     SHORT,
+    Choose,
     Config,
     architecture,
     attention_backward_config,
@@ -747,7 +747,7 @@ def _grid(block: int, max_seqlen: int, heads: int, batch: int, tiles: Tensor | N
 
 @planned
 def _plan(
-    choose: Any, arch: str, dtype: torch.dtype, head_dim: int, short: bool, biased: bool, precision: str, early: bool
+    choose: Choose, arch: str, dtype: torch.dtype, head_dim: int, short: bool, biased: bool, precision: str, early: bool
 ) -> tuple[Config, Constants]:
     """The configuration of `attention_kernel` and its constants; `short`: no sequence is longer than SHORT."""
     config: Config = of_length(choose(arch, dtype, head_dim), SHORT if short else SHORT + 1)
@@ -872,7 +872,7 @@ def attention_forward(
 
 @planned
 def _backward_plan(
-    choose: Any, arch: str, dtype: torch.dtype, head_dim: int, biased: bool, precision: str
+    choose: Choose, arch: str, dtype: torch.dtype, head_dim: int, biased: bool, precision: str
 ) -> tuple[Config, Constants, Constants]:
     """The configuration of the backward, and the constants of its two kernels: who holds block_m walks block_n."""
     config: Config = choose(arch, dtype, head_dim)
@@ -889,7 +889,9 @@ def _backward_plan(
 
 
 @planned
-def _dbias_plan(choose: Any, arch: str, dtype: torch.dtype, head_dim: int, precision: str) -> tuple[Config, Constants]:
+def _dbias_plan(
+    choose: Choose, arch: str, dtype: torch.dtype, head_dim: int, precision: str
+) -> tuple[Config, Constants]:
     """The configuration of `attention_dbias_kernel` and its constants."""
     config: Config = choose(arch, dtype)
     constants = {

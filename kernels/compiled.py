@@ -57,7 +57,7 @@ class Descriptor:
         return TensorDescriptor(self.base, [*self.shape], [*self.strides], self.block_shape)
 
 
-def _write(names: list[str], tensors: int, descriptors: int, specialized: list[str]) -> Callable[..., Any]:
+def _write(names: list[str], tensors: int, descriptors: int, specialized: list[str]) -> Callable[..., object]:
     """The function that launches what is known to be compiled, written out for a kernel: loops would double its time.
 
     Args:
@@ -125,7 +125,7 @@ class _Kernel:
         if kinds == sorted(kinds) and tensors and not typed:
             self.launch = _write(names, tensors, kinds.count(0), specialized)
 
-    def remember(self, key: Any, compiled: Any, constants: Constants) -> None:
+    def remember(self, key: tuple[Any, ...], compiled: Any, constants: Constants) -> None:
         """Keeps what a launch was compiled to, where it ran on the device that its tensors are on."""
         place = key[2]
         try:

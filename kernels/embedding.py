@@ -10,8 +10,6 @@ out of bounds in any case, and where assertions do nothing (the interpreter) the
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -165,7 +163,7 @@ def embedding_backward_kernel(
 
 
 @launch.planned
-def _plan(choose: Any, dtype: torch.dtype, width: int) -> Constants:
+def _plan(choose: launch.Choose, dtype: torch.dtype, width: int) -> Constants:
     config = choose(dtype, width)
     # debug also turns on a check of every integer addition; the assertions above are the only ones wanted.
     return Constants(BLOCK_H=config.block_n, num_warps=config.num_warps, sanitize_overflow=False)

@@ -13,7 +13,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -53,6 +53,13 @@ batch_invariant = True
 """Whether a row's result must not depend on what it is batched with; see `set_batch_invariant`."""
 
 
+Choose = Callable[..., Config]
+"""What chooses for one operation: a function below, or a test's own."""
+Key = tuple[object, ...]
+"""An operation's name and what its configuration is chosen by, as `use` takes them."""
+P = ParamSpec("P")
+
+
 class _Operation(NamedTuple):
     choose: Callable[..., Config]
     """Of the tables, uncached."""
@@ -68,28 +75,27 @@ class _Operation(NamedTuple):
 
 OPERATIONS: dict[str, _Operation] = {}
 """What the functions below choose for, by name: "linear" is `linear_config`."""
-_tuned: dict[tuple[Any, ...], Config] = {}
+_tuned: dict[Key, Config] = {}
 _plans: list[Any] = []
-_library: frozenset[tuple[Any, ...]] = frozenset()
+_library: frozenset[Key] = frozenset()
 _BEYOND_KEYS = ("multiprocessors", "batch_invariant")
 """Parameters of a choice that no key has: the first is the GPU's, which a file of `fastbert tune` is made for; the
 second is the process's."""
 CHOICES = 1 << 14
 """Choices kept for each operation: of the numbers of rows met last, four GEMMs each."""
-_Choose = TypeVar("_Choose", bound=Callable[..., Config])
-_Plan = TypeVar("_Plan", bound=Callable[..., Any])
+_Plan = TypeVar("_Plan", bound=Callable[..., object])
 _Table = TypeVar("_Table")
 
 
-def _tunable(*free: str) -> Callable[[_Choose], _Choose]:
+def _tunable(*free: str) -> Callable[[Callable[P, Config]], Callable[P, Config]]:
     """Caches a function that chooses, and lets what `use` was given come before it."""
 
-    def decorate(choose: _Choose) -> _Choose:
+    def decorate(choose: Callable[P, Config]) -> Callable[P, Config]:
         operation, signature = choose.__name__.removesuffix("_config"), inspect.signature(choose)
 
         @functools.lru_cache(CHOICES)
         @functools.wraps(choose)
-        def choice(*args: Any, **kwargs: Any) -> Config:
+        def choice(*args: P.args, **kwargs: P.kwargs) -> Config:
             if not _tuned and not _library:
                 return choose(*args, **kwargs)
             bound = signature.bind(*args, **kwargs)
@@ -118,7 +124,7 @@ def planned(plan: _Plan) -> _Plan:
     return cached  # type: ignore[return-value]
 
 
-def use(configurations: Mapping[tuple[Any, ...], Config], library: Iterable[tuple[Any, ...]] = ()) -> None:
+def use(configurations: Mapping[Key, Config], library: Iterable[Key] = ()) -> None:
     """From now on these come before the tables, in place of what an earlier call gave; {} is the tables alone.
 
     Args:
@@ -146,7 +152,7 @@ def set_batch_invariant(enabled: bool) -> None:
     batch_invariant = enabled
 
 
-def in_use() -> dict[tuple[Any, ...], Config]:
+def in_use() -> dict[Key, Config]:
     """What `use` was given last."""
     return dict(_tuned)
 

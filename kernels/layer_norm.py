@@ -8,8 +8,6 @@ statistics and dropout again, a few rows a program, and adds up the gradients of
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -166,13 +164,13 @@ def _check(x: Tensor, residual: Tensor | None, *vectors: tuple[str, Tensor]) -> 
 
 
 @launch.planned
-def _plan(choose: Any, arch: str, dtype: torch.dtype, width: int, early: bool) -> Constants:
+def _plan(choose: launch.Choose, arch: str, dtype: torch.dtype, width: int, early: bool) -> Constants:
     config = choose(dtype, width)
     return Constants(BLOCK_H=config.block_n, num_warps=config.num_warps, **launch.dependent(arch))
 
 
 @launch.planned
-def _backward_plan(choose: Any, dtype: torch.dtype, width: int) -> tuple[launch.Config, Constants]:
+def _backward_plan(choose: launch.Choose, dtype: torch.dtype, width: int) -> tuple[launch.Config, Constants]:
     config: launch.Config = choose(dtype, width)
     return config, Constants(ROWS=config.block_m, BLOCK_H=config.block_n, num_warps=config.num_warps)
 

@@ -13,8 +13,6 @@ other rows are in the batch; `launch.LINEAR_TILES` says what that takes.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -323,7 +321,7 @@ def linear_persistent_kernel(
 
 @launch.planned
 def _plan(
-    choose: Any,
+    choose: launch.Choose,
     arch: str,
     dtype: torch.dtype,
     n: int,
@@ -609,7 +607,7 @@ def linear_gelu_backward_kernel(
 
 @launch.planned
 def _backward_plan(
-    choose: Any, arch: str, dtype: torch.dtype, n: int, k: int, gelu: str, precision: str
+    choose: launch.Choose, arch: str, dtype: torch.dtype, n: int, k: int, gelu: str, precision: str
 ) -> tuple[launch.Config, Constants]:
     config: launch.Config = choose(arch, dtype, n, k)
     constants = {

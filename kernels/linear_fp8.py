@@ -14,8 +14,6 @@ other rows are in the batch; `launch.LINEAR_FP8_TILES` says what that takes.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -120,7 +118,7 @@ def linear_fp8_kernel(
 
 @launch.planned
 def _plan(
-    choose: Any, arch: str, n: int, k: int, rows: int, multiprocessors: int, gelu: str, early: bool
+    choose: launch.Choose, arch: str, n: int, k: int, rows: int, multiprocessors: int, gelu: str, early: bool
 ) -> tuple[int, launch.Config, Constants]:
     """How a GEMM is launched: (rows of the first launch, configuration, constants)."""
     config: launch.Config = choose(arch, n, k, rows, multiprocessors)

@@ -6,8 +6,6 @@ a mask of more than 8,192 rows takes two.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -180,7 +178,7 @@ def gather_rows_kernel(
 
 
 @launch.planned
-def _plan(choose: Any, dtype: torch.dtype, width: int, first: int) -> Constants:
+def _plan(choose: launch.Choose, dtype: torch.dtype, width: int, first: int) -> Constants:
     config = choose(dtype, width)
     # debug also turns on a check of every integer addition; the assertion above is the only one wanted.
     return Constants(FIRST=first, BLOCK_H=config.block_n, num_warps=config.num_warps, sanitize_overflow=False)

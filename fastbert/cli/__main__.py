@@ -31,7 +31,9 @@ _COMPLETE_FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
 class _PrintCompletion(argparse.Action):
     """Prints what makes a shell complete arguments, by shtab, and exits."""
 
-    def __call__(self, own: argparse.ArgumentParser, namespace: Any, shell: Any, option: str | None = None) -> None:
+    def __call__(
+        self, own: argparse.ArgumentParser, namespace: object, shell: object, option: str | None = None
+    ) -> None:
         if importlib.util.find_spec("shtab") is None:
             own.error(f"--print-completion takes shtab, which is not installed: {install('completion')}")
         import shtab

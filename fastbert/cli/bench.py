@@ -9,7 +9,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from ..measure.names import DTYPES, PEERS, SHAPES, WORKLOADS
 from ..usage import UsageError, check_file, in_a_line, is_special
@@ -100,8 +99,8 @@ def run(arguments: argparse.Namespace) -> int:
     dtypes = [getattr(torch, name) for name in names]
     items = [workload(name, batch) for name in arguments.workload for batch in batches]
     peers = list(PEERS) if "all" in arguments.peers else arguments.peers
-    found: list[dict[str, Any]] = []
-    measured: Iterator[dict[str, Any]]
+    found: list[records.Record] = []
+    measured: Iterator[records.Record]
     if arguments.cold:
         cases = itertools.product(arguments.size, dtypes, items)
         measured = itertools.chain.from_iterable(
@@ -127,7 +126,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if any(each.startswith(("FAILED", "ERROR")) for each in status) else 0
 
 
-def _keep(found: Sequence[dict[str, Any]], output: str | None, json: str | None) -> None:
+def _keep(found: Sequence[dict[str, object]], output: str | None, json: str | None) -> None:
     from ..measure import records
 
     try:

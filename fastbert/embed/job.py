@@ -103,10 +103,10 @@ def _read(source: Input, shards: Shards, shard_rows: int, submit: Any) -> Iterat
         index += 1
 
 
-_END: Any = object()
+_END: object = object()
 
 
-def _one_ahead(items: Iterator[Any], pool: concurrent.futures.Executor) -> Iterator[Any]:
+def _one_ahead(items: Iterator[object], pool: concurrent.futures.Executor) -> Iterator[Any]:
     """The same items, each made in a thread of `pool` while the one before is used."""
     following = pool.submit(next, items, _END)
     while (item := following.result()) is not _END:

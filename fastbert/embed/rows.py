@@ -28,12 +28,16 @@ KINDS = {".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".
 _PARQUET_ROWS = 4096
 
 
+Fields = tuple[object, Any]
+"""What a row has for an id and for a text."""
+
+
 class Row(NamedTuple):
     """One row of the input."""
 
     number: int
     """Its place in all input, from 0."""
-    key: Any
+    key: object
     """Its id: what the id column holds, or its number."""
     text: str | None
     """None where there is a problem."""
@@ -102,7 +106,7 @@ class Input:
             self._done += size
             self._position = int
 
-    def _values(self, path: str, kind: str, wanted: Callable[[], bool]) -> Iterator[tuple[Any, Any] | None]:
+    def _values(self, path: str, kind: str, wanted: Callable[[], bool]) -> Iterator[Fields | None]:
         """(id or None, text, or a ValueError that says what is wrong) of every row of a file that is `wanted`."""
         if kind == "parquet":
             yield from self._parquet(path, wanted)
@@ -117,9 +121,7 @@ class Input:
             yield from self._csv(path, text, kind) if kind in ("csv", "tsv") else self._lines(text, kind, wanted)
             self._position = int
 
-    def _lines(
-        self, lines: io.TextIOWrapper, kind: str, wanted: Callable[[], bool]
-    ) -> Iterator[tuple[Any, Any] | None]:
+    def _lines(self, lines: io.TextIOWrapper, kind: str, wanted: Callable[[], bool]) -> Iterator[Fields | None]:
         for line in iter(functools.partial(lines.readline, LONGEST), ""):
             if len(line) == LONGEST and not line.endswith("\n"):
                 while (rest := lines.readline(LONGEST)) and not rest.endswith("\n"):
@@ -140,7 +142,7 @@ class Input:
                 continue
             yield self._fields(found) if isinstance(found, dict) else (None, ValueError("not a JSON object"))
 
-    def _csv(self, path: str, lines: io.TextIOWrapper, kind: str) -> Iterator[tuple[Any, Any]]:
+    def _csv(self, path: str, lines: io.TextIOWrapper, kind: str) -> Iterator[Fields]:
         csv.field_size_limit(LONGEST)
         reader = csv.DictReader(_bounded(lines), delimiter="\t" if kind == "tsv" else ",")
         self._need(path, reader.fieldnames or [])
@@ -152,7 +154,7 @@ class Input:
         except csv.Error as error:
             raise UsageError(f"{path}, line {reader.line_num}: {error}") from error
 
-    def _parquet(self, path: str, wanted: Callable[[], bool]) -> Iterator[tuple[Any, Any] | None]:
+    def _parquet(self, path: str, wanted: Callable[[], bool]) -> Iterator[Fields | None]:
         if importlib.util.find_spec("pyarrow") is None:
             raise UsageError(f"{path}: parquet needs pyarrow, which is not installed: {install('embed')}")
         import pyarrow
@@ -177,7 +179,7 @@ class Input:
             if column is not None and column not in names:
                 raise UsageError(f"{column}: {path} has no such column; it has {', '.join(names) or 'none'}", name)
 
-    def _fields(self, found: dict[str, Any]) -> tuple[Any, Any]:
+    def _fields(self, found: dict[str, object]) -> Fields:
         key = found.get(self.key_column) if self.key_column else None
         if self.column not in found:
             return key, ValueError(f"no field {self.column!r}")
@@ -207,7 +209,7 @@ def _bounded(lines: io.TextIOWrapper) -> Iterator[str]:
         yield line
 
 
-def _problem(value: Any) -> str | None:
+def _problem(value: object) -> str | None:
     """What keeps `value` from being embedded, or None."""
     if value is None:
         return "null"

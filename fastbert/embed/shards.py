@@ -43,7 +43,7 @@ class Shards:
     """
 
     def __init__(
-        self, folder: Path, form: str, numbered: bool, settings: dict[str, Any], rank: int = 0, world: int = 1
+        self, folder: Path, form: str, numbered: bool, settings: dict[str, object], rank: int = 0, world: int = 1
     ) -> None:
         self.folder, self.form, self.rank, self.world = folder, form, rank, world
         self._numbered = numbered
@@ -129,10 +129,10 @@ class Shards:
     def commit(
         self,
         index: int,
-        keys: Sequence[Any],
+        keys: Sequence[object],
         embeddings: np.ndarray,
-        problems: Sequence[dict[str, Any]],
-        about: dict[str, Any],
+        problems: Sequence[dict[str, object]],
+        about: dict[str, object],
     ) -> None:
         """Writes a shard: `embeddings` (n, width) of the rows `keys`; `about` goes into its record."""
         name = f"part-{index:05d}"
@@ -159,7 +159,7 @@ class Shards:
         """The totals of `count` shards, put into the manifest; None while another rank's are still missing."""
         found = [self.committed(index) for index in range(count)]
         records = [each for each in found if each is not None]
-        summary: dict[str, Any] | None = None
+        summary: dict[str, object] | None = None
         try:
             if len(records) == count:
                 totals = {name: sum(each[name] for each in records) for name in _TOTALS}
@@ -199,11 +199,11 @@ class Shards:
                 os.close(folder)
 
 
-def _json(value: Any) -> bytes:
+def _json(value: object) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
-def _parquet(keys: list[Any], numbered: bool, embeddings: np.ndarray) -> bytes:
+def _parquet(keys: list[object], numbered: bool, embeddings: np.ndarray) -> bytes:
     import pyarrow
     import pyarrow.parquet
 

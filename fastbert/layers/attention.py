@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,13 +52,13 @@ class Attention:
         """Where the dropouts are, of probabilities and of the result."""
         return None if self.dropout is None else (*self.module, self.dropout), self.output_dropout
 
-    def parts(self, layer: Any) -> Iterator[tuple[Path, nn.Module, type[nn.Module]]]:
+    def parts(self, layer: nn.Module) -> Iterator[tuple[Path, nn.Module, type[nn.Module]]]:
         """(path, submodule, class) of all whose code is known: `kinds`, and the dropouts."""
         for path, kind in self.kinds.items():
             yield path, child(layer, *path), kind
         yield from dropouts_at(layer, self.dropout_paths())
 
-    def unsupported(self, layer: Any, name: str) -> str | None:
+    def unsupported(self, layer: nn.Module, name: str) -> str | None:
         """Why a layer of that name can't run fused, by what is this half's own."""
         for path, module, kind in self.parts(layer):
             place = ".".join((name, *path))
@@ -73,7 +73,7 @@ class Attention:
                 return f"{place} has a config of its own, of attention {implementation!r}"
         return None
 
-    def bind(self, layer: Any, precision: Precision) -> BoundAttention:
+    def bind(self, layer: nn.Module, precision: Precision) -> BoundAttention:
         """The half of a layer with all that it reads looked up."""
         qkv, output = (
             precision(name, tuple([child(layer, *path) for path in paths])) for name, paths in self.gemms().items()
@@ -83,7 +83,7 @@ class Attention:
         scale = float(getattr(module, "scaling", head_dim**-0.5))
         return BoundAttention(qkv, output, norm_of(child(layer, *self.norm)), head_dim, scale, self.bias, self.rotary)
 
-    def dropouts(self, layer: Any) -> tuple[float, float]:
+    def dropouts(self, layer: nn.Module) -> tuple[float, float]:
         """Rates at which dropout now drops: of probabilities, and of the result."""
         module, probabilities = child(layer, *self.module), 0.0
         if self.dropout is not None and module.training:  # as stock: the flag of the attention, the rate of its dropout

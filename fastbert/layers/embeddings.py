@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,19 +11,16 @@ from .. import ops
 from ..runtime import known
 from ..runtime.registry import embeddings_of, family_of
 from ..runtime.support import embeddings_are_unsupported, is_a, is_placed, own_method
-from .layer import stock_forward
-
-# A mixin has no base of its own at run time: each family adds the Hugging Face class it stands in for.
-_Module: Any = nn.Module if TYPE_CHECKING else object
+from .layer import Mixin, stock_forward
 
 
-def first_position(embeddings: Any) -> int:
+def first_position(embeddings: nn.Module) -> int:
     """The position of the first token: after the padding's, where the family has one (RoBERTa and its kin), or 0."""
     padding_idx = getattr(embeddings, "padding_idx", None)
     return 0 if padding_idx is None else int(padding_idx) + 1
 
 
-def longest_sequence(model: Any) -> int | None:
+def longest_sequence(model: nn.Module) -> int | None:
     """How many tokens a sequence may have, by the table of positions of a base model; None where it has none."""
     embeddings = embeddings_of(model)
     table = embeddings.__dict__["_modules"].get(family_of(model).ids.get("position_ids"))
@@ -97,7 +94,7 @@ def _is_replaced(module: nn.Module) -> bool:
 _TABLES = ("input_ids", "token_type_ids", "position_ids")
 
 
-class FusedEmbeddings(_Module):
+class FusedEmbeddings(Mixin):
     """Three embedding tables and their LayerNorm in one launch."""
 
     family: ClassVar[Any]
@@ -107,7 +104,7 @@ class FusedEmbeddings(_Module):
     called: ClassVar[tuple[str, ...]]
     """Methods that the stock forward calls."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
         """Ids (B, S) -> embeddings (B, S, H); stock where the kernels don't apply, and where it would complain."""
         family, names, called = (getattr(self, name, None) for name in ("family", "names", "called"))
         # Unfused since; or called by what was put around the forward of fused ones.

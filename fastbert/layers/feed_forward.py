@@ -29,7 +29,7 @@ _GELU = {
 }
 
 
-def gelu_of(activation: Any) -> str | None:
+def gelu_of(activation: object) -> str | None:
     """`approximate` as torch.nn.functional.gelu has it, where an activation computes that; else None."""
     return _GELU.get(type(activation)) if activation_is_unsupported(activation) is None else None
 
@@ -63,18 +63,18 @@ class FeedForward:
         """Where the dropout of the result is."""
         return (self.down_dropout,)
 
-    def parts(self, layer: Any) -> Iterator[tuple[Path, nn.Module, type[nn.Module]]]:
+    def parts(self, layer: nn.Module) -> Iterator[tuple[Path, nn.Module, type[nn.Module]]]:
         """(path, submodule, class) of all whose code is known: `kinds`, and the dropout."""
         for path, kind in self.kinds.items():
             yield path, child(layer, *path), kind
         yield from dropouts_at(layer, self.dropout_paths())
 
-    def activation_of(self, layer: Any) -> Any:
+    def activation_of(self, layer: nn.Module) -> Any:
         """What is applied between the two linear layers."""
         *holder, name = self.activation
         return getattr(child(layer, *holder), name)
 
-    def unsupported(self, layer: Any, name: str) -> str | None:
+    def unsupported(self, layer: nn.Module, name: str) -> str | None:
         """Why a layer of that name can't run fused, by what is this half's own."""
         if self.chunk is not None and self.chunk[-1] in child(layer, *self.chunk[:-1]).__dict__:
             return f"{name}.{self.chunk[-1]} has been replaced"
@@ -88,7 +88,7 @@ class FeedForward:
             return f"{'.'.join((name, *self.activation))} is {reason}"
         return None
 
-    def bind(self, layer: Any, precision: Precision) -> BoundFeedForward:
+    def bind(self, layer: nn.Module, precision: Precision) -> BoundFeedForward:
         """The half of a layer with all that it reads looked up."""
         found = {
             name: precision(name, tuple([child(layer, *path) for path in paths]))
@@ -100,7 +100,7 @@ class FeedForward:
         norm = norm_of(child(layer, *self.norm))
         return BoundFeedForward(up, found["down"], norm, activation, approximate, found.get("gate"), self.is_gated)
 
-    def dropouts(self, layer: Any) -> tuple[float]:
+    def dropouts(self, layer: nn.Module) -> tuple[float]:
         """The rate at which dropout of the result now drops."""
         return (rate_of(layer, self.down_dropout),)
 

@@ -28,6 +28,8 @@ GEMMS = ("qkv", "context", "up", "down")
 Key = tuple[int, str]
 """A GEMM of a model: its layer, and its name."""
 
+Layers = Sequence[Any]
+
 Scales = Mapping[str, float | None]
 """Of one layer, by GEMM: the scale of what it multiplies; None: it stays in the model's dtype."""
 
@@ -118,7 +120,7 @@ def calibrated(config: Any) -> list[Scales] | None:
     return layers
 
 
-def _is_scale(value: Any) -> bool:
+def _is_scale(value: object) -> bool:
     """Whether kernels can take it, and its inverse, in float32, where what is below `least` may count as zero."""
     if value is None:
         return True
@@ -166,10 +168,10 @@ class Fp8:
     def __getstate__(self) -> dict[str, Any]:
         return {"scales": self.scales}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__init__(state["scales"])  # type: ignore[misc]
 
-    def reasons(self, layers: Sequence[Any], classes: Mapping[Any, Any]) -> dict[Key, str]:
+    def reasons(self, layers: Layers, classes: Mapping[Any, Any]) -> dict[Key, str]:
         """The GEMMs that don't run in FP8, by layer and name, and why; `classes` are fused ones by stock ones."""
         found = {}
         for index, layer in enumerate(layers):
@@ -185,7 +187,7 @@ class Fp8:
                     found[index, name] = reason
         return found
 
-    def groups(self, layers: Sequence[Any]) -> dict[Key, Sequence[Any]]:
+    def groups(self, layers: Layers) -> dict[Key, Sequence[Any]]:
         """The linear layers of every GEMM that runs in FP8; `layers` are fused."""
         reasons = self.reasons(layers, {})
         found = [layer.layout.gemms(layer) if isinstance(layer, FusedLayer) else {} for layer in layers]
@@ -221,13 +223,13 @@ class Fp8:
         return gemms
 
     @staticmethod
-    def runs(layers: Sequence[Any], sample: Tensor) -> bool:
+    def runs(layers: Layers, sample: Tensor) -> bool:
         """Whether FP8 is for a forward of `layers` at this moment, over activations like `sample`."""
         off = torch.is_grad_enabled() or torch.is_autocast_enabled(sample.device.type) or torch.compiler.is_compiling()
         off = off or any(layer.training for layer in layers)
         return not off and type(sample) in (Tensor, nn.Parameter) and fp8_is_unsupported(sample.device) is None
 
-    def bind(self, layers: Sequence[Any], stock: Sequence[bool]) -> list[Bound | None]:
+    def bind(self, layers: Layers, stock: Sequence[bool]) -> list[Bound | None]:
         """The layers of one forward, bound, or None where no GEMM of one runs in FP8; where `runs` says so.
 
         `stock` says which layers run their stock code.

@@ -29,7 +29,7 @@ class Norm(NamedTuple):
     eps: float
 
 
-def child(module: Any, *path: str) -> Any:
+def child(module: nn.Module, *path: str) -> Any:
     """A submodule by its path: `nn.Module.__getattr__` costs several times as much, and a layer is asked for dozens."""
     for name in path:
         module = module.__dict__["_modules"][name]
@@ -125,7 +125,7 @@ class Called(Gemm):
 
     __slots__ = ("linears",)
 
-    def __init__(self, linears: Sequence[Any]) -> None:
+    def __init__(self, linears: Sequence[nn.Module]) -> None:
         self.linears = tuple(linears)
 
     def __call__(self, x: Tensor, quantized: Quantized | None = None) -> Tensor:

@@ -33,14 +33,14 @@ from .feed_forward import BoundFeedForward, FeedForward
 from .gemm import PLAIN, Form, Path, Precision, Quantized, child, plain
 
 # A mixin has no base of its own at run time: each family adds the Hugging Face class it stands in for.
-_Module: Any = nn.Module if TYPE_CHECKING else object
+Mixin: Any = nn.Module if TYPE_CHECKING else object
 
 
 STOCK = "_fastbert_stock"
 """Attribute of a fused module whose forward on the instance held a function of its stock class: that function."""
 
 
-def stock_forward(mixin: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+def stock_forward(mixin: Any, module: object, *args: Any, **kwargs: Any) -> Any:
     """Calls the forward of the class that `mixin` is mixed into; of `module`, which may have been unfused meanwhile.
 
     Where a wrapper on the instance held another function as `fuse` came, it calls that.
@@ -68,25 +68,25 @@ class Layer:
         """Both, in order."""
         return self.attention, self.feed_forward
 
-    def linears(self, layer: Any) -> Iterator[tuple[Path, Any]]:
+    def linears(self, layer: nn.Module) -> Iterator[tuple[Path, Any]]:
         """All linear layers, by path."""
         gemms = {**self.attention.gemms(), **self.feed_forward.gemms()}
         return ((path, child(layer, *path)) for path in chain.from_iterable(gemms.values()))
 
-    def gemms(self, layer: Any) -> dict[str, tuple[Any, ...]]:
+    def gemms(self, layer: nn.Module) -> dict[str, tuple[Any, ...]]:
         """The linear layers of each GEMM, side by side, by its name."""
         gemms = {**self.attention.gemms(), **self.feed_forward.gemms()}
         return {name: tuple(child(layer, *path) for path in paths) for name, paths in gemms.items()}
 
-    def norms(self, layer: Any) -> Iterator[tuple[Path, Any]]:
+    def norms(self, layer: nn.Module) -> Iterator[tuple[Path, Any]]:
         """The two LayerNorms, by path."""
         return ((path, child(layer, *path)) for path in (self.attention.norm, self.feed_forward.norm))
 
-    def bind(self, layer: Any, precision: Precision = plain) -> Bound:
+    def bind(self, layer: nn.Module, precision: Precision = plain) -> Bound:
         """A layer with all that it reads looked up, as it is now. It must be covered."""
         return Bound(self.attention.bind(layer, precision), self.feed_forward.bind(layer, precision), self.pre_norm)
 
-    def dropouts(self, layer: Any) -> tuple[float, ...]:
+    def dropouts(self, layer: nn.Module) -> tuple[float, ...]:
         """Rates at which dropout now drops: attention probabilities, and what the two halves add."""
         return *self.attention.dropouts(layer), *self.feed_forward.dropouts(layer)
 
@@ -159,7 +159,7 @@ class Bound(NamedTuple):
         return ops.add_layer_norm(added, x, *half.norm, rate, seed)
 
 
-class FusedLayer(_Module):
+class FusedLayer(Mixin):
     """A layer in a handful of launches."""
 
     layout: ClassVar[Layer] = Layer()
@@ -168,11 +168,11 @@ class FusedLayer(_Module):
     def forward(
         self,
         hidden_states: Tensor,
-        *args: Any,
+        *args: object,
         context: Context | None = None,
         seeds: Tensor | None = None,
         bound: Bound | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Tensor:
         """hidden_states (1, T, H) or (B, S, H), as `context` lays out -> the same; stock without a `context`.
 
@@ -193,7 +193,7 @@ class FusedLayer(_Module):
         return x.view_as(hidden_states)
 
 
-def layer_is_unsupported(layer: Any, name: str) -> str | None:
+def layer_is_unsupported(layer: nn.Module, name: str) -> str | None:
     """Why a layer, of that name, runs its stock code: a submodule replaced or watched, or parameters of mixed kinds."""
     seen = next((module for module in wrapped(layer) if sees_arguments(module)), None)
     if any(is_rewritten(module) for module in wrapped(layer) if is_wrapper(module)):

@@ -17,7 +17,7 @@ def norm_of(module: Any) -> Norm:
     return Norm(weight, torch.zeros_like(weight) if bias is None else bias, module.eps)
 
 
-def rate_of(layer: Any, path: Path | None) -> float:
+def rate_of(layer: nn.Module, path: Path | None) -> float:
     """The rate at which the dropout there now drops, a module's or an attribute; 0 where there is none."""
     if path is None:
         return 0.0
@@ -28,7 +28,7 @@ def rate_of(layer: Any, path: Path | None) -> float:
     return float(getattr(holder, path[-1])) if holder.training else 0.0
 
 
-def dropouts_at(layer: Any, paths: Iterable[Path | None]) -> Iterator[tuple[Path, nn.Module, type[nn.Module]]]:
+def dropouts_at(layer: nn.Module, paths: Iterable[Path | None]) -> Iterator[tuple[Path, nn.Module, type[nn.Module]]]:
     """(path, submodule, nn.Dropout) of those paths at which there is a module, not a rate alone."""
     for path in paths:
         if path is not None:

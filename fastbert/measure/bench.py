@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ from .cases import SEED, Workload, build
 from .machine import Machine, Rates, environment, peak_growth, timed
 from .peers import IN_FP8, INFERENCE_ONLY, KEEP_MEMORY, PEERS, Unavailable, share
 
+P = ParamSpec("P")
+R = TypeVar("R")
 LEAST_REPEATS = 3
 FORWARD, STEP = "BertModel forward", "BertModel training step"
 
@@ -44,10 +46,10 @@ class _Candidate:
         self.samples: list[float] = []
         self.peak_memory: int | None = None
 
-    def attempt(self, step: Callable[..., Any], *arguments: Any) -> Any:
+    def attempt(self, step: Callable[P, R], *arguments: P.args, **named: P.kwargs) -> R | None:
         """What `step` returns; None, and a status that says why, where it fails. The others go on."""
         try:
-            return step(*arguments)
+            return step(*arguments, **named)
         except Unavailable as error:
             self.status = f"UNAVAILABLE: {error}"
         except AssertionError as error:
@@ -70,7 +72,7 @@ def run(
     minutes: float = 8.0,
     peers: Sequence[str] = (),
     train: bool = False,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[records.Record]:
     """Measures every workload x size x dtype; yields a record for each candidate as soon as its case is done.
 
     Args:
@@ -206,7 +208,7 @@ def _measure(
             return
         candidate.error, _ = numerics.assert_within_policy(rows, stock_rows[0], truth)
 
-    def call(candidate: _Candidate) -> Callable[[], Any]:
+    def call(candidate: _Candidate) -> Callable[[], object]:
         return lambda: _backward(candidate.model, inputs) if train else candidate.model(**inputs)
 
     for candidate in candidates:
@@ -240,8 +242,8 @@ def _records(
     config: Any,
     rates: Rates,
     train: bool,
-    about: dict[str, Any],
-) -> Iterator[dict[str, Any]]:
+    about: records.Record,
+) -> Iterator[records.Record]:
     case = {
         "what": STEP if train else FORWARD,
         "workload": item.name,

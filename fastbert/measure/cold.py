@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
@@ -82,7 +81,7 @@ print(json.dumps({"times": times, "status": status, "error": error}))
 """
 
 
-def _child(way: str, item: Workload, size: str, dtype: torch.dtype, device: torch.device, cache: str) -> dict[str, Any]:
+def _child(way: str, item: Workload, size: str, dtype: torch.dtype, device: torch.device, cache: str) -> records.Record:
     """What one process found; its status where it broke."""
     # Its batch of another shape: a sequence less, and each of the others a token longer.
     another = [n + 1 for n in item.lengths[1:]] or [n + 1 for n in item.lengths]
@@ -115,13 +114,13 @@ def _child(way: str, item: Workload, size: str, dtype: torch.dtype, device: torc
     if done.returncode:
         last = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
         return {"status": f"ERROR: {last[:300]}"}
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    found: records.Record = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
 def run(
     item: Workload, size: str, dtype: torch.dtype, *, device: torch.device, compiled: bool = False
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[records.Record]:
     """Measures cold starts; yields the records of stock, fused and, where asked for, of stock + torch.compile.
 
     Args:

@@ -34,7 +34,7 @@ def total(costs: Iterable[Cost]) -> Cost:
     return Cost(sum(cost.flops for cost in each), sum(cost.bytes for cost in each))
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: object) -> Iterator[Tensor]:
     """The tensors in an argument or a result: itself, or those of a list or tuple."""
     if isinstance(value, Tensor):
         yield value
@@ -43,7 +43,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(each)
 
 
-def _bytes(value: Any) -> int:
+def _bytes(value: object) -> int:
     """Bytes of the tensors in `value`; of an expanded one, what it holds in memory."""
     return sum(min(x.numel() * x.itemsize, x.untyped_storage().nbytes()) for x in _tensors(value))
 
@@ -52,7 +52,7 @@ def _products(*shapes: tuple[int, int, int]) -> int:
     return sum(2 * m * n * k for m, n, k in shapes)
 
 
-def _linear(x: Tensor, weight: Tensor, *rest: Any) -> int:
+def _linear(x: Tensor, weight: Tensor, *rest: object) -> int:
     return _products((x.shape[0], *weight.shape))
 
 
@@ -112,7 +112,7 @@ _READ: dict[str, Callable[..., int]] = {
 }
 
 
-def cost(name: str, args: Sequence[Any], result: Any) -> Cost:
+def cost(name: str, args: Sequence[object], result: object) -> Cost:
     """The least that one call of an operator costs.
 
     Args:
@@ -178,7 +178,7 @@ def encoder(config: Any, lengths: Sequence[int], dtype: torch.dtype, train: bool
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    def call(name: str, *args: Any) -> Cost:
+    def call(name: str, *args: object) -> Cost:
         return cost(name, args, ops.OPERATORS[name].fake(*args))
 
     def matmul(m: int, k: int, n: int) -> Cost:

@@ -82,7 +82,7 @@ class Machine:
         return Rates(self.flops_per_s(dtype), self.bytes_per_s)
 
 
-def timed(call: Callable[[], Any], device: torch.device) -> float:
+def timed(call: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call."""
     if device.type != "cuda":
         start = time.perf_counter()
@@ -98,7 +98,7 @@ def timed(call: Callable[[], Any], device: torch.device) -> float:
     return begin.elapsed_time(end) / 1000
 
 
-def peak_growth(call: Callable[[], Any], device: torch.device) -> int | None:
+def peak_growth(call: Callable[[], object], device: torch.device) -> int | None:
     """Bytes by which one call raises the peak of memory in use, above what is in use before it; None where unknown."""
     gc.collect()
     if device.type == "cuda":

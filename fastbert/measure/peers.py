@@ -129,7 +129,7 @@ class _HiddenStates(nn.Module):
 class _Runtime(nn.Module):
     """A compiled graph: `call` takes ids and mask as numpy arrays and returns the last hidden states, in float32."""
 
-    def __init__(self, call: Callable[[Any, Any], Any], dtype: torch.dtype) -> None:
+    def __init__(self, call: Callable[[object, object], object], dtype: torch.dtype) -> None:
         super().__init__()
         self.call = call
         self.dtype = dtype
@@ -265,7 +265,7 @@ def _fp8(cuda_graphs: bool) -> Callable[[BertModel], nn.Module]:
     return build
 
 
-PEERS: dict[str, tuple[str, Callable[[BertModel], Any]]] = {
+PEERS: dict[str, tuple[str, Callable[[BertModel], object]]] = {
     "graphs": ("fused + CUDA graphs", _graphs),
     "graphs-pdl": ("fused + CUDA graphs, dependent launches", _Dependent),
     "fp8": ("fused in fp8", _fp8(False)),

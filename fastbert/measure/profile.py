@@ -68,7 +68,9 @@ class _Costs(TorchDispatchMode):
         return result
 
 
-def _traced(call: Callable[[], Any], model: Any, runs: int, device: torch.device, file: Path | None) -> list[Any]:
+def _traced(
+    call: Callable[[], object], model: torch.nn.Module, runs: int, device: torch.device, file: Path | None
+) -> list[Any]:
     """The events of a Chrome trace of some runs, which is written to `file`, too."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with annotated(model), torch.profiler.profile(activities=activities) as profiler:
@@ -83,7 +85,7 @@ def _traced(call: Callable[[], Any], model: Any, runs: int, device: torch.device
         profiler.export_chrome_trace(str(written))
         if file is not None:
             shutil.copyfile(written, file)
-        events: list[Any] = json.loads(written.read_text(encoding="utf-8"))["traceEvents"]
+        events: list[object] = json.loads(written.read_text(encoding="utf-8"))["traceEvents"]
     return events
 
 

@@ -21,6 +21,10 @@ from . import gates
 from .counts import Cost
 from .machine import Rates, datasheet
 
+Record = dict[str, Any]
+Run = dict[str, Record]
+"""The records of one case, by candidate."""
+
 TEXTS = frozenset(
     {
         *("what", "candidate", "status", "workload", "size", "dtype", "device", "device_name", "torch"),
@@ -41,8 +45,8 @@ CASE = ("device_name", "what", "size", "dtype", "workload")
 
 
 def make(
-    about: dict[str, Any],
-    case: dict[str, Any],
+    about: Record,
+    case: Record,
     candidate: str,
     dtype: torch.dtype,
     samples: Sequence[float],
@@ -52,7 +56,7 @@ def make(
     status: str = "ok",
     peak_memory: int | None = None,
     error: float | None = None,
-) -> dict[str, Any]:
+) -> Record:
     """A record; of a row one of whose gates is red, without a time.
 
     Args:
@@ -108,13 +112,13 @@ def _quantiles(samples: Sequence[float]) -> list[float | None]:
     return found
 
 
-def write(path: Path, records: Sequence[dict[str, Any]]) -> None:
+def write(path: Path, records: Sequence[Record]) -> None:
     """Replaces `path` at once, so that whoever reads it or interrupts sees whole records."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, json.dumps(list(records), indent=1, allow_nan=False) + "\n")
 
 
-def path_in(folder: Path, about: dict[str, Any]) -> Path:
+def path_in(folder: Path, about: Record) -> Path:
     """`folder`/<device>/<date>-<commit>.json; `about` is a record or machine.environment()."""
     date = about["date"][:19].replace(":", "")
     return folder / device_folder(about["device_name"]) / f"{date}-{about['commit']}.json"
@@ -125,7 +129,7 @@ def device_folder(device_name: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", device_name).strip("-").lower()
 
 
-def load(file: str | Path, option: str = "records") -> list[dict[str, Any]]:
+def load(file: str | Path, option: str = "records") -> list[Record]:
     """The records in a file; `option` is what named it.
 
     Raises:
@@ -161,10 +165,10 @@ def _is_right(name: str, value: Any) -> bool:
     return is_number and (value > 0 or name not in TIMES)
 
 
-def proven(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def proven(records: Iterable[Record]) -> list[Record]:
     """Those to be published: without runs of a case whose fused row has a gate that is not green, and such rows."""
 
-    def run(record: dict[str, Any]) -> tuple[str, ...]:
+    def run(record: Record) -> tuple[str, ...]:
         return (record["date"], *(record[name] for name in CASE))
 
     records = list(records)
@@ -187,9 +191,9 @@ def judge_again(path: Path, verdicts: dict[str, str]) -> bool:
     return changed
 
 
-def latest(records: Iterable[dict[str, Any]]) -> dict[tuple[str, ...], dict[str, dict[str, Any]]]:
+def latest(records: Iterable[Record]) -> dict[tuple[str, ...], Run]:
     """For each case the records of the last run that has it, by candidate; what, size and dtype together."""
-    cases: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
+    cases: dict[tuple[str, ...], Run] = {}
     dates: dict[tuple[str, ...], str] = {}
     for record in sorted(records, key=lambda record: record["date"]):
         case = tuple(record[name] for name in CASE)
@@ -200,7 +204,7 @@ def latest(records: Iterable[dict[str, Any]]) -> dict[tuple[str, ...], dict[str,
     return dict(sorted(cases.items(), key=lambda item: item[0][:4]))
 
 
-def _ratio(run: dict[str, dict[str, Any]]) -> tuple[float, float, float]:
+def _ratio(run: Run) -> tuple[float, float, float]:
     """Of fused to stock: by p80 against p20, by medians, by p20 against p80."""
     stock, fused = run["stock"], run["fused"]
     return (
@@ -210,7 +214,7 @@ def _ratio(run: dict[str, dict[str, Any]]) -> tuple[float, float, float]:
     )
 
 
-def compare(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+def compare(old: Sequence[Record], new: Sequence[Record]) -> Iterator[tuple[str, str]]:
     """Whether fused lost against stock from one run to another, case by case; yields (verdict, line).
 
     A ratio is that of medians, with what it becomes where one of the two takes its p20 and the other its p80. Only
@@ -240,7 +244,7 @@ HEADER = f"{'what':<22}{'model':<8}{'dtype':<10}{'workload':<14}{'run':<38}" + "
 )
 
 
-def line(record: dict[str, Any]) -> str:
+def line(record: Record) -> str:
     """One record as a line under HEADER."""
     what = record["what"].removeprefix("BertModel ").removeprefix("cold start: ")
     case = f"{what:<22}{record['size']:<8}{record['dtype']:<10}{record['workload']:<14}{record['candidate']:<38}"

@@ -71,8 +71,8 @@ class Trace(NamedTuple):
     copies_to_host: float | None
 
 
-def _named(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-    def named(*args: Any) -> Any:
+def _named(name: str, call: Callable[..., object]) -> Callable[..., Any]:
+    def named(*args: object) -> Any:
         with record_function(name):
             return call(*args)
 
@@ -88,17 +88,17 @@ def _mark(layer: int | None) -> Callable[[Tensor], None]:
 
 
 @contextlib.contextmanager
-def annotated(model: Any) -> Iterator[None]:
+def annotated(model: torch.nn.Module) -> Iterator[None]:
     """While it lasts, traces of `model` name fastbert's operators and the layer each is in.
 
     Operators are wrapped, not sent through the dispatcher, as in inference they do not go through it: that would add
     dozens of microseconds to the time of each, where a range adds a few before and after it, to the gaps.
     """
     layers = {id(layer): i for i, layer in enumerate(layers_of(model))}
-    kind = type(layers_of(model)[0])  # on the class: a layer that is itself hooked or changed runs stock
+    kind: Any = type(layers_of(model)[0])  # on the class: a layer that is itself hooked or changed runs stock
     call = kind.__call__
 
-    def layer(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def layer(self: object, hidden_states: Tensor, *args: object, **kwargs: object) -> Any:
         i = layers[id(self)]
         with record_function(f"layer {i}"):
             out = call(self, hidden_states, *args, **kwargs)

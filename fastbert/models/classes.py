@@ -29,7 +29,7 @@ from ..runtime import known
 from ..runtime.encoder import FusedEncoder, refuse_to_run_again_unfused
 from ..runtime.graphs import Stale
 from ..runtime.plan import Plan, check_taken, plan_call
-from ..runtime.readers import Reader, know, named_arguments, parameter_names
+from ..runtime.readers import Args, Kwargs, Reader, know, named_arguments, parameter_names
 from ..runtime.registry import REGISTERED, encoder_of, wrapped_encoder_of
 from .family import Family
 from .heads import Vocabulary, labelled_loss, takes_labelled_rows
@@ -122,7 +122,7 @@ def bert_like(
     heads: Mapping[str, Reader],
     others: tuple[str, ...] = (),
     parts: tuple[str, ...] = (),
-    vocabularies: Mapping[str, Callable[[Any], Vocabulary]] | None = None,
+    vocabularies: Mapping[str, Callable[..., Vocabulary]] | None = None,
     dropout: str = "dropout",
     **differences: Any,
 ) -> Family:
@@ -166,12 +166,12 @@ def bert_like(
     return replace(family, **differences)
 
 
-def _called(kind: Any) -> tuple[str, ...]:
+def _called(kind: object) -> tuple[str, ...]:
     """The methods of a class that its forward calls."""
     return tuple(name for name in known.methods_used(kind) if name != "forward")
 
 
-def _derive(family: Family, kind: type[T], module: str, mixin: type, **attributes: Any) -> type[T]:
+def _derive(family: Family, kind: type[T], module: str, mixin: type, **attributes: object) -> type[T]:
     about: dict[str, Any] = {"__module__": module, "__doc__": f"The stock {kind.__name__}, fused."}
     about.update(family=family, called=_called(kind))
     return type(kind.__name__, (mixin, kind), {**about, **attributes})
@@ -187,7 +187,7 @@ def _base_model(family: Family, module: str) -> Any:
         family.fused[stock] = embeddings
     names = parameter_names(kind)
 
-    def run(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any], assumes: bool) -> Any:
+    def run(self: Any, args: Args, kwargs: Kwargs, assumes: bool) -> Any:
         planned, named = plan_call(self, names, args, kwargs, assumes)
         plan = named.get("plan")
         if family.run is None:
@@ -205,7 +205,7 @@ def _base_model(family: Family, module: str) -> Any:
         return output
 
     @functools.wraps(kind.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
         if torch.compiler.is_compiling():
             return run(self, args, kwargs, True)
         settings = getattr(encoder_of(self), "fastbert", None)
@@ -240,7 +240,7 @@ def _introduce(family: Family) -> None:
         warnings.warn(f"fastbert runs {name} on its stock code: {why}", RuntimeWarning, stacklevel=4)
 
 
-def _masked_lm(family: Family, kind: Any, module: str, vocabulary: Callable[[Any], Vocabulary]) -> Any:
+def _masked_lm(family: Family, kind: Any, module: str, vocabulary: Callable[..., Vocabulary]) -> Any:
     """A masked language model which can return its loss alone; with a loss over the next sentence, too, or without."""
     orders = "next_sentence_label" in parameter_names(kind)
 

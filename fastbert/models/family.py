@@ -55,7 +55,7 @@ class Family:
     """The name of what the encoder calls after the last layer, each row from the same row alone."""
     output: type[ModelOutput] = BaseModelOutputWithPastAndCrossAttentions
     """What the encoder returns."""
-    tables: Callable[..., Mapping[str, Any]] | None = None
+    tables: Callable[..., Mapping[str, object]] | None = None
     """(encoder, hidden_states, packing, position_ids or None) -> `Context.tables` of one forward.
 
     hidden_states as the layout has them, (1, T, H) or (B, S, H). Without position_ids, `packing.positions` says where
@@ -65,7 +65,7 @@ class Family:
     """Whether a sequence without a real token attends to all its tokens, whatever config._attn_implementation says:
     then a call with one runs stock. sdpa gives zeros there, as the kernels do; code that fills scores with the lowest
     number spreads them evenly."""
-    run: Callable[..., Any] | None = None
+    run: Callable[..., object] | None = None
     """(base model, arguments by name, plan) -> its output, where the stock forward does not hand the encoder the
     keyword arguments that it doesn't know. Hidden states are not collected there, nor do layers mix with stock ones."""
     heads: Mapping[type[nn.Module], Reader] = field(default_factory=dict)
@@ -74,9 +74,9 @@ class Family:
     """More heads to make fused classes of, of which nothing is known."""
     parts: tuple[type[nn.Module], ...] = ()
     """What heads, and the pooler, are made of, where that is the family's own: each row from the same row alone."""
-    vocabularies: Mapping[type[nn.Module], Callable[[Any], Vocabulary]] = field(default_factory=dict)
+    vocabularies: Mapping[type[nn.Module], Callable[..., Vocabulary]] = field(default_factory=dict)
     """Heads that can return their loss alone, and the vocabulary head of each."""
-    sizes: Mapping[str, Any] = field(
+    sizes: Mapping[str, object] = field(
         default_factory=lambda: {
             "vocab_size": 16,
             "hidden_size": 48,
@@ -87,9 +87,9 @@ class Family:
     )
     """Of the config of a small model, on which `register` tries whether fused is stock."""
 
-    fused: dict[type[Any], type[Any]] = field(default_factory=dict, init=False)
+    fused: dict[type[nn.Module], Any] = field(default_factory=dict, init=False)
     """Made by `register`: which fused class takes the place of which stock one, inside the base model."""
-    loss_heads: dict[type[Any], type[Any]] = field(default_factory=dict, init=False)
+    loss_heads: dict[type[nn.Module], type[nn.Module]] = field(default_factory=dict, init=False)
     """Made by `register`: the same of `vocabularies`."""
     unsupported: str | None = field(default=None, init=False)
     """Found by `register`: why no model of it can run fused."""

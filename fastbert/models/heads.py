@@ -24,7 +24,7 @@ class Vocabulary(NamedTuple):
     """Those in between, which are not called where the loss is taken alone."""
 
 
-def takes_labelled_rows(model: Any, vocabulary: Vocabulary, call: Mapping[str, Any]) -> bool:
+def takes_labelled_rows(model: Any, vocabulary: Vocabulary, call: Mapping[str, object]) -> bool:
     """Whether a call of a masked language model is to return its loss alone (`fuse(loss_only=True)`), and can.
 
     Args:

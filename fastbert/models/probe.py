@@ -28,7 +28,7 @@ _TOLERANCE = 1e-4
 """Relative, in float32, where a wrong layer is off by tenths."""
 
 
-def hands_nothing_on(model: Any, family: Family) -> str | None:
+def hands_nothing_on(model: torch.nn.Module, family: Family) -> str | None:
     """Why a base model on the meta device can't be given a plan: its stock forward keeps it from its encoder.
 
     None, too, where that can't be tried: then `check_taken` finds it, in a call.
@@ -94,11 +94,11 @@ def check_description(family: Family) -> None:
     _check_layout(family.layout, layers[0])
 
 
-def _a(module: Any) -> str:
+def _a(module: nn.Module) -> str:
     return f"a {type(module).__name__}"
 
 
-def _at(module: Any, path: Path, field: str, owner: str) -> Any:
+def _at(module: nn.Module, path: Path, field: str, owner: str) -> Any:
     """The submodule or attribute at a path."""
     for i, name in enumerate(path):
         if not hasattr(module, name):
@@ -107,7 +107,7 @@ def _at(module: Any, path: Path, field: str, owner: str) -> Any:
     return module
 
 
-def _check_layout(layout: Layer, layer: Any) -> None:
+def _check_layout(layout: Layer, layer: nn.Module) -> None:
     attention, feed_forward = layout.attention, layout.feed_forward
     owner = type(layer).__name__
     if feed_forward.is_gated and feed_forward.gate is not None:
@@ -155,7 +155,7 @@ def _check_layout(layout: Layer, layer: Any) -> None:
             raise ValueError(f"{owner} has {name}, a parameter of nothing that either half names")
 
 
-def _check_widths(layout: Layer, layer: Any, head_dim: int) -> None:
+def _check_widths(layout: Layer, layer: nn.Module, head_dim: int) -> None:
     def outputs(half: Any, name: str) -> int:
         return sum(child(layer, *path).out_features for path in half.gemms()[name])
 
@@ -225,7 +225,7 @@ def _small(family: Family, kind: Any, **changes: Any) -> Any:
     return model
 
 
-def _departs(model: Any, what: str, hint: str = "") -> ValueError:
+def _departs(model: nn.Module, what: str, hint: str = "") -> ValueError:
     name = type(model).__name__
     return ValueError(f"{name} was registered, and departs from stock: {what}{hint and f'; {hint}'}")
 
@@ -480,7 +480,7 @@ def _check_places(stock: Any, family: Family, call: _Call) -> None:
             raise ValueError(f"{'.'.join(path)} is not the dropout of {what}, in {type(layer).__name__}")
 
 
-def _set_rate(model: Any, path: Path, rate: float) -> None:
+def _set_rate(model: nn.Module, path: Path, rate: float) -> None:
     """Sets a dropout of every layer."""
     for layer in layers_of(model):
         holder = child(layer, *path[:-1])

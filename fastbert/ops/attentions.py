@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .registry import differentiable, on_gradient, operator, wide
+from .registry import BackwardContext, differentiable, on_gradient, operator, wide
 
 
 @operator("attention")
@@ -110,7 +110,7 @@ def attention_backward(
     return qkv.new_empty(qkv.shape), dbias
 
 
-def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_attention(ctx: BackwardContext, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     qkv, cu_seqlens, key_mask, max_seqlen, scale, dropout, seed, tiles, bias = inputs
     out, stats = output
     ctx.mark_non_differentiable(stats)
@@ -118,7 +118,7 @@ def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
     ctx.numbers = max_seqlen, scale, dropout
 
 
-def _attention_gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _attention_gradient(ctx: BackwardContext, grad: Tensor, _: object) -> tuple[Tensor | None, ...]:
     qkv, out, stats, cu_seqlens, key_mask, seed, tiles, bias = ctx.saved_tensors
     sequences = cu_seqlens, key_mask, *ctx.numbers, seed, tiles
     wanted = bias is not None and ctx.needs_input_grad[8]  # arguments left out are not among those

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .registry import differentiable, on_gradient, operator
+from .registry import BackwardContext, differentiable, on_gradient, operator
 
 
 @operator("embedding")
@@ -49,14 +49,14 @@ def embedding_layer_norm_backward(
     return total, weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 
-def _save_embedding(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_embedding(ctx: BackwardContext, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, bias, eps, padding_idx, position_padding_idx = inputs
     ctx.save_for_backward(*tensors)
     ctx.numbers = eps, padding_idx, position_padding_idx
     ctx.bias_dtype = bias.dtype
 
 
-def _embedding_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _embedding_gradient(ctx: BackwardContext, grad: Tensor) -> tuple[Tensor | None, ...]:
     *ids, word, token_type, position, weight = ctx.saved_tensors
     eps, padding_idx, position_padding_idx = ctx.numbers
     total, dweight, dbias = on_gradient(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.cpu import matmul
-from .registry import differentiable, on_gradient, operator
+from .registry import BackwardContext, differentiable, on_gradient, operator
 
 
 @operator("linear")
@@ -72,7 +72,7 @@ def linear_gelu_backward(grad: Tensor, weight: Tensor, pre: Tensor, approximate:
 
 
 def _linear_gradients(
-    needs: tuple[bool, bool, bool], grad: Tensor, x: Tensor, weight: Tensor, bias_dtype: torch.dtype | None
+    needs: tuple[bool, ...], grad: Tensor, x: Tensor, weight: Tensor, bias_dtype: torch.dtype | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `x @ weight.T + bias` with respect to the three, where needed."""
     dx = matmul(grad, weight.to(grad.dtype), x.dtype) if needs[0] else None
@@ -85,24 +85,24 @@ def _dtype(x: Tensor | None) -> torch.dtype | None:
     return None if x is None else x.dtype
 
 
-def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_linear(ctx: BackwardContext, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias = inputs
     ctx.save_for_backward(x, weight)
     ctx.bias_dtype = _dtype(bias)
 
 
-def _linear_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _linear_gradient(ctx: BackwardContext, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     return _linear_gradients(ctx.needs_input_grad, grad, x, weight, ctx.bias_dtype)
 
 
-def _save_qkv_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_qkv_linear(ctx: BackwardContext, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, *parameters = inputs
     ctx.save_for_backward(x, *parameters[::2])
     ctx.bias_dtypes = [_dtype(bias) for bias in parameters[1::2]]
 
 
-def _qkv_linear_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _qkv_linear_gradient(ctx: BackwardContext, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, *weights = ctx.saved_tensors
     needs = ctx.needs_input_grad
     grad = grad.reshape(grad.shape[0], -1)  # [T, 3 N]; batches of gradients can't be flattened
@@ -120,7 +120,7 @@ def _qkv_linear_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dx, *grads
 
 
-def _save_feed_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_feed_forward(ctx: BackwardContext, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight1, bias1, weight2, bias2, approximate = inputs
     pre = output[1]
     ctx.mark_non_differentiable(pre)
@@ -129,7 +129,7 @@ def _save_feed_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.approximate = approximate
 
 
-def _feed_forward_gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _feed_forward_gradient(ctx: BackwardContext, grad: Tensor, _: object) -> tuple[Tensor | None, ...]:
     x, weight1, weight2, pre = ctx.saved_tensors
     needs = ctx.needs_input_grad
     dpre, act = on_gradient(linear_gelu_backward, grad, weight2, pre, ctx.approximate)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .registry import differentiable, on_gradient, operator, wide
+from .registry import BackwardContext, differentiable, on_gradient, operator, wide
 
 
 @operator("cross_entropy")
@@ -37,12 +37,12 @@ def linear_cross_entropy_backward(
     return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias
 
 
-def _save_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_cross_entropy(ctx: BackwardContext, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*inputs, output[1])
 
 
-def _cross_entropy_gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _cross_entropy_gradient(ctx: BackwardContext, grad: Tensor, _: object) -> tuple[Tensor | None, ...]:
     x, weight, bias, labels, lse = ctx.saved_tensors
     dx, dweight, dbias = on_gradient(linear_cross_entropy_backward, grad, x, weight, bias, labels, lse)
     return dx, dweight, None if bias is None else dbias, None

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .registry import differentiable, on_gradient, operator
+from .registry import BackwardContext, differentiable, on_gradient, operator
 
 
 @operator("layer_norm")
@@ -50,14 +50,14 @@ def add_layer_norm_backward(
     return dx, residual.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 
-def _save_add_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_add_layer_norm(ctx: BackwardContext, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, residual, weight, bias, eps, dropout, seed = inputs
     ctx.save_for_backward(x, residual, weight, seed)
     ctx.numbers = eps, dropout
     ctx.bias_dtype = bias.dtype
 
 
-def _add_layer_norm_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _add_layer_norm_gradient(ctx: BackwardContext, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, residual, weight, seed = ctx.saved_tensors
     eps, dropout = ctx.numbers
     dx, dresidual, dweight, dbias = on_gradient(add_layer_norm_backward, grad, x, residual, weight, eps, dropout, seed)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .registry import differentiable, on_gradient, operator
+from .registry import BackwardContext, differentiable, on_gradient, operator
 
 
 @operator("padding")
@@ -43,15 +43,15 @@ def unpack(x: Tensor, indices: Tensor, inverse: Tensor) -> Tensor:
     return x.new_empty(inverse.shape[0], x.shape[1])
 
 
-def _save_indices(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_indices(ctx: BackwardContext, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:])
 
 
-def _pack_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+def _pack_gradient(ctx: BackwardContext, grad: Tensor) -> tuple[Tensor, None, None]:
     return on_gradient(unpack, grad, *ctx.saved_tensors), None, None
 
 
-def _unpack_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+def _unpack_gradient(ctx: BackwardContext, grad: Tensor) -> tuple[Tensor, None, None]:
     return on_gradient(pack, grad, *ctx.saved_tensors), None, None
 
 

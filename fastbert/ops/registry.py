@@ -13,7 +13,7 @@ import sys
 import traceback
 import typing
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,21 @@ from ..kernels import cpu
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+class BackwardContext(Protocol):
+    """What a forward keeps for its backward: `ctx` of torch.autograd.Function, to which anything may be added."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+
+    def __getattr__(self, name: str) -> Any: ...
+
+    def __setattr__(self, name: str, value: object) -> None: ...
 
 
 class Operator(NamedTuple):
@@ -87,15 +102,15 @@ def _on_cuda(name: str, args: Sequence[Any]) -> Any:
         return run_kernel(name, args)
 
 
-def _on_cpu(name: str, args: Sequence[Any]) -> Any:
+def _on_cpu(name: str, args: Sequence[object]) -> Any:
     with torch.autocast("cpu", enabled=False):  # dtypes have been chosen by now
         return CPU_BACKEND[name](*args)
 
 
-def _dispatched(name: str, backend: Callable[[str, Sequence[Any]], Any]) -> Callable[..., Any]:
+def _dispatched(name: str, backend: Callable[[str, Sequence[object]], object]) -> Callable[..., Any]:
     """What torch's dispatcher calls: a backend that refuses to be differentiated."""
 
-    def run(*args: Any) -> Any:
+    def run(*args: object) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             again = name.endswith("_backward")
             what = "second derivatives are not implemented" if again else "it is for inference"
@@ -149,7 +164,7 @@ def operator(module: str, *, of_gradients: bool = False) -> Callable[[Callable[P
     return register
 
 
-def differentiable(function: Callable[..., Any], save: Callable[..., None], backward: Callable[..., Any]) -> None:
+def differentiable(function: Callable[..., object], save: Callable[..., None], backward: Callable[..., object]) -> None:
     """Gives an operator its gradient: what it saves, and the backward, of torch's operators and `on_gradient`."""
     DIFFERENTIABLE.add(function.__name__)
     torch.library.register_autograd(f"fastbert::{function.__name__}", backward, setup_context=save, lib=_LIBRARY)

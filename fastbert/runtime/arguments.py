@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..layers.embeddings import first_position, longest_sequence
 from .packing import has_values, host_integers
@@ -23,7 +23,7 @@ def shape_of(call: Mapping[str, Any]) -> tuple[int, int]:
     return shape[0], shape[1]  # not by int(), which would fix them in a graph
 
 
-def check_arguments(model: Any, call: Mapping[str, Any], foreign: bool) -> None:
+def check_arguments(model: nn.Module, call: Mapping[str, Any], foreign: bool) -> None:
     """Raises ValueError naming the first argument that is of the wrong shape, dtype, device or range.
 
     What embeddings that aren't the family's own take is for them to say.
@@ -99,7 +99,7 @@ def _check_ids(name: str, ids: Tensor, shape: tuple[int, int], table: Any) -> No
             raise ValueError(f"{name} holds values from {low} to {high}; expected 0 to {rows - 1}")
 
 
-def _check_mask(mask: Any, shape: tuple[int, int]) -> None:
+def _check_mask(mask: object, shape: tuple[int, int]) -> None:
     if not isinstance(mask, Tensor) or mask.dim() == 4:
         return
     if tuple(mask.shape) not in (shape, (1, shape[1])):  # one row for all runs stock

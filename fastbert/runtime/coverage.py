@@ -59,7 +59,7 @@ class Snapshot:
             return False
         return self._look_at_parameters() == self._kinds
 
-    def _holds_what(self, inner: list[Any]) -> list[Any]:
+    def _holds_what(self, inner: list[object]) -> list[Any]:
         """What is in the dictionaries inside those of attributes, whose values are `inner`."""
         inner.append(_MARK)
         return get_referents(*self._pick(inner))
@@ -113,7 +113,7 @@ class Seen(NamedTuple):
     """For each layer, why it runs stock, or None."""
     stock: tuple[bool, ...]
     """For each layer, whether it does."""
-    bound: tuple[Any, ...]
+    bound: tuple[object, ...]
     """For each layer its `fastbert.layers.layer.Bound`, or None where it is to be looked up as it runs."""
     watched: bool
     """Whether hooks see the hidden states between embeddings and output."""
@@ -128,12 +128,12 @@ class Seen(NamedTuple):
 UNSEEN = "not looked at"
 
 
-def _roots(model: Any) -> tuple[Any, ...]:
+def _roots(model: nn.Module) -> tuple[Any, ...]:
     """The layers of a base model, and what comes before them."""
     return layers_of(model), *before_layers(model)
 
 
-def look(model: Any) -> Seen:
+def look(model: nn.Module) -> Seen:
     """What is to be found of a base model, at this moment; what layers read is to be looked up as they run."""
     layers, stack = layers_of(model), ".".join(family_of(model).stack)
     reasons = tuple([layer_is_unsupported(layer, f"{stack}.{i}") for i, layer in enumerate(layers)])
@@ -153,7 +153,7 @@ _REST = 64
 """Calls at most that are not compared, after others that always found something changed."""
 
 
-def _is_handed_on(layer: Any) -> bool:
+def _is_handed_on(layer: nn.Module) -> bool:
     """Whether something stands before a layer's forward, which may compile it or gather its weights."""
     attributes = vars(layer)
     return is_wrapper(layer) or "forward" in attributes or attributes.get("_compiled_call_impl") is not None
@@ -166,7 +166,7 @@ class Coverage:
     """
 
     def __init__(self) -> None:
-        self._last: tuple[tuple[Any, ...], Snapshot, Seen] | None = None
+        self._last: tuple[tuple[object, ...], Snapshot, Seen] | None = None
         self._misses = self._rest = 0
 
     def __reduce__(self) -> tuple[type[Coverage], tuple[()]]:
@@ -176,7 +176,7 @@ class Coverage:
         """Forgets, and with it what it keeps alive."""
         self._last = None
 
-    def look(self, model: Any) -> Seen:
+    def look(self, model: nn.Module) -> Seen:
         """What is to be found of a base model, at this moment."""
         if torch.compiler.is_compiling():
             return look(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,17 +10,15 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import ModelOutput
 
 from ..layers.context import Context
-from ..layers.layer import FusedLayer, stock_forward
+from ..layers.layer import FusedLayer, Mixin, stock_forward
 from . import known
 from .packing import Packing
 from .plan import Plan
 from .registry import layers_in
 from .settings import Settings
 
-_Module: Any = nn.Module if TYPE_CHECKING else object
 
-
-class FusedEncoder(_Module):
+class FusedEncoder(Mixin):
     """A stack of fused layers; mixed into a family's own Hugging Face encoder class by `fastbert.models`."""
 
     fastbert: Settings
@@ -98,7 +96,7 @@ class FusedEncoder(_Module):
             hidden_states = self._modules[family.final_norm](hidden_states)
         return family.output(last_hidden_state=packing.unpack(hidden_states))
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+    def _apply(self, *args: object, **kwargs: object) -> Any:
         """As torch's `.to`, `.half` and others call it. Graphs and FP8 weights would keep the old memory."""
         self._drop()
         return super()._apply(*args, **kwargs)
@@ -129,7 +127,7 @@ _UNFUSED_MEANWHILE = (
 )
 
 
-def refuse_to_run_again_unfused(called: Any, encoder: Any, output: Tensor) -> None:
+def refuse_to_run_again_unfused(called: nn.Module, encoder: nn.Module, output: Tensor) -> None:
     """Has the backward raise where it would run an encoder again that was unfused meanwhile.
 
     Stock code would take packed rows for one sequence.
@@ -156,7 +154,7 @@ class _FusedAlone:
     """
 
     @classmethod
-    def __torch_function__(cls, *args: Any, **kwargs: Any) -> Any:
+    def __torch_function__(cls, *args: object, **kwargs: object) -> Any:
         raise RuntimeError(_UNFUSED_MEANWHILE.format("layer"))
 
 
@@ -192,7 +190,7 @@ def _stock_mask(hidden_states: Tensor, plan: Plan) -> Any:
     return create_bidirectional_mask(config=plan.config, inputs_embeds=hidden_states, attention_mask=plan.mask)
 
 
-def _take(encoder: Any, rows: Tensor, plan: Plan) -> tuple[Tensor, Plan, str | None]:
+def _take(encoder: nn.Module, rows: Tensor, plan: Plan) -> tuple[Tensor, Plan, str | None]:
     """The hidden states of embeddings that aren't the family's own, laid out; with the reason where they can't be."""
     packing = plan.packing
     shape, dtype = tuple(rows.shape[:2]), next(layers_in(encoder).parameters()).dtype

@@ -217,7 +217,7 @@ class Graphs:
         """Whether a call at this moment may be planned as the last one was, to be compared later: see `run`."""
         return self._fingerprint is not None and self._state() is None
 
-    def refuses(self, encoder: Any) -> str | None:
+    def refuses(self, encoder: nn.Module) -> str | None:
         """Why an ordinary call at this moment would not be a graph's; None where it would."""
         layers = layers_in(encoder)
         return self._refuses(encoder, next(layers.parameters())) or _is_open(layers)
@@ -238,7 +238,7 @@ class Graphs:
             return "torch.autocast"
         return "a dispatch mode of torch" if torch._C._len_torch_dispatch_stack() else None
 
-    def _refuses_call(self, encoder: Any, x: Tensor, plan: Any) -> str | None:
+    def _refuses_call(self, encoder: nn.Module, x: Tensor, plan: Any) -> str | None:
         packing: Packing = plan.packing
         if reason := self._refuses(encoder, x):
             return reason
@@ -258,7 +258,7 @@ class Graphs:
             return f"more than {MAX_SEQUENCES} sequences"
         return None
 
-    def run(self, encoder: Any, x: Tensor, plan: Any, fp8: Fp8 | None) -> Tensor | None:
+    def run(self, encoder: nn.Module, x: Tensor, plan: Any, fp8: Fp8 | None) -> Tensor | None:
         """The result of a call by a graph, or None where it has to run eagerly.
 
         Args:

@@ -53,7 +53,7 @@ ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Mish, nn.Ha
 _PLAIN = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding, *ELEMENTWISE)
 
 
-def _defined_in(function: Any) -> str:
+def _defined_in(function: object) -> str:
     """The module whose code a function is, whatever it says of itself: decorators copy what it says."""
     return str(getattr(function, "__globals__", {}).get("__name__", ""))
 
@@ -62,14 +62,14 @@ def _is_owned(module: str) -> bool:
     return module.partition(".")[0] in _OWNERS or module in _MODULES
 
 
-def _layers_of(function: Any) -> Iterator[Any]:
+def _layers_of(function: object) -> Iterator[Any]:
     """A function, and what it is wrapped around, the innermost last."""
     while function is not None:
         yield function
         function = getattr(function, "__wrapped__", None)
 
 
-def _is_own(function: Any, module: str, name: str) -> bool:
+def _is_own(function: object, module: str, name: str) -> bool:
     """Whether `function` is the one that `module` defines under `name`, in nothing but its owners' decorators."""
     if isinstance(function, BuiltinFunctionType):
         return function.__name__ == name
@@ -80,23 +80,23 @@ def _is_own(function: Any, module: str, name: str) -> bool:
 
 
 @functools.lru_cache(256)
-def _is_theirs(function: Any) -> bool:
+def _is_theirs(function: object) -> bool:
     """Whether a function was defined in torch or transformers, and everything that is wrapped around it."""
     return all(_is_owned(_defined_in(f)) for f in _layers_of(function))
 
 
-def is_own_act(act: Any) -> bool:
+def is_own_act(act: object) -> bool:
     """Whether what an activation of transformers calls is one of torch's functions, or a method of its own."""
     act = act.func if isinstance(act, functools.partial) else getattr(act, "__func__", act)
     return isinstance(act, BuiltinFunctionType) or _is_theirs(act)
 
 
-def is_stock_class(kind: type[Any], owner: str) -> bool:
+def is_stock_class(kind: type[object], owner: str) -> bool:
     """Whether a class is one of `owner`'s ("transformers.activations"), with the code it came with."""
     return kind.__module__ == owner and _foreign_method(kind) is None
 
 
-def _foreign_method(kind: type[Any]) -> str | None:
+def _foreign_method(kind: type[object]) -> str | None:
     """The name of a method of `kind` that takes part in a forward and is not its own."""
     for name, value in vars(kind).items():
         function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
@@ -117,7 +117,7 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
-def methods_used(kind: Any) -> list[str]:
+def methods_used(kind: object) -> list[str]:
     """The methods of a class that its forward calls, directly or not, and forward itself."""
     names, todo = [], ["forward"]
     while todo:
@@ -128,19 +128,19 @@ def methods_used(kind: Any) -> list[str]:
     return names
 
 
-def said(value: Any) -> str:
+def said(value: object) -> str:
     """How an error names a function or a class: by its module, too."""
     value = inspect.unwrap(value) if callable(value) else value
     module = _defined_in(value) or getattr(value, "__module__", None) or type(value).__module__
     return f"{module}.{getattr(value, '__qualname__', type(value).__qualname__)}"
 
 
-def is_transformers(kind: type[Any]) -> bool:
+def is_transformers(kind: type[object]) -> bool:
     """Whether a class is one of transformers'."""
     return kind.__module__.partition(".")[0] == "transformers"
 
 
-def _is_theirs_class(kind: type[Any]) -> bool:
+def _is_theirs_class(kind: type[object]) -> bool:
     return is_transformers(kind) or kind.__module__ in _MODULES
 
 
@@ -162,17 +162,17 @@ _THREAD = threading.local()
 class Moment:
     """What this thread has found as a forward began."""
 
-    embeddings: Any = None
+    embeddings: object = None
     """Embeddings that run fused."""
 
 
-def vouch_for(embeddings: Any) -> None:
+def vouch_for(embeddings: nn.Module) -> None:
     """Says that these embeddings run fused in the forward under way."""
     if (moment := getattr(_THREAD, "moment", None)) is not None:
         moment.embeddings = embeddings
 
 
-def are_vouched_for(embeddings: Any) -> bool:
+def are_vouched_for(embeddings: nn.Module) -> bool:
     """Whether `vouch_for` was told so."""
     moment = getattr(_THREAD, "moment", None)
     return moment is not None and moment.embeddings is embeddings
@@ -191,7 +191,7 @@ def looking_once() -> Iterator[None]:
 class Code:
     """What fused classes of one family stand in for."""
 
-    def __init__(self, module: ModuleType, classes: Iterable[type[Any]]) -> None:
+    def __init__(self, module: ModuleType, classes: Iterable[type[object]]) -> None:
         """`module` is transformers' of the family, `classes` those whose code is stood in for, the model's first."""
         self._module = module
         self._classes = tuple(dict.fromkeys(classes))
@@ -205,7 +205,7 @@ class Code:
         self._names = {module: self._globals(), masking_utils: _masking()}
         self._names |= {importlib.import_module(owner): names for owner, names in _FUNCTIONS.items()}
         self._kept = {f: f.__code__ for f in self._functions()}
-        self._last: tuple[list[Any], str | None, bool] = ([], None, True)
+        self._last: tuple[list[object], str | None, bool] = ([], None, True)
         self._moment: object = None
 
     def foreign(self) -> tuple[str | None, bool]:
@@ -284,7 +284,7 @@ class Code:
 _CODES: dict[str, Code] = {}
 
 
-def keep(family: str, module: ModuleType, classes: Iterable[type[Any]]) -> None:
+def keep(family: str, module: ModuleType, classes: Iterable[type[object]]) -> None:
     """Introduces the code of a family, by its name; as `Code` has it."""
     if not module.__name__.startswith("transformers."):
         _MODULES.add(module.__name__)

@@ -17,7 +17,7 @@ from . import known
 from .arguments import check_arguments, shape_of
 from .coverage import UNSEEN, Seen
 from .packing import Packing, flattened, has_values, host_integers, isolating_mask, pack_mask
-from .readers import Readings, Reads, outermost, readings_of, told_aside
+from .readers import Args, Call, Kwargs, Readings, Reads, outermost, readings_of, told_aside
 from .registry import before_layers, embeddings_of, encoder_of, family_of, has_fused_encoder, layers_of
 from .settings import Settings
 from .support import (
@@ -50,13 +50,13 @@ class Plan(NamedTuple):
     """(layers, 3) int64, of the dropouts of each layer, drawn from torch's generator; None where none drops."""
     watched: bool = False
     """Whether something sees the hidden states between embeddings and output."""
-    bound: tuple[Any, ...] | None = None
+    bound: tuple[object, ...] | None = None
     """`Seen.bound`."""
     assumed: bool = False
     """Whether the layers were not looked at, but taken to be as they were: see `fastbert.runtime.graphs`."""
     settings: Any = None
     """The `Settings` it was planned by, whatever `fuse` and `unfuse` leave on the encoder meanwhile."""
-    config: Any = None
+    config: object = None
     """The model's, of which masks are made: DistilBERT's encoder has none."""
     mask: Tensor | None = None
     """The caller's attention_mask, for what runs stock, and what is to see stock's arguments."""
@@ -70,7 +70,7 @@ class Plan(NamedTuple):
     """Set by the encoder: see `check_taken`."""
 
 
-def _encoder_is_unsupported(model: Any) -> str | None:
+def _encoder_is_unsupported(model: nn.Module) -> str | None:
     """Why the encoder of a base model that was fused takes no plan at this moment."""
     if is_disabled():
         return DISABLED
@@ -99,7 +99,9 @@ class Decision(NamedTuple):
     """As `Plan.watched`."""
 
 
-def decide(model: Any, settings: Settings, call: Mapping[str, Any], foreign: bool, assumes: bool = False) -> Decision:
+def decide(
+    model: nn.Module, settings: Settings, call: Mapping[str, object], foreign: bool, assumes: bool = False
+) -> Decision:
     """Whether a call of a fused base model runs stock, as far as its arguments say, but not their values.
 
     Args:
@@ -129,7 +131,7 @@ def decide(model: Any, settings: Settings, call: Mapping[str, Any], foreign: boo
     return Decision(reason, seen, assumed, watched)
 
 
-def why_dense(model: Any, settings: Settings, reads: Reads, keeps: bool) -> tuple[str | None, Readings]:
+def why_dense(model: nn.Module, settings: Settings, reads: Reads, keeps: bool) -> tuple[str | None, Readings]:
     """Why a call with padding runs dense, by what is asked and who reads; and those who read, if they were looked at.
 
     Args:
@@ -156,9 +158,7 @@ def why_dense(model: Any, settings: Settings, reads: Reads, keeps: bool) -> tupl
     return None, around
 
 
-def plan_call(
-    model: Any, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any], assumes: bool = True
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def plan_call(model: Any, names: tuple[str, ...], args: Args, kwargs: Kwargs, assumes: bool = True) -> Call:
     """Checks the arguments of a call of a base model, chooses the layout, and adds what tells the encoder.
 
     Args:
@@ -236,7 +236,7 @@ def plan_call(
     return (), call
 
 
-def check_taken(model: nn.Module, plan: Any) -> None:
+def check_taken(model: nn.Module, plan: object) -> None:
     """Raises RuntimeError where a base model has returned and its encoder has not taken the plan of the call.
 
     Then stock code has run over rows that were laid out for another: sequences saw each other, and padding.
@@ -248,7 +248,7 @@ def check_taken(model: nn.Module, plan: Any) -> None:
         )
 
 
-def _foreign_call_is_unsupported(call: Mapping[str, Any]) -> str | None:
+def _foreign_call_is_unsupported(call: Mapping[str, object]) -> str | None:
     """Why a call of a model with embeddings that aren't the family's own runs stock, where its layout can't be told."""
     name = "input_ids" if call.get("input_ids") is not None else "inputs_embeds"
     values, mask = call[name], call.get("attention_mask")
@@ -289,7 +289,7 @@ def _has_empty_sequence(model: Any, mask: Tensor | None) -> bool:
     return not host_integers([mask.to(torch.bool).any(1).all()])[0]
 
 
-def _isolate(model: Any, call: dict[str, Any], reason: str) -> None:
+def _isolate(model: Any, call: Kwargs, reason: str) -> None:
     """Keeps the sequences of a flattened call apart that runs stock: stock code would let them attend to each other."""
     cu_seqlens, implementation = call.get("cu_seq_lens_q"), model.config._attn_implementation
     if cu_seqlens is None or call.get("attention_mask") is not None or is_flash(model):
@@ -303,7 +303,7 @@ def _isolate(model: Any, call: dict[str, Any], reason: str) -> None:
         )
 
 
-def _stock_isolation(model: Any, cu_seqlens: Tensor, tokens: int) -> Tensor:
+def _stock_isolation(model: nn.Module, cu_seqlens: Tensor, tokens: int) -> Tensor:
     mask = isolating_mask(cu_seqlens, tokens)
     if model.config._attn_implementation == "sdpa":
         return mask
@@ -316,7 +316,7 @@ def _is_seen_to_be_full(mask: Tensor) -> bool:
     return mask.device.type == "cpu" and bool(mask.all())
 
 
-def _is_repeatable(model: Any, call: Mapping[str, Any]) -> bool:
+def _is_repeatable(model: nn.Module, call: Mapping[str, object]) -> bool:
     """Whether what runs before the layers can run twice and nobody sees it: without hooks, without dropout."""
     if is_asked(model, call, "output_hidden_states"):
         return False
@@ -324,12 +324,12 @@ def _is_repeatable(model: Any, call: Mapping[str, Any]) -> bool:
     return not any(module.training or is_hooked(module) for module in first)
 
 
-def _has_table(model: Any, name: str) -> bool:
+def _has_table(model: nn.Module, name: str) -> bool:
     """Whether the embeddings look up the argument of that name."""
     return family_of(model).ids.get(name) in embeddings_of(model).__dict__["_modules"]
 
 
-def _lay_out(model: Any, call: dict[str, Any], settings: Settings, reads: Reads, foreign: bool, keeps: bool) -> Packing:
+def _lay_out(model: Any, call: Kwargs, settings: Settings, reads: Reads, foreign: bool, keeps: bool) -> Packing:
     """Chooses between packed and dense for a padded call, and rewrites its arguments to match.
 
     Those of foreign embeddings stay as they are, and it is the mask that says how long the sequences are. `keeps` as

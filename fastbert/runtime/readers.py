@@ -34,7 +34,9 @@ from .wrappers import is_transparent, is_wrapper
 HOLDS = "_fastbert"
 """Attribute of a module that holds base models: its `Holder`."""
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+Call = tuple[Args, Kwargs]
 Hook = Callable[..., "Call | None"]
 
 
@@ -54,9 +56,9 @@ class Reader(NamedTuple):
 
     hook: Hook | None = None
     """Forward pre-hook that says of a call what it reads (`Reads`); None: it never reads padding."""
-    first: Callable[[Any], bool] | None = None
+    first: Callable[..., bool] | None = None
     """Whether a module of this class reads position 0 of every sequence, real or not; None: it does not."""
-    unless: Callable[[Any], str | None] | None = None
+    unless: Callable[..., str | None] | None = None
     """Why a module of this class may read padding after all."""
     children: tuple[str, ...] | None = None
     """Which of its children meet the rows, and so must be known; None: all but `apart`."""
@@ -78,13 +80,13 @@ def parameter_names(kind: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
-def named_arguments(kind: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def named_arguments(kind: object, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Kwargs:
     """The arguments of a call of `kind.forward`, all by name."""
     return {**dict(zip(parameter_names(kind), args, strict=False)), **kwargs}
 
 
 @functools.cache
-def _takes_any(kind: Any) -> bool:
+def _takes_any(kind: type[nn.Module]) -> bool:
     """Whether the forward of a class takes keyword arguments of any name."""
     parameters = inspect.signature(kind.forward).parameters.values()
     return any(each.kind is each.VAR_KEYWORD for each in parameters)
@@ -98,7 +100,7 @@ def _is_overtaken(module: nn.Module, hook: Hook, positional: bool = False) -> bo
     return not all(is_harmless(each, called=True) for each in later)
 
 
-def _tells(module: nn.Module, hook: Hook, args: tuple[Any, ...]) -> bool:
+def _tells(module: nn.Module, hook: Hook, args: Args) -> bool:
     """Whether `hook`, which runs, sees the call as it will be; if not, it comes last from the next call on."""
     if not _is_overtaken(module, hook, positional=bool(args)):
         return True
@@ -111,7 +113,7 @@ def _tells(module: nn.Module, hook: Hook, args: tuple[Any, ...]) -> bool:
 _ASIDE = threading.local()
 
 
-def _tell(model: Any, reads: Reads, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def _tell(model: nn.Module, reads: Reads, args: tuple[object, ...], kwargs: dict[str, object]) -> Call:
     """Has the base model of a head know what the call reads: by arguments of names that only `plan_call` knows.
 
     transformers hands these on. Heads that don't (`Family.run`), or take no such arguments, have them laid aside, for
@@ -125,11 +127,11 @@ def _tell(model: Any, reads: Reads, args: tuple[Any, ...], kwargs: dict[str, Any
     return args, kwargs
 
 
-def _first(call: Mapping[str, Any]) -> Any:
+def _first(call: Mapping[str, object]) -> Any:
     return call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
 
 
-def told_aside(call: Mapping[str, Any]) -> Reads | None:
+def told_aside(call: Mapping[str, object]) -> Reads | None:
     """What `_tell` has laid aside for a call of a base model, by its arguments; it is gone after that."""
     last = getattr(_ASIDE, "last", None)
     if last is None:
@@ -147,21 +149,21 @@ def _once_told_names(hook: Hook) -> Hook:
     """
 
     @functools.wraps(hook)
-    def tell(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Call | None:
+    def tell(module: Any, args: Args, kwargs: Kwargs | None = None) -> Call | None:
         return None if kwargs is None else hook(module, args, kwargs)
 
     return tell
 
 
 @_once_told_names
-def tell_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def tell_labels(model: nn.Module, args: Args, kwargs: Kwargs) -> Call:
     """Of a head with a loss over labelled tokens: shows its base model the labels."""
     labels = named_arguments(type(model), args, kwargs).get("labels")
     return _tell(model, Reads(padded_labels=labels, told=_tells(model, tell_labels, args)), args, kwargs)
 
 
 @_once_told_names
-def tell_spans(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def tell_spans(model: nn.Module, args: Args, kwargs: Kwargs) -> Call:
     """Of a head with a loss that takes in padding: tells its base model so when there is a loss."""
     call = named_arguments(type(model), args, kwargs)
     loss = call.get("labels") is not None or call.get("start_positions") is not None
@@ -172,7 +174,7 @@ _LOSSES = ("labels", "start_positions", "end_positions")
 
 
 @_once_told_names
-def tell_features(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+def tell_features(module: Any, args: Args, kwargs: Kwargs) -> Call | None:
     """Of sentence-transformers' Transformer, which calls the forward of its model past the hooks.
 
     Tokens that expand a query have mask 0 unless they are attended to, and are scored.
@@ -185,7 +187,7 @@ def tell_features(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return args, {**kwargs, "reads_padding": expands, "told": told}
 
 
-def _attends(module: Any) -> bool:
+def _attends(module: nn.Module) -> bool:
     """Whether the tokens that expand a query of sentence-transformers are attended to: then they are real ones."""
     return bool((getattr(module, "query_expansion", None) or {}).get("attend"))
 
@@ -211,7 +213,7 @@ SUMMARY = Reader(
 """It reads a summary of the rows: of the first, or of others, padding too (`config.summary_type`)."""
 
 
-def _longer(module: Any) -> str | None:
+def _longer(module: nn.Module) -> str | None:
     """Of sentence-transformers' Transformer: whether its mask is not that of the rows that are read."""
     adapters = getattr(module._modules.get("model"), "peft_config", None) or {}
     if isinstance(adapters, dict) and any(getattr(each, "is_prompt_learning", False) for each in adapters.values()):
@@ -221,12 +223,12 @@ def _longer(module: Any) -> str | None:
     return "it expands queries with tokens of mask 0, which are scored"
 
 
-def _activation(module: Any) -> str | None:
+def _activation(module: nn.Module) -> str | None:
     function = module.activation_function
     return None if isinstance(function, nn.Module) else f"its activation is {function!r}, not a module"
 
 
-def _decoder(module: Any) -> str | None:
+def _decoder(module: nn.Module) -> str | None:
     kind = type(module.decoder)
     if kind.__module__.startswith("transformers.models.") and _is_original(kind, "forward"):
         return None
@@ -237,7 +239,7 @@ def _layer_norm(module: Any) -> str | None:
     return None if len(module.normalized_shape) == 1 else "it normalises over more than the last dimension"
 
 
-def _past_hooks(module: Any) -> str | None:
+def _past_hooks(module: nn.Module) -> str | None:
     """Of PEFT's AdaLoraModel, which calls the forward of its model past the hooks."""
     hooks = module.model._forward_pre_hooks.values()
     if not any(hook in HOOKS for hook in hooks):
@@ -245,7 +247,7 @@ def _past_hooks(module: Any) -> str | None:
     return "it calls the head past the hook that tells what is read"
 
 
-def _rowwise(module: Any) -> str | None:
+def _rowwise(module: nn.Module) -> str | None:
     return None if is_rowwise(module, sharded=True) else "it is no adapter of a plain linear layer"
 
 
@@ -319,11 +321,11 @@ _CALLS = {"__call__", "__getattr__", "__getattribute__", "_call_impl", "_wrapped
 
 
 def know(
-    bases: Iterable[Any],
+    bases: Iterable[type],
     before: Iterable[str],
-    heads: Mapping[Any, Reader],
-    parts: Iterable[Any],
-    fused: Mapping[Any, Any],
+    heads: Mapping[type, Reader],
+    parts: Iterable[type],
+    fused: Mapping[type, type],
 ) -> None:
     """Makes the classes of a family known: its base models, heads and parts, and heads that return their loss.
 
@@ -397,7 +399,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
 
 
-def _is_original(kind: Any, name: str) -> bool:
+def _is_original(kind: type, name: str) -> bool:
     """Whether a method of a class, and all that it wraps, was written in the package of who defines it, or in torch."""
     definer = next((each for each in kind.__mro__ if name in vars(each)), kind)
     packages = (sys.modules.get(package) for package in (definer.__module__.partition(".")[0], "torch"))
@@ -499,10 +501,10 @@ class Holder:
             self.settings = [settings if each is before else each for each in self.settings]
             settings.holders.add(self)
 
-    def __getstate__(self) -> tuple[Any, ...]:
+    def __getstate__(self) -> Args:
         return self.module(), self.depth, self.settings
 
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
+    def __setstate__(self, state: tuple[object, ...]) -> None:
         self.__init__(*state)  # type: ignore[misc]
 
 

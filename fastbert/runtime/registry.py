@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from .wrappers import unwrapped
 
-REGISTERED: dict[type[Any], Any] = {}
+REGISTERED: dict[type[object], Any] = {}
 """Families by the class of their base models."""
 
 
-def family_of(model: Any) -> Any:
+def family_of(model: object) -> Any:
     """The family of a base model, stock or fused.
 
     Raises:
@@ -25,7 +27,7 @@ def family_of(model: Any) -> Any:
     raise LookupError(f"{type(model).__name__} is no base model of a registered family")
 
 
-def encoder_of(model: Any) -> Any:
+def encoder_of(model: nn.Module) -> Any:
     """The stack of layers of a base model, out of what transparent wrappers it is in."""
     *holder, last = family_of(model).stack
     encoder = model
@@ -34,20 +36,20 @@ def encoder_of(model: Any) -> Any:
     return encoder if last in encoder.__dict__["_modules"] else unwrapped(encoder)
 
 
-def has_fused_encoder(model: Any) -> bool:
+def has_fused_encoder(model: nn.Module) -> bool:
     """Whether the encoder of a base model is one that `fuse` has made, and not another in its place."""
     family = family_of(model)
     return isinstance(encoder_of(model), family.fused[family.encoder])
 
 
-def wrapped_encoder_of(model: Any) -> Any:
+def wrapped_encoder_of(model: nn.Module) -> nn.Module:
     """The stack of layers of a base model with the wrappers that it is in."""
     for name in family_of(model).stack[:-1]:
         model = model.__dict__["_modules"][name]
     return model
 
 
-def layers_of(model: Any) -> Any:
+def layers_of(model: nn.Module) -> Any:
     """The nn.ModuleList of the layers of a base model."""
     return encoder_of(model).__dict__["_modules"][family_of(model).stack[-1]]
 
@@ -57,14 +59,14 @@ def layers_in(encoder: Any) -> Any:
     return encoder.__dict__["_modules"][type(encoder).family.stack[-1]]
 
 
-def embeddings_of(model: Any) -> Any:
+def embeddings_of(model: nn.Module) -> Any:
     """The embeddings of a base model."""
     for name in family_of(model).embeddings_at:
         model = model.__dict__["_modules"][name]
     return model
 
 
-def before_layers(model: Any) -> list[Any]:
+def before_layers(model: nn.Module) -> list[nn.Module]:
     """The modules of a base model that make the first hidden states: its embeddings, and what comes between."""
     modules = model.__dict__["_modules"]
     found = [modules[name] for name in family_of(model).between if modules.get(name) is not None]

@@ -90,7 +90,7 @@ _CAPTURING, _GATHERING = "transformers.utils.output_capturing", "torch.distribut
 _GRADIENT_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")
 
 
-def is_harmless(hook: Any, called: bool) -> bool:
+def is_harmless(hook: object, called: bool) -> bool:
     module = getattr(hook, "__module__", None) or ""  # a built-in has none
     if module == _CAPTURING or (called and module.startswith(_GATHERING)):
         return True
@@ -127,12 +127,12 @@ def is_hooked(module: nn.Module, called: bool = False) -> bool:
     return bool(before or after) and any(not is_harmless(hook, called) for hook in (*before.values(), *after.values()))
 
 
-def is_a(x: Any, module: str, name: str) -> bool:
+def is_a(x: object, module: str, name: str) -> bool:
     """isinstance, without importing a module that nobody has: then x can't be one."""
     return module in sys.modules and isinstance(x, getattr(sys.modules[module], name))
 
 
-def is_fake(x: Any) -> bool:
+def is_fake(x: object) -> bool:
     """Whether `x` is a tensor without values, as torch.export and estimators of memory have them."""
     return is_a(x, "torch._subclasses.fake_tensor", "FakeTensor")
 
@@ -176,7 +176,7 @@ def is_rowwise(linear: Any, sharded: bool) -> bool:
     return is_plain(linear.base_layer, nn.Linear, sharded) and not any(is_hooked(module) for module in linear.modules())
 
 
-def _is_decoder(config: Any) -> bool:
+def _is_decoder(config: object) -> bool:
     return bool(getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False))
 
 
@@ -210,7 +210,7 @@ def sees_arguments(module: nn.Module) -> bool:
     return any(not is_harmless(hook, called=True) for hook in hooks)
 
 
-def named(module: Any) -> str:
+def named(module: object) -> str:
     """A module's class as reasons name it."""
     kind = type(module)
     return f"{kind.__module__}.{kind.__qualname__}"
@@ -229,7 +229,7 @@ def activation_is_unsupported(activation: Any) -> str | None:
     return None
 
 
-def oddity(module: Any) -> str:
+def oddity(module: nn.Module) -> str:
     """What a reason says of a module that isn't plain beside its class."""
     if is_hooked(module):
         return " with hooks" if "forward" not in module.__dict__ else " whose forward has been replaced"
@@ -244,7 +244,7 @@ def embeddings_are_unsupported(embeddings: Any, sharded: bool = False) -> str | 
     return tables_are_unsupported(embeddings, sharded) or needs_stock(embeddings.word_embeddings.weight)
 
 
-def tables_are_unsupported(embeddings: Any, sharded: bool = False) -> str | None:
+def tables_are_unsupported(embeddings: nn.Module, sharded: bool = False) -> str | None:
     """The same, whatever the state of torch."""
     more = getattr(embeddings, "use_task_id", False)  # of the classes that have it, it adds a fourth table
     if more or not hasattr(embeddings, "token_type_embeddings"):
@@ -345,13 +345,13 @@ def fp8_is_unsupported(device: torch.device) -> str | None:
     return None
 
 
-def is_asked(model: Any, call: Mapping[str, Any], name: str) -> bool:
+def is_asked(model: nn.Module, call: Mapping[str, object], name: str) -> bool:
     """Whether a call wants an output, by its argument's name; None, as of MPNet's heads, leaves it to the config."""
     asked = call.get(name)
     return bool(getattr(model.config, name, False) if asked is None else asked)
 
 
-def is_unmixable(model: Any, call: Mapping[str, Any], mixed: bool) -> str | None:
+def is_unmixable(model: nn.Module, call: Mapping[str, object], mixed: bool) -> str | None:
     """Why a call runs stock of a base model whose encoder has more to do than to call its layers, by its family.
 
     It collects hidden states itself, or a layer is called with more than others know: `mixed` says that one of them
@@ -379,7 +379,7 @@ def is_flash(model: Any) -> bool:
     return model.config._attn_implementation in _FLASH_ATTENTION
 
 
-def forward_is_replaced(model: Any) -> str | None:
+def forward_is_replaced(model: nn.Module) -> str | None:
     """Why calls of a base model may go past its class's forward: one of its own isn't known to end there."""
     forward = model.__dict__.get("forward")
     if forward is None or torch.compiler.is_compiling() or type(model).forward in reached(forward):
@@ -390,12 +390,12 @@ def forward_is_replaced(model: Any) -> str | None:
     )
 
 
-def own_method(module: Any, called: tuple[str, ...]) -> str | None:
+def own_method(module: nn.Module, called: tuple[str, ...]) -> str | None:
     """The first of the methods `called`, by name, that `module` has for its own, in place of its class's; or None."""
     return next((name for name in called if name in module.__dict__), None)
 
 
-def method_is_replaced(model: Any) -> str | None:
+def method_is_replaced(model: nn.Module) -> str | None:
     """Which method of a base model or of its encoder is not its class's."""
     for module in (model, encoder_of(model)):
         if (name := own_method(module, type(module).called)) is not None:
@@ -403,7 +403,7 @@ def method_is_replaced(model: Any) -> str | None:
     return None
 
 
-def foreign_code(model: Any) -> str | None:
+def foreign_code(model: nn.Module) -> str | None:
     """What of the code that a fused base model stands in for is not torch's or transformers' own."""
     implementation = model.config._attn_implementation
     # A kernel of the Hub brings a function of its own; one that isn't known is a reason by itself.
@@ -411,7 +411,7 @@ def foreign_code(model: Any) -> str | None:
     return known.foreign(family_of(model).name, implementation if judged else None)
 
 
-def call_is_unsupported(model: Any, call: Mapping[str, Any]) -> str | None:
+def call_is_unsupported(model: nn.Module, call: Mapping[str, Any]) -> str | None:
     """Why this call of a base model, with these arguments by name, runs stock."""
     config = model.config
     if _is_decoder(config):

@@ -29,7 +29,7 @@ _TRANSPARENT = ("fastbert", "torch", "transformers")
 _MIXED_PRECISION = "accelerate.utils.operations"
 
 
-def _inside(module: Any) -> str | None:
+def _inside(module: nn.Module) -> str | None:
     """The attribute that a module, if it is known to hand its arguments on, has the one inside under."""
     name = _WRAPPERS.get((type(module).__module__, type(module).__qualname__))
     if name is None:
@@ -39,12 +39,12 @@ def _inside(module: Any) -> str | None:
     return name if by is None or str(getattr(by, "__module__", "")).startswith("torch.") else None
 
 
-def is_wrapper(module: Any) -> bool:
+def is_wrapper(module: nn.Module) -> bool:
     """Whether `module` is known to hand its arguments on to the one inside."""
     return _inside(module) is not None
 
 
-def is_rewritten(module: Any) -> bool:
+def is_rewritten(module: nn.Module) -> bool:
     """Whether a wrapper has a forward of its own that does more than hand on; compiled ones come with one."""
     forward = module.__dict__.get("forward")
     if forward is None or type(module).__module__ == "torch._dynamo.eval_frame":
@@ -52,14 +52,14 @@ def is_rewritten(module: Any) -> bool:
     return not is_transparent(forward, type(module).forward)
 
 
-def unwrapped(module: Any) -> Any:
+def unwrapped(module: nn.Module) -> Any:
     """The module that wrappers, if there are any, are around."""
     while (name := _inside(module)) is not None:
         module = module.__dict__["_modules"][name]
     return module
 
 
-def wrapped(module: Any) -> Iterator[Any]:
+def wrapped(module: nn.Module) -> Iterator[Any]:
     """A module, and what is inside of it as far as it is known to be a wrapper; the module itself first."""
     yield module
     while (name := _inside(module)) is not None:
@@ -67,7 +67,7 @@ def wrapped(module: Any) -> Iterator[Any]:
         yield module
 
 
-def _is_followed(value: Any) -> bool:
+def _is_followed(value: object) -> bool:
     if isinstance(value, (FunctionType, MethodType, functools.partial)):
         return True
     # An object of Python's, all of which is in its attributes.
@@ -76,7 +76,7 @@ def _is_followed(value: Any) -> bool:
     return callable(value) and plain and not isinstance(value, (type, nn.Module)) and hasattr(value, "__dict__")
 
 
-def redirect(function: Any, to: Mapping[Any, Any], seen: dict[int, Any] | None = None) -> Any:
+def redirect(function: object, to: Mapping[object, object], seen: dict[int, Any] | None = None) -> object:
     """`function` with those functions that it ends in replaced: a copy, or itself where it ends in none of them.
 
     It is followed through bound methods, partials, closures, defaults and attributes. None of these is changed.
@@ -93,7 +93,7 @@ def redirect(function: Any, to: Mapping[Any, Any], seen: dict[int, Any] | None =
         return seen[id(function)][1]
     seen[id(function)] = function, function  # kept, so that no other has its id
 
-    def new(value: Any) -> Any:
+    def new(value: object) -> Any:
         return redirect(value, to, seen)
 
     result = function
@@ -139,7 +139,7 @@ def redirect(function: Any, to: Mapping[Any, Any], seen: dict[int, Any] | None =
     return result
 
 
-def _content(cell: Any) -> Any:
+def _content(cell: Any) -> object:
     try:
         return cell.cell_contents
     except ValueError:  # empty: a name that has no value yet
@@ -150,14 +150,14 @@ def _differ(before: Any, after: Any) -> bool:
     return any(a is not b for a, b in zip(before, after, strict=True))
 
 
-def reached(function: Any, seen: dict[int, Any] | None = None) -> Iterator[Any]:
+def reached(function: object, seen: dict[int, object] | None = None) -> Iterator[object]:
     """Every function that a callable ends in or passes, as `redirect` follows it."""
     seen = {} if seen is None else seen
     if not _is_followed(function) or id(function) in seen:
         return
     seen[id(function)] = function
     yield function
-    inside: list[Any] = list(getattr(function, "__dict__", {}).values())
+    inside: list[object] = list(getattr(function, "__dict__", {}).values())
     if isinstance(function, MethodType):
         inside = [function.__func__, function.__self__]
     elif isinstance(function, functools.partial):
@@ -170,7 +170,7 @@ def reached(function: Any, seen: dict[int, Any] | None = None) -> Iterator[Any]:
 
 
 @torch.compiler.assume_constant_result  # a compiler that looks into the cells of a function can't call it after that
-def is_transparent(forward: Any, own: Any) -> bool:
+def is_transparent(forward: object, own: object) -> bool:
     """Whether a forward on a module does no more than hand its arguments on to `own`, its class's."""
     found = list(reached(forward))
     for each in found:
@@ -181,7 +181,7 @@ def is_transparent(forward: Any, own: Any) -> bool:
     return own in found and all(n == _MIXED_PRECISION or n.partition(".")[0] in _TRANSPARENT for n in around)
 
 
-def _code_of(function: Any) -> str:
+def _code_of(function: object) -> str:
     """The module whose code runs where a function, or an object, is called."""
     if isinstance(function, FunctionType):
         return str(function.__globals__.get("__name__", ""))

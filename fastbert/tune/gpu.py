@@ -39,7 +39,7 @@ class Checker:
     def __init__(self, work: Sequence[Problem], device: torch.device) -> None:
         self.work = {problem.name: problem for problem in work}
         self.device = device
-        self._known: tuple[str, Any] = ("", None)
+        self._known: tuple[str, object] = ("", None)
 
     @torch.no_grad()
     def check(self, name: str, config: Config) -> str:
@@ -105,7 +105,7 @@ class Gpu:
         }
         self.jobs = jobs
         self.command = [sys.executable, "-c", "from fastbert.tune.gpu import serve; serve()"]
-        self._buffers: tuple[tuple[str, int], list[Any]] = (("", 0), [])
+        self._buffers: tuple[tuple[str, int], list[tuple[object, ...]]] = (("", 0), [])
         if device.type == "cuda":
             found = torch.cuda.get_device_properties(device)
             self.shared_limit = int(getattr(found, "shared_memory_per_block_optin", 99 * 1024))
@@ -115,7 +115,7 @@ class Gpu:
         """As Rig has it: a few processes, each with a share of the candidates."""
         # Candidates of one kernel go to one process, or two would compile the same.
         shares: dict[int, list[Candidate]] = {}
-        homes: dict[Any, int] = {}
+        homes: dict[object, int] = {}
         for candidate in candidates:
             home = homes.setdefault((candidate.problem.function, candidate.config), len(homes) % self.jobs)
             shares.setdefault(home, []).append(candidate)
@@ -141,7 +141,7 @@ class Gpu:
                 thread.join()
 
     def _check_share(
-        self, share: list[Candidate], deadline: float, results: SimpleQueue[Any], stop: threading.Event
+        self, share: list[Candidate], deadline: float, results: SimpleQueue[object], stop: threading.Event
     ) -> None:
         """One process after another, until every candidate of a share has its result."""
         # What is known of a problem is kept for its candidates: one problem after the other, in the order given.
@@ -214,7 +214,7 @@ class Gpu:
             launch.use({})
 
     @torch.no_grad()
-    def measure(self, call: Callable[..., Any], sets: Sequence[Any]) -> Samples:
+    def measure(self, call: Callable[..., object], sets: Sequence[tuple[object, ...]]) -> Samples:
         """Seconds of one call, by replays of a graph of calls, each with arguments of its own."""
         side = torch.cuda.Stream(self.device)
         torch.cuda.synchronize(self.device)  # the arguments are made on another stream
@@ -234,7 +234,7 @@ class Gpu:
                 samples.append(begin.elapsed_time(end) / 1000 / len(sets))
         return samples[2:]
 
-    def sets(self, problem: Problem, rows: int) -> list[Any]:
+    def sets(self, problem: Problem, rows: int) -> list[tuple[object, ...]]:
         """Arguments of a problem, so many that the L2 cache holds none of them when its turn comes again."""
         if self._buffers[0] != (problem.name, rows):
             self._buffers = ("", 0), []  # first give back the old ones

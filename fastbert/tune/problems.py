@@ -42,8 +42,8 @@ class Problem(NamedTuple):
     module: str
     """Of fastbert.kernels; the function in it that is called, and stock's way, which takes the same arguments."""
     function: str
-    peer: Callable[..., Any]
-    arguments: Callable[[int, torch.device], tuple[Any, ...]]
+    peer: Callable[..., object]
+    arguments: Callable[[int, torch.device], tuple[object, ...]]
     """Of so many rows, from torch's generator."""
     rows: tuple[int, ...]
     """Numbers of rows to time at."""
@@ -56,7 +56,7 @@ class Problem(NamedTuple):
     multiprocessors: int = 0
     """SMs that the shipped configuration is chosen for; 0: as many as the architecture's usual device has."""
 
-    def call(self, *arguments: Any) -> Any:
+    def call(self, *arguments: object) -> object:
         """The kernel, with the configuration in use."""
         return getattr(importlib.import_module(f"fastbert.kernels.{self.module}"), self.function)(*arguments)
 
@@ -77,7 +77,7 @@ class Problem(NamedTuple):
 
 def key(operation: str, arch: str, dtype: torch.dtype, **facts: int) -> Key:
     """The key of an operation, from facts by name; those its function does not ask for are left out."""
-    facts_known: dict[str, Any] = {"arch": arch, "dtype": dtype, **facts}
+    facts_known: dict[str, object] = {"arch": arch, "dtype": dtype, **facts}
     return (operation, *(facts_known[name] for name in launch.OPERATIONS[operation].parameters()))
 
 
@@ -110,7 +110,7 @@ def _normal(device: torch.device, dtype: torch.dtype, *shape: int, scale: float 
     return (torch.randn(shape, device=device, dtype=torch.float32) * scale).to(dtype)
 
 
-def _products(sizes: Sizes, dtype: torch.dtype, arch: str, multiprocessors: int) -> Iterator[Problem]:
+def _gemms(sizes: Sizes, dtype: torch.dtype, arch: str, multiprocessors: int) -> Iterator[Problem]:
     h, i = sizes.hidden, sizes.intermediate
 
     def stock_qkv(x: Tensor, *rest: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def _products(sizes: Sizes, dtype: torch.dtype, arch: str, multiprocessors: int)
             k: int = k,
             segments: int = segments,
             function: str = function,
-        ) -> tuple[Any, ...]:
+        ) -> tuple[object, ...]:
             def normal(*shape: int, scale: float = 1.0) -> Tensor:
                 return _normal(device, dtype, *shape, scale=scale)
 
@@ -155,11 +155,11 @@ def _products(sizes: Sizes, dtype: torch.dtype, arch: str, multiprocessors: int)
             )
 
 
-def _products_fp8(sizes: Sizes, dtype: torch.dtype, arch: str, multiprocessors: int) -> Iterator[Problem]:
+def _gemms_fp8(sizes: Sizes, dtype: torch.dtype, arch: str, multiprocessors: int) -> Iterator[Problem]:
     h, i, eight = sizes.hidden, sizes.intermediate, torch.float8_e4m3fn
     unit = 2**-4  # of a result in FP8
 
-    def gemm(x: Tensor, rows: None, weight: Tensor, scale: Tensor, bias: Tensor, *rest: Any) -> Tensor:
+    def gemm(x: Tensor, rows: None, weight: Tensor, scale: Tensor, bias: Tensor, *rest: object) -> Tensor:
         """In the dtype of the bias, which holds FP8 numbers exactly; in float32 with the sums that Hopper has."""
         if arch == "sm_90" and bias.dtype == torch.float32:
             return mm_on_hopper(x.to(eight), weight.to(eight), launch.FP8_EXACT_K) * scale + bias
@@ -181,7 +181,7 @@ def _products_fp8(sizes: Sizes, dtype: torch.dtype, arch: str, multiprocessors: 
 
         def arguments(
             rows: int, device: torch.device, n: int = n, k: int = k, function: str = function
-        ) -> tuple[Any, ...]:
+        ) -> tuple[object, ...]:
             x, weight = (_normal(device, torch.float32, count, k).to(eight) for count in (rows, n))
             scale = torch.rand(n, device=device) * k**-0.5
             more = {
@@ -237,11 +237,11 @@ def _attention(sizes: Sizes, dtype: torch.dtype, arch: str, train: bool) -> Iter
     scale = head_dim**-0.5
     rows = (2048, 32768)
 
-    def forward(rows: int, device: torch.device) -> tuple[Any, ...]:
+    def forward(rows: int, device: torch.device) -> tuple[object, ...]:
         qkv = _normal(device, dtype, rows, 3, heads, head_dim)
         return (*qkv.unbind(1), *_sequences(rows, heads, device), scale)
 
-    def backward(rows: int, device: torch.device) -> tuple[Any, ...]:
+    def backward(rows: int, device: torch.device) -> tuple[object, ...]:
         kernels = importlib.import_module("fastbert.kernels.attention")
         qkv, grad = _normal(device, dtype, rows, 3, heads, head_dim), _normal(device, dtype, rows, heads, head_dim)
         sequences = (*_sequences(rows, heads, device), scale, 0.0, None)
@@ -284,15 +284,15 @@ def _rows(sizes: Sizes, dtype: torch.dtype, arch: str, train: bool) -> Iterator[
     h, i = sizes.hidden, sizes.intermediate
     rows = (2048, 32768)
 
-    def norm(rows: int, device: torch.device) -> tuple[Any, ...]:
+    def norm(rows: int, device: torch.device) -> tuple[object, ...]:
         return _normal(device, dtype, rows, h), _normal(device, dtype, h), _normal(device, dtype, h), EPS
 
-    def norm_backward(rows: int, device: torch.device) -> tuple[Any, ...]:
+    def norm_backward(rows: int, device: torch.device) -> tuple[object, ...]:
         grad, x, residual = (_normal(device, dtype, rows, h) for _ in range(3))
         return grad, x, residual, _normal(device, dtype, h), EPS, 0.0, None
 
     def stock_norm_backward(
-        grad: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *dropout: Any
+        grad: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *dropout: object
     ) -> tuple[Tensor, ...]:
         total = x + residual
         _, mean, rstd = torch.ops.aten.native_layer_norm(total, weight.shape, None, None, eps)
@@ -300,7 +300,7 @@ def _rows(sizes: Sizes, dtype: torch.dtype, arch: str, train: bool) -> Iterator[
         found = back(grad, total, weight.shape, mean, rstd, weight, weight, [True] * 3)
         return (x.new_empty(0), *found)  # the gradient of x is that of the residual
 
-    def gelu_backward(rows: int, device: torch.device) -> tuple[Any, ...]:
+    def gelu_backward(rows: int, device: torch.device) -> tuple[object, ...]:
         weight = _normal(device, dtype, h, i, scale=h**-0.5)
         return _normal(device, dtype, rows, h), weight, _normal(device, dtype, rows, i), "none"
 
@@ -364,7 +364,7 @@ def problems(
         precision: "fp8": its GEMMs in FP8, with results in `dtype`, in place of those in `dtype`.
         multiprocessors: SMs of the device; 0: as many as the architecture's usual one has.
     """
-    gemms = _products if precision is None else _products_fp8
+    gemms = _gemms if precision is None else _gemms_fp8
     found = [*gemms(sizes, dtype, arch, multiprocessors), *_attention(sizes, dtype, arch, train)]
     found += _rows(sizes, dtype, arch, train)
     return sorted(found, key=lambda each: each.same_bits and each.rows[0] != launch.MANY_ROWS)

@@ -154,12 +154,12 @@ class Search:
         """Whether PyTorch's GEMMs are tried, too."""
         self.note = note
         """Told what happens, a few words for each candidate."""
-        self.times: dict[tuple[Any, ...], dict[Config, dict[int, Samples]]] = {problem.key: {} for problem in work}
+        self.times: dict[tuple[object, ...], dict[Config, dict[int, Samples]]] = {problem.key: {} for problem in work}
         self.dropped: list[tuple[Candidate, str]] = []
-        self.won: dict[tuple[Any, ...], tuned.Entry] = {}
-        self.by_library: dict[tuple[Any, ...], tuned.Entry] = {}
+        self.won: dict[tuple[object, ...], tuned.Entry] = {}
+        self.by_library: dict[tuple[object, ...], tuned.Entry] = {}
         """Where PyTorch's GEMM beats what is best."""
-        self.settled: dict[tuple[Any, ...], Config] = {}
+        self.settled: dict[tuple[object, ...], Config] = {}
         """By key, the best configuration, once it has been compared with the shipped one again."""
 
     def best(self, problem: Problem) -> Config:
@@ -173,7 +173,7 @@ class Search:
     def candidates(self, first: bool) -> list[Candidate]:
         """What to try next, nothing twice."""
         known = {(candidate.problem.key, candidate.config) for candidate, _ in self.dropped}
-        found: dict[tuple[Any, Config], Candidate] = {}
+        found: dict[tuple[object, Config], Candidate] = {}
         for problem in self.work:
             shipped, best = problem.shipped(), self.best(problem)
             near = seeds(problem, self.work) if first else []
