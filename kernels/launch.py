@@ -190,14 +190,17 @@ def _of(tables: Mapping[str, _Table], arch: str) -> _Table:
     return tables[next(name for name in (arch, LIKE.get(arch, "portable"), "portable") if name in tables)]
 
 
-DEPENDENT: set[str] = set()
-"""Architectures, sm_90 or later, whose kernels are launched before the one before has ended: see kernels/dependent.py.
-Unmeasured, and so none."""
+DEPENDENT: dict[str, bool] = {
+    "sm_90": False,  # counted: 0.89 -> 0.72 ms for one text of 128 in a graph, nothing for long batches; unmeasured
+    "sm_100": False,  # as sm_90
+}
+"""Architectures, sm_90 or later, and whether their kernels are launched before the one before has ended: see
+kernels/dependent.py. True where a device shows it faster (`fastbert bench --peers graphs-pdl`) and right (make gpu)."""
 
 
 def is_dependent(arch: str) -> bool:
     """Whether `arch` has programmatic dependent launch on."""
-    return arch in DEPENDENT
+    return DEPENDENT.get(arch, False)
 
 
 def dependent(arch: str) -> dict[str, bool]:
@@ -229,6 +232,12 @@ def options(config: Config) -> dict[str, int]:
     """A configuration as options of the compiler."""
     found = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return {**found, "maxnreg": config.max_registers} if config.max_registers else found
+
+
+def gemm_constants(config: Config, k: int) -> dict[str, int]:
+    """What every GEMM of depth k is compiled with: its tile, and options of the compiler."""
+    tile = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m}
+    return {**tile, "EVEN_K": k % config.block_k == 0, **options(config)}
 
 
 def contiguous_rows(x: Tensor) -> Tensor:

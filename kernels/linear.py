@@ -342,19 +342,11 @@ def _plan(
     whole = launch.full_waves(config, arch, dtype.itemsize, n, k, segments, rows, multiprocessors)
 
     def constants(config: launch.Config) -> Constants:
-        shared = {
-            "SEGMENTS": segments,
-            "GELU": gelu,
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "BLOCK_K": config.block_k,
-            "GROUP_M": config.group_m,
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
-            **launch.dependent(arch),
-        }
-        by_pointers = {"EVEN_K": k % config.block_k == 0, "INPUT_PRECISION": precision}
-        return Constants(shared if config.variant == "persistent" else {**shared, **by_pointers})
+        found = {"SEGMENTS": segments, "GELU": gelu, **launch.gemm_constants(config, k), **launch.dependent(arch)}
+        if config.variant == "persistent":
+            del found["EVEN_K"]  # descriptors fill with zeros
+            return Constants(found)
+        return Constants(found, INPUT_PRECISION=precision)
 
     small = launch.UNALIGNED.block_m * launch.UNALIGNED.block_n
     larger = dtype.itemsize == 2 and config.block_m * config.block_n > small
@@ -610,18 +602,7 @@ def _backward_plan(
     choose: launch.Choose, arch: str, dtype: torch.dtype, n: int, k: int, gelu: str, precision: str
 ) -> tuple[launch.Config, Constants]:
     config: launch.Config = choose(arch, dtype, n, k)
-    constants = {
-        "GELU": gelu,
-        "EVEN_K": k % config.block_k == 0,
-        "INPUT_PRECISION": precision,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "GROUP_M": config.group_m,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
-    return config, Constants(constants)
+    return config, Constants(launch.gemm_constants(config, k), GELU=gelu, INPUT_PRECISION=precision)
 
 
 def linear_gelu_backward(grad: Tensor, weight: Tensor, pre: Tensor, approximate: str) -> tuple[Tensor, Tensor]:

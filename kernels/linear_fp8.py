@@ -1,7 +1,7 @@
 """Linear layers in FP8: GEMMs of e4m3 rows and e4m3 weights, with their epilogue, in one launch; inference alone.
 
 `linear_fp8`, `linear_gelu_fp8` and `linear_add_fp8` are the Triton twins of the functions of those names in
-`reference_fp8`. They share one kernel.
+`reference_fp8`, documented at the operators, in fastbert/ops. They share one kernel.
 
 The epilogue runs in float32, with one rounding at the store. Hopper is reported to add products of FP8 numbers up in
 some 14 bits; here no more than EXACT_K of them before the sum is taken over into float32. That costs registers and
@@ -123,18 +123,8 @@ def _plan(
     """How a GEMM is launched: (rows of the first launch, configuration, constants)."""
     config: launch.Config = choose(arch, n, k, rows, multiprocessors)
     whole = launch.full_waves(config, arch, 1, n, k, 1, rows, multiprocessors)
-    constants = {
-        "GELU": gelu,
-        "EVEN_K": k % config.block_k == 0,
-        "EXACT_K": min(launch.FP8_EXACT_K, config.block_k),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "GROUP_M": config.group_m,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        **launch.dependent(arch),
-    }
+    exact_k = min(launch.FP8_EXACT_K, config.block_k)
+    constants = {"GELU": gelu, "EXACT_K": exact_k, **launch.gemm_constants(config, k), **launch.dependent(arch)}
     return whole, config, Constants(constants)
 
 
@@ -204,18 +194,7 @@ def _launch(
 def linear_fp8(
     x: Tensor, row_scale: Tensor | None, weight: Tensor, col_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """`(x @ weight.T) * row_scale[:, None] * col_scale + bias`, in float32, rounded to `dtype`.
-
-    Args:
-        x: (T, K) float8_e4m3fn, K a multiple of 16.
-        row_scale: (T,) float32; or (0,) or None: none.
-        weight: (N, K) float8_e4m3fn.
-        col_scale: (N,) float32: scales of the weight's rows, times that of x where all rows of x share one.
-        bias: (N,), any dtype; or None.
-        dtype: of the result.
-
-    Returns:
-        (T, N).
+    """`(x @ weight.T) * row_scale[:, None] * col_scale + bias`, in float32, rounded to `dtype`: (T, N).
 
     Raises:
         ValueError: shapes that don't fit together, or another dtype than float8_e4m3fn.

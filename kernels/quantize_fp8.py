@@ -1,8 +1,8 @@
 """Rows in FP8 (e4m3, torch.float8_e4m3fn), with or without LayerNorm first, in one launch.
 
-`quantize_fp8` and `layer_norm_fp8` are the Triton twins of the functions of those names in `reference_fp8`. One program
-takes one row, held in registers: its largest magnitude, and so a scale of its own, costs no second pass, and a row's
-result depends on that row alone.
+`quantize_fp8` and `layer_norm_fp8` are the Triton twins of the functions of those names in `reference_fp8`, documented
+at the operators, in fastbert/ops. One program takes one row, held in registers: its largest magnitude, and so a scale
+of its own, costs no second pass, and a row's result depends on that row alone.
 
 A row's own scale makes its largest magnitude 448, the largest number there is: where one outlier is most of a row, as
 in BERT's residuals, it comes out exact. What a given scale leaves beyond 448 is saturated. Infinity and NaN become NaN,
@@ -124,16 +124,7 @@ def _launch(
 
 
 def quantize_fp8(x: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    """x (T, H) in units of `scale`, or of one of each row's own, in FP8; and those of the rows.
-
-    Args:
-        x: (T, H), any floating dtype.
-        scale: of all rows; what is beyond 448 of it is saturated. None: for each row that in which
-            its largest magnitude is 448, or, where it is below 1e-30, that is.
-
-    Returns:
-        (T, H) float8_e4m3fn, NaN where x is not finite; and the scales of the rows, (T,) float32, or (0,) where `scale`
-        is given.
+    """x (T, H) in units of `scale`, or of one of each row's own, in FP8; and those of the rows, (T,) or (0,).
 
     Raises:
         ValueError: `scale` is not positive.

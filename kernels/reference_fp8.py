@@ -1,4 +1,5 @@
-"""Plain-PyTorch twins of the FP8 kernels: the same signatures, the same quantized numbers.
+"""Plain-PyTorch twins of the FP8 kernels: the same signatures, the same quantized numbers. Shapes and dtypes are
+documented at the operators of those names, in fastbert/ops.
 
 They are the oracle: asked for a result in float64 they give the exact GEMM of the quantized numbers, but for
 float64's own rounding.
@@ -30,17 +31,7 @@ def own_scale(largest: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_fp8(x: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    """x (T, H) in units of `scale`, or of one of each row's own, in FP8; and those of the rows.
-
-    Args:
-        x: (T, H), any floating dtype.
-        scale: of all rows; what is beyond 448 of it is saturated. None: for each row that in which
-            its largest magnitude is 448, or, where it is below 1e-30, that is.
-
-    Returns:
-        (T, H) float8_e4m3fn, NaN where x is not finite; and the scales of the rows, (T,) float32, or (0,) where `scale`
-        is given.
-    """
+    """x (T, H) in units of `scale`, or of one of each row's own, in FP8; and those of the rows, (T,) or (0,)."""
     x = x.float()
     if scale is not None:
         return to_e4m3(x * (1 / scale)), x.new_empty(0)
@@ -128,19 +119,7 @@ def _affine(
 def linear_fp8(
     x: Tensor, row_scale: Tensor | None, weight: Tensor, col_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """`(x @ weight.T) * row_scale[:, None] * col_scale + bias`, in float32 or better, rounded to `dtype`.
-
-    Args:
-        x: (T, K) float8_e4m3fn, K a multiple of 16.
-        row_scale: (T,) float32; or (0,) or None: none.
-        weight: (N, K) float8_e4m3fn.
-        col_scale: (N,) float32: scales of the weight's rows, times that of x where all rows of x share one.
-        bias: (N,), any dtype; or None.
-        dtype: of the result.
-
-    Returns:
-        (T, N).
-    """
+    """`(x @ weight.T) * row_scale[:, None] * col_scale + bias`, in float32 or better, rounded to `dtype`: (T, N)."""
     return _affine(x, row_scale, weight, col_scale, bias, dtype).to(dtype)
 
 

@@ -239,8 +239,8 @@ class _Dependent(nn.Module):
         self.model = fuse(share(model), cuda_graphs=True)
 
     def forward(self, **batch: Tensor) -> Any:
-        before = set(launch.DEPENDENT)
-        launch.DEPENDENT.add(self.arch)
+        before = dict(launch.DEPENDENT)
+        launch.DEPENDENT[self.arch] = True
         try:
             return self.model(**batch)
         finally:

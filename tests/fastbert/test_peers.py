@@ -68,13 +68,13 @@ def test_peers_that_cannot_run_say_why() -> None:
 def test_dependent_launches_are_of_one_candidate_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "architecture", lambda device: "sm_100")
     model = peers._Dependent(models.seeded().eval())
-    seen: list[set[str]] = []
-    model.model.register_forward_pre_hook(lambda *_: seen.append(set(launch.DEPENDENT)))
+    seen: list[dict[str, bool]] = []
+    model.model.register_forward_pre_hook(lambda *_: seen.append(dict(launch.DEPENDENT)))
     model(input_ids=models.ids(2, 5))
     with pytest.raises(ValueError, match="input_ids"):
         model(input_ids=models.ids(2, 5) - 10**6)
-    assert seen == [{"sm_100"}] * 2
-    assert set() == launch.DEPENDENT
+    assert seen == [{"sm_90": False, "sm_100": True}] * 2
+    assert launch.DEPENDENT == {"sm_90": False, "sm_100": False}
 
 
 @pytest.mark.usefixtures("tiny")

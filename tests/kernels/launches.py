@@ -166,9 +166,9 @@ def check_configurations(gpu: stub.Gpu) -> None:
     launch.use({("linear", "sm_90", BF16, 32, 64, 1, 64): config})
     assert watch.asks_triton(call) and gpu.compilations[-1].constexprs["BLOCK_M"] == "32"
     assert not watch.asks_triton(call)
-    launch.DEPENDENT.add("sm_90")
+    launch.DEPENDENT["sm_90"] = True
     assert watch.asks_triton(call) and gpu.compilations[-1].options.launch_pdl
-    launch.DEPENDENT.clear()
+    launch.DEPENDENT["sm_90"] = False
     assert not watch.asks_triton(call) and not gpu.compilations[-2].options.launch_pdl
     launch.use({})
     call()

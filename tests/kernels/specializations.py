@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--train", action="store_true", help="training steps, with dropout, in place of inference")
     given = parser.parse_args()
     if given.dependent:
-        launch.DEPENDENT.add(given.arch)
+        launch.DEPENDENT[given.arch] = True
     width = 256 if given.train else 1024  # GEMMs of gradients are torch's, on this CPU
     sizes = {"hidden_size": width, "num_attention_heads": width // 64, "intermediate_size": 4 * width}
     model = fastbert.fuse(
