@@ -15,7 +15,7 @@ from .usage import UsageError, in_a_line
 def check_folder(path: str) -> None:
     """Raises UsageError where `path` can only be a folder and there is none: the hub isn't asked."""
     if path.startswith(("/", ".", "~")) and not os.path.isdir(path):
-        raise UsageError(f"{path}: no such folder", "model")
+        raise UsageError(f"{path}: no such folder; expected one that save_pretrained wrote", "model")
 
 
 def default_device(name: str | None) -> torch.device:
@@ -88,5 +88,5 @@ def load_tokenizer(path: str) -> Any:
     except Exception as error:  # whatever reading files and asking the hub raises: to a user it is one thing
         raise UsageError(f"{path}: {in_a_line(error)}", "model") from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes up where there is none
-        raise UsageError(f"{path}: holds no tokenizer", "model")
+        raise UsageError(f"{path}: holds no tokenizer; expected one that its save_pretrained wrote there", "model")
     return tokenizer

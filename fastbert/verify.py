@@ -424,7 +424,7 @@ def _tokenized(
     model: PreTrainedModel, texts: Sequence[str], tokenizer: Any, batch_size: int
 ) -> Iterator[dict[str, Tensor]]:
     if tokenizer is None:
-        raise ValueError("tokenizer is missing; inputs holds texts")
+        raise ValueError("tokenizer is None, and inputs holds texts; expected the model's tokenizer")
     limit = min(tokenizer.model_max_length, _limit(model) or 512)
     for start in range(0, len(texts), batch_size):
         part = list(texts[start : start + batch_size])

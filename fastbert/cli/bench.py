@@ -146,5 +146,7 @@ def _compare(old: str, new: str) -> int:
         verdicts.append(verdict)
         print(text)
     if not {"same", "slower", "faster", "broken"} & set(verdicts):
-        raise UsageError("--compare: the two files have no case in common")
+        raise UsageError(
+            "--compare: the two files have no case in common; expected the same model, dtype, workload and device"
+        )
     return 1 if {"slower", "broken"} & set(verdicts) else 0

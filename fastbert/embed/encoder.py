@@ -55,7 +55,7 @@ def read_recipe(folder: Path) -> Recipe:
     def load(*path: str) -> Any:
         name = os.path.normpath(os.path.join(*path))
         if os.path.isabs(name) or name.startswith(".."):
-            raise UsageError(f"{folder}: names a file outside of it, {name}", "model")
+            raise UsageError(f"{folder}: names a file outside of it, {name}; expected names inside", "model")
         file = folder / name
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
@@ -209,7 +209,7 @@ def load(
         if reason := explain(model).encoders[0].reason:
             raise UsageError(f"{path}: runs stock ({reason}); expected a model that runs fused", "model")
     if tokenizer.cls_token_id is None and recipe.pooling == "cls":
-        raise UsageError("cls: the tokenizer has no such token", "pooling")
+        raise UsageError("cls: the tokenizer has no such token; expected another pooling", "pooling")
     longest = longest_sequence(model)
     limits = [each for each in (longest, recipe.max_length) if each is not None]
     if not limits:

@@ -96,7 +96,8 @@ def _read(source: Input, shards: Shards, shard_rows: int, submit: Any) -> Iterat
             yield _Shard(index, window, _digest(window), submit(texts), span)
         elif there.get("input") != _digest(window):
             raise UsageError(
-                f"the input has changed: rows from {index * shard_rows} on are not those of part-{index:05d}"
+                f"the input has changed: rows from {index * shard_rows} on are not those of "
+                f"part-{index:05d}; expected the same input, or another output"
             )
         else:
             yield None
@@ -280,7 +281,9 @@ def embed(
                 count = _run(source, shards, Encoder(loaded, recipe, batch_tokens), pool, longest, shard_rows)
                 summary = shards.finish(count)
         except BrokenProcessPool as error:
-            raise UsageError("a process that tokenises has died: killed, or out of memory?") from error
+            raise UsageError(
+                "a process that tokenises has died: killed, or out of memory? The same call goes on where it stopped"
+            ) from error
         except torch.OutOfMemoryError as error:
             raise UsageError(f"is {batch_tokens}: {where} is out of memory; expected fewer", "batch_tokens") from error
         except BaseException:

@@ -83,7 +83,8 @@ class Shards:
             except BlockingIOError as error:
                 file.close()
                 raise UsageError(
-                    f"{self.folder}: another process, of rank {self.rank} too, is writing there", "output"
+                    f"{self.folder}: another process, of rank {self.rank} too, writes there; expected another folder",
+                    "output",
                 ) from error
             except OSError:  # a file system without locks
                 return file
@@ -104,7 +105,7 @@ class Shards:
         try:
             there = dict(json.loads(manifest.read_text(encoding="utf-8"))["settings"])
         except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{manifest}: is not a manifest of `fastbert embed`") from error
+            raise UsageError(f"{manifest}: is not a manifest of `fastbert embed`; expected another folder") from error
         names = sorted(name for name in {*there, *self._settings} if there.get(name) != self._settings.get(name))
         others = {path for path in self.folder.glob("rank-*.lock") if path != self._lock_path}
         if names and self.world == 1 and not holds_shards and not others:  # left by a run that got nowhere

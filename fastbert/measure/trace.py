@@ -240,7 +240,8 @@ def read(events: Iterable[Mapping[str, Any]], costs: Mapping[str, Cost], device:
             run_us += max(0.0, last - run.end)  # the host is done before the device is
         if not busy:
             raise UsageError(
-                "the profiler saw no kernel; its library, CUPTI, may lack the permission to watch this GPU"
+                "the profiler saw no kernel; its library, CUPTI, may lack the permission to watch this GPU, "
+                "which the driver grants to root, or to all with NVreg_RestrictProfilingToAdminUsers=0"
             )
     n = len(timeline.runs)
     ranked = sorted((each.divided(n) for each in rows.values() if each.seconds), key=lambda each: -each.seconds)

@@ -243,7 +243,12 @@ def test_embeddings_that_are_not_finite_are_told(tiny: Path, tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("place", "attribute", "error", "message"),
     [
-        (job, "tokenise", BrokenProcessPool(), "a process that tokenises has died: killed, or out of memory?"),
+        (
+            job,
+            "tokenise",
+            BrokenProcessPool(),
+            "a process that tokenises has died: killed, or out of memory? The same call goes on where it stopped",
+        ),
         (
             encoder,
             "pool",
@@ -374,7 +379,7 @@ def test_rows_of_other_ranks_are_not_parsed(tmp_path: Path) -> None:
 def test_one_process_a_rank(tmp_path: Path) -> None:
     """And one with other settings doesn't slip in as another starts."""
     first = shards.Shards(tmp_path, "npy", True, {"a": 1}, 0, 2)
-    with pytest.raises(shards.UsageError, match="another process, of rank 0 too, is writing there"):
+    with pytest.raises(shards.UsageError, match="another process, of rank 0 too, writes there"):
         shards.Shards(tmp_path, "npy", True, {"a": 1})
     with pytest.raises(shards.UsageError, match="holds shards made with a 1, not 2"):
         shards.Shards(tmp_path, "npy", True, {"a": 2}, 1, 2)

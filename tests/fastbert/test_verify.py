@@ -274,7 +274,7 @@ def test_weights_that_are_not_finite_are_named() -> None:
         ({"inputs": {"inputs_embeds": torch.ones(1, 161, 128)}}, "a sequence of 161 tokens"),
         ({"inputs": {"input_ids": ids(2, 4), "attention_mask": 0 * ids(2, 4)}}, "'attention_mask' is 0 everywhere"),
         ({"inputs": ["a text", {"input_ids": ids(2, 4)}]}, "inputs mixes kinds"),
-        ({"inputs": ["a text"]}, "tokenizer is missing"),
+        ({"inputs": ["a text"]}, "tokenizer is None, and inputs holds texts"),
         ({"dtype": torch.float64}, "dtype is torch.float64"),
         ({"layouts": []}, "layouts is"),
         ({"layouts": "packed"}, "layouts is"),

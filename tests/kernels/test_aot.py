@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fastbert.usage import replace_text
 from tests.kernels.main_loop import main_loop
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,9 +23,28 @@ ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 FP8 = ("sm_89", "sm_90", "sm_100")
 
 
+def kept(name: str, options: tuple[str, ...]) -> Path:
+    """Where what a module prints is kept, by a hash of all that it comes of."""
+    sources = [*(ROOT / "kernels").glob("*.py"), *Path(__file__).parent.glob("*.py")]
+    if name != "tests.kernels.aot":  # it runs models
+        sources += (ROOT / "fastbert").rglob("*.py")
+    versions = [version(package) for package in ("torch", "transformers", "triton")]
+    found = hashlib.sha256(repr((sys.version, versions)).encode())
+    for path in sorted(sources):
+        found.update(path.read_bytes())
+    return ROOT / "build" / "aot" / f"{''.join((name, *options))}-{found.hexdigest()}.json"
+
+
 @functools.cache
 def run_module(name: str, *options: str) -> list[dict[str, Any]]:
-    """The JSON lines that a module prints, run in a process of its own: this one may be interpreting kernels."""
+    """The JSON lines that a module prints, run in a process of its own: this one may be interpreting kernels.
+
+    Kernels that haven't changed aren't compiled again: see `kept`.
+    """
+    file = kept(name, options)
+    if file.exists():
+        found: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+        return found
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", name, *options], cwd=ROOT, env=environment, capture_output=True, text=True
@@ -31,6 +53,10 @@ def run_module(name: str, *options: str) -> list[dict[str, Any]]:
     assert done.returncode in violations, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert rows, done.stderr
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for old in file.parent.glob(f"{file.name.rpartition('-')[0]}-*"):
+        old.unlink(missing_ok=True)
+    replace_text(file, json.dumps(rows))
     return rows
 
 
