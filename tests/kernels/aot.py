@@ -696,9 +696,37 @@ def _padding(arch: str, full: bool) -> Iterator[Spec]:
         )
 
 
+def _dtype(spec: Spec) -> str:
+    """The dtype that a kernel works in, as rows name it."""
+    names = {*TYPE_NAMES.values(), "fp8e4nv"}
+    pointers = (v[1:] for v in spec.arguments.values() if isinstance(v, str))
+    return next((name for name in pointers if name in names), "integer")
+
+
+def _of_each_kind(found: list[Spec]) -> list[Spec]:
+    """Of each kernel, in each configuration, size of an element and kind of arithmetic, the one with most operands.
+
+    That takes the most registers: the others' code is Hopper's, and part of its own.
+    """
+    kept: dict[tuple[Any, ...], Spec] = {}
+    for spec in found:
+        given = spec.arguments
+        kind = given.get("INPUT_PRECISION"), bool(given.get("GELU")), given.get("HEAD_DIM") == given.get("BLOCK_D")
+        key = spec.kernel.__name__, spec.config, _dtype(spec).replace("bf16", "fp16"), *kind
+        operands = sum(isinstance(value, str) for value in given.values())
+        if key not in kept or operands > sum(isinstance(value, str) for value in kept[key].arguments.values()):
+            kept[key] = spec
+    return list(kept.values())
+
+
 def specs(op: str, arch: str, full: bool) -> list[Spec]:
-    """The specializations of an op; on Hopper with one more of each kernel (`full`: of each) that is launched early."""
+    """The specializations of an op; on Hopper with one more of each kernel (`full`: of each) that is launched early.
+
+    Elsewhere, but for `full` and architectures that are compiled by name alone, no more than `_of_each_kind`.
+    """
     found = list(SPECIALIZATIONS[op](arch, full))
+    if not full and arch != "sm_90" and arch not in launch.LIKE:
+        return _of_each_kind(found)
     early, seen = [], set()
     for spec in found if arch == "sm_90" else []:
         known = "DEPENDENT" in spec.kernel.arg_names and "*bf16" in spec.arguments.values()
@@ -803,14 +831,7 @@ def compile_one(op: str, arch: str, spec: Spec) -> dict[str, Any]:
     row: dict[str, Any] = {
         "op": op,
         "variant": spec.variant,
-        "dtype": next(
-            (
-                v[1:]
-                for v in spec.arguments.values()
-                if isinstance(v, str) and v[1:] in (*TYPE_NAMES.values(), "fp8e4nv")
-            ),
-            "integer",
-        ),
+        "dtype": _dtype(spec),
         "arch": arch,
         "config": [config.block_m, config.block_n, config.block_k],
         "num_warps": config.num_warps,
