@@ -32,7 +32,7 @@ def kept(name: str, options: tuple[str, ...]) -> Path:
     found = hashlib.sha256(repr((sys.version, versions)).encode())
     for path in sorted(sources):
         found.update(path.read_bytes())
-    return ROOT / "build" / "aot" / f"{''.join((name, *options))}-{found.hexdigest()}.json"
+    return ROOT / "build" / "aot" / "".join((name, *options)) / f"{found.hexdigest()}.json"
 
 
 @functools.cache
@@ -54,7 +54,7 @@ def run_module(name: str, *options: str) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert rows, done.stderr
     file.parent.mkdir(parents=True, exist_ok=True)
-    for old in file.parent.glob(f"{file.name.rpartition('-')[0]}-*"):
+    for old in file.parent.glob("*.json"):
         old.unlink(missing_ok=True)
     replace_text(file, json.dumps(rows))
     return rows
