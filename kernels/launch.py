@@ -21,7 +21,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Config:
-    """One launch configuration of a tiled kernel. Tile sizes are in elements; `block_k` is 0 where there is none."""
+    """One launch configuration of a tiled kernel. Tile sizes are in elements, 0 where there is none."""
 
     block_m: int
     block_n: int
@@ -410,17 +410,18 @@ def attention_backward_config(arch: str, dtype: torch.dtype, head_dim: int) -> C
     return replace(config, num_stages=1) if arch == "sm_80" and head_dim != padded else config
 
 
-# The gradient of a bias: by architecture and bytes an element, square tiles of `block_m` queries and keys. Unmeasured,
-# as above: what doesn't spill, of the largest tiles, which read the least for an operation.
+# The gradient of a bias: by architecture and bytes an element, square tiles of `block_m` queries and as many keys.
+# Unmeasured, as above: what doesn't spill, of the largest tiles, which read the least for an operation.
 _ATTENTION_DBIAS: dict[str, dict[int, Config]] = {
-    "sm_80": {2: Config(32, 32, 0, 4, 2), 4: Config(32, 32, 0, 8, 1, max_registers=255)},
-    "sm_90": {2: Config(64, 64, 0, 8, 1), 4: Config(32, 32, 0, 8, 1, max_registers=255)},
-    "sm_100": {2: Config(64, 64, 0, 8, 1, max_registers=255), 4: Config(32, 32, 0, 8, 1, max_registers=255)},
-    "portable": {2: Config(64, 64, 0, 4, 1), 4: Config(32, 32, 0, 8, 1)},
+    "sm_80": {2: Config(32, 0, 0, 4, 2), 4: Config(32, 0, 0, 8, 1, max_registers=255)},
+    "sm_90": {2: Config(64, 0, 0, 8, 1), 4: Config(32, 0, 0, 8, 1, max_registers=255)},
+    "sm_100": {2: Config(64, 0, 0, 8, 1, max_registers=255), 4: Config(32, 0, 0, 8, 1, max_registers=255)},
+    "portable": {2: Config(64, 0, 0, 4, 1), 4: Config(32, 0, 0, 8, 1)},
 }
 _ATTENTION_DBIAS["sm_89"] = _ATTENTION_DBIAS["sm_80"]
 
 
+@_tunable("block_m", "num_warps", "num_stages")
 def attention_dbias_config(arch: str, dtype: torch.dtype) -> Config:
     """The tiles of the gradient of attention's bias. Arguments as `attention_config`'s."""
     return _of(_ATTENTION_DBIAS, arch)[dtype.itemsize]

@@ -149,6 +149,18 @@ def test_every_gpu_test_is_in_a_step(suite: Any) -> None:
     ]
 
 
+def test_tests_for_a_gpu_have_workers_and_each_a_time_limit(suite: Any, tmp_path: Path) -> None:
+    """Shorter than their step's, so that one that hangs is ended, told and passed over."""
+    for step in suite.ON_A_GPU:
+        words = suite.command(step, step.minutes, tmp_path)
+        if step.name.startswith(suite.TESTS):
+            assert int(words[words.index("-n") + 1]) >= 1
+            assert int(words[words.index("--timeout") + 1]) < 60 * step.minutes
+            assert words[words.index("--timeout-method") + 1] == "thread"
+        else:
+            assert "--timeout" not in words
+
+
 @pytest.mark.slow
 def test_the_steps_of_a_gpu_run(suite: Any, tmp_path: Path) -> None:
     """Their commands, at a reduced size, on this machine: what can't run here says so, and records are written."""

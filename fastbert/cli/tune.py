@@ -52,7 +52,8 @@ def sizes(arguments: argparse.Namespace) -> Sizes:
     config = load_config(arguments.model)
     try:
         wide = config.hidden_dim if hasattr(config, "hidden_dim") else config.intermediate_size  # DistilBERT's name
-        return Sizes(config.hidden_size, wide, config.num_attention_heads)
+        biased = hasattr(config, "relative_attention_num_buckets")
+        return Sizes(config.hidden_size, wide, config.num_attention_heads, biased)
     except AttributeError as error:
         raise UsageError(f"--model {arguments.model}: {in_a_line(error)[:300]}") from error
 

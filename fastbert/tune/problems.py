@@ -32,6 +32,8 @@ class Sizes(NamedTuple):
     hidden: int
     intermediate: int
     heads: int
+    biased: bool = False
+    """Whether attention adds a bias by distance, which training moves, as MPNet's does."""
 
 
 class Problem(NamedTuple):
@@ -214,11 +216,25 @@ def _sequences(rows: int, heads: int, device: torch.device) -> tuple[Tensor, Non
     return starts, None, max(lengths)
 
 
-def _stock_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, mask: None, longest: int, scale: float) -> Tensor:
-    """Sequence by sequence; q, k and v (T, heads, head_dim)."""
+def _stock_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    mask: None,
+    longest: int,
+    scale: float,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Sequence by sequence; q, k and v (T, heads, head_dim), bias (heads, 2 * span - 1)."""
     lengths = starts.diff().tolist()
     parts = zip(*(x.transpose(0, 1).split(lengths, 1) for x in (q, k, v)), strict=True)
-    each = [F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(0, 1) for q, k, v in parts]
+    each = []
+    for q, k, v in parts:
+        added, places = None, torch.arange(q.shape[1], device=q.device)
+        if bias is not None:
+            added = bias[:, bias.shape[1] // 2 + places - places[:, None]]
+        each.append(F.scaled_dot_product_attention(q, k, v, added, scale=scale).transpose(0, 1))
     return torch.cat(each)
 
 
@@ -230,6 +246,14 @@ def _stock_attention_backward(
         q, k, v = leaf.unbind(1)
         result = _stock_attention(q, k, v, *rest[:4])
         return torch.autograd.grad(result, leaf, grad)[0], torch.empty_like(stats[:0, 0, 0])  # there is no bias
+
+
+def _stock_bias_backward(grad: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *sequences, _, _, _, bias = rest
+    with torch.enable_grad():
+        leaf, added = qkv.detach().clone().requires_grad_(), bias.to(qkv.dtype).requires_grad_()
+        dqkv, dbias = torch.autograd.grad(_stock_attention(*leaf.unbind(1), *sequences, added), (leaf, added), grad)
+        return dqkv, dbias.to(bias.dtype)
 
 
 def _attention(sizes: Sizes, dtype: torch.dtype, arch: str, train: bool) -> Iterator[Problem]:
@@ -246,6 +270,12 @@ def _attention(sizes: Sizes, dtype: torch.dtype, arch: str, train: bool) -> Iter
         qkv, grad = _normal(device, dtype, rows, 3, heads, head_dim), _normal(device, dtype, rows, heads, head_dim)
         sequences = (*_sequences(rows, heads, device), scale, 0.0, None)
         return (grad, qkv, *kernels.attention_forward(qkv, *sequences), *sequences)
+
+    def bias_backward(rows: int, device: torch.device) -> tuple[Any, ...]:
+        grad, qkv, _, _, *sequences = backward(rows, device)
+        bias = _normal(device, dtype, heads, 2 * sequences[2] - 1).float()
+        kernels = importlib.import_module("fastbert.kernels.attention")
+        return (grad, qkv, *kernels.attention_forward(qkv, *sequences, None, bias), *sequences, None, bias)
 
     def shared(c: Config) -> int:
         return (c.block_m + 2 * c.num_stages * c.block_n) * head_dim * dtype.itemsize
@@ -276,6 +306,19 @@ def _attention(sizes: Sizes, dtype: torch.dtype, arch: str, train: bool) -> Iter
             rows,
             shared,
             lambda c: 2 * held(c),
+            False,
+        )
+    if train and sizes.biased:
+        yield Problem(
+            "attention, bias's gradient",
+            key("attention_dbias", arch, dtype),
+            "attention",
+            "attention_backward",
+            _stock_bias_backward,
+            bias_backward,
+            rows,
+            lambda c: 4 * c.num_stages * c.block_m * head_dim * dtype.itemsize,
+            lambda c: 3 * c.block_m**2 / (32 * c.num_warps),
             False,
         )
 

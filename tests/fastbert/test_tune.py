@@ -27,7 +27,7 @@ from fastbert.tune.gpu import Checker, Gpu
 from fastbert.tune.problems import Problem, Sizes, lengths_of, problems
 from fastbert.tune.search import OK, Candidate, Search, beats
 
-SMALL = Sizes(16, 32, 1)
+SMALL = Sizes(16, 32, 1, biased=True)
 LARGE = Sizes(1024, 4096, 16)
 MADE_FOR = {"gpu": "a GPU", "architecture": "sm_90", "triton": "3", "fastbert": "0", "kernels": "x"}
 

@@ -305,11 +305,16 @@ def test_more_sequences_than_a_grid_has_room_for_change_no_bit(
     mask = make_mask("holes", batch, length, device) if layout == "masked" else None
     sequences = cu_seqlens, mask, 40 if layout == "packed" else length, 0.3
     seed = torch.tensor([7], device=device) if dropout else None
-    results = []
+    results: list[tuple[Tensor, ...]] = []
+    grids: list[tuple[int, int, int]] = []
+    run = kernel.run
+    monkeypatch.setattr(kernel, "run", lambda each, grid, *rest: (grids.append(grid), run(each, grid, *rest)))
     for most in (65535, 4):
         monkeypatch.setattr(kernel, "GRID_SEQUENCES", most)
+        grids.clear()
         out, stats = kernel.attention_forward(qkv, *sequences, dropout, seed)
         results.append((out, stats, *kernel.attention_backward(out, qkv, out, stats, *sequences, dropout, seed)))
+        assert all(max(grid[1:]) <= most for grid in grids) and len(grids) >= 3
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)
     assert results[0][2].abs().max() > 0
