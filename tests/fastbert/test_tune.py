@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
@@ -14,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import BertConfig, DistilBertConfig, MPNetConfig
 
 from fastbert import checkpoints, tuned
 from fastbert.cli.__main__ import main
+from fastbert.cli.tune import sizes
 from fastbert.kernels import launch
 from fastbert.kernels.launch import Config
 from fastbert.numerics import relative_error
@@ -445,6 +448,24 @@ def test_without_a_gpu_it_refuses_in_a_line(capsys: pytest.CaptureFixture[str]) 
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err == "fastbert tune: there is no GPU here, and on a CPU nothing is launched that could be tuned\n"
+
+
+def test_the_sizes_of_a_checkpoint(tmp_path: Path) -> None:
+    """And whether there is a bias by distance, whose gradient is one of the kernels of the backward."""
+    own = {"hidden_size": 96, "num_attention_heads": 3, "intermediate_size": 160}
+    for i, (config, biased) in enumerate(
+        (
+            (BertConfig(**own), False),
+            (MPNetConfig(**own), True),
+            (DistilBertConfig(dim=96, n_heads=3, hidden_dim=160), False),
+        )
+    ):
+        config.save_pretrained(tmp_path / str(i))
+        found = sizes(argparse.Namespace(model=str(tmp_path / str(i)), size=None))
+        assert found == Sizes(96, 160, 3, biased)
+        names = [problem.name for problem in problems(found, torch.bfloat16, "sm_90", train=True)]
+        assert ("attention, bias's gradient" in names) == biased
+    assert sizes(argparse.Namespace(model=None, size="large")) == LARGE
 
 
 def test_bad_usage(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
