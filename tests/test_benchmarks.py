@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from benchmarks import archive as suite_archive
-from fastbert.measure import machine, records
+from fastbert.measure import cases, machine, records
 
 ROOT = Path(__file__).resolve().parent.parent
 # On a CPU as its users run it, not in the interpreter.
@@ -81,6 +81,20 @@ def test_encode(tmp_path: Path) -> None:
     assert [(r["what"].split(", ")[1], r["candidate"]) for r in found] == ways
     assert all(r["ideal_ratio"] > 1 and r["repeats"] == 3 for r in found)
     assert found[0]["ideal_ratio"] < found[2]["ideal_ratio"]  # sorted by length there is less padding
+
+
+def test_texts_that_are_made_up_are_words_the_tokenizer_knows(tmp_path: Path) -> None:
+    pytest.importorskip("sentence_transformers")
+    from transformers import AutoTokenizer
+
+    from benchmarks import encode
+
+    encode.save_tokenizer(tmp_path)
+    tokenizer, item = AutoTokenizer.from_pretrained(tmp_path), cases.workload("search", 16)
+    found = tokenizer(encode.texts_of(item))["input_ids"]
+    assert tuple(map(len, found)) == item.lengths
+    assert tokenizer.unk_token_id not in {each for ids in found for each in ids}
+    assert len({each for ids in found for each in ids}) > 50
 
 
 @pytest.mark.slow
@@ -577,12 +591,16 @@ def test_ending_the_suite_packs_what_there_is(number: int, tmp_path: Path) -> No
         stdout=subprocess.PIPE,
     )
     assert process.stdout is not None
-    while (line := process.stdout.readline()) and not line.startswith(b"== step2"):
+    while (line := process.stdout.readline()) and not line.startswith(b"== step1"):
         pass
+    begun = tmp_path / "out" / "gpu" / "step1.json"  # which no archive has yet
+    while process.poll() is None and not begun.exists():
+        time.sleep(0.01)
     process.send_signal(number)
     process.wait(60)
     suite_archive.restore(tmp_path / "packed", tmp_path / "end")
-    assert len(json.loads((tmp_path / "end" / "gpu" / "step1.json").read_text())) == 5
+    assert len(json.loads((tmp_path / "end" / "gpu" / "step0.json").read_text())) == 5
+    assert json.loads((tmp_path / "end" / "gpu" / "step1.json").read_text())
 
 
 def test_the_sanitizer_is_asked_for_the_kernels_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

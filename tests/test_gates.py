@@ -105,6 +105,20 @@ def test_an_edit_of_a_kernel_reaches_its_dependents_alone() -> None:
     assert not gates.MACHINERY & sources("tests/kernels/test_linear.py")
 
 
+def test_an_outcome_holds_until_a_source_of_its_own_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not until anything at all does."""
+    monkeypatch.setattr(gates, "ROOT", tmp_path)
+    folder, key = tmp_path / "tests", gates.key.__wrapped__
+    folder.mkdir()
+    for name, text in {"test_a.py": "from tests import helper", "helper.py": "A = 1", "test_b.py": "B = 1"}.items():
+        (folder / name).write_text(text)
+    before = key(folder / "test_a.py")
+    (folder / "test_b.py").write_text("B = 2")
+    assert key(folder / "test_a.py") == before
+    (folder / "helper.py").write_text("A = 2")
+    assert key(folder / "test_a.py") != before
+
+
 def test_lines_of_many_processes_do_not_mix(file: Path) -> None:
     code = "import sys; from benchmarks.gates import *; from pathlib import Path\nfor i in range(200): "
     code += "append(Path(sys.argv[1]), [{'check': f'{sys.argv[2]} {i}', 'long': 'x' * 5000}])"

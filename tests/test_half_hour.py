@@ -302,9 +302,9 @@ def steps_of_the_suite() -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("step", steps_of_the_suite())
 def test_every_step_as_on_a_gpu(step: str, tmp_path: Path) -> None:
-    """Through the suite, by its own command; of tests a few, what searches for as long as it may for a minute."""
+    """Through the suite, by its own command; of tests a few, what searches for as long as it may for some minutes."""
     searches = step.startswith(("tune", "variants")) and step != "tuned"
-    time_limits = ["--minutes", "2"] if searches else ["--minutes", "60", "--slack", "20"]
+    time_limits = ["--minutes", "6"] if searches else ["--minutes", "60", "--slack", "20"]
     few = {"PYTEST_ADDOPTS": "-k 'layer_norm or graphs'"} if step.startswith("tests: ") else {}
     dry(tmp_path, "benchmarks/suite.py", "--only", step, *time_limits, "--output", str(tmp_path), **few)
     with tarfile.open(tmp_path / "out" / archive.MEASURED) as packed:

@@ -299,14 +299,14 @@ def lines(search: Search) -> Iterator[str]:
         times = search.times[problem.key]
         tried = f"{len(times)} timed"
         if shipped not in times:
-            yield f"{problem.name:<26}{short(shipped):<26}no time: not reached, or not right"
+            yield f"{problem.name:<26}{short(shipped):<40}no time: not reached, or not right"
         elif entry is None:
             why = "none is faster beyond the spread" if problem.key in search.settled else "not settled"
-            yield f"{problem.name:<26}{short(shipped):<26}{why}; {tried}"
+            yield f"{problem.name:<26}{short(shipped):<40}{why}; {tried}"
         else:
             pairs = [(entry.shipped_seconds[rows][1], entry.seconds[rows][1]) for rows in entry.seconds]
             each = ", ".join(f"{1e6 * old:.1f} -> {1e6 * new:.1f} us" for old, new in pairs)
-            yield f"{problem.name:<26}{short(shipped):<26}{short(entry.config):<30}{each}; {tried}"
+            yield f"{problem.name:<26}{short(shipped):<40}{short(entry.config):<40}{each}; {tried}"
         if problem.key in search.by_library:
             found = search.by_library[problem.key]
             pairs = [(found.shipped_seconds[rows][1], found.seconds[rows][1]) for rows in found.seconds]
