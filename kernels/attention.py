@@ -893,7 +893,7 @@ def _dbias_plan(
     choose: Choose, arch: str, dtype: torch.dtype, head_dim: int, precision: str
 ) -> tuple[Config, Constants]:
     """The configuration of `attention_dbias_kernel` and its constants."""
-    config: Config = choose(arch, dtype)
+    config: Config = choose(arch, dtype, head_dim)
     constants = {
         "HEAD_DIM": head_dim,
         "BLOCK": config.block_m,

@@ -419,11 +419,14 @@ _ATTENTION_DBIAS: dict[str, dict[int, Config]] = {
     "portable": {2: Config(64, 0, 0, 4, 1), 4: Config(32, 0, 0, 8, 1)},
 }
 _ATTENTION_DBIAS["sm_89"] = _ATTENTION_DBIAS["sm_80"]
+_ATTENTION_DBIAS_WIDE = Config(16, 0, 0, 4, 1)  # of float32, heads of more than 64: in TF32 larger tiles spill
 
 
 @_tunable("block_m", "num_warps", "num_stages")
-def attention_dbias_config(arch: str, dtype: torch.dtype) -> Config:
+def attention_dbias_config(arch: str, dtype: torch.dtype, head_dim: int) -> Config:
     """The tiles of the gradient of attention's bias. Arguments as `attention_config`'s."""
+    if dtype.itemsize == 4 and head_dim > 64:
+        return _ATTENTION_DBIAS_WIDE
     return _of(_ATTENTION_DBIAS, arch)[dtype.itemsize]
 
 

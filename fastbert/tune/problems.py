@@ -311,7 +311,7 @@ def _attention(sizes: Sizes, dtype: torch.dtype, arch: str, train: bool) -> Iter
     if train and sizes.biased:
         yield Problem(
             "attention, bias's gradient",
-            key("attention_dbias", arch, dtype),
+            key("attention_dbias", arch, dtype, head_dim=head_dim),
             "attention",
             "attention_backward",
             _stock_bias_backward,

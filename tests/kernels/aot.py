@@ -225,7 +225,7 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
             )
         if not bias:
             return
-        config = attention_dbias_config(table(arch), dtype)
+        config = attention_dbias_config(table(arch), dtype, head_dim)
         shared = common(dtype, head_dim, layout, precision, drops)
         del shared["tiles_ptr"]
         yield Spec(
@@ -258,7 +258,7 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
             arguments={
                 **dict.fromkeys(("partial_ptr", "dbias_ptr"), "*fp32"),
                 **{"chunks": 16, "heads": 12, "half": 512, "bias_span": 512},
-                **{"PART": attention_dbias_config(table(arch), dtype).block_m, "BLOCK": attention.SUM_BLOCK},
+                **{"PART": attention_dbias_config(table(arch), dtype, 64).block_m, "BLOCK": attention.SUM_BLOCK},
             },
             config=Config(1, attention.SUM_BLOCK, 0, 4, 3),
             matrix=False,
@@ -304,6 +304,7 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
             yield spec(dtype, head_dim, layout, "ieee", True, drops, True)
             yield from backward(dtype, head_dim, layout, "ieee", drops, True)
         yield spec(torch.bfloat16, 64, "packed", "ieee", True, True, True, launch.SHORT)
+        yield from backward(torch.float32, 96, "masked", "tf32", True, True)
         yield spec(torch.float32, 64, "packed", "tf32")
         yield spec(torch.float32, 128, "masked", "tf32")
 

@@ -360,7 +360,7 @@ def test_configuration_is_the_table_of_the_architecture_or_portable() -> None:
             config = launch.attention_config(arch, dtype, 128)
             assert config == launch.attention_config(like, dtype, 128)
             assert launch.of_bias(config, arch) == launch.of_bias(config, like)
-            assert launch.attention_dbias_config(arch, dtype) == launch.attention_dbias_config(like, dtype)
+            assert launch.attention_dbias_config(arch, dtype, 64) == launch.attention_dbias_config(like, dtype, 64)
             assert launch.attention_backward_config(arch, dtype, 16) == launch.attention_backward_config(
                 like, dtype, 16
             )
