@@ -419,7 +419,9 @@ _ATTENTION_DBIAS: dict[str, dict[int, Config]] = {
     "portable": {2: Config(64, 0, 0, 4, 1), 4: Config(32, 0, 0, 8, 1)},
 }
 _ATTENTION_DBIAS["sm_89"] = _ATTENTION_DBIAS["sm_80"]
-_ATTENTION_DBIAS_WIDE = Config(16, 0, 0, 4, 1, max_registers=255)  # of float32, heads of more than 64: larger ones spill
+_ATTENTION_DBIAS_WIDE = Config(
+    16, 0, 0, 4, 1, max_registers=255
+)  # of float32, heads of more than 64: larger ones spill
 
 
 @_tunable("block_m", "num_warps", "num_stages")

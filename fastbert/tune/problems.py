@@ -249,10 +249,11 @@ def _stock_attention_backward(
 
 
 def _stock_bias_backward(grad: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *sequences, _, _, _, bias = rest
+    bias = rest[-1]
     with torch.enable_grad():
         leaf, added = qkv.detach().clone().requires_grad_(), bias.to(qkv.dtype).requires_grad_()
-        dqkv, dbias = torch.autograd.grad(_stock_attention(*leaf.unbind(1), *sequences, added), (leaf, added), grad)
+        q, k, v = leaf.unbind(1)
+        dqkv, dbias = torch.autograd.grad(_stock_attention(q, k, v, *rest[:4], bias=added), (leaf, added), grad)
         return dqkv, dbias.to(bias.dtype)
 
 
@@ -271,9 +272,9 @@ def _attention(sizes: Sizes, dtype: torch.dtype, arch: str, train: bool) -> Iter
         sequences = (*_sequences(rows, heads, device), scale, 0.0, None)
         return (grad, qkv, *kernels.attention_forward(qkv, *sequences), *sequences)
 
-    def bias_backward(rows: int, device: torch.device) -> tuple[Any, ...]:
+    def bias_backward(rows: int, device: torch.device) -> tuple[object, ...]:
         grad, qkv, _, _, *sequences = backward(rows, device)
-        bias = _normal(device, dtype, heads, 2 * sequences[2] - 1).float()
+        bias = _normal(device, dtype, heads, 2 * max(lengths_of(rows)) - 1).float()
         kernels = importlib.import_module("fastbert.kernels.attention")
         return (grad, qkv, *kernels.attention_forward(qkv, *sequences, None, bias), *sequences, None, bias)
 
