@@ -249,11 +249,12 @@ def _stock_attention_backward(
 
 
 def _stock_bias_backward(grad: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    bias = rest[-1]
+    starts, mask, longest, scale, _, _, _, bias = rest
     with torch.enable_grad():
         leaf, added = qkv.detach().clone().requires_grad_(), bias.to(qkv.dtype).requires_grad_()
         q, k, v = leaf.unbind(1)
-        dqkv, dbias = torch.autograd.grad(_stock_attention(q, k, v, *rest[:4], bias=added), (leaf, added), grad)
+        result = _stock_attention(q, k, v, starts, mask, longest, scale, added)
+        dqkv, dbias = torch.autograd.grad(result, (leaf, added), grad)
         return dqkv, dbias.to(bias.dtype)
 
 
