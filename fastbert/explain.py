@@ -38,7 +38,11 @@ class EncoderExplanation:
     embeddings: str | None
     """Why its embeddings would run stock at this moment, or None."""
     fused_calls: dict[str, int]
-    """Forwards so far that ran fused, by layout."""
+    """Forwards of the base model so far that ran fused, by layout.
+
+    Not counted are those in a compiled graph (by `torch.compile` of the model, not of its encoder or layers alone),
+    and those that a backward runs, as checkpointing of the whole model runs them again.
+    """
     stock_calls: dict[str, int]
     """Forwards so far that ran stock, by reason."""
     cuda_graphs: bool = False

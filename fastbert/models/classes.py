@@ -28,7 +28,7 @@ from ..layers.layer import FusedLayer, Layer
 from ..runtime import known
 from ..runtime.encoder import FusedEncoder, refuse_to_run_again_unfused
 from ..runtime.graphs import Stale
-from ..runtime.plan import Plan, check_taken, plan_call
+from ..runtime.plan import Plan, check_taken, count, plan_call
 from ..runtime.readers import Args, Kwargs, Reader, know, named_arguments, parameter_names
 from ..runtime.registry import REGISTERED, encoder_of, wrapped_encoder_of
 from .family import Family
@@ -190,15 +190,16 @@ def _base_model(family: Family, module: str) -> Any:
     def run(self: Any, args: Args, kwargs: Kwargs, assumes: bool) -> Any:
         planned, named = plan_call(self, names, args, kwargs, assumes)
         plan = named.get("plan")
-        if family.run is None:
-            output = kind.forward(self, *planned, **named)
-        elif isinstance(plan, Plan):
-            output = family.run(self, named, named.pop("plan"))
-        else:  # which its stock forward would not hand on
-            if named.pop("plan", None) is not None:
-                counts = encoder_of(self).fastbert.counts
-                counts.add(counts.stock, plan)
-            output = kind.forward(self, *planned, **named)
+        try:
+            if family.run is None:
+                output = kind.forward(self, *planned, **named)
+            elif isinstance(plan, Plan):
+                output = family.run(self, named, named.pop("plan"))
+            else:  # which its stock forward would not hand on
+                named.pop("plan", None)
+                output = kind.forward(self, *planned, **named)
+        finally:
+            count(self, plan)
         check_taken(self, plan)
         if isinstance(plan, Plan) and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             refuse_to_run_again_unfused(wrapped_encoder_of(self), encoder_of(self), output[0])

@@ -40,17 +40,16 @@ class FusedEncoder(Mixin):
         if not isinstance(plan, Plan):
             if plan is None and not known.takes_plan(family.name):
                 counts.add(counts.stock, str(known.foreign(family.name, None)))
-            elif plan or family.run is None:  # there its model has counted
-                counts.add(counts.stock, plan or "called past the forward of its model")
+            elif plan is None and family.run is None:  # there its model hands on no plan
+                counts.add(counts.stock, "called past the forward of its model")
             stock = stock_forward(FusedEncoder, self, hidden_states, *args, **kwargs)
             return stock
-        if plan.receipt is not None:
-            plan.receipt.taken = True
+        receipt = plan.receipt
         if plan.foreign:
             given = hidden_states
             hidden_states, plan, odd = _take(self, given, plan)
             if odd is not None:
-                counts.add(counts.stock, odd)
+                receipt.stock = odd
                 kwargs["attention_mask"] = _stock_mask(given, plan)
                 stock = stock_forward(FusedEncoder, self, given, *args, **kwargs)
                 return stock
@@ -61,7 +60,7 @@ class FusedEncoder(Mixin):
         if settings.graphs is not None and not torch.compiler.is_compiling():
             result = settings.graphs.run(self, hidden_states, plan, fp8)
         layout = "dense" if packing.cu_seqlens is None else "packed"
-        counts.add(counts.fused, layout if fp8 is None else f"{layout}, fp8")
+        receipt.fused = layout if fp8 is None else f"{layout}, fp8"
         if result is not None:
             return family.output(last_hidden_state=result)
         if family.tables is None:

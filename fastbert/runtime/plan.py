@@ -34,10 +34,13 @@ from .support import (
 
 
 class Receipt:
-    """Says whether an encoder has taken a plan: an object, which copies of the plan (FSDP's, of arguments) share."""
+    """What an encoder has made of a plan: an object, which copies of the plan (FSDP's, of arguments) share."""
 
     def __init__(self) -> None:
-        self.taken = False
+        self.fused: str | None = None
+        """How it ran fused, as `Counts.fused` has it."""
+        self.stock: str | None = None
+        """Why it ran stock all the same."""
 
 
 class Plan(NamedTuple):
@@ -46,6 +49,8 @@ class Plan(NamedTuple):
     packing: Packing
     stock_layers: tuple[bool, ...]
     """For each layer, whether it runs its stock code."""
+    receipt: Receipt
+    """Written by the encoder: see `count` and `check_taken`."""
     seeds: Tensor | None = None
     """(layers, 3) int64, of the dropouts of each layer, drawn from torch's generator; None where none drops."""
     watched: bool = False
@@ -66,8 +71,6 @@ class Plan(NamedTuple):
     """Whether the hidden states come padded, of whatever shape: of embeddings that aren't the family's own."""
     position_ids: Tensor | None = None
     """Those of the call, as its rows are laid out; None: it gives none."""
-    receipt: Receipt | None = None
-    """Set by the encoder: see `check_taken`."""
 
 
 def _encoder_is_unsupported(model: nn.Module) -> str | None:
@@ -221,6 +224,7 @@ def plan_call(model: Any, names: tuple[str, ...], args: Args, kwargs: Kwargs, as
     call["plan"] = Plan(
         packing,
         seen.stock,
+        Receipt(),
         seeds,
         watched,
         None if watched else seen.bound,
@@ -236,12 +240,27 @@ def plan_call(model: Any, names: tuple[str, ...], args: Args, kwargs: Kwargs, as
     return (), call
 
 
+def count(model: nn.Module, plan: object) -> None:
+    """Counts a call of a base model, by what its encoder made of its plan, or by why it ran stock.
+
+    Not in the encoder, which may be compiled, and which a backward may run again: neither is to change the count.
+    """
+    if isinstance(plan, Plan):
+        settings, fused, stock = plan.settings, plan.receipt.fused, plan.receipt.stock
+    else:
+        settings, fused, stock = getattr(encoder_of(model), "fastbert", None), None, plan
+    if settings is not None and stock is not None:
+        settings.counts.add(settings.counts.stock, stock)
+    elif settings is not None and fused is not None:
+        settings.counts.add(settings.counts.fused, fused)
+
+
 def check_taken(model: nn.Module, plan: object) -> None:
     """Raises RuntimeError where a base model has returned and its encoder has not taken the plan of the call.
 
     Then stock code has run over rows that were laid out for another: sequences saw each other, and padding.
     """
-    if isinstance(plan, Plan) and plan.receipt is not None and not plan.receipt.taken:
+    if isinstance(plan, Plan) and plan.receipt.fused is None and plan.receipt.stock is None:
         raise RuntimeError(
             f"{type(model).__name__} did not hand its encoder the plan of this call; its result would be wrong: call "
             "fastbert.unfuse on the model, which restores its stock code, and report the version of transformers"

@@ -42,8 +42,8 @@ class Counts:
         """What came of CUDA graphs, of those that ran fused where they are asked for."""
 
     def add(self, which: Counter[str], key: str) -> None:
-        """Counts one forward; a call being compiled is not counted."""
-        if not torch.compiler.is_compiling():
+        """Counts one forward; none that is compiled, nor one that a backward runs, as checkpointing runs it again."""
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
             with _COUNTING:
                 which[key] += 1
 

@@ -294,7 +294,7 @@ def test_an_encoder_that_is_unfused_before_it_runs_again_is_told(way: str) -> No
         model.encoder = checkpoint_wrapper(model.encoder)
     model(**call()).last_hidden_state.sum().backward()
     out = model(**call())
-    assert fastbert.explain(model).encoders[0].fused_calls["packed"] >= 2
+    assert fastbert.explain(model).encoders[0].fused_calls == {"packed": 2}
     fastbert.unfuse(model)
     with pytest.raises(RuntimeError, match=r"checkpointed encoder ran fused .*unfuse\(model\) came in between"):
         out.pooler_output.sum().backward()

@@ -17,6 +17,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
     offload_wrapper,
 )
+from torch.utils.checkpoint import checkpoint
 from transformers.models.bert import modeling_bert as hf
 
 import fastbert
@@ -57,10 +58,14 @@ def plain(name: str) -> str:
     return name
 
 
-def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys() and len(found) > 30
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=2e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+def same(found: dict[str, Tensor], stock: Any) -> None:
+    """Result and gradients are those of `stock`, by the policy; of a key's bias, which softmax doesn't see, there is
+    none but of rounding."""
+    steps = found, step(copy.deepcopy(stock)), step(copy.deepcopy(stock).double())
+    assert found.keys() == steps[1].keys() and len(found) > 30
+    models.assert_all_within_policy(
+        *({name: x for name, x in each.items() if not name.endswith("key.bias")} for each in steps), "a step"
+    )
 
 
 def each_layer(wrap: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -116,26 +121,38 @@ WRAPS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("how", WRAPS)
 def test_wrapped_layers_run_fused_and_packed(how: str, first: str) -> None:
     stock = small().train()
-    expected = step(copy.deepcopy(stock))
     fused, wrap = copy.deepcopy(stock), WRAPS[how]
     fused = wrap(fastbert.fuse(fused)) if first == "fuse" else fastbert.fuse(wrap(fused))
     assert said(fused).reason is None and said(fused).layers == {}
-    same(step(fused), expected)
-    assert said(fused).stock_calls == {}
-    if how != "compiled encoder":  # compiled calls are not counted
-        assert set(said(fused).fused_calls) == {"packed"}
+    same(step(fused), stock)
+    assert (said(fused).fused_calls, said(fused).stock_calls) == ({"packed": 1}, {})
     with torch.no_grad():
         torch.testing.assert_close(fused.eval()(**CALL)[0][REAL], stock.eval()(**CALL)[0][REAL], rtol=1e-4, atol=1e-5)
-    assert said(fused).stock_calls == {}
+    assert (said(fused).fused_calls, said(fused).stock_calls) == ({"packed": 2}, {})
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_model_that_runs_again_in_the_backward_is_counted_once(reentrant: bool) -> None:
+    """One that is checkpointed as a whole; and a compiled encoder that runs stock, by its reason."""
+    model = fastbert.fuse(small().train())
+    words = model.embeddings.word_embeddings(CALL["input_ids"]).detach().requires_grad_()
+
+    def run(words: Tensor) -> Tensor:
+        out: Tensor = model(inputs_embeds=words, attention_mask=CALL["attention_mask"]).last_hidden_state
+        return out
+
+    checkpoint(run, words, use_reentrant=reentrant).sum().backward()
+    assert (said(model).fused_calls, said(model).stock_calls) == ({"packed": 1}, {})
+    compiled_encoder(model)(**CALL, output_attentions=True)
+    assert (said(model).fused_calls, said(model).stock_calls) == ({"packed": 1}, {"output_attentions": 1})
 
 
 @pytest.mark.parametrize("how", ["checkpointed", "compiled layers"])
 def test_wrapped_layers_after_unfuse(how: str) -> None:
     stock = small().train()
-    expected = step(copy.deepcopy(stock))
     fused = fastbert.fuse(WRAPS[how](fastbert.fuse(copy.deepcopy(stock))))
     step(fused)
-    same(step(fastbert.unfuse(fused)), expected)
+    same(step(fastbert.unfuse(fused)), stock)
     assert not any(type(m).__module__.startswith("fastbert") for m in fused.modules())
 
 
@@ -159,7 +176,9 @@ def test_dropout_of_checkpointed_layers_is_the_same_again() -> None:
     for model in (fused, wrapped):
         torch.manual_seed(0)
         results.append(step(model))
-    same(*results)
+    assert results[0].keys() == results[1].keys() and len(results[0]) > 30
+    for name, value in results[0].items():
+        assert torch.equal(results[1][name], value), name
 
 
 def test_a_submodule_replaced_inside_a_wrapper_is_honoured() -> None:
@@ -327,9 +346,7 @@ def test_a_wrapped_forward_of_a_layer_or_the_encoder(wrap: Any, first: str) -> N
     fastbert.fuse(model)
     assert (said(model).reason, said(model).layers) == (None, {})
     torch.testing.assert_close(result(model), expected, rtol=1e-4, atol=1e-5)
-    assert said(model).stock_calls == {}
-    if wrap is autocast:
-        assert said(model).fused_calls == {"packed": 1}
+    assert (said(model).fused_calls, said(model).stock_calls) == ({"packed": 1}, {})
     torch.testing.assert_close(result(fastbert.unfuse(model)), expected, rtol=1e-4, atol=1e-5)
 
 
