@@ -235,12 +235,11 @@ def plan_call(model: Any, names: tuple[str, ...], args: Args, kwargs: Kwargs, as
         seen.hooked,
         foreign,
         _position_ids(call, packing),
-        Receipt(),
     )
     return (), call
 
 
-def count(model: nn.Module, plan: object) -> None:
+def count(model: nn.Module, plan: Plan | str | None) -> None:
     """Counts a call of a base model, by what its encoder made of its plan, or by why it ran stock.
 
     Not in the encoder, which may be compiled, and which a backward may run again: neither is to change the count.
