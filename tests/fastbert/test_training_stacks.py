@@ -514,7 +514,9 @@ TRAINERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "compiled" else name for name in TRAINERS]
+)
 def test_trainer(name: str, tmp_path: Path) -> None:
     """transformers' Trainer, with evaluations, saving, and a run resumed from what was saved."""
     from transformers import Trainer, TrainingArguments, default_data_collator
@@ -768,7 +770,8 @@ def test_compiled_without_a_graph_break(padding: str, masked: bool) -> None:
 def test_compiled_once_for_all_shapes(what: str) -> None:
     """Compiled for the first shape, then for changing lengths and batches, then no more; dropout draws anew."""
     torch.compiler.reset()
-    model = fastbert.fuse(models.seeded(KIND)).train()
+    # Of one layer, where all are compiled in one: more of them are more of the same.
+    model = fastbert.fuse(models.seeded(KIND, num_hidden_layers=1 if what == "model" else 2)).train()
     counter = CompileCounterWithBackend("aot_eager")
     for part in [model] if what == "model" else model.bert.encoder.layer:
         part.compile(backend=counter)
