@@ -209,7 +209,7 @@ def write(file: Path, expected: Mapping[str, str], entries: Iterable[Entry]) -> 
     """Replaces a file at once; it and its folder are the user's alone."""
     from .kernels import launch
 
-    def plain(entry: Entry) -> dict[str, Any]:
+    def plain(entry: Entry) -> dict[str, object]:
         names = launch.OPERATIONS[entry.key[0]].parameters()
         key = dict(zip(names, entry.key[1:], strict=True))
         if "dtype" in key:

@@ -66,7 +66,7 @@ class Row:
     def ok(self) -> bool:
         return self.fused_error <= self.bound
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The fields, the ratio and the verdict; None for a number that is not finite, which JSON can't hold."""
         numbers = {
             "fused_error": self.fused_error,
@@ -110,7 +110,7 @@ class Report:
         """The first row, in the order the model computes, that exceeds its bound."""
         return next((row for row in self.rows if not row.ok), None)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         first = self.first_departure
         return {
             "model": self.model,

@@ -165,7 +165,7 @@ class Fp8:
         """Frees the quantized weights; the next forward makes them again."""
         self._made = {}
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {"scales": self.scales}
 
     def __setstate__(self, state: dict[str, object]) -> None:

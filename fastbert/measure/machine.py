@@ -15,7 +15,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -211,7 +211,7 @@ def driver(device: torch.device) -> str | None:
     return done.stdout.split("\n")[0].strip() or None
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device) -> dict[str, object]:
     """What every record says about where it was measured."""
     installed = versions()
     return {

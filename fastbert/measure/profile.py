@@ -89,7 +89,7 @@ def _traced(
     return events
 
 
-def _plain(row: Row, whole: float, rates: Rates) -> dict[str, Any]:
+def _plain(row: Row, whole: float, rates: Rates) -> dict[str, object]:
     """A row as plain data; `whole` is the time of all operators, in seconds."""
     return {
         "operator": row.operator,

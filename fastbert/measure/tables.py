@@ -26,7 +26,7 @@ def _line(name: str, row: Mapping[str, Any]) -> str:
     )
 
 
-def _together(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def _together(rows: Iterable[dict[str, Any]]) -> dict[str, object]:
     """Rows added up."""
     sums = {key: sum(row[key] for row in rows) for key in ("calls", "seconds", "share", "flops", "bytes")}
     floor = sum(row["fraction_of_floor"] * row["seconds"] for row in rows)

@@ -251,7 +251,7 @@ def _calls(stock: Any, family: Family) -> Iterator[_Call]:
     words, *others = family.ids
     rows = {name: _rows(stock, family, name) for name in family.ids}
 
-    def ids(batch: int, seqlen: int) -> dict[str, Any]:
+    def ids(batch: int, seqlen: int) -> dict[str, Tensor]:
         given = {words: torch.randint(1, rows[words], (batch, seqlen))}
         return given | {n: torch.randint(rows[n], (batch, seqlen)) for n in others if n != "position_ids"}
 

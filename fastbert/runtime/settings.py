@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -72,7 +71,7 @@ class Settings:
         self.running = Running()
         self.coverage = Coverage()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in vars(self).items() if name != "holders"}
 
     def __setstate__(self, state: dict[str, object]) -> None:

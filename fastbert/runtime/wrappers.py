@@ -59,7 +59,7 @@ def unwrapped(module: nn.Module) -> Any:
     return module
 
 
-def wrapped(module: nn.Module) -> Iterator[Any]:
+def wrapped(module: nn.Module) -> Iterator[nn.Module]:
     """A module, and what is inside of it as far as it is known to be a wrapper; the module itself first."""
     yield module
     while (name := _inside(module)) is not None:

@@ -337,7 +337,7 @@ def tune(
     return search, interrupted
 
 
-def report(search: Search, made_for: dict[str, str]) -> dict[str, Any]:
+def report(search: Search, made_for: dict[str, str]) -> dict[str, object]:
     """Everything that was tried, as plain data."""
     tried = [
         {"problem": problem.name, "config": dataclasses.asdict(config), "shipped": config == problem.shipped()}
