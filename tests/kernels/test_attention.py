@@ -444,14 +444,17 @@ def check_training(
         assert dbias[:, : room - 1].eq(0).all() and dbias[:, 2 * span - room :].eq(0).all()  # no pair is so far apart
     if not dropout and mask is None:
         assert torch.equal(out, kernel.attention(q, k, v, *layout[:4], bias))
-    again = kernel.attention_backward(grad, qkv, out, stats, *layout)
-    assert torch.equal(dqkv, again[0]) and torch.equal(dbias, again[1])
+    if device == "cuda":  # the interpreter runs programs one after the other, the same each time
+        again = kernel.attention_backward(grad, qkv, out, stats, *layout)
+        assert torch.equal(dqkv, again[0]) and torch.equal(dbias, again[1])
 
 
 @pytest.mark.parametrize("dtype", kernel_dtypes)
 @pytest.mark.parametrize(("head_dim", "dropout"), [(16, 0.0), (40, 0.3), (64, 0.0), (64, 0.3), (128, 0.0)])
 def test_training_packed(head_dim: int, dropout: float, dtype: torch.dtype, device: str) -> None:
-    lengths = [1, 37, 0, 128, 129] if head_dim == 64 else [37, 65]
+    lengths = [37, 65]
+    if head_dim == 64:
+        lengths = [1, 37, 0, 128, 129] if dropout or device == "cuda" else [1, 37, 0, 65]
     check_training(lengths, 2, head_dim, dtype, device, None, dropout)
 
 
@@ -460,7 +463,7 @@ def test_training_packed(head_dim: int, dropout: float, dtype: torch.dtype, devi
 @pytest.mark.parametrize("dtype", kernel_dtypes)
 @pytest.mark.parametrize(("kind", "dropout"), [("right", 0.0), ("left", 0.3), ("holes", 0.3), ("all-masked row", 0.0)])
 def test_training_dense(kind: str, dropout: float, dtype: torch.dtype, device: str) -> None:
-    check_training([67] * 3, 2, 32, dtype, device, make_mask(kind, 3, 67, device), dropout)
+    check_training([67] * 2, 2, 32, dtype, device, make_mask(kind, 2, 67, device), dropout)
 
 
 @pytest.mark.parametrize("dtype", kernel_dtypes)
@@ -478,7 +481,7 @@ def test_training_packed_with_a_bias(
 @pytest.mark.parametrize("dtype", kernel_dtypes)
 @pytest.mark.parametrize(("kind", "dropout"), [("right", 0.3), ("left", 0.0), ("holes", 0.0), ("all-masked row", 0.3)])
 def test_training_dense_with_a_bias(kind: str, dropout: float, dtype: torch.dtype, device: str) -> None:
-    check_training([67] * 3, 2, 32, dtype, device, make_mask(kind, 3, 67, device), dropout, 3)
+    check_training([67] * 2, 2, 32, dtype, device, make_mask(kind, 2, 67, device), dropout, 3)
 
 
 @pytest.mark.parametrize("seeds", [None, [SEED]])
