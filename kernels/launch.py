@@ -413,7 +413,7 @@ def attention_backward_config(arch: str, dtype: torch.dtype, head_dim: int) -> C
 # The gradient of a bias: by architecture and bytes an element, square tiles of `block_m` queries and as many keys.
 # Unmeasured, as above: what doesn't spill, of the largest tiles, which read the least for an operation.
 _ATTENTION_DBIAS: dict[str, dict[int, Config]] = {
-    "sm_80": {2: Config(32, 0, 0, 4, 2), 4: Config(32, 0, 0, 8, 1, max_registers=255)},
+    "sm_80": {2: Config(32, 0, 0, 8, 2), 4: Config(32, 0, 0, 8, 1, max_registers=255)},
     "sm_90": {2: Config(64, 0, 0, 8, 1), 4: Config(32, 0, 0, 8, 1, max_registers=255)},
     "sm_100": {2: Config(64, 0, 0, 8, 1, max_registers=255), 4: Config(32, 0, 0, 8, 1, max_registers=255)},
     "portable": {2: Config(64, 0, 0, 4, 1), 4: Config(32, 0, 0, 8, 1)},
