@@ -31,7 +31,7 @@ from transformers.models.bert import modeling_bert as hf
 
 import fastbert
 from fastbert import ops
-from fastbert.runtime import graphs
+from fastbert.runtime import arguments, graphs
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import stub
@@ -164,7 +164,7 @@ def main() -> None:
     config = BertConfig(vocab_size=64, num_hidden_layers=options.layers, **sizes)
     ids, ones = torch.ones(2, 16, dtype=torch.int64), torch.ones(2, 16, dtype=torch.int64)
     ragged = ones.tril(9)
-    arguments = {"no mask": {}, "a mask of ones": {"attention_mask": ones}, "ragged": {"attention_mask": ragged}}
+    masks = {"no mask": {}, "a mask of ones": {"attention_mask": ones}, "ragged": {"attention_mask": ragged}}
     print(f"{'microseconds':<44}{'fastest':>8}{'p25':>8}")
     with torch.inference_mode():
         launches(hf.BertModel(config, add_pooling_layer=False).eval(), options.layers, options.calls)
@@ -173,7 +173,7 @@ def main() -> None:
         stock = hf.BertModel(config, add_pooling_layer=False).eval()
         for on in (False, True):
             model = fastbert.fuse(stock, cuda_graphs=on)
-            for name, given in arguments.items():
+            for name, given in masks.items():
                 what = f"forward, {name}" + (", CUDA graphs" if on else "")
                 timed(what, functools.partial(model, ids, **given), options.calls)
         layers, fingerprint = model.encoder.layer, model.encoder.fastbert.graphs._fingerprint
