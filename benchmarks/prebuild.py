@@ -99,12 +99,13 @@ def finish(folder: Path, kept: set[str], whole: bool) -> None:
     for each in (cache / "triton").iterdir():
         if whole and each.name not in kept:
             shutil.rmtree(each)
-    told = {"triton": triton.__version__, "python": platform.python_version(), "kernels": len(kept)}
+    count = len(list((cache / "triton").iterdir()))  # of earlier calls, too
+    told = {"triton": triton.__version__, "python": platform.python_version(), "kernels": count}
     (cache / "prebuilt.json").write_text(json.dumps({**told, "triton_key": triton_key()}) + "\n", encoding="utf-8")
     for line in archive.pack(folder, folder, [archive.CACHES]):
         print(f"left out: {line}")
     size = (folder / archive.CACHES).stat().st_size / 2**20
-    print(f"{len(kept)} kernels in {folder / archive.CACHES}: {size:.1f} MiB", flush=True)
+    print(f"{count} kernels in {folder / archive.CACHES}: {size:.1f} MiB", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -236,12 +236,14 @@ def test_tests_are_collected_on_a_bare_machine(folder: str) -> None:
         assert {name.partition(".")[0] for name in names} - allowed - set(skips) == set(), file
 
 
-def dry(tmp_path: Path, *command: str, options: tuple[str, ...] = ("--small",), **more: str) -> str:
+def dry(
+    tmp_path: Path, *command: str, options: tuple[str, ...] = ("--small",), ends: tuple[int, ...] = (0,), **more: str
+) -> str:
     """What a command says that runs as on a GPU that isn't there; it has to end well."""
     environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT), "OUT": str(tmp_path / "out"), **more}
     words = [sys.executable, "-m", "benchmarks.dry", *options, sys.executable, *command]
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert done.returncode in ends, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
 
 
@@ -306,11 +308,13 @@ def test_every_step_as_on_a_gpu(step: str, tmp_path: Path) -> None:
     searches = step.startswith(("tune", "variants")) and step != "tuned"
     time_limits = ["--minutes", "6"] if searches else ["--minutes", "60", "--slack", "20"]
     few = {"PYTEST_ADDOPTS": "-k 'layer_norm or graphs'"} if step.startswith("tests: ") else {}
-    dry(tmp_path, "benchmarks/suite.py", "--only", step, *time_limits, "--output", str(tmp_path), **few)
+    by_times = step == "embed"  # ends so where it is slow beside what it runs, and here no time says anything
+    command = "benchmarks/suite.py", "--only", step, *time_limits, "--output", str(tmp_path)
+    said = dry(tmp_path, *command, ends=(0, 1) if by_times else (0,), **few)
     with tarfile.open(tmp_path / "out" / archive.MEASURED) as packed:
         names = packed.getnames()
     progress = json.loads((tmp_path / "progress.json").read_text())["steps"]
-    assert progress[step] in ("done", "left out")
+    assert progress[step] in ("done", "left out") or (by_times and " of the bare encoder's " in said)
     assert "progress.json" in names
     for file in tmp_path.glob("no-gpu-dry/20*.json"):
         broken = [r for r in records.load(file) if r["status"].startswith(("ERROR", "FAILED"))]
