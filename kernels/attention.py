@@ -52,7 +52,7 @@ from .launch import (
     options,
     planned,
 )
-from .quantize_fp8 import to_e4m3
+from .quantize_fp8 import INTERPRETED, to_e4m3
 
 # Rows of an entry of the list of tiles: every block of rows that a program holds divides it.
 TILE_ROWS = tl.constexpr(128)
@@ -101,7 +101,7 @@ def tiles_kernel(
 
 
 @triton.jit
-def locate(cu_seqlens_ptr, tiles_ptr, heads, max_seqlen, BLOCK: tl.constexpr):
+def locate(cu_seqlens_ptr, tiles_ptr, heads, max_seqlen, BLOCK: tl.constexpr, LISTED: tl.constexpr):
     """Of the rows of a program: the head, the sequence, its first row and length, and where in it they start."""
     if tiles_ptr is None:
         start = tl.program_id(0) * BLOCK
@@ -114,8 +114,8 @@ def locate(cu_seqlens_ptr, tiles_ptr, heads, max_seqlen, BLOCK: tl.constexpr):
             row = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
             length = (tl.load(cu_seqlens_ptr + sequence + 1) - row).to(tl.int32)
     else:
-        tl.static_assert(TILE_ROWS % BLOCK == 0)
-        PARTS: tl.constexpr = TILE_ROWS // BLOCK
+        tl.static_assert(LISTED % BLOCK == 0)
+        PARTS: tl.constexpr = LISTED // BLOCK
         tile = tl.program_id(0) // heads
         head = (tl.program_id(0) % heads).to(tl.int64)
         tiles_ptr += tile // PARTS * 4
@@ -175,7 +175,7 @@ def attention_kernel(
     DEPENDENT: tl.constexpr = False,
 ):
     wait_for_previous(DEPENDENT)
-    head, sequence, row, length, start_m = locate(cu_seqlens_ptr, tiles_ptr, heads, max_seqlen, BLOCK_M)
+    head, sequence, row, length, start_m = locate(cu_seqlens_ptr, tiles_ptr, heads, max_seqlen, BLOCK_M, TILE_ROWS)
     if start_m >= length:
         return
 
@@ -254,7 +254,7 @@ def attention_kernel(
     out_offs = offs_m[:, None] * stride_ot + offs_d[None, :]
     out = acc.to(q_ptr.dtype.element_ty)
     if out_ptr.dtype.element_ty == tl.float8e4nv:  # of the rounded result, as it is where that comes from memory
-        out = to_e4m3(out.to(tl.float32) * out_inverse_scale)
+        out = to_e4m3(out.to(tl.float32) * out_inverse_scale, INTERPRETED)
         # Compared anew: for the layout that FP8 is stored in, a mask from above would be carried through the loop.
         mask_q = (offs_m[:, None] < length - start_m) & mask_d
     tl.store(out_tile_ptr + out_offs, out, mask=mask_q)
@@ -296,7 +296,7 @@ def attention_backward_q_kernel(
     BLOCK_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    head, sequence, row, length, start_m = locate(cu_seqlens_ptr, tiles_ptr, heads, max_seqlen, BLOCK_M)
+    head, sequence, row, length, start_m = locate(cu_seqlens_ptr, tiles_ptr, heads, max_seqlen, BLOCK_M, TILE_ROWS)
     if start_m >= length:
         return
 
@@ -391,7 +391,7 @@ def attention_backward_kv_kernel(
     BLOCK_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    head, sequence, row, length, start_n = locate(cu_seqlens_ptr, tiles_ptr, heads, max_seqlen, BLOCK_N)
+    head, sequence, row, length, start_n = locate(cu_seqlens_ptr, tiles_ptr, heads, max_seqlen, BLOCK_N, TILE_ROWS)
     if start_n >= length:
         return
 

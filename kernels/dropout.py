@@ -20,8 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROUNDS = tl.constexpr(7)
-
 
 @triton.jit
 def _multiply(a, FACTOR: tl.constexpr):
@@ -35,7 +33,7 @@ def philox(seed, a, b, c, d):
     """The four words of the counter (a, b, c, d), uint32 of one shape, under a 64-bit seed."""
     key0 = seed.to(tl.uint64).to(tl.uint32)
     key1 = (seed.to(tl.uint64) >> 32).to(tl.uint32)
-    for _ in tl.static_range(ROUNDS):
+    for _ in tl.static_range(7):  # rounds
         high0, low0 = _multiply(a, 0xD2511F53)
         high1, low1 = _multiply(c, 0xCD9E8D57)
         a, b, c, d = high1 ^ b ^ key0, low1, high0 ^ d ^ key1, low0

@@ -111,7 +111,7 @@ def linear_fp8_kernel(
             y += tl.load(residual_ptrs + offs, mask=mask, other=0.0).to(tl.float32)
         out_ptrs = out_ptr + start_m.to(tl.int64) * n + start_h + (offs_m[:, None] * n + offs_h[None, :])
         if out_ptr.dtype.element_ty == tl.float8e4nv:
-            tl.store(out_ptrs, to_e4m3(y * inverse_scale), mask=mask)
+            tl.store(out_ptrs, to_e4m3(y * inverse_scale, INTERPRETED), mask=mask)
         else:
             tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=mask)
 

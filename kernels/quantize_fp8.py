@@ -27,10 +27,13 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def to_e4m3(x):
-    """x float32, in units of the scale, as e4m3: to nearest, ties to even, saturated; NaN where x is not finite."""
+def to_e4m3(x, SPELLED_OUT: tl.constexpr):
+    """x float32, in units of the scale, as e4m3: to nearest, ties to even, saturated; NaN where x is not finite.
+
+    SPELLED_OUT is INTERPRETED, which a function that kernels call can't read itself: see tests/kernels/cache_keys.py.
+    """
     x = tl.where(tl.abs(x) < float("inf"), tl.clamp(x, -448.0, 448.0), float("nan"))
-    if INTERPRETED:
+    if SPELLED_OUT:
         bits = tl.abs(x).to(tl.int32, bitcast=True)
         normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
         # Below the smallest normal number, multiples of 2^-9: 1.5 * 2^23 leaves no bit for a fraction.
@@ -86,7 +89,7 @@ def quantize_fp8_kernel(
     if scale_ptr is not None:
         scale, inverse_scale = own_scale(tl.max(tl.where(mask & (x == x), tl.abs(x), 0.0), 0))  # of NaN none
         tl.store(scale_ptr + row, scale)
-    tl.store(out_ptr + row * width + cols, to_e4m3(x * inverse_scale), mask=mask)
+    tl.store(out_ptr + row * width + cols, to_e4m3(x * inverse_scale, INTERPRETED), mask=mask)
 
 
 def _launch(
