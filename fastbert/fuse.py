@@ -198,8 +198,9 @@ def _fuse(model: nn.Module, supported: list[tuple[Any, Any, Settings]], loss_onl
         encoder = encoder_of(base)
         if (before := getattr(encoder, "fastbert", None)) is not None:  # fused before: goes on counting
             settings.counts, settings.running = before.counts, before.running
-            for holder in list(before.holders):
-                holder.hand_on(before, settings)
+            for held in list(before.holders):
+                if (holder := held()) is not None:
+                    holder.hand_on(before, settings)
         encoder.fastbert = settings
 
 

@@ -181,6 +181,30 @@ FAULTS = {
         "(_, seen, _, watched), reason = decide(base, settings, {}, foreign is not None), None",
         f"{PROMISE} -k patch",
     ),
+    "L: a mode around the backward": Fault(
+        "fastbert/ops/registry.py",
+        "        if (mode := foreign_dispatch_mode()) is not None:\n",
+        "        if (mode := None) is not None:\n",
+        "tests/fastbert/test_changed_calls.py -k backward",
+    ),
+    "N: counted again": Fault(
+        "fastbert/runtime/settings.py",
+        " and torch._C._current_graph_task_id() == -1:",
+        ":",
+        "tests/fastbert/test_wrappers.py -k counted",
+    ),
+    "A: shallow copies": Fault(
+        "fastbert/runtime/readers.py",
+        "    if any(references > _ONE for references in _references(around)):\n        return [ShallowCopy()]\n",
+        "",
+        "tests/fastbert/test_readers.py -k shallow",
+    ),
+    "O: a hook without names": Fault(
+        "fastbert/runtime/readers.py",
+        "return None if kwargs is None else hook(module, args, kwargs)",
+        "return hook(module, args, kwargs)",
+        "tests/fastbert/test_threads.py -k any_line",
+    ),
     "O: unfused meanwhile": Fault(
         "fastbert/runtime/encoder.py",
         "plan.settings if isinstance(plan, Plan) else getattr(self, ",

@@ -34,3 +34,4 @@ from .padding import unpack as unpack
 from .registry import CPU_BACKEND as CPU_BACKEND
 from .registry import DIFFERENTIABLE as DIFFERENTIABLE
 from .registry import OPERATORS as OPERATORS
+from .registry import foreign_dispatch_mode as foreign_dispatch_mode

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from .. import tuned
 from ..kernels import cpu
@@ -164,10 +165,42 @@ def operator(module: str, *, of_gradients: bool = False) -> Callable[[Callable[P
     return register
 
 
+# Torch's TorchDispatchModes that take any operator: what traces, fakes values, or keeps them for a checkpoint. Not so
+# its counter of FLOPs, to which fastbert's operators cost nothing. A mode that knows them says `knows_fastbert = True`.
+_TRACING = {
+    "torch._subclasses.fake_tensor",
+    "torch._subclasses.functional_tensor",
+    "torch.fx.experimental.proxy_tensor",
+    "torch.utils.checkpoint",
+}
+
+
+def foreign_dispatch_mode() -> TorchDispatchMode | None:
+    """A TorchDispatchMode that is active and may count or replace torch's operators; not while a compiler looks."""
+    if torch.compiler.is_compiling() or not _dispatch_modes():  # which a compiler cannot trace
+        return None
+    for mode in _get_current_dispatch_mode_stack():
+        if type(mode).__module__ not in _TRACING and not getattr(mode, "knows_fastbert", False):
+            return mode
+    return None
+
+
 def differentiable(function: Callable[..., object], save: Callable[..., None], backward: Callable[..., object]) -> None:
     """Gives an operator its gradient: what it saves, and the backward, of torch's operators and `on_gradient`."""
-    DIFFERENTIABLE.add(function.__name__)
-    torch.library.register_autograd(f"fastbert::{function.__name__}", backward, setup_context=save, lib=_LIBRARY)
+    name = function.__name__
+    DIFFERENTIABLE.add(name)
+
+    @functools.wraps(backward)
+    def checked(*args: object) -> object:
+        if (mode := foreign_dispatch_mode()) is not None:
+            raise RuntimeError(
+                f"the backward of fastbert::{name} is under a {type(mode).__module__}.{type(mode).__qualname__}, which "
+                "may count or replace torch's operators, and its forward was not; enter the mode before the forward, "
+                "which then runs stock, or call fastbert.unfuse(model)"
+            )
+        return backward(*args)
+
+    torch.library.register_autograd(f"fastbert::{name}", checked, setup_context=save, lib=_LIBRARY)
 
 
 def on_gradient(function: Callable[..., R], grad: Tensor, *args: Any) -> R:

@@ -486,20 +486,21 @@ class Holder:
     """Ties a module that holds base models to what `fuse` left on those; copied and pickled together with it.
 
     A base model knows by it what it stands in, without holding it: a base model that is copied, pickled or kept
-    alone comes alone. A shallow copy of the module shares it: one that outlives its module is in such a copy.
+    alone comes alone. A shallow copy of the module shares it: by its references that is told, and by outliving its
+    module.
     """
 
     def __init__(self, module: nn.Module, depth: int, settings: list[Any]) -> None:
         self.module, self.depth, self.settings = weakref.ref(module), depth, settings
         for each in settings:
-            each.holders.add(self)
+            each.holders.add(Held(self, each.holders))
 
     def hand_on(self, before: Any, settings: Any) -> None:
         """Ties its module, if it still has this one, to what a later `fuse`, of less than that, leaves there."""
         module = self.module()
         if module is not None and module.__dict__.get(HOLDS) is self:
             self.settings = [settings if each is before else each for each in self.settings]
-            settings.holders.add(self)
+            settings.holders.add(Held(self, settings.holders))
 
     def __getstate__(self) -> Args:
         return self.module(), self.depth, self.settings
@@ -508,17 +509,46 @@ class Holder:
         self.__init__(*state)  # type: ignore[misc]
 
 
+class Held(weakref.ref[Holder]):
+    """A weak reference to a `Holder`, with what that knows; it leaves the set that it is in as that dies."""
+
+    __slots__ = ("depth", "module")
+
+    def __new__(cls, holder: Holder, held: set[Held]) -> Held:
+        return super().__new__(cls, holder, held.discard)
+
+    def __init__(self, holder: Holder, held: set[Held]) -> None:
+        super().__init__(holder, held.discard)  # type: ignore[call-arg]
+        self.depth, self.module = holder.depth, holder.module
+
+
+def _references(holders: Iterable[Held]) -> list[int]:
+    """How many references there are to each. In C alone: no other thread sees those that this takes."""
+    return list(map(sys.getrefcount, map(weakref.ref.__call__, holders)))
+
+
 class ShallowCopy(nn.Module):
-    """In the place of a shallow copy of what `fuse` was given, which can't be looked at: no known reader."""
+    """Of what `fuse` was given there is a shallow copy, which can't be looked at: no known reader."""
 
 
-def outermost(base: nn.Module, holders: Iterable[Holder]) -> list[nn.Module]:
+_KEPT = {HOLDS: Holder(ShallowCopy(), 0, [])}
+_ONE = _references([Held(_KEPT[HOLDS], set())])[0]
+"""`_references` of one that a single module has."""
+
+
+def outermost(base: nn.Module, holders: Iterable[Held]) -> list[nn.Module]:
     """What `fuse` was given, if there still is such a thing, or what is left of it around the base model."""
-    alive = [(holder.depth, holder.module()) for holder in holders]
+    around = tuple(holders)
+    if any(references > _ONE for references in _references(around)):
+        return [ShallowCopy()]
+    alive = [(each.depth, each.module()) for each in around]
     if any(module is None for _, module in alive):
         return [ShallowCopy()]
     first = min((depth for depth, _ in alive), default=0)
-    return [module for depth, module in alive if depth == first and module is not None] or [base]
+    found = [module for depth, module in alive if depth == first and module is not None]
+    if not found or "forward" in base.__dict__:  # a shallow copy of the base model may have that alone
+        found.append(base)
+    return found
 
 
 def readings_of(roots: list[nn.Module]) -> Readings:

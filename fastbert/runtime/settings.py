@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from weakref import WeakSet
 
 import torch
 
 from ..layers.fp8 import Fp8
 from .coverage import Coverage
 from .graphs import Graphs
-from .readers import Holder
+from .readers import Held
 
 PADDINGS = ("auto", "packed", "dense")
 
@@ -65,7 +64,7 @@ class Settings:
         self.loss_only = loss_only
         self.graphs = Graphs() if cuda_graphs else None
         self.fp8 = fp8
-        self.holders: WeakSet[Holder] = WeakSet()
+        self.holders: set[Held] = set()
         """What the base model stood in."""
         self.counts = Counts()
         self.running = Running()
@@ -76,4 +75,4 @@ class Settings:
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
-        self.holders = WeakSet()  # those that are copied, too, come back by themselves
+        self.holders = set()  # those that are copied, too, come back by themselves

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_globals
 from torch.overrides import _get_current_function_mode_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers import modeling_flash_attention_utils as flash
 
-from .. import exporting
+from .. import exporting, ops
 from ..version import warn_of_newer
 from . import known
 from .registry import embeddings_of, encoder_of, family_of, layers_of, wrapped_encoder_of
@@ -305,21 +304,9 @@ def needs_stock(sample: Tensor) -> str | None:
         return "global module hooks"
     if torch._C._len_torch_function_stack() and (mode := _foreign_mode()) is not None:
         return f"a {mode}, which may replace what functions of torch compute"
-    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():  # which a compiler cannot trace
-        for each in _get_current_dispatch_mode_stack():
-            if type(each).__module__ not in _TRACING and not getattr(each, "knows_fastbert", False):
-                return f"a {named(each)}, which may count or replace torch's operators"
+    if (active := ops.foreign_dispatch_mode()) is not None:
+        return f"a {named(active)}, which may count or replace torch's operators"
     return None
-
-
-# Torch's TorchDispatchModes that take any operator: what traces, fakes values, or keeps them for a checkpoint. Not so
-# its counter of FLOPs, to which fastbert's operators cost nothing. A mode that knows them says `knows_fastbert = True`.
-_TRACING = {
-    "torch._subclasses.fake_tensor",
-    "torch._subclasses.functional_tensor",
-    "torch.fx.experimental.proxy_tensor",
-    "torch.utils.checkpoint",
-}
 
 
 def _foreign_mode() -> str | None:

@@ -324,6 +324,18 @@ def test_flops_are_counted_as_of_stock() -> None:
     assert ran(fused)[0] == {}
 
 
+@pytest.mark.parametrize("mode", [Clamped, functools.partial(FlopCounterMode, display=False)])
+def test_a_dispatch_mode_around_the_backward_alone_is_told(mode: Any) -> None:
+    """It would see operators of fastbert's, not those that it counts or replaces."""
+    model = fastbert.fuse(small()).train()
+    loss = model(**CALL)[0].sum()
+    with mode(), pytest.raises(RuntimeError, match=r"under a \S+, which .*; enter the mode before the forward"):
+        loss.backward()
+    with mode():
+        model(**CALL)[0].sum().backward()
+    assert ran(model)[0] == {"packed": 1} and sum(ran(model)[1].values()) == 1
+
+
 def test_a_selective_checkpoint_runs_fused() -> None:
     """Its gradients are those of the fused model without one, to the bit."""
     ways = create_selective_checkpoint_contexts

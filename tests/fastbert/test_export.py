@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +62,47 @@ def test_what_is_asked_for_ends_with_its_block() -> None:
                 raise ZeroDivisionError
             assert "fastbert" in operators(export(fused, (), call()))
         assert "fastbert" not in operators(export(fused, (), call()))
+
+
+ELSEWHERE = """
+import sys, torch, transformers.modeling_outputs  # which tells torch what a model returns
+call, expected = torch.load(sys.argv[2])
+found = torch.export.load(sys.argv[1]).module()(**call)[0]
+assert "fastbert" not in sys.modules
+torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+"""
+
+
+def test_a_saved_program_runs_where_there_is_no_fastbert(tmp_path: Path) -> None:
+    """With other lengths and another padding than it was exported with."""
+    stock, fused = pair("bert")
+    rows, length = (torch.export.Dim(name, min=2, max=40) for name in ("rows", "length"))
+    other = call(5, 23)
+    with torch.no_grad():
+        shapes = {name: {0: rows, 1: length} for name in call()}
+        program = export(fused, (), call(), dynamic_shapes=shapes)
+        torch.export.save(program, tmp_path / "model.pt2")
+        torch.save((other, stock(**other)[0]), tmp_path / "call.pt")
+    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path / "model.pt2"), str(tmp_path / "call.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""})
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_model_split_into_stages() -> None:
+    """torch.distributed.pipelining takes a model apart by an exported program: its stages are stock's."""
+    pipelining = pytest.importorskip("torch.distributed.pipelining")
+    stock = models.seeded()
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    cut = {"encoder.layer.1": pipelining.SplitPoint.BEGINNING}
+    with torch.no_grad():
+        pipe = pipelining.pipeline(fused, (), mb_kwargs=call(), split_spec=cut)
+        stages = [pipe.get_stage_module(i) for i in range(pipe.num_stages)]
+        names = [
+            str(n.target) for stage in stages for m in stage.modules() for n in getattr(m, "graph", stage.graph).nodes
+        ]
+        found = pipe(**call())[0]
+    assert len(stages) == 2 and len(names) > 100 and not any("fastbert" in name for name in names)
+    torch.testing.assert_close(found, stock(**call())[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -788,6 +788,59 @@ def test_a_shallow_copy_outlives_its_model(kind: Any) -> None:
     assert fastbert.explain(base).encoders[0].dense is None  # kept alone
 
 
+def _own_classifier(copied: Any) -> None:
+    torch.manual_seed(0)
+    copied.classifier = nn.Sequential(BiLSTM(), nn.Tanh()).eval()
+
+
+def _own_children(copied: Any) -> None:
+    copied.__dict__["_modules"] = copied._modules.copy()
+    _own_classifier(copied)
+
+
+def _own_forward(copied: Any) -> None:
+    inner = copied.forward
+    copied.forward = lambda **call: inner(**call).logits.mean(1, keepdim=True)
+
+
+def _own_class(copied: Any) -> None:
+    copied.__class__ = CentredTagger
+
+
+def _own_base(copied: Any) -> None:
+    copied.__dict__["_modules"] = copied._modules.copy()
+    copied.bert = copy.copy(copied.bert)
+    inner = copied.bert.forward
+
+    def forward(*args: Any, **call: Any) -> Any:
+        out = inner(*args, **call)
+        out.last_hidden_state = out.last_hidden_state.flip(1).cumsum(1).flip(1)
+        return out
+
+    copied.bert.forward = forward
+
+
+@pytest.mark.parametrize("change", [_own_classifier, _own_children, _own_forward, _own_class, _own_base])
+def test_a_shallow_copy_that_is_changed(change: Any) -> None:
+    """While its model lives, which is dense from then on, and packed again when the copy is gone."""
+    call = {"input_ids": models.ids(3, 11), "attention_mask": models.masks(3, 11)["right"]}
+    stock, kept = (models.seeded(hf.BertForTokenClassification, num_labels=5) for _ in range(2))
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    copies = [copy.copy(model) for model in (stock, fused)]
+    for each in copies:
+        change(each)
+    with torch.no_grad():
+        found = [(out if isinstance(out := each(**call), Tensor) else out.logits) for each in copies]
+        real = call["attention_mask"].bool()
+        read = real if found[0].shape[1] > 1 else slice(None)
+        torch.testing.assert_close(found[1][read], found[0][read], rtol=1e-4, atol=1e-5)
+        del copies[1], found, each
+        gc.collect()
+        if change is not _own_classifier:  # which its model shares
+            torch.testing.assert_close(fused(**call).logits[real], kept(**call).logits[real], rtol=1e-4, atol=1e-5)
+            assert fastbert.explain(fused).encoders[0].fused_calls == {"dense": 1, "packed": 1}
+
+
 def test_a_method_that_is_replaced_on_a_known_class_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """After the class was met, too: here sentence-transformers' pooling, by the mean over all rows."""
     pooling = pytest.importorskip("sentence_transformers.sentence_transformer.modules").Pooling
