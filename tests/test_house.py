@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime.registry": {"runtime.wrappers"},
     "tuned": {"kernels", "version"},
     "ops": {"kernels", "tuned"},
-    "runtime.support": {"exporting", "runtime.known", "runtime.registry", "runtime.wrappers", "version"},
+    "runtime.support": {"exporting", "ops", "runtime.known", "runtime.registry", "runtime.wrappers", "version"},
     "layers.gemm": {"ops", "runtime.support"},
     "runtime.packing": {"ops", "runtime.support"},
     "runtime.readers": {"runtime.known", "runtime.registry", "runtime.support", "runtime.wrappers"},

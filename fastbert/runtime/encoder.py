@@ -38,9 +38,8 @@ class FusedEncoder(Mixin):
         if fp8 is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._drop()  # the step that comes of gradients may leave no version: that of torch's fused optimizers
         if not isinstance(plan, Plan):
-            if plan is None and not known.takes_plan(family.name):
-                counts.add(counts.stock, str(known.foreign(family.name, None)))
-            elif plan is None and family.run is None:  # there its model hands on no plan
+            # There its model hands on no plan, and has counted the call.
+            if plan is None and family.run is None and known.takes_plan(family.name):
                 counts.add(counts.stock, "called past the forward of its model")
             stock = stock_forward(FusedEncoder, self, hidden_states, *args, **kwargs)
             return stock

@@ -184,6 +184,7 @@ def plan_call(model: Any, names: tuple[str, ...], args: Args, kwargs: Kwargs, as
         # Unfused, or given too many or twice: the forward itself says so.
         return args, {name: value for name, value in kwargs.items() if name not in Reads._fields}
     if not known.takes_plan(family_of(model).name):  # called as stock: what has replaced it may take nothing else
+        settings.counts.add(settings.counts.stock, str(_encoder_is_unsupported(model) or foreign_code(model)))
         return args, {name: value for name, value in kwargs.items() if name not in Reads._fields}
     if not has_fused_encoder(model):  # in place of the one that was fused
         settings.counts.add(settings.counts.stock, str(_encoder_is_unsupported(model)))
