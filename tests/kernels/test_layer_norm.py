@@ -177,8 +177,8 @@ def test_training_kernel(rows: int, width: int, dropout: float, dtype: torch.dty
     grad = torch.randn(rows, width, generator=torch.Generator().manual_seed(1)).to(args[1])
     kept = keep_row(SEED, torch.arange(rows), torch.arange(width), dropout).to(device) if dropout else None
     first = check_training(kernel, args, dropout, grad, kept)
-    second = check_training(kernel, args, dropout, grad, kept)
-    assert all(map(torch.equal, first, second))
+    if device == "cuda":  # the interpreter runs programs one after the other, the same each time
+        assert all(map(torch.equal, first, check_training(kernel, args, dropout, grad, kept)))
 
 
 @pytest.mark.parametrize("dtype", [*dtypes, "autocast"])
