@@ -109,6 +109,8 @@ _COMMON = (
 _MODELS = {
     "bert": ("Bert", (*_COMMON, "ForNextSentencePrediction", "ForPreTraining", "LMHeadModel")),
     "camembert": ("Camembert", (*_COMMON, "ForCausalLM")),
+    "deberta": ("Deberta", tuple(name for name in _COMMON if name != "ForMultipleChoice")),
+    "deberta_v2": ("DebertaV2", _COMMON),
     "distilbert": ("DistilBert", _COMMON),
     "electra": ("Electra", (*_COMMON, "ForCausalLM", "ForPreTraining")),
     "ernie": ("Ernie", (*_COMMON, "ForCausalLM", "ForNextSentencePrediction", "ForPreTraining")),

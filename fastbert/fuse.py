@@ -26,7 +26,18 @@ from .runtime.support import (
 from .runtime.wrappers import redirect
 from .version import is_newer
 
-FAMILIES = ("bert", "roberta", "xlm_roberta", "camembert", "electra", "ernie", "distilbert", "mpnet")
+FAMILIES = (
+    "bert",
+    "roberta",
+    "xlm_roberta",
+    "camembert",
+    "electra",
+    "ernie",
+    "distilbert",
+    "mpnet",
+    "deberta",
+    "deberta_v2",
+)
 """Modules of `fastbert.models`, each named as transformers names the family's."""
 
 

@@ -26,7 +26,7 @@ from .explain import explain
 from .fuse import fuse, unfuse
 from .layers.embeddings import first_position, longest_sequence
 from .quality import Measure, Quality
-from .runtime.registry import REGISTERED, embeddings_of, encoder_of, layers_in, layers_of
+from .runtime.registry import REGISTERED, embeddings_of, encoder_of, layers_in, layers_of, masks_keys, widen
 from .sensitivity import Sensitivity, sensitivity
 
 LAYOUTS = ("packed", "dense")
@@ -253,7 +253,7 @@ def verify(
         dtype: the working dtype, float32, bfloat16 or float16; default: the model's. Weights are rounded to it first,
             and the truth is computed on the rounded ones.
         device: where fused and stock run; default: the model's. The truth is always computed on the CPU.
-        layouts: which layouts of the fused path to run, of "packed" and "dense".
+        layouts: which layouts of the fused path to run, of "packed" and "dense"; DeBERTa has the first alone.
         batch_size: how many texts go into one forward.
         precision: as `fuse` takes it. In FP8 the bound is set by stock with its linear layers in FP8, and the
             report says what they change in what the model is used for.
@@ -286,6 +286,12 @@ def verify(
 
     working = twin(inner, device, dtype)
     bounding = working
+    if not masks_keys(working):  # with padding it packs or runs stock
+        layouts = [layout for layout in layouts if layout != "dense"]
+        if not layouts:
+            raise ValueError(
+                f"layouts is ('dense',); expected 'packed': {type(inner).__name__} has no other with padding"
+            )
     fuse(working, precision=precision)  # refused before anything is computed, where nothing can be fused
     if precision is not None:
         bounding = stock_in_fp8(inner, device, dtype)
@@ -294,6 +300,7 @@ def verify(
         if not parameter.isfinite().all():
             raise ValueError(f"model: parameter {name!r} holds NaN or infinity in {dtype}")
     truth = twin(inner, torch.device("cpu"), dtype, torch.float64)
+    widen(truth)
     if truth.config._attn_implementation not in ("eager", "sdpa"):
         truth.set_attn_implementation("sdpa")  # the others know neither float64 nor the CPU
 

@@ -17,6 +17,8 @@ dQ, one holds keys and walks the queries for dK and dV. The gradient of a bias b
 adds up the square tiles of dS, the gradient of the scores, that lie equally far from the diagonal, element by element,
 and only at its end sums along the diagonals of what it has. A fourth adds up what the programs found, in a fixed order.
 
+Scores by position, which `disentangled.py` makes, are two more tiles that the same kernels add to each tile of scores.
+
 `attention_fp8` writes what `quantize_fp8` would make of the result: in inference, where a scale is given.
 
 The recurrence and the backward are those of FlashAttention-2 (Dao, 2023, https://arxiv.org/abs/2307.08691).
@@ -56,6 +58,8 @@ from .quantize_fp8 import INTERPRETED, to_e4m3
 
 # Rows of an entry of the list of tiles: every block of rows that a program holds divides it.
 TILE_ROWS = tl.constexpr(128)
+# Scores by position have rows of a multiple of so many columns, and no block of rows or columns is larger.
+PITCH = tl.constexpr(64)
 # Sequences that a program of `tiles_kernel` takes at a time.
 TILES_BLOCK = 64
 # Sequences that a grid of them may have, in its last axis. More go by a list of tiles, which is one axis.
@@ -134,6 +138,41 @@ def add_bias(scores, bias_ptr, bias_span, inverse_scale, head, queries, keys, le
     return tl.fma(bias, inverse_scale, scores)
 
 
+@triton.jit
+def score_row(scores_ptr, head, rows, row, pitch):
+    """Where the scores by position of a row begin, in (heads, rows, pitch); None if there are none."""
+    if scores_ptr is not None:
+        scores_ptr += (head * rows + row) * pitch
+    return scores_ptr
+
+
+@triton.jit
+def load_positions(ptr, pitch, valid, M: tl.constexpr, N: tl.constexpr):
+    """Scores by position of M rows that are `valid`, N columns of each; None if there are none."""
+    scores = None
+    if ptr is not None:
+        offs = tl.arange(0, M)[:, None] * pitch + tl.arange(0, N)[None, :]
+        scores = tl.load(ptr + offs, mask=valid[:, None], other=0.0)
+    return scores
+
+
+@triton.jit
+def sum_positions(own, other, inverse_scale):
+    """What a tile of scores begins at: scores by position, of its rows and of its columns, in units of the others.
+
+    Not added afterwards: the layout they are loaded in would spread from there to what a tile's rows are summed in.
+    """
+    total = None
+    if own is not None:
+        total = own.to(tl.float32) * inverse_scale
+    if other is not None:
+        if own is not None:
+            total = tl.fma(tl.trans(other).to(tl.float32), inverse_scale, total)
+        else:
+            total = tl.trans(other).to(tl.float32) * inverse_scale
+    return total
+
+
 @triton.jit(
     do_not_specialize=[
         *("heads", "max_seqlen", "rows", "threshold", "bias_span"),
@@ -152,6 +191,8 @@ def attention_kernel(
     seed_ptr,  # of dropout, or None
     bias_ptr,  # (heads, 2 * bias_span - 1) float32, by how far the key is from the query; or None
     tiles_ptr,  # (entries, 4) int32, as `attention_tiles` returns; None: the grid is of blocks, heads and sequences
+    c2p_ptr,  # (heads, rows, pitch): of each query its scaled scores by the positions of keys; or None
+    p2c_ptr,  # the same of each key, by the positions of queries; or None. pitch: max_seqlen, up to a multiple of PITCH
     heads,
     max_seqlen,
     scale_log2e,  # scale * log2(e)
@@ -164,8 +205,8 @@ def attention_kernel(
     rows,  # of training alone, as are the next two: last, so that inference compiles to what it does without them
     threshold,  # of dropout
     kept_scale,
-    bias_span,  # of a bias alone, as is the next
-    inverse_scale,
+    bias_span,  # of a bias alone
+    inverse_scale,  # of a bias, or of scores by position
     out_inverse_scale,  # of an e4m3 result alone
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -197,13 +238,21 @@ def attention_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
+    pitch = tl.cdiv(max_seqlen, PITCH) * PITCH
+    c2p_ptr = score_row(c2p_ptr, head, rows, row + start_m, pitch)
+    p2c_ptr = score_row(p2c_ptr, head, rows, row, pitch)
+    if p2c_ptr is not None:
+        p2c_ptr += start_m // BLOCK_M * BLOCK_M  # start_m; from a list of tiles, the compiler knows no multiple of it
     for start_n in range(0, length, BLOCK_N):
         keep = offs_n < length - start_n
         mask_kv = keep[:, None] & mask_d
         if key_mask_ptr is not None:  # asked for before the matmul, which hides its latency
             keep = tl.load(key_mask_ptr + sequence * max_seqlen + start_n + offs_n, mask=keep, other=False)
         k = tl.load(k_tile_ptr + k_offs, mask=mask_kv, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
+        c2p = load_positions(c2p_ptr, pitch, start_m + offs_m < length, BLOCK_M, BLOCK_N)
+        p2c = load_positions(p2c_ptr, pitch, start_n + offs_n < length, BLOCK_N, BLOCK_M)
+        start = sum_positions(c2p, p2c, inverse_scale)
+        scores = tl.dot(q, tl.trans(k), start, input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
         if bias_ptr is not None:
             queries, keys = (start_m + offs_m)[:, None], (start_n + offs_n)[None, :]
             scores = add_bias(scores, bias_ptr, bias_span, inverse_scale, head, queries, keys, length)
@@ -233,6 +282,10 @@ def attention_kernel(
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=INPUT_PRECISION)
         k_tile_ptr += BLOCK_N * stride_kt
         v_tile_ptr += BLOCK_N * stride_vt
+        if c2p_ptr is not None:
+            c2p_ptr += BLOCK_N
+        if p2c_ptr is not None:
+            p2c_ptr += BLOCK_N * pitch
 
     row_sum = tl.sum(sums, 1)
     if key_mask_ptr is not None:
@@ -277,8 +330,11 @@ def attention_backward_q_kernel(
     cu_seqlens_ptr,
     key_mask_ptr,
     seed_ptr,
-    bias_ptr,  # as in attention_kernel
+    bias_ptr,  # as in attention_kernel, with the next three
     tiles_ptr,
+    c2p_ptr,
+    p2c_ptr,
+    ds_ptr,  # (heads, rows, pitch), written here where c2p is given: the gradients of scores, not yet scaled
     heads,
     rows,
     max_seqlen,
@@ -288,8 +344,8 @@ def attention_backward_q_kernel(
     scale,
     scale_log2e,
     stride_qt,
-    bias_span,  # of a bias alone, as is the next
-    inverse_scale,
+    bias_span,  # of a bias alone
+    inverse_scale,  # of a bias, or of scores by position
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,  # queries of a program
     BLOCK_N: tl.constexpr,  # keys at a time
@@ -325,6 +381,12 @@ def attention_backward_q_kernel(
     k_tile_ptr = qkv_ptr + row * stride_qt + third + head * HEAD_DIM
     kv_offs = offs_n[:, None] * stride_qt + offs_d[None, :]
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    pitch = tl.cdiv(max_seqlen, PITCH) * PITCH
+    c2p_ptr = score_row(c2p_ptr, head, rows, row + start_m, pitch)
+    p2c_ptr = score_row(p2c_ptr, head, rows, row, pitch)
+    ds_ptr = score_row(ds_ptr, head, rows, row + start_m, pitch)
+    if p2c_ptr is not None:
+        p2c_ptr += start_m // BLOCK_M * BLOCK_M  # start_m; from a list of tiles, the compiler knows no multiple of it
     for start_n in range(0, length, BLOCK_N):
         takes_part = offs_n < length - start_n
         mask_kv = takes_part[:, None] & mask_d
@@ -332,7 +394,10 @@ def attention_backward_q_kernel(
             takes_part = tl.load(key_mask_ptr + sequence * max_seqlen + start_n + offs_n, mask=takes_part, other=False)
         k = tl.load(k_tile_ptr + kv_offs, mask=mask_kv, other=0.0)
         v = tl.load(k_tile_ptr + third + kv_offs, mask=mask_kv, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
+        c2p = load_positions(c2p_ptr, pitch, valid_m, BLOCK_M, BLOCK_N)
+        p2c = load_positions(p2c_ptr, pitch, start_n + offs_n < length, BLOCK_N, BLOCK_M)
+        start = sum_positions(c2p, p2c, inverse_scale)
+        scores = tl.dot(q, tl.trans(k), start, input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
         if bias_ptr is not None:
             queries, keys = (start_m + offs_m)[:, None], (start_n + offs_n)[None, :]
             scores = add_bias(scores, bias_ptr, bias_span, inverse_scale, head, queries, keys, length)
@@ -347,9 +412,16 @@ def attention_backward_q_kernel(
         if seed_ptr is not None:
             queries = row + start_m + offs_m
             dp = tl.where(keep_tile(seed, queries, start_n, head, threshold, BLOCK_M, BLOCK_N), dp, 0.0)
-        ds = p * (dp - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=INPUT_PRECISION)
+        ds = (p * (dp - delta[:, None])).to(k.dtype)
+        dq = tl.dot(ds, k, dq, input_precision=INPUT_PRECISION)
+        if ds_ptr is not None:  # zeros where there is no key
+            tl.store(ds_ptr + (offs_m[:, None] * pitch + offs_n[None, :]), ds, mask=valid_m[:, None])
+            ds_ptr += BLOCK_N
         k_tile_ptr += BLOCK_N * stride_qt
+        if c2p_ptr is not None:
+            c2p_ptr += BLOCK_N
+        if p2c_ptr is not None:
+            p2c_ptr += BLOCK_N * pitch
 
     out_tile_ptr = dqkv_ptr + (row + start_m) * 3 * third + head * HEAD_DIM
     out_offs = offs_m[:, None] * 3 * third + offs_d[None, :]
@@ -375,6 +447,8 @@ def attention_backward_kv_kernel(
     seed_ptr,
     bias_ptr,
     tiles_ptr,
+    c2p_ptr,
+    p2c_ptr,  # here, once a tile has been read, it is given the gradients of its scores, not yet scaled
     heads,
     rows,
     max_seqlen,
@@ -416,6 +490,14 @@ def attention_backward_kv_kernel(
     grad_offs = offs_m[:, None] * third + offs_d[None, :]
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    pitch = tl.cdiv(max_seqlen, PITCH) * PITCH
+    c2p_ptr = score_row(c2p_ptr, head, rows, row, pitch)
+    p2c_ptr = score_row(p2c_ptr, head, rows, row + start_n, pitch)
+    if c2p_ptr is not None:
+        c2p_ptr += start_n // BLOCK_N * BLOCK_N
+    if p2c_ptr is not None and key_mask_ptr is not None:
+        offs_mask = sequence * max_seqlen + start_n + offs_n
+        takes_part = tl.load(key_mask_ptr + offs_mask, mask=start_n + offs_n < length, other=False)
     for start_m in range(0, length, BLOCK_M):
         valid_m = offs_m < length - start_m
         mask_q = valid_m[:, None] & mask_d
@@ -424,7 +506,10 @@ def attention_backward_kv_kernel(
         grad = tl.load(grad_tile_ptr + grad_offs, mask=mask_q, other=0.0)
         shift = tl.load(stats_ptr + start_m + offs_m, mask=valid_m, other=0.0)
         delta = tl.load(delta_ptr + start_m + offs_m, mask=valid_m, other=0.0)
-        scores = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)  # [BLOCK_N, BLOCK_M]
+        c2p = load_positions(c2p_ptr, pitch, valid_m, BLOCK_M, BLOCK_N)
+        p2c = load_positions(p2c_ptr, pitch, start_n + offs_n < length, BLOCK_N, BLOCK_M)
+        start = sum_positions(p2c, c2p, inverse_scale)
+        scores = tl.dot(k, tl.trans(q), start, input_precision=INPUT_PRECISION)  # [BLOCK_N, BLOCK_M]
         if bias_ptr is not None:
             queries, keys = (start_m + offs_m)[None, :], (start_n + offs_n)[:, None]
             scores = add_bias(scores, bias_ptr, bias_span, inverse_scale, head, queries, keys, length)
@@ -432,6 +517,8 @@ def attention_backward_kv_kernel(
         if qkv_ptr.dtype.element_ty == tl.float32:
             norm = tl.load(stats_ptr + heads.to(tl.int64) * rows + start_m + offs_m, mask=valid_m, other=0.0)
             p = p * norm[None, :]
+        if p2c_ptr is not None and key_mask_ptr is not None:  # here gradients of scores are kept, beyond this program
+            p = tl.where(takes_part[:, None], p, 0.0)
         dp = tl.dot(v, tl.trans(grad), input_precision=INPUT_PRECISION)  # [BLOCK_N, BLOCK_M]
         kept = p
         if seed_ptr is not None:
@@ -442,7 +529,15 @@ def attention_backward_kv_kernel(
         else:
             ds = p * (dp - delta[None, :])
         dv = tl.dot(kept.to(grad.dtype), grad, dv, input_precision=INPUT_PRECISION)
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=INPUT_PRECISION)
+        ds = ds.to(q.dtype)
+        dk = tl.dot(ds, q, dk, input_precision=INPUT_PRECISION)
+        if p2c_ptr is not None:
+            tl.store(
+                p2c_ptr + (offs_n[:, None] * pitch + offs_m[None, :]), ds, mask=(start_n + offs_n < length)[:, None]
+            )
+            p2c_ptr += BLOCK_M
+        if c2p_ptr is not None:
+            c2p_ptr += BLOCK_M * pitch
         q_tile_ptr += BLOCK_M * stride_qt
         grad_tile_ptr += BLOCK_M * third
 
@@ -803,6 +898,8 @@ def _launch_forward(
         seed,
         bias,
         tiles,
+        None,
+        None,
         heads,
         max_seqlen,
         scale * LOG2E,
@@ -954,12 +1051,13 @@ def attention_backward(
     )
     grid = _grid(config.block_m, max_seqlen, heads, batch, tiles)
     dropped = draw_threshold(dropout), keep_scale(dropout)
-    layout = cu_seqlens, key_mask, seed, bias, tiles, heads, rows, max_seqlen, *dropped
+    layout = cu_seqlens, key_mask, seed, bias, tiles, None, None
+    sizes = heads, rows, max_seqlen, *dropped
     span = 0 if bias is None else (bias.shape[1] + 1) // 2
     last = float(scale), scale * LOG2E, qkv.stride(0), span, 1 / scale
-    queries = (qkv, grad, out, stats, delta, dqkv, *layout, 1.0 - dropout, *last)
+    queries = (qkv, grad, out, stats, delta, dqkv, *layout, None, *sizes, 1.0 - dropout, *last)
     run(attention_backward_q_kernel, grid, queries, by_queries)
-    run(attention_backward_kv_kernel, grid, (qkv, grad, stats, delta, dqkv, *layout, *last), by_keys)
+    run(attention_backward_kv_kernel, grid, (qkv, grad, stats, delta, dqkv, *layout, *sizes, *last), by_keys)
     if dbias.numel():
         config, constants = _dbias_plan(attention_dbias_config, arch, dtype, head_dim, precision)
         blocks = -(-max_seqlen // config.block_m)

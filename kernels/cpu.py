@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -314,6 +314,160 @@ def attention_backward(
         for i, each in enumerate(grads):
             dqkv[group, i] = each.transpose(1, 2).flatten(0, 1)
     return dqkv, dbias
+
+
+def _by_place(scores: Tensor) -> Tensor:
+    """(..., R, R + S - 1), by row and distance -> (..., R, S), by row and place: a view, of [r, R - 1 - r + j]."""
+    rows, columns = scores.shape[-2:]
+    place = scores.storage_offset() + rows - 1
+    return scores.as_strided((*scores.shape[:-1], columns - rows + 1), (*scores.stride()[:-2], columns - 1, 1), place)
+
+
+_POSITION_ROWS = 128
+"""Rows at a time that are multiplied with positions: each with as many more distances as there are rows."""
+
+
+class _Positions:
+    """The tables of `disentangled_attention`, by distance: for sequences of any length, a slice of them."""
+
+    def __init__(self, c2p: Tensor | None, p2c: Tensor | None, slots: Tensor, length: int, dtype: torch.dtype) -> None:
+        self.most, middle = length, (slots.shape[0] - 1) // 2
+        # Distances 1 - S to S - 1 of query and key: of a key's row from left to right, of a query's from right to left.
+        slots = slots[middle - length + 1 : middle + length].long()
+        self.slots = slots.flip(0), slots
+        self.tables = tuple(
+            None if table is None else table[order].permute(1, 2, 0).to(dtype)  # [heads, D, 2 S - 1]
+            for table, order in zip((c2p, p2c), self.slots, strict=True)
+        )
+
+    def blocks(self, length: int) -> Iterator[tuple[slice, slice]]:
+        """Rows of a sequence of that length, and which distances of the tables they have."""
+        for start in range(0, length, _POSITION_ROWS):
+            end = min(start + _POSITION_ROWS, length)
+            yield slice(start, end), slice(self.most - end, self.most - start + length - 1)
+
+    def scores(self, query: Tensor, key: Tensor, heads: slice, scale: float) -> Tensor:
+        """query, key (heads, B, S, D), those of `heads` -> the scores, (heads, B, S, S), in their dtype."""
+        query = query * scale
+        scores = torch.matmul(query, key.transpose(2, 3))
+        for table, x, own in zip(self.tables, (query, key), (scores, scores.transpose(2, 3)), strict=True):
+            if table is not None:
+                x = x if x is query else x * scale
+                for rows, distances in self.blocks(query.shape[2]):
+                    own[:, :, rows] += _by_place(torch.matmul(x[:, :, rows], table[heads, None, :, distances]))
+        return scores
+
+    def gradients(
+        self, dscores: Tensor, query: Tensor, key: Tensor, heads: slice, dtables: Sequence[Tensor | None]
+    ) -> tuple[Tensor, Tensor]:
+        """Of `dscores`, scaled, those of query and key; those of tables, (P, heads, D), are added to `dtables`."""
+        transposed = dscores.transpose(2, 3)
+        dquery, dkey = torch.matmul(dscores, key), torch.matmul(transposed, query)
+        for i, (x, dx, own) in enumerate(((query, dquery, dscores), (key, dkey, transposed))):
+            table, dtable = self.tables[i], dtables[i]
+            if table is None or dtable is None:
+                continue
+            for rows, distances in self.blocks(query.shape[2]):
+                by_distance = dscores.new_zeros(*x.shape[:2], rows.stop - rows.start, distances.stop - distances.start)
+                _by_place(by_distance).copy_(own[:, :, rows])
+                dx[:, :, rows] += torch.matmul(by_distance, table[heads, None, :, distances].transpose(2, 3))
+                # [heads, distances, D]
+                found = torch.matmul(by_distance.flatten(1, 2).transpose(1, 2), x[:, :, rows].flatten(1, 2))
+                places = self.slots[i][distances]
+                dtable[:, heads] = dtable[:, heads].index_add(0, places, found.transpose(0, 1).to(dtable.dtype))
+        return dquery, dkey
+
+
+_SCORES = 2**17
+"""Scores at a time of `disentangled_attention`, for each thread: as many as caches hold, with those by distance."""
+
+
+def _head_groups(heads: int, scores: int) -> Iterator[slice]:
+    """Heads that are taken together, with so many scores each."""
+    step = max(1, min(heads, torch.get_num_threads() * _SCORES // max(scores, 1)))
+    return (slice(start, start + step) for start in range(0, heads, step))
+
+
+def _of_heads(x: Tensor, batch: int) -> Tensor:
+    """(B S, heads, D) -> (heads, B, S, D)."""
+    return x.unflatten(0, (batch, -1)).permute(2, 0, 1, 3)
+
+
+def disentangled_attention(
+    qkv: Tensor,
+    c2p: Tensor | None,
+    p2c: Tensor | None,
+    slots: Tensor,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+    tiles: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    rows, _, heads, _ = qkv.shape
+    dtype, generator = _matmul_dtype(qkv), _generator(seed)
+    out = qkv.new_empty(rows, *qkv.shape[2:])
+    planes = 2 if qkv.dtype.itemsize > 2 else 1
+    stats = qkv.new_ones(planes, heads, rows, dtype=torch.promote_types(qkv.dtype, torch.float32))
+    positions = _Positions(c2p, p2c, slots, max_seqlen, dtype)
+    for group, batch, _ in _sequences(rows, cu_seqlens, None, max_seqlen):
+        length = (group.stop - group.start if cu_seqlens is not None else rows) // batch
+        for some in _head_groups(heads, batch * length * length):
+            query, key, value = (_of_heads(x[:, some], batch).to(dtype) for x in qkv[group].unbind(1))
+            scores = positions.scores(query, key, some, scale).to(stats.dtype)
+            top = scores.amax(-1, keepdim=True)
+            weights = scores.sub_(top).exp_()
+            total = weights.sum(-1, keepdim=True)
+            if dropout:
+                weights.mul_(_keep(weights.shape, dropout, generator, weights.dtype))
+            result = torch.matmul(weights.to(dtype), value).div_(total)
+            out[group, some] = result.permute(1, 2, 0, 3).flatten(0, 1).to(out.dtype)
+            stats[0, some, group] = top.add_(total.log()).flatten(1)
+    return out, stats
+
+
+def disentangled_attention_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    c2p: Tensor | None,
+    p2c: Tensor | None,
+    slots: Tensor,
+    out: Tensor,
+    stats: Tensor,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+    tiles: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, _, heads, _ = qkv.shape
+    dtype, generator = _matmul_dtype(qkv), _generator(seed)
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
+    positions = _Positions(c2p, p2c, slots, max_seqlen, dtype)
+    dtables = [None if table is None else torch.zeros_like(table, dtype=stats.dtype) for table in (c2p, p2c)]
+    for group, batch, _ in _sequences(rows, cu_seqlens, None, max_seqlen):
+        length = (group.stop - group.start if cu_seqlens is not None else rows) // batch
+        for some in _head_groups(heads, batch * length * length):
+            query, key, value = (_of_heads(x[:, some], batch).to(dtype) for x in qkv[group].unbind(1))
+            dout = _of_heads(grad[group, some], batch).to(dtype)
+            # The softmax anew, not by `stats`, and its gradient from these, not from `out`: as precise as stock's.
+            weights = positions.scores(query, key, some, scale).to(stats.dtype).softmax(-1)
+            dweights, kept = torch.matmul(dout, value.transpose(2, 3)).to(stats.dtype), weights
+            if dropout:
+                keep = _keep(weights.shape, dropout, generator, weights.dtype)
+                dweights.mul_(keep)
+                kept = weights * keep
+            dvalue = torch.matmul(kept.to(dtype).transpose(2, 3), dout)
+            dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype).mul_(scale).to(dtype)
+            found = *positions.gradients(dscores, query, key, some, dtables), dvalue
+            for i, each in enumerate(found):
+                dqkv[group, i, some] = each.permute(1, 2, 0, 3).flatten(0, 1).to(dqkv.dtype)
+    dc2p, dp2c = (grad.new_empty(0) if total is None else total.to(qkv.dtype) for total in dtables)
+    return dqkv, dc2p, dp2c
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -438,6 +438,117 @@ tiles are more: several rounds of all that an H100 has room for. Each writes two
 up."""
 
 
+# Disentangled attention and its backward: by architecture, then (bytes of an element, head_dim rounded up to a power of
+# two), as above. Unmeasured: what doesn't spill. No block is larger than 64, `attention.PITCH`: of scores by position
+# each pair of a query and a key is read once, whatever the tile, so larger ones would save little.
+_DISENTANGLED: dict[str, dict[tuple[int, int], Config]] = {
+    "sm_80": {
+        (2, 16): Config(64, 64, 0, 4, 2),
+        (2, 32): Config(64, 64, 0, 4, 2),
+        (2, 64): Config(64, 64, 0, 4, 2),
+        (2, 128): Config(64, 32, 0, 8, 2),  # with four warps it spills
+        (4, 16): Config(32, 32, 0, 8, 1),
+        (4, 32): Config(32, 32, 0, 8, 1),
+        (4, 64): Config(32, 32, 0, 8, 1),
+        (4, 128): Config(16, 32, 0, 8, 1),
+    },
+    "sm_90": {
+        (2, 16): Config(64, 64, 0, 4, 2),
+        (2, 32): Config(64, 64, 0, 4, 2),
+        (2, 64): Config(64, 64, 0, 4, 2),  # 147 registers, 162 with dropout, and 56 KiB: three programs an SM
+        (2, 128): Config(64, 64, 0, 4, 2),
+        (4, 16): Config(32, 32, 0, 8, 1),
+        (4, 32): Config(32, 32, 0, 8, 1, max_registers=168),
+        (4, 64): Config(32, 32, 0, 8, 1, max_registers=168),
+        (4, 128): Config(16, 32, 0, 8, 1),
+    },
+    "portable": {
+        (2, 16): Config(64, 32, 0, 4, 1),
+        (2, 32): Config(64, 32, 0, 4, 1),
+        (2, 64): Config(64, 32, 0, 4, 1),
+        (2, 128): Config(64, 32, 0, 4, 1),
+        (4, 16): Config(32, 32, 0, 8, 1),
+        (4, 32): Config(32, 32, 0, 8, 1),
+        (4, 64): Config(32, 32, 0, 8, 1),
+        (4, 128): Config(16, 32, 0, 8, 1),
+    },
+}
+_DISENTANGLED["sm_89"] = _DISENTANGLED["sm_80"]  # by the same instructions, within 99 KiB
+_DISENTANGLED["sm_100"] = {
+    **_DISENTANGLED["sm_90"],
+    (2, 64): Config(64, 32, 0, 4, 2),  # 64 keys spill where a head is padded
+    (2, 128): Config(64, 32, 0, 4, 2),
+}
+_DISENTANGLED_BACKWARD: dict[str, dict[tuple[int, int], Config]] = {
+    "sm_80": {
+        **_ATTENTION_BACKWARD["sm_80"],
+        (2, 16): Config(64, 32, 0, 4, 2),
+        (2, 32): Config(64, 32, 0, 4, 2),
+        (2, 64): Config(32, 32, 0, 4, 2),  # 168 registers: three programs an SM
+    },
+    "sm_90": _ATTENTION_BACKWARD["sm_90"],
+    "sm_100": {
+        **_ATTENTION_BACKWARD["sm_100"],
+        # Left alone, ptxas stops at 128 registers and spills.
+        (2, 64): Config(64, 32, 0, 4, 2, max_registers=255),
+        (2, 128): Config(64, 32, 0, 8, 2, max_registers=255),
+    },
+    "portable": _ATTENTION_BACKWARD["portable"],
+}
+_DISENTANGLED_BACKWARD["sm_89"] = {
+    **_DISENTANGLED_BACKWARD["sm_80"],
+    (4, 32): Config(32, 32, 0, 8, 1, max_registers=168),
+}
+
+
+def disentangled_config(arch: str, dtype: torch.dtype, head_dim: int) -> Config:
+    """The tiles of disentangled attention: `block_m` queries by `block_n` keys. Arguments and errors as
+    `attention_config`'s."""
+    if not 1 <= head_dim <= 128:
+        raise ValueError(f"head_dim is {head_dim}; expected 1 to 128")
+    return _of(_DISENTANGLED, arch)[dtype.itemsize, max(16, 1 << (head_dim - 1).bit_length())]
+
+
+def disentangled_backward_config(arch: str, dtype: torch.dtype, head_dim: int) -> Config:
+    """The tiles of its backward: `block_m` rows held, `block_n` walked."""
+    return _of(_DISENTANGLED_BACKWARD, arch)[dtype.itemsize, max(16, 1 << (head_dim - 1).bit_length())]
+
+
+# Scores by position and what their gradients give rows and tables: `block_m` rows by `block_n` distances. And tables by
+# slot: `block_m` slots by `block_n` distances. By architecture and bytes an element; unmeasured, what doesn't spill.
+_POSITION: dict[str, dict[int, Config]] = {
+    # Left alone, ptxas stops at 128 registers and spills.
+    "sm_80": {
+        2: Config(64, 64, 0, 8, 1, max_registers=168),
+        4: Config(32, 32, 0, 8, 1, max_registers=168),
+    },
+    # In 16 bits with head_dim 64 89, 48 and 60 registers: two, five and four programs an SM. With four warps the first
+    # takes 184.
+    "sm_90": {2: Config(64, 64, 0, 8, 1), 4: Config(32, 32, 0, 8, 1, max_registers=168)},
+    "portable": {2: Config(64, 64, 0, 4, 1), 4: Config(32, 32, 0, 8, 1)},
+}
+_POSITION_SLOTS: dict[str, Config] = {
+    "sm_80": Config(16, 32, 0, 4, 1, max_registers=168),
+    "portable": Config(16, 32, 0, 4, 1),
+}
+_POSITION["sm_89"], _POSITION["sm_100"] = _POSITION["sm_80"], _POSITION["sm_90"]
+_POSITION_SLOTS.update(dict.fromkeys(("sm_89", "sm_90", "sm_100"), _POSITION_SLOTS["sm_80"]))
+
+
+def position_config(arch: str, dtype: torch.dtype, head_dim: int) -> Config:
+    """The tiles of scores by position, and of their gradients. Arguments as `attention_config`'s."""
+    return _of(_POSITION, arch)[dtype.itemsize]
+
+
+def position_slots_config(arch: str, dtype: torch.dtype, head_dim: int) -> Config:
+    """The tiles of the gradients of tables, by slot."""
+    return _of(_POSITION_SLOTS, arch)
+
+
+POSITION_PROGRAMS = 2048
+"""The gradients of tables by distance are shared out as `DBIAS_PROGRAMS` says."""
+
+
 # Linear layers: by architecture and bytes an element, (n below which it applies, configuration). Not measured yet:
 # counted from registers and shared memory a program, as the ahead-of-time compilation reports them.
 _ANY = float("inf")

@@ -96,6 +96,7 @@ def _attend(
     bias: Tensor | None = None,
     dropout: float = 0.0,
     seed: Tensor | None = None,
+    positions: tuple[Tensor | None, Tensor | None, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention, one sequence after the other, not rounded; and the logarithm of the sum of each row, (heads, T)."""
     q, k, v = qkv
@@ -108,6 +109,14 @@ def _attend(
         places = torch.arange(end - start, device=q.device)
         if bias is not None:
             scores = scores + bias.to(scores.dtype)[:, bias.shape[1] // 2 + places - places[:, None]]
+        if positions is not None:
+            c2p, p2c, slots = positions
+            chosen = slots[slots.shape[0] // 2 + places[:, None] - places].long().expand_as(scores)
+            if c2p is not None:
+                scores = scores + (query @ c2p.to(query.dtype).permute(1, 2, 0)).gather(2, chosen) * scale
+            if p2c is not None:
+                by_key = (key @ p2c.to(key.dtype).permute(1, 2, 0)).gather(2, chosen.transpose(1, 2))
+                scores = scores + by_key.transpose(1, 2) * scale
         there = torch.ones_like(places, dtype=torch.bool) if key_mask is None else key_mask[number]
         scores = scores.masked_fill(~there, torch.finfo(scores.dtype).min)
         # Zero, and not alike for all, where every key is masked.
@@ -183,6 +192,54 @@ def attention_backward(
         return dqkv.to(qkv.dtype), stats.new_empty(0)
     dqkv, dbias = _gradients(attend, grad, qkv, bias)
     return dqkv.to(qkv.dtype), dbias.to(bias.dtype)
+
+
+def disentangled_attention(
+    qkv: Tensor,
+    c2p: Tensor | None,
+    p2c: Tensor | None,
+    slots: Tensor,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+    tiles: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`attention_forward`, its scores with those of queries by the positions of keys, and the other way round."""
+    layout = cu_seqlens, key_mask, max_seqlen, scale, None, dropout, seed
+    out, sums = _attend(qkv.unbind(1), *layout, (c2p, p2c, slots))
+    stats = sums[None] if qkv.dtype.itemsize == 2 else torch.stack([sums, torch.ones_like(sums)])
+    return out.to(qkv.dtype), stats
+
+
+def disentangled_attention_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    c2p: Tensor | None,
+    p2c: Tensor | None,
+    slots: Tensor,
+    out: Tensor,
+    stats: Tensor,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+    tiles: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `disentangled_attention`: dqkv, dc2p and dp2c, empty, (0,), of a table that isn't given."""
+    given = [table for table in (c2p, p2c) if table is not None]
+
+    def attend(qkv: Tensor, *tables: Tensor) -> Tensor:
+        both = (None if c2p is None else tables[0], None if p2c is None else tables[-1], slots)
+        return _attend(qkv.unbind(1), cu_seqlens, key_mask, max_seqlen, scale, None, dropout, seed, both)[0]
+
+    dqkv, *dtables = (g.to(qkv.dtype) for g in _gradients(attend, grad, qkv, *given))
+    dc2p, dp2c = (qkv.new_empty(0) if table is None else dtables[i] for i, table in ((0, c2p), (-1, p2c)))
+    return dqkv, dc2p, dp2c
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -12,6 +12,7 @@ from transformers import BertConfig
 from transformers.models.bert import modeling_bert as hf
 
 from fastbert.numerics import assert_within_policy
+from fastbert.runtime.registry import widen
 
 HEADS = (
     hf.BertModel,
@@ -65,6 +66,9 @@ def ids(*shape: int, seed: int = 0, high: int = VOCABULARY) -> Tensor:
     return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(seed))
 
 
+MASKS = ("none", "full", "right", "left", "holes", "empty")
+
+
 def masks(batch: int, seqlen: int) -> dict[str, Tensor | None]:
     """One mask of every kind, (batch, seqlen) int64 or None."""
     lengths = torch.tensor([1 + (7 * i + 3) % seqlen for i in range(batch)])
@@ -86,7 +90,9 @@ def masks(batch: int, seqlen: int) -> dict[str, Tensor | None]:
 def three(model: Any, dtype: torch.dtype) -> tuple[Any, Any, Any]:
     """Copies of `model` with weights rounded to `dtype`: to fuse, stock in that dtype, and the truth in float64."""
     rounded = copy.deepcopy(model).to(dtype)
-    return copy.deepcopy(rounded), rounded, copy.deepcopy(rounded).double()
+    truth = copy.deepcopy(rounded).double()
+    widen(truth)
+    return copy.deepcopy(rounded), rounded, truth
 
 
 def ragged(lengths: list[int], seed: int = 0) -> dict[str, Any]:

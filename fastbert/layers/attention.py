@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,14 @@ class Attention:
     kinds: Mapping[Path, type[nn.Module]] = field(default_factory=dict)
     """Submodules whose code the fused layer stands in for, each with the class that code is known for."""
 
+    masks_keys: ClassVar[bool] = True
+    """Whether a padded layout is covered, in which keys are masked."""
+
+    @property
+    def by_distance(self) -> bool:
+        """Whether scores depend on the distance of query and key in the padded layout."""
+        return self.bias is not None
+
     def gemms(self) -> dict[str, tuple[Path, ...]]:
         """The linear layers of each GEMM, side by side."""
         return {
@@ -48,7 +56,7 @@ class Attention:
             "context": (self.output,),
         }
 
-    def dropout_paths(self) -> tuple[Path | None, Path | None]:
+    def dropout_paths(self) -> tuple[Path | None, ...]:
         """Where the dropouts are, of probabilities and of the result."""
         return None if self.dropout is None else (*self.module, self.dropout), self.output_dropout
 
@@ -57,6 +65,10 @@ class Attention:
         for path, kind in self.kinds.items():
             yield path, child(layer, *path), kind
         yield from dropouts_at(layer, self.dropout_paths())
+
+    def parameters(self, layer: nn.Module) -> Iterator[Tensor]:
+        """Those it reads beside its linear layers' and its norm's."""
+        return iter(())
 
     def unsupported(self, layer: nn.Module, name: str) -> str | None:
         """Why a layer of that name can't run fused, by what is this half's own."""

@@ -54,7 +54,7 @@ def default_positions(embeddings: Any, input_ids: Tensor | None, seqlen: int) ->
 
 # What a family's own embeddings may be made of: functions that are known to treat every row by itself, as they were at
 # import, for they may be replaced.
-_ROWWISE_FORWARDS = {kind.forward for kind in (nn.Embedding, nn.LayerNorm, nn.Dropout)}
+_ROWWISE_FORWARDS = {kind.forward for kind in (nn.Embedding, nn.LayerNorm, nn.Dropout, nn.Linear)}
 _LINEAR = nn.Linear.forward
 
 
@@ -75,12 +75,16 @@ def embeddings_are_foreign(model: Any) -> str | None:
         return f"the forward of {kind.__name__} has been replaced"
     if (name := own_method(embeddings, called)) is not None:
         return f"{name} of {kind.__name__} has been replaced"
+    family = family_of(model)
     for name, part in embeddings.__dict__["_modules"].items():
-        if type(part).forward not in _ROWWISE_FORWARDS or _is_replaced(part):
+        if part is None:
+            continue
+        rowwise = type(part).forward in _ROWWISE_FORWARDS or type(part) is family.layout.norm
+        if not rowwise or _is_replaced(part):
             return f"{name} of the embeddings is a {type(part).__name__}"
         if part.__dict__.get("max_norm") is not None:
             return f"{name} of the embeddings renormalises the rows that are looked up"
-    for name in family_of(model).between:
+    for name in family.between:
         part = model.__dict__["_modules"].get(name)
         if part is not None and (type(part).forward is not _LINEAR or _is_replaced(part)):
             return f"{name} is a {type(part).__name__}"

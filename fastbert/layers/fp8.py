@@ -11,14 +11,14 @@ pickle. They are made where they are first needed, and again once a weight is an
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import ops
 from ..runtime.support import fp8_is_unsupported, is_hooked, is_plain
+from .derived import Derived
 from .gemm import PLAIN, Form, Gemm, Norm, Quantized, plain
 from .layer import Bound, FusedLayer
 
@@ -140,30 +140,17 @@ def _unsupported(group: Sequence[Any]) -> str | None:
     return None
 
 
-class _Made(NamedTuple):
-    """The GEMMs of one layer, and of what they were made."""
-
-    key: tuple[tuple[int, int] | None, ...]
-    """Address and version of every weight and bias."""
-    storages: tuple[StorageWeakRef, ...]
-    """While they live, no other weight can have their address."""
-    gemms: Gemms
-
-    def is_of(self, key: tuple[tuple[int, int] | None, ...]) -> bool:
-        return self.key == key and not any(storage.expired() for storage in self.storages)
-
-
 class Fp8:
     """What `fuse(model, precision="fp8")` leaves on an encoder. Copies and pickles hold the scales alone."""
 
     def __init__(self, scales: Sequence[Scales] | None) -> None:
         self.scales = scales
         """Layer by layer; None: every row has its own."""
-        self._made: dict[int, _Made] = {}
+        self.derived = Derived()
 
     def drop(self) -> None:
         """Frees the quantized weights; the next forward makes them again."""
-        self._made = {}
+        self.derived.drop()
 
     def __getstate__(self) -> dict[str, object]:
         return {"scales": self.scales}
@@ -207,20 +194,16 @@ class Fp8:
         found = layer.layout.gemms(layer)
         groups = {name: found[name] if _unsupported(found[name]) is None else () for name in GEMMS}
         tensors = [x for group in groups.values() for linear in group for x in (linear.weight, linear.bias)]
-        key = tuple(None if x is None else (x.data_ptr(), x._version) for x in tensors)
-        made = self._made.get(index)
-        if made is not None and made.is_of(key):
-            return made.gemms
         scales = self._scales_of(index, layers)
-        gemms: Gemms = {}
-        for name, group in groups.items():
-            scale = None if scales is None else scales[name]
-            gemms[name] = Fp8Gemm(group, scale) if group and (scales is None or scale is not None) else None
-        made = _Made(key, tuple(StorageWeakRef(x.untyped_storage()) for x in tensors if x is not None), gemms)
-        # What a CUDA graph makes as it is captured is the graph's own, made again at each replay.
-        if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-            self._made[index] = made
-        return gemms
+
+        def make() -> Gemms:
+            made: Gemms = {}
+            for name, group in groups.items():
+                scale = None if scales is None else scales[name]
+                made[name] = Fp8Gemm(group, scale) if group and (scales is None or scale is not None) else None
+            return made
+
+        return self.derived.get(index, tensors, make)
 
     @staticmethod
     def runs(layers: Layers, sample: Tensor) -> bool:

@@ -63,6 +63,8 @@ class Layer:
     feed_forward: FeedForward = field(default_factory=FeedForward)
     pre_norm: bool = False
     """Whether LayerNorm comes before each half, x + half(norm(x)), and not after it, norm(x + half(x))."""
+    norm: type[nn.Module] = nn.LayerNorm
+    """The class of its LayerNorms: that, or another that computes the same."""
 
     def halves(self) -> tuple[Attention, FeedForward]:
         """Both, in order."""
@@ -217,8 +219,9 @@ def layer_is_unsupported(layer: nn.Module, name: str) -> str | None:
         elif not is_rowwise(linear, sharded):
             return f"{'.'.join((name, *path))} is a {named(linear)}{oddity(linear)}"
     for path, norm in layout.norms(layer):
-        if not is_plain(norm, nn.LayerNorm, sharded) or norm.weight is None:
-            return f"{'.'.join((name, *path))} is a {named(norm)}{oddity(norm)}, not a plain nn.LayerNorm with a weight"
+        if not is_plain(norm, layout.norm, sharded) or norm.weight is None:
+            kind = "nn.LayerNorm" if layout.norm is nn.LayerNorm else layout.norm.__name__
+            return f"{'.'.join((name, *path))} is a {named(norm)}{oddity(norm)}, not a plain {kind} with a weight"
         weights += [p for p in norm._parameters.values() if p is not None]
     dtype, device = weights[0].dtype, weights[0].device
     for weight in weights:

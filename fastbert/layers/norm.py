@@ -12,9 +12,10 @@ from .gemm import Norm, Path, child
 
 
 def norm_of(module: Any) -> Norm:
-    """A plain nn.LayerNorm's weight, bias (zeros where it has none) and eps."""
+    """A plain LayerNorm's weight, bias (zeros where it has none) and eps."""
     weight, bias = module.weight, module.bias
-    return Norm(weight, torch.zeros_like(weight) if bias is None else bias, module.eps)
+    eps = module.eps if hasattr(module, "eps") else module.variance_epsilon  # as DeBERTa v1 calls it
+    return Norm(weight, torch.zeros_like(weight) if bias is None else bias, eps)
 
 
 def rate_of(layer: nn.Module, path: Path | None) -> float:

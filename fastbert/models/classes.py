@@ -87,6 +87,8 @@ def register(family: Family, module: str) -> Family:
         setattr(sys.modules[module], kind.__name__, kind)
 
     stood_in_for = (*kinds, *(kind for half in family.layout.halves() for kind in half.kinds.values()))
+    if family.layout.norm is not nn.LayerNorm:
+        stood_in_for += (family.layout.norm,)
     known.keep(family.name, family.code, stood_in_for)
     before = (family.embeddings_at[0], family.stack[0], *family.between)
     know((family.base, kinds[family.base]), before, family.heads, family.parts, family.loss_heads)

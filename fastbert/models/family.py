@@ -61,6 +61,14 @@ class Family:
     hidden_states as the layout has them, (1, T, H) or (B, S, H). Without position_ids, `packing.positions` says where
     in its sequence every row is. Where there are tables, layers don't mix with stock ones, which are called otherwise.
     """
+    after_first: Callable[..., Any] | None = None
+    """(encoder, hidden_states before the first layer, after it, plan) -> those that the second layer takes."""
+    takes_square_mask: bool = True
+    """Whether the base model takes a 4-D mask, which says for every pair of tokens whether they see each other."""
+    refuses: Callable[[Any], str | None] | None = None
+    """Why calls of a base model run stock, by what it is; None where they don't."""
+    widen: Callable[[Any], None] | None = None
+    """Changes a base model in float64 whose code rounds to float32, so that it tells the truth."""
     spreads_empty: bool = False
     """Whether a sequence without a real token attends to all its tokens, whatever config._attn_implementation says:
     then a call with one runs stock. sdpa gives zeros there, as the kernels do; code that fills scores with the lowest

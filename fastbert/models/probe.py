@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
 from ..explain import explain
 from ..fuse import fuse
+from ..layers.attention import Attention
 from ..layers.embeddings import first_position
+from ..layers.feed_forward import FeedForward
 from ..layers.gemm import Path, child
 from ..layers.layer import Layer
 from ..numerics import relative_error
 from ..runtime import known
+from ..runtime.packing import Packing
 from ..runtime.readers import parameter_names, tell_labels
 from ..runtime.registry import encoder_of, layers_of
 from ..runtime.support import is_plain
@@ -128,8 +132,8 @@ def _check_layout(layout: Layer, layer: nn.Module) -> None:
             known_parameters |= {id(p) for p in linear.parameters()}
             paths.append(path)
         norm = _at(layer, half.norm, f"{name}.norm", owner)
-        if not isinstance(norm, nn.LayerNorm) or norm.weight is None:
-            raise ValueError(f"{name}.norm is {_a(norm)}; expected an nn.LayerNorm with a weight")
+        if not isinstance(norm, layout.norm) or norm.weight is None:
+            raise ValueError(f"{name}.norm is {_a(norm)}; expected a {layout.norm.__name__} with a weight")
         known_parameters |= {id(p) for p in norm.parameters()}
         paths.append(half.norm)
         for path in filter(None, half.dropout_paths()):
@@ -140,6 +144,7 @@ def _check_layout(layout: Layer, layer: nn.Module) -> None:
         for path, kind in half.kinds.items():
             if type(found := _at(layer, path, f"{name}.kinds", owner)) is not kind:
                 raise ValueError(f"{name}.kinds: {'.'.join(path)} is {_a(found)}, not {kind.__name__}")
+    known_parameters |= {id(p) for p in attention.parameters(layer)}
     _check_widths(layout, layer, head_dim)
     stood_in_for = {*attention.kinds, *feed_forward.kinds}
     for path in paths:
@@ -156,7 +161,7 @@ def _check_layout(layout: Layer, layer: nn.Module) -> None:
 
 
 def _check_widths(layout: Layer, layer: nn.Module, head_dim: int) -> None:
-    def outputs(half: Any, name: str) -> int:
+    def outputs(half: Attention | FeedForward, name: str) -> int:
         return sum(child(layer, *path).out_features for path in half.gemms()[name])
 
     attention, feed_forward = layout.halves()
@@ -190,8 +195,8 @@ class _Call(NamedTuple):
 def try_family(family: Family) -> None:
     """Compares small models with random weights fused and stock.
 
-    The base model, in both layouts, over paddings, lengths, positions and embeddings of one's own, with gradients, and
-    with everything dropped at one place after the other; and heads, as they read padding or don't.
+    The base model, in both layouts, over paddings, lengths, positions and given embeddings, with gradients, and with
+    all dropped at one place after the other; and heads, as they read padding or don't.
 
     Raises:
         ValueError: they differ, or nothing of it runs fused.
@@ -203,12 +208,12 @@ def try_family(family: Family) -> None:
         _check_tables(stock, family, calls[0])
         for padding in ("packed", "dense"):
             fused = fuse(copy.deepcopy(stock), padding=padding)
-            for i, call in enumerate(calls):
+            for call in calls:
                 _compare(stock, fused, call, padding)
-                (encoder,) = explain(fused).encoders
-                if not i and not encoder.fused_calls:
-                    told = encoder.stock_calls or encoder.reason
-                    raise ValueError(f"{family.base.__name__} was registered, and runs stock: {told}")
+            (encoder,) = explain(fused).encoders
+            if not encoder.fused_calls:
+                told = encoder.stock_calls or encoder.reason
+                raise ValueError(f"{family.base.__name__} was registered, and runs stock: {told}")
             _compare_sequences(stock, fused, family)
             _compare_gradients(stock, fused, calls[0], padding)
         _try_dropout(family, calls[0])
@@ -216,7 +221,7 @@ def try_family(family: Family) -> None:
             _try_head(family, kind, labelled=reader.hook is tell_labels)
 
 
-def _small(family: Family, kind: Any, **changes: Any) -> Any:
+def _small(family: Family, kind: Callable[..., PreTrainedModel], **changes: object) -> PreTrainedModel:
     """A small stock model with random weights."""
     model = kind(family.config(**{**family.sizes, **changes})).float().eval()
     with torch.no_grad():
@@ -245,7 +250,7 @@ _HINTS = {
 }
 
 
-def _calls(stock: Any, family: Family) -> Iterator[_Call]:
+def _calls(stock: nn.Module, family: Family) -> Iterator[_Call]:
     """Those that stock can be called with, the one with padding first."""
     base: Any = family.base
     words, *others = family.ids
@@ -285,7 +290,7 @@ def _calls(stock: Any, family: Family) -> Iterator[_Call]:
             yield call
 
 
-def _rows(stock: Any, family: Family, name: str) -> int:
+def _rows(stock: nn.Module, family: Family, name: str) -> int:
     """How many values an argument of ids has: rows of its table; 2, where it has none."""
     table = family.ids[name]
     embeddings = _at(stock, family.embeddings_at, "", "")
@@ -293,13 +298,13 @@ def _rows(stock: Any, family: Family, name: str) -> int:
     return 2 if found is None else int(found.num_embeddings)
 
 
-def _width(stock: Any, family: Family) -> int:
+def _width(stock: nn.Module, family: Family) -> int:
     """Of the embeddings of words."""
     table: Any = _at(stock, family.embeddings_at, "", "")._modules[next(iter(family.ids.values()))]
     return int(table.embedding_dim)
 
 
-def _stock_takes(stock: Any, call: _Call) -> bool:
+def _stock_takes(stock: nn.Module, call: _Call) -> bool:
     """Whether stock runs that call; what it raises is its own to say."""
     try:
         with torch.no_grad():
@@ -309,11 +314,13 @@ def _stock_takes(stock: Any, call: _Call) -> bool:
     return True
 
 
-def _tensors(result: Any) -> dict[str, Tensor]:
+def _tensors(result: object) -> dict[str, Tensor]:
     """The tensors of a model's output, by name."""
     if isinstance(result, Tensor):
         return {"output": result}
-    items = result.items() if isinstance(result, Mapping) else enumerate(result or ())
+    if not isinstance(result, (Mapping, tuple, list)):
+        return {}
+    items = result.items() if isinstance(result, Mapping) else enumerate(result)
     found = {}
     for name, value in items:
         inner = (
@@ -323,7 +330,7 @@ def _tensors(result: Any) -> dict[str, Tensor]:
     return found
 
 
-def _compare(stock: Any, fused: Any, call: _Call, layout: str) -> None:
+def _compare(stock: nn.Module, fused: nn.Module, call: _Call, layout: str) -> None:
     """Raises ValueError where the outputs of a call differ: at real tokens; at all of them, where `layout` is dense."""
     where = f"{layout}, in a call {call.what}"
     with torch.no_grad():
@@ -347,7 +354,7 @@ def _compare(stock: Any, fused: Any, call: _Call, layout: str) -> None:
             raise _departs(stock, f"its {name} by {error:.1e}, {where}", call.hint)
 
 
-def _compare_sequences(stock: Any, fused: Any, family: Family) -> None:
+def _compare_sequences(stock: nn.Module, fused: nn.Module, family: Family) -> None:
     """The flattened call, where sequences lie end to end: each as stock has it alone."""
     lengths, words = (5, 9, 1, 7), next(iter(family.ids))
     ids = torch.randint(2, _rows(stock, family, words), (1, sum(lengths)))  # 0 and 1 may be padding's
@@ -367,7 +374,7 @@ def _compare_sequences(stock: Any, fused: Any, family: Family) -> None:
         raise _departs(stock, f"its hidden states by {error:.1e}, in a flattened call, with cu_seq_lens_q")
 
 
-def _compare_gradients(stock: Any, fused: Any, call: _Call, layout: str) -> None:
+def _compare_gradients(stock: PreTrainedModel, fused: nn.Module, call: _Call, layout: str) -> None:
     # A LayerNorm's sum over a row says nothing of the row.
     weights = torch.randn(stock.config.hidden_size) * call.real[..., None]
     found = []
@@ -386,7 +393,7 @@ def _compare_gradients(stock: Any, fused: Any, call: _Call, layout: str) -> None
             raise _departs(stock, f"the gradient of {name} by {error:.1e}, {layout}")
 
 
-def _check_tables(stock: Any, family: Family, call: _Call) -> None:
+def _check_tables(stock: nn.Module, family: Family, call: _Call) -> None:
     """Looks at the tables that the family makes, in two dtypes and both layouts."""
     made, attention = family.tables, family.layout.attention
     if made is None:
@@ -398,7 +405,9 @@ def _check_tables(stock: Any, family: Family, call: _Call) -> None:
     head_dim = getattr(module, attention.head_dim)
     heads = child(layers_of(stock)[0], *attention.output).in_features // head_dim
 
-    def check(encoder: Any, hidden_states: Tensor, packing: Any, position_ids: Tensor | None) -> Any:
+    def check(
+        encoder: nn.Module, hidden_states: Tensor, packing: Packing, position_ids: Tensor | None
+    ) -> Mapping[str, object]:
         tables, rows = made(encoder, hidden_states, packing, position_ids), hidden_states.shape[:2].numel()
         for field, shapes, dtypes in (
             ("bias", [(heads, 2 * packing.max_seqlen - 1)], (torch.float32,)),
@@ -448,7 +457,7 @@ class _Dropped(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _check_places(stock: Any, family: Family, call: _Call) -> None:
+def _check_places(stock: nn.Module, family: Family, call: _Call) -> None:
     """Looks at what each dropout of the layout drops, by a rate of its own: `stock` in training, without others."""
     attention, feed_forward = family.layout.halves()
     halves = ((attention.dropout_paths()[1], attention.output), (feed_forward.down_dropout, feed_forward.down))
@@ -480,6 +489,11 @@ def _check_places(stock: Any, family: Family, call: _Call) -> None:
             raise ValueError(f"{'.'.join(path)} is not the dropout of {what}, in {type(layer).__name__}")
 
 
+def _has(layer: nn.Module, path: Path) -> bool:
+    """Whether there is a dropout; whether a layer has one may hang on its config."""
+    return hasattr(child(layer, *path[:-1]), path[-1])
+
+
 def _set_rate(model: nn.Module, path: Path, rate: float) -> None:
     """Sets a dropout of every layer."""
     for layer in layers_of(model):
@@ -499,11 +513,19 @@ def _try_dropout(family: Family, call: _Call) -> None:
     for module in layers_of(stock).modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.5
-    places = [path for half in family.layout.halves() for path in half.dropout_paths() if path is not None]
+    layer = layers_of(stock)[0]
+    paths = [path for half in family.layout.halves() for path in half.dropout_paths()]
+    places = [path for path in paths if path is not None and _has(layer, path)]
     for path in places:
         _set_rate(stock, path, 0.0)
-    seen: list[Any] = []
+    seen: list[tuple[tuple[object, ...], dict[str, object]]] = []
     encoder = encoder_of(stock)
+    if family.after_first is not None:  # which calls modules of the encoder
+        for module in (
+            each for child in encoder.children() if child is not layers_of(stock) for each in child.modules()
+        ):
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
     hook = encoder.register_forward_hook(lambda _, args, kwargs, __: seen.append((args, kwargs)), with_kwargs=True)
     with torch.no_grad():
         stock(**call.arguments)
@@ -528,7 +550,7 @@ def _try_dropout(family: Family, call: _Call) -> None:
         _set_rate(stock, path, 0.0)
 
 
-def _try_head(family: Family, kind: Any, labelled: bool) -> None:
+def _try_head(family: Family, kind: type[PreTrainedModel], labelled: bool) -> None:
     try:
         stock = _small(family, kind)
     except Exception as error:  # whatever it needs of its config

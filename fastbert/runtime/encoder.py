@@ -35,7 +35,7 @@ class FusedEncoder(Mixin):
             stock: ModelOutput = stock_forward(FusedEncoder, self, hidden_states, *args, **kwargs)
             return stock
         counts, fp8, family, layers = settings.counts, settings.fp8, type(self).family, layers_in(self)
-        if fp8 is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if (fp8 is not None or family.tables is not None) and _learns():
             self._drop()  # the step that comes of gradients may leave no version: that of torch's fused optimizers
         if not isinstance(plan, Plan):
             # There its model hands on no plan, and has counted the call.
@@ -49,7 +49,7 @@ class FusedEncoder(Mixin):
             hidden_states, plan, odd = _take(self, given, plan)
             if odd is not None:
                 receipt.stock = odd
-                kwargs["attention_mask"] = _stock_mask(given, plan)
+                kwargs["attention_mask"] = _stock_mask(given, plan, family.takes_square_mask)
                 stock = stock_forward(FusedEncoder, self, given, *args, **kwargs)
                 return stock
         packing = plan.packing
@@ -79,10 +79,13 @@ class FusedEncoder(Mixin):
         found: Any = plan.bound or (None,) * len(seeds)
         if fp8 is not None:
             found = [own or plain for own, plain in zip(fp8.bind(layers, plan.stock_layers), found, strict=True)]
+        first, after = hidden_states, family.after_first
         if plan.bound is not None and plan.seeds is None and _only_infers(layers, plan.bound, hidden_states):
             x = hidden_states.flatten(0, 1)
             for bound in found:
                 x = bound.infer(x, context)
+                if after is not None:
+                    x, after = after(self, first, x.view_as(first), plan).flatten(0, 1), None
             hidden_states, layers = x.view_as(hidden_states), ()
         for layer, stock, own_seeds, bound in zip(layers, plan.stock_layers, seeds, found, strict=False):
             if stock:
@@ -90,6 +93,8 @@ class FusedEncoder(Mixin):
             else:
                 mask = shown or ((_FUSED_ALONE,) if _runs_again(layer) else ())
                 hidden_states = layer(hidden_states, *mask, context=context, seeds=own_seeds, bound=bound, **kwargs)
+            if after is not None:
+                hidden_states, after = after(self, first, hidden_states, plan), None
         if family.final_norm is not None:
             hidden_states = self._modules[family.final_norm](hidden_states)
         return family.output(last_hidden_state=packing.unpack(hidden_states))
@@ -106,15 +111,15 @@ class FusedEncoder(Mixin):
         the modules of one come in training mode, and are put into the model's.
         """
         settings = getattr(self, "fastbert", None)
-        in_8_bits = settings is not None and settings.fp8 is not None
-        if in_8_bits and any(module.training != mode for module in self.modules()):
+        derives = settings is not None and (settings.fp8 is not None or type(self).family.tables is not None)
+        if derives and any(module.training != mode for module in self.modules()):
             self._drop()
         return super().train(mode)
 
     def _drop(self) -> None:
         """Frees graphs, weights in FP8 and what was found of layers; they are made again where they are needed."""
         settings = getattr(self, "fastbert", None)
-        for kept in () if settings is None else (settings.graphs, settings.fp8, settings.coverage):
+        for kept in () if settings is None else (settings.graphs, settings.fp8, settings.coverage, settings.derived):
             if kept is not None:
                 kept.drop()
 
@@ -143,6 +148,10 @@ def refuse_to_run_again_unfused(called: nn.Module, encoder: nn.Module, output: T
                 raise RuntimeError(_UNFUSED_MEANWHILE.format("encoder"))
 
         output.register_hook(check)
+
+
+def _learns() -> bool:
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class _FusedAlone:
@@ -183,8 +192,10 @@ def _only_infers(layers: Any, bound: tuple[Any, ...], sample: Tensor) -> bool:
     return not any(layer.training for layer in layers)
 
 
-def _stock_mask(hidden_states: Tensor, plan: Plan) -> Any:
-    """The mask that stock code hands to its encoder."""
+def _stock_mask(hidden_states: Tensor, plan: Plan, square: bool = True) -> Any:
+    """The mask that stock code hands to its encoder; not `square`: it has one of tokens."""
+    if not square:
+        return hidden_states.new_ones(hidden_states.shape[:2]) if plan.mask is None else plan.mask
     return create_bidirectional_mask(config=plan.config, inputs_embeds=hidden_states, attention_mask=plan.mask)
 
 

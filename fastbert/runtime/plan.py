@@ -221,6 +221,9 @@ def plan_call(model: Any, names: tuple[str, ...], args: Args, kwargs: Kwargs, as
     mask = call.get("attention_mask")
     if cu_seqlens is None:
         packing = _lay_out(model, call, settings, reads, foreign, mixed or watched)
+        if packing.key_mask is not None and not family_of(model).layout.attention.masks_keys:
+            call["attention_mask"], call["plan"] = mask, "padding that is read, asked to be kept, or between tokens"
+            return (), call
     seeds = _draw_seeds(layers_of(model)) if seen.drops else None
     call["plan"] = Plan(
         packing,
@@ -313,12 +316,12 @@ def _isolate(model: Any, call: Kwargs, reason: str) -> None:
     cu_seqlens, implementation = call.get("cu_seq_lens_q"), model.config._attn_implementation
     if cu_seqlens is None or call.get("attention_mask") is not None or is_flash(model):
         return
-    if implementation in ("sdpa", "eager", None):
+    if implementation in ("sdpa", "eager", None) and family_of(model).takes_square_mask:
         call["attention_mask"] = _stock_isolation(model, cu_seqlens, shape_of(call)[1])
     elif reason != DISABLED:
         raise ValueError(
-            f"cu_seq_lens_q is given, the call runs stock ({reason}), and attention implementation {implementation!r} "
-            "would not keep its sequences apart; expected 'sdpa', 'eager' or a flash attention"
+            f"cu_seq_lens_q is given, the call runs stock ({reason}), and stock {type(model).__name__} under attention "
+            f"implementation {implementation!r} would not keep its sequences apart; expected a padded call"
         )
 
 
@@ -345,7 +348,7 @@ def _is_repeatable(model: nn.Module, call: Mapping[str, object]) -> bool:
 
 def _has_table(model: nn.Module, name: str) -> bool:
     """Whether the embeddings look up the argument of that name."""
-    return family_of(model).ids.get(name) in embeddings_of(model).__dict__["_modules"]
+    return embeddings_of(model).__dict__["_modules"].get(family_of(model).ids.get(name)) is not None
 
 
 def _lay_out(model: Any, call: Kwargs, settings: Settings, reads: Reads, foreign: bool, keeps: bool) -> Packing:
@@ -376,7 +379,7 @@ def _lay_out(model: Any, call: Kwargs, settings: Settings, reads: Reads, foreign
         return Packing(batch, seqlen, seqlen)
     # A pooler reads position 0 of every sequence, real or not.
     exact = selection.starts_real or not (around.first or getattr(model, "pooler", None) is not None)
-    if family.layout.attention.bias is not None and selection.has_holes:  # distances are those of the padded layout
+    if family.layout.attention.by_distance and selection.has_holes:  # distances are those of the padded layout
         exact = False
     if selection.tokens == 0 or not exact or (selection.labels_padding and settings.padding == "auto"):
         return Packing(batch, seqlen, seqlen, key_mask=mask)

@@ -71,3 +71,17 @@ def before_layers(model: nn.Module) -> list[nn.Module]:
     modules = model.__dict__["_modules"]
     found = [modules[name] for name in family_of(model).between if modules.get(name) is not None]
     return [embeddings_of(model), *found]
+
+
+def masks_keys(model: nn.Module) -> bool:
+    """Whether every base model in `model` runs fused in the dense layout, too, where there is padding."""
+    families = [REGISTERED[kind] for module in model.modules() for kind in type(module).__mro__ if kind in REGISTERED]
+    return all(family.layout.attention.masks_keys for family in families)
+
+
+def widen(model: nn.Module) -> None:
+    """Has base models in `model`, in float64, compute in float64 throughout: see `Family.widen`."""
+    for module in list(model.modules()):
+        for kind in type(module).__mro__:
+            if kind in REGISTERED and REGISTERED[kind].widen is not None:
+                REGISTERED[kind].widen(module)

@@ -246,7 +246,9 @@ def embeddings_are_unsupported(embeddings: Any, sharded: bool = False) -> str | 
 def tables_are_unsupported(embeddings: nn.Module, sharded: bool = False) -> str | None:
     """The same, whatever the state of torch."""
     more = getattr(embeddings, "use_task_id", False)  # of the classes that have it, it adds a fourth table
-    if more or not hasattr(embeddings, "token_type_embeddings"):
+    if more or any(
+        getattr(embeddings, name, None) is None for name in ("token_type_embeddings", "position_embeddings")
+    ):
         return "there is a kernel for tables of words, types and positions, not for these"
     names = ("word_embeddings", "token_type_embeddings", "position_embeddings")
     tables = [getattr(embeddings, name) for name in names]
@@ -403,6 +405,8 @@ def call_is_unsupported(model: nn.Module, call: Mapping[str, Any]) -> str | None
     config = model.config
     if _is_decoder(config):
         return "it is a decoder (config.is_decoder or config.add_cross_attention)"
+    if (refuses := family_of(model).refuses) is not None and (reason := refuses(model)) is not None:
+        return str(reason)
     if is_asked(model, call, "output_attentions"):
         return "output_attentions"
     for name in (*CACHES, "encoder_hidden_states", "encoder_attention_mask"):

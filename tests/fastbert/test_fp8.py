@@ -315,9 +315,9 @@ def test_what_leaves_no_version_is_seen_after_training(how: str) -> None:
         model = peft.get_peft_model(model, config).eval().merge_and_unload()
     assert not torch.equal(run(model), before)
     assert torch.equal(run(model), run(fuse(fastbert.unfuse(copy.deepcopy(model)), precision="fp8")))
-    made = model.encoder.fastbert.fp8._made[0]
+    made = model.encoder.fastbert.fp8.derived.made[0]
     model.eval()  # as sentence-transformers calls it before every batch
-    assert model.encoder.fastbert.fp8._made[0] is made
+    assert model.encoder.fastbert.fp8.derived.made[0] is made
 
 
 def test_attention_goes_by_the_list_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,10 +339,10 @@ def test_a_new_weight_at_an_old_address_is_seen() -> None:
     run(model)
     dense = model.encoder.layer[0].output.dense
     state = model.encoder.fastbert.fp8
-    made = state._made[0]
+    made = state.derived.made[0]
     dense.weight.data = torch.randn(128, 256)
     own = tuple(None if x is None else (x.data_ptr(), x._version) for x in _tensors(model.encoder.layer[0]))
-    state._made[0] = made._replace(key=own)  # as if it had the address of the old one
+    state.derived.made[0] = made._replace(key=own)  # as if it had the address of the old one
     assert torch.equal(run(model), run(fuse(fastbert.unfuse(copy.deepcopy(model)), precision="fp8")))
 
 
@@ -519,7 +519,7 @@ def test_calibration_finds_scales(tmp_path: Path) -> None:
     assert found.error == pytest.approx(relative_error(out[real], plain.double()), rel=0.01)
     assert "last hidden states within" in str(found)
     again.to(torch.bfloat16)
-    assert not again.encoder.fastbert.fp8._made  # of memory that has been left
+    assert not again.encoder.fastbert.fp8.derived.made  # of memory that has been left
 
 
 def explained(model: Any) -> str:

@@ -44,6 +44,8 @@ def arguments(
     tiles = ops.attention_tiles(sequences[0], 9)
     added = tiles, normal(2, 11).to(torch.promote_types(dtype, torch.float32))  # a bias with room for 6 tokens
     attended = ops.attention_forward(qkv, *sequences, *drop, *added)
+    positions = normal(8, 2, 16), normal(8, 2, 16), (torch.arange(-5, 6, device=device) + 4).clamp(0, 7).int()
+    disentangled = ops.disentangled_attention(qkv, *positions, *sequences, *drop, tiles)
     losses = (x, weight, bias, integers(48, 9))
     fp8 = (*ops.quantize_fp8(x, None), *ops.quantize_fp8(weight, None), bias)
     rows = (torch.tensor([0, 3, 8], device=device), torch.tensor([0, -1, -1, 1, -1, -1, -1, -1, 2], device=device))
@@ -58,6 +60,11 @@ def arguments(
         "attention_tiles": (sequences[0], 9),
         "attention_forward": (qkv, *sequences, *drop, *added),
         "attention_backward": (normal(9, 2, 16), qkv, *attended, *sequences, *drop, *added),
+        "disentangled_attention": (qkv, *positions, *sequences, *drop, tiles),
+        "disentangled_attention_backward": (
+            *(normal(9, 2, 16), qkv, *positions, *disentangled),
+            *(*sequences, *drop, tiles),
+        ),
         "layer_norm": (x, *norm),
         "add_layer_norm": (x, normal(9, 32), *norm, *drop),
         "add_layer_norm_backward": (normal(9, 32), x, normal(9, 32), norm[0], norm[2], *drop),

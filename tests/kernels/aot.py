@@ -48,7 +48,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastbert.kernels import attention, launch, linear
+from fastbert.kernels import attention, disentangled, launch, linear
 from fastbert.kernels.cross_entropy import cross_entropy_backward_kernel, cross_entropy_kernel
 from fastbert.kernels.embedding import embedding_backward_kernel, embedding_kernel
 from fastbert.kernels.launch import (
@@ -149,6 +149,7 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
             "key_mask_ptr": "*i1" if layout == "masked" else None,
             "seed_ptr": "*i64" if drops else None,
             "tiles_ptr": "*i32" if layout == "packed" else None,
+            **dict.fromkeys(("c2p_ptr", "p2c_ptr"), None),
             "heads": 16,
             "rows": 4096,
             "max_seqlen": 512,
@@ -213,7 +214,7 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
                     **common(dtype, head_dim, layout, precision, drops),
                     **dict.fromkeys(("qkv_ptr", "grad_ptr", "dqkv_ptr"), pointer),
                     **dict.fromkeys(("stats_ptr", "delta_ptr"), "*fp32"),
-                    **({"out_ptr": pointer, "keep_rate": 0.9} if name == "q" else {}),
+                    **({"out_ptr": pointer, "ds_ptr": None, "keep_rate": 0.9} if name == "q" else {}),
                     **added(bias),
                     "scale": 0.125,
                     "scale_log2e": 0.18,
@@ -227,7 +228,8 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
             return
         config = attention_dbias_config(table(arch), dtype, head_dim)
         shared = common(dtype, head_dim, layout, precision, drops)
-        del shared["tiles_ptr"]
+        for absent in ("tiles_ptr", "c2p_ptr", "p2c_ptr"):
+            del shared[absent]
         yield Spec(
             variant=f"dbias {layout} {precision} d{head_dim}" + " dropout" * drops,
             kernel=attention.attention_dbias_kernel,
@@ -318,6 +320,127 @@ def _attention_fp8(arch: str, full: bool) -> Iterator[Spec]:
             continue
         if full or given["q_ptr"] == "*bf16" or given["HEAD_DIM"] == 40:
             yield replace(spec, arguments={**given, "out_ptr": "*fp8e4nv", "out_inverse_scale": 4.0})
+
+
+@specializations("disentangled")
+def _disentangled(arch: str, full: bool) -> Iterator[Spec]:
+    sizes = {"heads": 16, "rows": 4096, "max_seqlen": 512, "reach": 512, "stride_qt": 3 * 1024}
+
+    def family(
+        dtype: torch.dtype,
+        head_dim: int,
+        kinds: str = "c2p p2c",
+        layout: str = "packed",
+        drops: bool = False,
+        precision: str = "ieee",
+        backward: bool = True,
+    ) -> Iterator[Spec]:
+        """Every kernel of a forward, and of a backward."""
+        pointer, wide = f"*{TYPE_NAMES[dtype]}", "*fp32"
+        tables = {kind: pointer if kind in kinds else None for kind in ("c2p", "p2c")}
+        sequences = dict.fromkeys(("cu_seqlens_ptr", "tiles_ptr"), "*i32" if layout == "packed" else None)
+        attend = {
+            **{f"{kind}_ptr": table for kind, table in tables.items()},
+            **sequences,
+            "key_mask_ptr": "*i1" if layout == "masked" else None,
+            "seed_ptr": "*i64" if drops else None,
+            "bias_ptr": None,
+            **{"threshold": 6554, "kept_scale": 1.11, "bias_span": 0, "inverse_scale": 8.0, "scale_log2e": 0.18},
+            **{"heads": 16, "rows": 4096, "max_seqlen": 512},
+        }
+
+        def spec(
+            name: str, kernel: Any, choose: Any, arguments: dict[str, Any], swapped: bool = False, matrix: bool = True
+        ) -> Spec:
+            config = choose(table(arch), dtype, head_dim)
+            held, walked = ("BLOCK_N", "BLOCK_M") if swapped else ("BLOCK_M", "BLOCK_N")
+            shared = {
+                "HEAD_DIM": head_dim,
+                "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+                "INPUT_PRECISION": precision,
+                held: config.block_m,
+                walked: config.block_n,
+            }
+            given = {name: value for name, value in {**shared, **arguments}.items() if name in kernel.arg_names}
+            variant = f"{name} {kinds} {layout} {precision} d{head_dim}" + " dropout" * drops
+            return Spec(variant, kernel, given, config, matrix)
+
+        def by_kind(suffix: str, of: str) -> dict[str, Any]:
+            return {f"{kind}{suffix}_ptr": table and of for kind, table in tables.items()}
+
+        strides = {f"stride_{x}{axis}": 3 * 1024 if axis == "t" else head_dim for x in "qkv" for axis in "th"}
+        position = {**by_kind("", pointer), "slots_ptr": "*i32", **sequences, **sizes, "scale": 0.125, "factor": 0.125}
+        yield spec(
+            "scores",
+            disentangled.position_scores_kernel,
+            launch.position_config,
+            {**position, "qkv_ptr": pointer, **by_kind("_scores", pointer)},
+        )
+        yield spec(
+            "attention",
+            attention.attention_kernel,
+            launch.disentangled_config,
+            {
+                **attend,
+                **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), pointer),
+                **{"stats_ptr": wide, "out_inverse_scale": 1.0, **strides},
+            },
+        )
+        if not backward:
+            return
+        for name, swapped in (("q", False), ("kv", True)):
+            yield spec(
+                f"d{name}",
+                getattr(attention, f"attention_backward_{name}_kernel"),
+                launch.disentangled_backward_config,
+                {
+                    **attend,
+                    **dict.fromkeys(("qkv_ptr", "grad_ptr", "out_ptr", "dqkv_ptr"), pointer),
+                    **dict.fromkeys(("stats_ptr", "delta_ptr"), wide),
+                    **{"ds_ptr": tables["c2p"], "keep_rate": 0.9, "scale": 0.125, "stride_qt": 3 * 1024},
+                },
+                swapped,
+            )
+        gradients = {**position, **by_kind("_grad", pointer)}
+        yield spec(
+            "rows",
+            disentangled.position_rows_kernel,
+            launch.position_config,
+            {**gradients, "dqkv_ptr": pointer},
+        )
+        yield spec(
+            "table",
+            disentangled.position_table_kernel,
+            launch.position_config,
+            {**gradients, "qkv_ptr": pointer, "partial_ptr": wide, "sequences": 32},
+        )
+        counts = {"chunks": 4, "distances": 1024, "slots": 512}
+        given = {f"d{name}": table for name, table in by_kind("", pointer).items()}
+        yield spec(
+            "slots",
+            disentangled.position_slots_kernel,
+            launch.position_slots_config,
+            {**position, **given, "partial_ptr": wide, **counts},
+            matrix=False,  # it adds up in float32
+        )
+
+    both = "c2p p2c"
+    if full:
+        for head_dim, dtype in itertools.product((16, 32, 40, 64, 80, 96, 128), TYPE_NAMES):
+            for kinds, layout in ((both, "packed"), (both, "dense"), ("c2p", "packed"), ("p2c", "packed")):
+                yield from family(dtype, head_dim, kinds, layout, True)
+            for layout, drops in (("packed", False), ("dense", False), ("masked", False), ("masked", True)):
+                for spec in family(dtype, head_dim, both, layout, drops):
+                    if spec.kernel.__name__.startswith("attention"):  # the others have neither masks nor dropout
+                        yield spec
+            if dtype is torch.float32:
+                yield from family(dtype, head_dim, both, "packed", True, "tf32")
+    else:
+        yield from family(torch.bfloat16, 64, both, "packed", True)
+        yield from family(torch.float16, 32, "p2c", "masked", True)
+        yield from family(torch.float32, 64, "c2p", "dense")
+        for head_dim in (64, 128):
+            yield from family(torch.bfloat16, head_dim, both, "packed", backward=False)
 
 
 @specializations("linear")

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from fastbert.kernels import attention, embedding, layer_norm, linear, padding, reference
+from fastbert.kernels import attention, disentangled, embedding, layer_norm, linear, padding, reference
 from fastbert.numerics import relative_error
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="watches the interpreter's memory")
@@ -134,6 +134,26 @@ def test_attention_of_many_rows(packed: bool) -> None:
     found, _ = attention.attention_backward(grad, qkv, out, stats, *arguments, scale, 0.0, None)
     truth, _ = reference.attention_backward(grad[-length:], last, *small, None, None, length, scale, 0.0, None)
     near(found[:, :, -1], truth[:, :, -1])
+
+
+@pytest.mark.usefixtures("far")
+@pytest.mark.parametrize("kind", ["c2p", "p2c"])  # of both, the last program is that of the second alone
+def test_disentangled_attention_of_many_rows(kind: str) -> None:
+    heads, head_dim, length = 2, 16, 5
+    qkv, last = (x.unflatten(1, (3, heads, head_dim)) for x in tall(3 * heads * head_dim, 1))
+    table, slots = normal(2, 9, heads, head_dim), torch.arange(9, dtype=torch.int32)
+    tables = (table if kind == "c2p" else None, table if kind == "p2c" else None, slots)
+    starts = torch.tensor([0, len(qkv) - 5, len(qkv)], dtype=torch.int32)
+    rest = None, length, head_dim**-0.5, 0.0, None, None
+    assert len(qkv) * heads * attention.PITCH.value > 2**31
+    out, stats = disentangled.disentangled_attention(qkv, *tables, starts, *rest)
+    small = reference.disentangled_attention(last, *tables, None, *rest)
+    near(out[:, -1], small[0][:, -1])
+    grad = reserve(out.numel(), torch.float16).view(out.shape)
+    grad[-5:] = normal(3, 5, heads, head_dim)
+    found = disentangled.disentangled_attention_backward(grad, qkv, *tables, out, stats, starts, *rest)
+    truth = reference.disentangled_attention_backward(grad[-5:], last, *tables, *small, None, *rest)
+    near(found[0][:, :, -1], truth[0][:, :, -1])
 
 
 @pytest.mark.usefixtures("far")

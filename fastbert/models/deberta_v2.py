@@ -1,0 +1,182 @@
+"""DeBERTa v2 and v3: attention to content and to positions by distance.
+
+Its model hands no arguments on to its encoder, so that the fused one has a forward of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
+
+from ..layers.disentangled import Disentangled, Relative
+from ..layers.feed_forward import FeedForward
+from ..layers.layer import Layer
+from ..runtime.packing import Packing
+from ..runtime.plan import Plan
+from ..runtime.readers import FIRST, LABELS, SPANS
+from ..runtime.support import is_plain
+from .classes import predictions, register
+from .family import Family
+from .heads import Vocabulary
+
+_LAYOUT = Layer(
+    Disentangled(
+        query=("attention", "self", "query_proj"),
+        key=("attention", "self", "key_proj"),
+        value=("attention", "self", "value_proj"),
+        kinds={
+            ("attention",): hf.DebertaV2Attention,
+            ("attention", "self"): hf.DisentangledSelfAttention,
+            ("attention", "output"): hf.DebertaV2SelfOutput,
+        },
+    ),
+    FeedForward(chunk=None, kinds={("intermediate",): hf.DebertaV2Intermediate, ("output",): hf.DebertaV2Output}),
+)
+
+
+def _slots(longest: int, buckets: int, furthest: int, span: int, device: torch.device) -> Tensor:
+    """(2 R - 1,) int32, R at least `longest`: of distances of query and key from 1 - R to R - 1, as stock has them."""
+    longest = -(-longest // 128) * 128
+    distances = torch.arange(1 - longest, longest, device=device)
+    if buckets > 0 and furthest > 0:
+        distances = hf.make_log_bucket_position(distances, buckets, furthest).to(torch.int64)
+    return (distances + span).clamp(0, 2 * span - 1).int()
+
+
+@functools.lru_cache(64)
+def _kept_slots(longest: int, buckets: int, furthest: int, span: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return _slots(longest, buckets, furthest, span, device)
+
+
+def tables(
+    encoder: hf.DebertaV2Encoder, hidden_states: Tensor, packing: Packing, position_ids: Tensor | None
+) -> dict[str, Any]:
+    """Embeddings of positions, and the slots of distances; whatever position_ids are, as stock."""
+    if not encoder.relative_attention:
+        return {"relative": None}
+    buckets, furthest = getattr(encoder, "position_buckets", -1), encoder.max_relative_positions
+    span = buckets if buckets > 0 else furthest
+    place = -(-packing.max_seqlen // 128) * 128, buckets, furthest, span, hidden_states.device
+    weight, norm = encoder.rel_embeddings.weight, encoder._modules.get("LayerNorm")
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        slots = _slots(*place) if torch.compiler.is_compiling() else _kept_slots(*place)
+        return {"relative": Relative(encoder.get_rel_embedding()[: 2 * span], slots, None)}
+    parameters: tuple[Any, ...] = (weight,) if norm is None else (weight, norm.weight, norm.bias)
+    derived = encoder.fastbert.derived if norm is None or is_plain(norm, nn.LayerNorm) else None
+    if derived is None or type(weight) not in (Tensor, nn.Parameter):
+        return {"relative": Relative(encoder.get_rel_embedding()[: 2 * span], _kept_slots(*place), None)}
+    embeddings = derived.get("positions", parameters, lambda: encoder.get_rel_embedding()[: 2 * span])
+    return {"relative": Relative(embeddings, _kept_slots(*place), derived)}
+
+
+def _mask_rows(plan: Plan) -> Tensor | None:
+    """What the mask says of every row, (1, T) or (B, S) as they are laid out; None: they are all real."""
+    mask, indices = plan.mask, plan.packing.indices
+    return mask if mask is None or indices is None else mask.flatten()[indices][None]
+
+
+def embed(model: hf.DebertaV2Model, call: Mapping[str, object], plan: Plan) -> Tensor:
+    """The first hidden states of a call, as `plan` lays them out: rows are multiplied by what their mask says."""
+    given = {name: call.get(name) for name in ("input_ids", "token_type_ids", "position_ids", "inputs_embeds")}
+    rows: Tensor = model.embeddings(mask=plan.mask if plan.foreign else _mask_rows(plan), **given)
+    return rows
+
+
+def run(model: hf.DebertaV2Model, call: dict[str, object], plan: Plan) -> object:
+    """`Family.run`."""
+    hidden_states = model.encoder(embed(model, call, plan), plan=plan).last_hidden_state
+    whole = call.get("return_dict")
+    if not (model.config.return_dict if whole is None else whole):
+        return (hidden_states,)
+    return BaseModelOutput(last_hidden_state=hidden_states)
+
+
+def _convolve(encoder: hf.DebertaV2Encoder, first: Tensor, hidden_states: Tensor, plan: Plan) -> Tensor:
+    """The convolution after the first layer, in which every row sees its neighbours: zeros beyond a sequence's ends."""
+    if encoder.conv is None:
+        return hidden_states
+    mask, starts = _mask_rows(plan), plan.packing.cu_seqlens
+    if mask is None:
+        mask = hidden_states.new_ones(hidden_states.shape[:2])
+    if starts is None:
+        convolved: Tensor = encoder.conv(first, hidden_states, mask)
+        return convolved
+    lengths = starts.diff().tolist()
+    padded = (pad_sequence(list(rows[0].split(lengths)), batch_first=True) for rows in (first, hidden_states, mask))
+    return torch.cat([row[:length] for row, length in zip(encoder.conv(*padded), lengths, strict=True)])[None]
+
+
+def vocabulary(model: hf.DebertaV2ForMaskedLM) -> Vocabulary:
+    if (
+        not model.legacy
+    ):  # it multiplies with the table of words, which is no linear layer: not from labelled rows alone
+        return Vocabulary(lambda x: x, model.lm_predictions)
+    return predictions(model)
+
+
+def refuses(model: hf.DebertaV2Model) -> str | None:
+    """`Family.refuses`."""
+    return f"z_steps is {model.z_steps}" if model.z_steps > 1 else None
+
+
+SIZES = {
+    "vocab_size": 16,
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "intermediate_size": 64,
+    "pad_token_id": 0,
+    "relative_attention": True,
+    "pos_att_type": ["c2p", "p2c"],
+    "position_buckets": 16,
+    "max_position_embeddings": 512,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+    "pooler_hidden_size": 48,
+}
+
+FAMILY = register(
+    Family(
+        hf,
+        hf.DebertaV2Model,
+        hf.DebertaV2Encoder,
+        hf.DebertaV2Layer,
+        _LAYOUT,
+        hf.DebertaV2Embeddings,
+        hf.DebertaV2Config,
+        output=BaseModelOutput,
+        tables=tables,
+        run=run,
+        after_first=_convolve,
+        takes_square_mask=False,
+        refuses=refuses,
+        heads={
+            hf.DebertaV2ForMaskedLM: LABELS,
+            hf.DebertaV2ForMultipleChoice: FIRST,
+            hf.DebertaV2ForQuestionAnswering: SPANS,
+            hf.DebertaV2ForSequenceClassification: FIRST,
+            hf.DebertaV2ForTokenClassification: LABELS,
+        },
+        parts=(
+            hf.ContextPooler,
+            hf.DebertaV2LMPredictionHead,
+            hf.DebertaV2OnlyMLMHead,
+            hf.LegacyDebertaV2LMPredictionHead,
+            hf.LegacyDebertaV2OnlyMLMHead,
+            hf.LegacyDebertaV2PredictionHeadTransform,
+        ),
+        vocabularies={hf.DebertaV2ForMaskedLM: vocabulary},
+        sizes=SIZES,
+    ),
+    __name__,
+)

@@ -1,0 +1,260 @@
+"""DeBERTa: positions by distance, what its configs leave out, masks that are factors, and what is kept of weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
+
+import fastbert
+from fastbert import numerics
+from fastbert.models import deberta_v2, probe
+from tests import models
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "projections of their own": {"share_att_key": False},
+    "content to position": {"pos_att_type": ["c2p"], "share_att_key": False},
+    "position to content": {"pos_att_type": ["p2c"]},
+    "neither": {"pos_att_type": []},
+    "no positions": {"relative_attention": False},
+    "no buckets": {"position_buckets": -1, "max_relative_positions": 24},
+    "no norm": {"norm_rel_ebd": "none"},
+    "a convolution": {"conv_kernel_size": 3, "conv_act": "gelu"},
+    "narrow embeddings": {"embedding_size": 24},
+    "positions and types in embeddings": {"position_biased_input": True, "type_vocab_size": 2},
+    "the other head": {"legacy": False},
+}
+
+
+def seeded(kind: Any = hf.DebertaV2Model, **changes: Any) -> Any:
+    """Of two layers, with buckets as v3 has them."""
+    torch.manual_seed(0)
+    sizes = {**deberta_v2.FAMILY.sizes, "vocab_size": 100, "num_hidden_layers": 2, "position_buckets": 256}
+    model = kind(hf.DebertaV2Config(**{**sizes, **changes})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = parameter.shape[1] ** -0.5 if parameter.dim() == 2 else 0.2
+            parameter.copy_(scale * torch.randn(parameter.shape) + (parameter.dim() == 1 and "norm" in name.lower()))
+    return model
+
+
+def pair(**changes: Any) -> tuple[Any, Any]:
+    """(fused, stock), packed."""
+    stock = seeded(**changes)
+    return fastbert.fuse(copy.deepcopy(stock), padding="packed"), stock
+
+
+def stock_calls(model: Any) -> dict[str, int]:
+    return dict(fastbert.explain(model).encoders[0].stock_calls)
+
+
+@pytest.mark.parametrize("what", CONFIGS)
+def test_configs(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that an adapter from outside fastbert is tried with: masks, lengths, gradients, dropout, heads."""
+    monkeypatch.setattr(deberta_v2.FAMILY, "sizes", {**deberta_v2.FAMILY.sizes, **CONFIGS[what]})
+    probe.try_family(deberta_v2.FAMILY)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("seqlen", [1, 37, 128, 129, 511, 512, 700])
+def test_lengths(seqlen: int, dtype: torch.dtype) -> None:
+    """Beyond max_position_embeddings, too: there is no limit where no table has a row for each position."""
+    fused, stock, truth = models.three(seeded(), dtype)
+    fastbert.fuse(fused, padding="packed")
+    mask = torch.arange(seqlen) < torch.tensor([[seqlen], [1 + seqlen // 3]])
+    call = {"input_ids": models.ids(2, seqlen, high=100), "attention_mask": mask.long()}
+    with torch.no_grad():
+        numerics.assert_within_policy(*(each(**call).last_hidden_state[mask] for each in (fused, stock, truth)))
+    assert not stock_calls(fused)
+
+
+@pytest.mark.parametrize(("buckets", "furthest"), [(256, 512), (-1, 512), (32, 128)])
+def test_slots_are_stocks_at_every_distance(buckets: int, furthest: int) -> None:
+    length, span = 1025, buckets if buckets > 0 else furthest
+    rows = torch.empty(length, 1)
+    relative = hf.build_relative_position(rows, rows, buckets, furthest)[0]
+    expected = (relative + span).clamp(0, 2 * span - 1)
+    slots = deberta_v2._slots(length, buckets, furthest, span, rows.device)
+    places = torch.arange(length)
+    found = slots[len(slots) // 2 + places[:, None] - places]
+    assert torch.equal(found.long(), expected)
+
+
+@pytest.mark.parametrize("kind", ["left", "holes", "empty"])
+def test_masks(kind: str) -> None:
+    """Left padding packs; distances are those of the padded layout, so that holes run stock, and an empty row does."""
+    fused, stock = pair()
+    mask = models.masks(5, 19)[kind]
+    assert mask is not None
+    ids = models.ids(5, 19, high=100)
+    with torch.no_grad():
+        found, expected = (model(ids, attention_mask=mask).last_hidden_state[mask.bool()] for model in (fused, stock))
+    torch.testing.assert_close(found, expected)
+    assert bool(stock_calls(fused)) is (kind != "left")
+
+
+@pytest.mark.parametrize("factor", [0.5, 2])
+def test_a_mask_is_a_factor(factor: float) -> None:
+    """Stock multiplies embeddings with it, and attends to all that is not zero."""
+    fused, stock = pair()
+    mask = torch.tensor([[1, 1, factor, 1, 1], [1, factor, 1, 0, 0]])
+    ids = models.ids(2, 5, high=100)
+    with torch.no_grad():
+        found, expected = (model(ids, attention_mask=mask).last_hidden_state[mask > 0] for model in (fused, stock))
+        ones = stock(ids, attention_mask=(mask > 0).long()).last_hidden_state[mask > 0]
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(expected, ones)
+    assert not stock_calls(fused)
+
+
+@pytest.mark.parametrize("changes", [{}, {"conv_kernel_size": 3, "conv_act": "tanh"}], ids=["v3", "a convolution"])
+def test_a_flattened_call_keeps_sequences_apart(changes: dict[str, Any]) -> None:
+    fused, stock = pair(**changes)
+    lengths = (5, 1, 9)
+    ids, starts = models.ids(1, sum(lengths), high=100), torch.tensor([0, *lengths]).cumsum(0).int()
+    given = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 9, "max_length_k": 9}
+    with torch.no_grad():
+        found = fused(ids, **given).last_hidden_state
+        expected = torch.cat([stock(part).last_hidden_state for part in ids.split(lengths, 1)], 1)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_flattened_call_that_runs_stock_is_refused() -> None:
+    """Stock takes no mask that would keep its sequences apart."""
+    fused, _ = pair()
+    starts = torch.tensor([0, 3, 9], dtype=torch.int32)
+    with pytest.raises(ValueError, match="would not keep its sequences apart"):
+        fused(models.ids(1, 9, high=100), cu_seq_lens_q=starts, cu_seq_lens_k=starts, output_attentions=True)
+
+
+WRITES = {
+    "embeddings of positions": lambda encoder: encoder.rel_embeddings.weight,
+    "their norm": lambda encoder: encoder.LayerNorm.weight,
+    "a projection": lambda encoder: encoder.layer[1].attention.self.pos_key_proj.weight,
+    "a projection's bias": lambda encoder: encoder.layer[0].attention.self.pos_query_proj.bias,
+}
+
+
+@pytest.mark.parametrize("what", WRITES)
+def test_positions_are_made_again_once_a_weight_is_written_to(what: str) -> None:
+    fused, stock = pair(share_att_key=False)
+    ids = models.ids(2, 9, high=100)
+    with torch.no_grad():
+        before = fused(ids).last_hidden_state
+        assert torch.equal(fused(ids).last_hidden_state, before)
+        for model in (fused, stock):
+            WRITES[what](model.encoder).mul_(1.5)
+        after = fused(ids).last_hidden_state
+        torch.testing.assert_close(after, stock(ids).last_hidden_state)
+    assert not torch.allclose(after, before)
+
+
+def test_training_leaves_no_stale_positions() -> None:
+    """Steps by `weight.data`, which leave no version, too."""
+    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    fused, stock = pair(share_att_key=False, **quiet)
+    ids = models.ids(2, 9, high=100)
+    with torch.no_grad():
+        fused(ids)
+    for model in (fused, stock):
+        model.train()
+        model(ids).last_hidden_state.square().sum().backward()
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.data -= 1e-3 * parameter.grad
+        model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(fused(ids).last_hidden_state, stock(ids).last_hidden_state, rtol=1e-4, atol=1e-4)
+
+
+def test_positions_are_kept_and_are_no_part_of_the_model() -> None:
+    fused, stock = pair()
+    seen: list[int] = []
+    get = type(fused.encoder).get_rel_embedding
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        fused(models.ids(2, 9, high=100))
+        patch.setattr(type(fused.encoder), "get_rel_embedding", lambda encoder: seen.append(1) or get(encoder))
+        fused(models.ids(2, 9, high=100))
+    assert not seen
+    assert fused.state_dict().keys() == stock.state_dict().keys()
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    found: dict[str, list[Tensor]] = {}
+    for seed in range(8):
+        mask = models.masks(12, 19 + 4 * seed)["right"]
+        assert mask is not None
+        model.zero_grad()
+        hidden = model(models.ids(*mask.shape, seed=seed, high=100), attention_mask=mask).last_hidden_state
+        weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        (hidden * weights.to(hidden.dtype))[mask.bool()].sum().backward()
+        for name, parameter in model.named_parameters():
+            # Those of biases, which softmax all but ignores, are judged with the weights'.
+            found.setdefault(name.replace("proj.bias", "proj.weight"), []).append(parameter.grad.flatten().clone())
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_gradients(shared: bool) -> None:
+    """Of embeddings of positions and of their norm, too, at lengths at which buckets hold many distances."""
+    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = seeded(share_att_key=shared, position_buckets=8, **quiet)
+    trio = [each.train() for each in models.three(model, torch.float32)]
+    fastbert.fuse(trio[0], padding="packed")
+    found = list(map(gradients, trio))
+    assert {"encoder.rel_embeddings.weight", "encoder.LayerNorm.weight"} <= found[0].keys()
+    models.assert_all_within_policy(*found, "packed")
+    assert not stock_calls(trio[0])
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    """All three dropouts are drawn again as they were: of positions, of probabilities, of what is added."""
+    model = fastbert.fuse(seeded()).train()
+    ids = models.ids(2, 9, high=100)
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        torch.manual_seed(5)
+        model(ids).last_hidden_state.square().sum().backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient)
+    assert not stock_calls(model)
+
+
+def test_autocast() -> None:
+    fused, stock = pair()
+    ids = models.ids(2, 37, high=100)
+    truth = copy.deepcopy(stock).double()
+    with torch.no_grad():
+        expected = truth(ids).last_hidden_state
+        with torch.autocast("cpu", torch.bfloat16):
+            found, theirs = (model(ids).last_hidden_state for model in (fused, stock))
+    numerics.assert_within_policy(found.float(), theirs.float(), expected)
+    assert not stock_calls(fused)
+
+
+def test_a_model_that_repeats_its_last_layer_runs_stock() -> None:
+    fused, stock = pair()
+    fused.z_steps = stock.z_steps = 2
+    ids = models.ids(2, 9, high=100)
+    raised = []
+    for model in (stock, fused):
+        with torch.no_grad(), pytest.raises(AttributeError) as error:  # stock's own: it appends to a tuple
+            model(ids)
+        raised.append(str(error.value))
+    assert raised[0] == raised[1]
+    assert stock_calls(fused) == {"z_steps is 2": 1}
+
+
+def test_verify() -> None:
+    model = seeded(hf.DebertaV2ForSequenceClassification, num_labels=64)
+    call = {"input_ids": models.ids(12, 37, high=100), "attention_mask": models.masks(12, 37)["right"]}
+    assert fastbert.verify(model, [call]).ok
