@@ -26,6 +26,7 @@ from torch import Tensor
 from .attention import (
     LOG2E,
     PITCH,
+    TILE_ROWS,
     _checked,
     _grid,
     _rows_of,
@@ -108,7 +109,7 @@ def position_scores_kernel(
     INPUT_PRECISION: tl.constexpr,
 ):
     KINDS: tl.constexpr = (c2p_ptr is not None) + (p2c_ptr is not None)
-    head, _, row, length, start_m = locate(cu_seqlens_ptr, tiles_ptr, heads * KINDS, max_seqlen, BLOCK_M)
+    head, _, row, length, start_m = locate(cu_seqlens_ptr, tiles_ptr, heads * KINDS, max_seqlen, BLOCK_M, TILE_ROWS)
     if start_m >= length:
         return
 
@@ -160,7 +161,7 @@ def position_rows_kernel(
     INPUT_PRECISION: tl.constexpr,
 ):
     KINDS: tl.constexpr = (c2p_ptr is not None) + (p2c_ptr is not None)
-    head, _, row, length, start_m = locate(cu_seqlens_ptr, tiles_ptr, heads * KINDS, max_seqlen, BLOCK_M)
+    head, _, row, length, start_m = locate(cu_seqlens_ptr, tiles_ptr, heads * KINDS, max_seqlen, BLOCK_M, TILE_ROWS)
     if start_m >= length:
         return
 
