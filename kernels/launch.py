@@ -497,7 +497,7 @@ _DISENTANGLED_BACKWARD: dict[str, dict[tuple[int, int], Config]] = {
 }
 _DISENTANGLED_BACKWARD["sm_89"] = {
     **_DISENTANGLED_BACKWARD["sm_80"],
-    (4, 32): Config(32, 32, 0, 8, 1, max_registers=168),
+    (4, 32): Config(32, 32, 0, 8, 1, max_registers=255),
 }
 
 
