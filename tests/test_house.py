@@ -121,6 +121,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "runtime.plan",
         "runtime.registry",
         "runtime.settings",
+        "runtime.support",
     },
     "embed": {"checkpoints", "explain", "fuse", "layers.embeddings", "runtime.support", "usage", "version"},
     "models.probe": {

@@ -16,6 +16,7 @@ from .packing import Packing
 from .plan import Plan
 from .registry import layers_in
 from .settings import Settings
+from .support import is_custom, named
 
 
 class FusedEncoder(Mixin):
@@ -52,6 +53,11 @@ class FusedEncoder(Mixin):
                 kwargs["attention_mask"] = _stock_mask(given, plan, family.takes_square_mask)
                 stock = stock_forward(FusedEncoder, self, given, *args, **kwargs)
                 return stock
+        if is_custom(hidden_states) and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"the embeddings gave a {named(hidden_states)}, which may change what functions of torch compute; "
+                "fastbert.unfuse(model) runs the stock code"
+            )
         packing = plan.packing
         if fp8 is not None and (plan.seeds is not None or not fp8.runs(layers, hidden_states)):
             fp8 = None
@@ -88,7 +94,7 @@ class FusedEncoder(Mixin):
                     x, after = after(self, first, x.view_as(first), plan).flatten(0, 1), None
             hidden_states, layers = x.view_as(hidden_states), ()
         for layer, stock, own_seeds, bound in zip(layers, plan.stock_layers, seeds, found, strict=False):
-            if stock:
+            if stock or (shown and is_custom(hidden_states)):  # a layer that runs stock has made it
                 hidden_states = layer(hidden_states, *shown, **kwargs)
             else:
                 mask = shown or ((_FUSED_ALONE,) if _runs_again(layer) else ())

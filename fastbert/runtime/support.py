@@ -136,6 +136,17 @@ def is_fake(x: object) -> bool:
     return is_a(x, "torch._subclasses.fake_tensor", "FakeTensor")
 
 
+_OWN_FUNCTIONS = (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)  # type: ignore[attr-defined]
+
+
+def is_custom(x: object) -> bool:
+    """Whether `x` is of a tensor subclass whose own `__torch_function__` may change functions of torch."""
+    if type(x) is Tensor or type(x) is nn.Parameter:
+        return False
+    own = getattr(type(x), "__torch_function__", None)
+    return isinstance(x, Tensor) and getattr(own, "__func__", own) not in _OWN_FUNCTIONS
+
+
 def _is_sharded(parameter: Any) -> bool:
     """Whether FSDP2 holds this parameter in shards, replicated or not: it is plain within its forward.
 
@@ -443,6 +454,14 @@ def call_is_unsupported(model: nn.Module, call: Mapping[str, Any]) -> str | None
         weight = parameter
     if _is_sharded(parameter):  # FSDP may gather it in another dtype: that of what is gathered already
         parameter = weight
+    tables = embeddings_of(model).__dict__["_modules"]
+    for name in family.ids.values():
+        table = None if name is None else tables.get(name)
+        attributes = {} if table is None else table.__dict__
+        if is_custom(attributes.get("weight", attributes.get("_parameters", {}).get("weight"))):
+            return f"{name} is a tensor of a custom subclass"
+    if is_custom(embeds):
+        return "inputs_embeds is a tensor of a custom subclass"
     dtypes = {parameter.dtype, weight.dtype} | (set() if embeds is None else {embeds.dtype})
     if len(dtypes) > 1:
         return f"mixed dtypes: {', '.join(sorted(map(str, dtypes)))}"

@@ -422,3 +422,32 @@ def test_a_base_model_of_another_class_since() -> None:
     assert fastbert.explain(fused).encoders[0].reason is not None
     for ours, theirs in zip(answers(fused), answers(small()), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+class Doubling(Tensor):
+    """Its linear layers give twice what torch's do; what is computed of it is of it, too."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return result * 2 if func is nn.functional.linear else result
+
+
+@pytest.mark.parametrize("where", ["inputs_embeds", "a table", "a layer"])
+def test_a_tensor_subclass_that_changes_functions(where: str) -> None:
+    stock = models.seeded(num_hidden_layers=3).eval()
+    fused = fastbert.fuse(copy.deepcopy(stock), padding="packed")
+    ids, mask = models.ids(2, 9), models.masks(2, 9)["right"]
+    call: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    if where == "inputs_embeds":
+        embeds = stock.embeddings.word_embeddings(ids).detach()
+        call = {"inputs_embeds": embeds.as_subclass(Doubling), "attention_mask": mask}
+    for model in (stock, fused):
+        module = model.embeddings.word_embeddings if where == "a table" else model.encoder.layer[1].output.dense
+        if where != "inputs_embeds":
+            weight = module.weight.detach().as_subclass(Doubling)
+            del module.weight
+            module.weight = weight
+    with torch.no_grad():
+        found, expected = (model(**call).last_hidden_state.as_subclass(Tensor) for model in (fused, stock))
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()])
