@@ -10,7 +10,7 @@ from torch import nn
 from .fuse import base_models
 from .layers.embeddings import embeddings_are_foreign
 from .layers.fp8 import GEMMS
-from .runtime.plan import UNKNOWN, decide, why_dense
+from .runtime.plan import ASKED, UNKNOWN, decide, why_dense
 from .runtime.readers import Reads, outermost, unknown_reader
 from .runtime.registry import embeddings_of, encoder_of, family_of, layers_of
 from .runtime.settings import Settings
@@ -79,7 +79,7 @@ class Explanation:
             if e.embeddings and not e.reason:
                 lines.append(f"  embeddings: stock: {e.embeddings}")
             lines += [f"  layer {i}: stock: {reason}" for i, reason in e.layers.items() if not e.reason]
-            if e.dense and e.padding != "dense" and not e.reason:
+            if e.dense and e.dense != ASKED and not e.reason:
                 lines.append(f"  dense, not packed: {e.dense}")
             if e.outside and not e.reason:
                 lines.append(f"  outside of what fuse was given: {e.outside}")
@@ -122,6 +122,8 @@ def _explain_base(model: nn.Module, name: str, base: Any, family: Any) -> Encode
     if dense == UNKNOWN:
         around = outermost(base, settings.holders)
         dense = f"{unknown_reader(around)}; if it does not, fuse the model with padding='packed'"
+    if dense is not None and not family.layout.attention.masks_keys:
+        dense += "; its calls with padding run stock then, for no kernel of its attention masks keys"
     return EncoderExplanation(
         name,
         True,

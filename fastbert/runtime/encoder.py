@@ -36,8 +36,11 @@ class FusedEncoder(Mixin):
             stock: ModelOutput = stock_forward(FusedEncoder, self, hidden_states, *args, **kwargs)
             return stock
         counts, fp8, family, layers = settings.counts, settings.fp8, type(self).family, layers_in(self)
-        if (fp8 is not None or family.tables is not None) and _learns():
-            self._drop()  # the step that comes of gradients may leave no version: that of torch's fused optimizers
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # The step that comes of gradients may leave no version: that of torch's fused optimizers.
+            settings.derived.drop()
+            if fp8 is not None:
+                self._drop()
         if not isinstance(plan, Plan):
             # There its model hands on no plan, and has counted the call.
             if plan is None and family.run is None and known.takes_plan(family.name):
@@ -154,10 +157,6 @@ def refuse_to_run_again_unfused(called: nn.Module, encoder: nn.Module, output: T
                 raise RuntimeError(_UNFUSED_MEANWHILE.format("encoder"))
 
         output.register_hook(check)
-
-
-def _learns() -> bool:
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class _FusedAlone:

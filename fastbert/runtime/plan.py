@@ -87,6 +87,8 @@ def _encoder_is_unsupported(model: nn.Module) -> str | None:
 
 UNKNOWN = "a module may read padding"
 """`why_dense`, where `fastbert.runtime.readers` is to be asked which."""
+ASKED = "padding='dense' was asked of fuse"
+"""`why_dense`, where that is all."""
 
 
 class Decision(NamedTuple):
@@ -145,7 +147,7 @@ def why_dense(model: nn.Module, settings: Settings, reads: Reads, keeps: bool) -
     """
     nobody = Readings()
     if settings.padding == "dense":
-        return "padding='dense' was asked of fuse", nobody
+        return ASKED, nobody
     if keeps:
         return "a layer runs stock, or something sees hidden states", nobody
     if reads.reads_padding:

@@ -258,3 +258,18 @@ def test_verify() -> None:
     model = seeded(hf.DebertaV2ForSequenceClassification, num_labels=64)
     call = {"input_ids": models.ids(12, 37, high=100), "attention_mask": models.masks(12, 37)["right"]}
     assert fastbert.verify(model, [call]).ok
+
+
+@pytest.mark.parametrize("padding", ["auto", "dense"])
+def test_what_is_dense_is_explained_to_run_stock(padding: str) -> None:
+    """With padding that somebody may read, or that is to be kept."""
+    model = seeded(hf.DebertaV2ForTokenClassification)
+    model.classifier = torch.nn.LSTM(48, 4)
+    fastbert.fuse(model, padding=padding)
+    assert "its calls with padding run stock then" in str(fastbert.explain(model))
+    ids, mask = models.ids(2, 9, high=100), models.masks(2, 9)["right"]
+    with torch.no_grad():
+        model.deberta(ids, attention_mask=mask)
+        model.deberta(ids)
+    assert list(stock_calls(model).values()) == [1]
+    assert dict(fastbert.explain(model).encoders[0].fused_calls) == {"dense": 1}
