@@ -2,9 +2,10 @@
 
 A matmul of (M, K) and (K, N) is 2 M K N FLOPs; arithmetic element by element (GELU, softmax, LayerNorm, dropout) is
 none. Attention is its two matmuls within each sequence, masked keys included, and its backward five: scores, and the
-gradients of probabilities, queries, keys and values, each once. Of bytes, every argument is read once and every result
-written once, in its own dtype; of tables, only the rows that are asked for. What stays within a launch costs nothing,
-and what a cache still holds is counted all the same.
+gradients of probabilities, queries, keys and values, each once; of DeBERTa's, each term of positions is one more, and
+three in the backward. Of bytes, every argument is read once and every result written once, in its own dtype; of tables,
+only the rows that are asked for. What stays within a launch costs nothing, and what a cache still holds is counted all
+the same.
 """
 
 from __future__ import annotations
@@ -69,6 +70,12 @@ def _attention(q: Tensor, sequences: Sequence[Any], matmuls: int) -> int:
     return matmuls * 2 * q.shape[-2] * q.shape[-1] * _pairs(q.shape[0], cu_seqlens, max_seqlen)
 
 
+def _disentangled(args: Sequence[Any], matmuls: int, more: int) -> int:
+    """The same with `more` of them for each of the tables: a row meets as many distances as there are keys."""
+    qkv, c2p, p2c, _, *sequences = args
+    return _attention(qkv, sequences, matmuls + more * sum(table is not None for table in (c2p, p2c)))
+
+
 # FLOPs by operator, from its arguments; operators without matmuls are not in it.
 _FLOPS: dict[str, Callable[..., int]] = {
     **dict.fromkeys(
@@ -83,6 +90,8 @@ _FLOPS: dict[str, Callable[..., int]] = {
     **dict.fromkeys(("attention", "attention_fp8"), lambda q, k, v, *sequences: _attention(q, sequences, 2)),
     "attention_forward": lambda qkv, *sequences: _attention(qkv, sequences, 2),
     "attention_backward": lambda grad, qkv, out, stats, *sequences: _attention(qkv, sequences, 5),
+    "disentangled_attention": lambda *args: _disentangled(args, 2, 1),
+    "disentangled_attention_backward": lambda grad, *args: _disentangled((*args[:4], *args[6:]), 5, 3),
     "linear_cross_entropy": _linear,
     "linear_cross_entropy_backward": lambda grad, x, weight, *rest: 3 * _linear(x, weight),
 }

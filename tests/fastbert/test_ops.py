@@ -153,6 +153,8 @@ def test_attention_in_training_with_a_bias_that_needs_no_gradient(wanted: bool |
     seen = []
 
     class Record(TorchDispatchMode):
+        knows_fastbert = True
+
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = function(*args, **(kwargs or {}))
             if function is torch.ops.fastbert.attention_backward.default:

@@ -28,7 +28,10 @@ def verified(model: nn.Module, inputs: Any = INPUTS, **more: Any) -> Any:
 @pytest.mark.parametrize("kind", models.HEADS, ids=lambda kind: kind.__name__)
 def test_heads_ignore_padding(kind: Any) -> None:
     shape = (slice(None), None) if kind is hf.BertForMultipleChoice else slice(None)
-    inputs = {name: tensor[shape] for name, tensor in INPUTS.items() if tensor is not None}
+    # Of heads with an output or two a sequence many sequences: the error of ten numbers is noise.
+    few = kind in (hf.BertForMultipleChoice, hf.BertForNextSentencePrediction)
+    given = {"input_ids": models.ids(90, 17), "attention_mask": models.masks(90, 17)["right"]} if few else INPUTS
+    inputs = {name: tensor[shape] for name, tensor in given.items() if tensor is not None}
     report = verified(models.seeded(kind), inputs)
     assert report.ok
     assert report.padding == ({}, False, None)
