@@ -54,7 +54,13 @@ def _fuses_epilogue(x: Tensor, weight: Tensor) -> bool:
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x @ weight.T + bias` in the dtype matmuls run in: a new tensor, for an epilogue to change in place."""
     dtype = _matmul_dtype(x) if x.dtype.itemsize == 2 else x.dtype
+    if x.dtype is dtype and weight.dtype is dtype and (bias is None or bias.dtype is dtype):
+        return F.linear(x, weight, bias)  # of one short text casts that change nothing are a fiftieth of the time
     return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype is dtype else x.to(dtype)
 
 
 def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -82,14 +88,14 @@ def _generator(seed: Tensor | None) -> torch.Generator:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _affine(x, weight, bias).to(x.dtype)
+    return _rounded(_affine(x, weight, bias), x.dtype)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str = "none") -> Tensor:
     if x.dtype.itemsize == 2 and _fuses_epilogue(x, weight):
         fused: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], approximate)
         return fused
-    return _gelu_(_affine(x, weight, bias), approximate=approximate).to(x.dtype)
+    return _rounded(_gelu_(_affine(x, weight, bias), approximate=approximate), x.dtype)
 
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
@@ -97,7 +103,7 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor)
         fused: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
         return fused
     # Added after the GEMM: accumulating onto the residual would round every partial sum to its magnitude.
-    return _affine(x, weight, bias).add_(residual).to(x.dtype)
+    return _rounded(_affine(x, weight, bias).add_(residual), x.dtype)
 
 
 def qkv_linear(
@@ -110,10 +116,10 @@ def qkv_linear(
     v_bias: Tensor | None,
 ) -> Tensor:
     """In memory the three are one after the other; the kernel lays them side by side."""
-    out = x.new_empty(3, x.shape[0], q_weight.shape[0])
+    out, native = x.new_empty(3, x.shape[0], q_weight.shape[0]), _matmul_dtype(x) == x.dtype
     for each, weight, bias in zip(out, (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias), strict=True):
-        if bias is not None and _matmul_dtype(x) == x.dtype:
-            torch.addmm(bias.to(x.dtype), x, weight.to(x.dtype).t(), out=each)
+        if bias is not None and native:
+            torch.addmm(_rounded(bias, x.dtype), x, _rounded(weight, x.dtype).t(), out=each)
         else:
             each.copy_(_affine(x, weight, bias))
     return out.transpose(0, 1)
@@ -148,23 +154,24 @@ def attention(
 ) -> Tensor:
     dtype = _matmul_dtype(q)
 
-    def attend(rows: slice, batch: int, mask: Tensor | None) -> Tensor:
+    def attend(qkv: Sequence[Tensor], batch: int, mask: Tensor | None) -> Tensor:
         # [B, heads, S, D]
-        query, key, value = (t[rows].unflatten(0, (batch, -1)).transpose(1, 2).to(dtype) for t in (q, k, v))
+        shape = batch, qkv[0].shape[0] // batch, *q.shape[1:]
+        query, key, value = [_rounded(t.view(shape).transpose(1, 2), dtype) for t in qkv]
         added = mask if bias is None else _biased(bias.to(dtype), query.shape[2], mask)
         result = F.scaled_dot_product_attention(query, key, value, attn_mask=added, scale=scale)
         if bias is not None and mask is not None:  # without a key it is NaN
             result = result.where(mask.any(-1, keepdim=True), 0.0)
-        return result.transpose(1, 2).flatten(0, 1).to(q.dtype)  # [B * S, heads, D]
+        return _rounded(result.transpose(1, 2).flatten(0, 1), q.dtype)  # [B * S, heads, D]
 
     if cu_seqlens is None and q.shape[0]:
         mask = None if key_mask is None else key_mask[:, None, None, :]
-        return attend(slice(None), q.shape[0] // max_seqlen, mask).contiguous()
+        return attend((q, k, v), q.shape[0] // max_seqlen, mask).contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if cu_seqlens is not None:
         for start, end in itertools.pairwise(cu_seqlens.tolist()):
             if end > start:
-                out[start:end] = attend(slice(start, end), 1, None)
+                out[start:end] = attend([t[start:end] for t in (q, k, v)], 1, None)
     return out
 
 
