@@ -413,6 +413,8 @@ def disentangled_attention(
     seed: Tensor | None,
     tiles: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    if key_mask is not None:
+        raise ValueError("key_mask is given; expected None: the CPU backend masks no keys here")
     rows, _, heads, _ = qkv.shape
     dtype, generator = _matmul_dtype(qkv), _generator(seed)
     out = qkv.new_empty(rows, *qkv.shape[2:])
@@ -451,6 +453,8 @@ def disentangled_attention_backward(
     seed: Tensor | None,
     tiles: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if key_mask is not None:
+        raise ValueError("key_mask is given; expected None: the CPU backend masks no keys here")
     rows, _, heads, _ = qkv.shape
     dtype, generator = _matmul_dtype(qkv), _generator(seed)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)

@@ -32,6 +32,8 @@ class Relative(NamedTuple):
     """As `ops.disentangled_attention` has them."""
     derived: Derived | None
     """Where keys and queries of positions are kept; None: they are made anew."""
+    parameters: tuple[Tensor, ...] = ()
+    """What the embeddings are made of: they may be made in inference mode, where tensors have no version."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ class BoundDisentangled(NamedTuple):
         if relative.derived is None or isinstance(gemm, Called):
             return make()
         linear: Any = gemm
-        return relative.derived.get(linear.weight.data_ptr(), (linear.weight, linear.bias, relative.embeddings), make)
+        return relative.derived.get(linear.weight.data_ptr(), (linear.weight, linear.bias, *relative.parameters), make)
 
     def train(self, x: Tensor, context: Context, rate: float, seed: Tensor | None) -> Tensor:
         """x (T, H) -> (T, H), the last GEMM's result; differentiable, with dropout of probabilities and positions."""

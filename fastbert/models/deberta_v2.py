@@ -74,7 +74,7 @@ def tables(
     if derived is None or type(weight) not in (Tensor, nn.Parameter):
         return {"relative": Relative(encoder.get_rel_embedding()[: 2 * span], _kept_slots(*place), None)}
     embeddings = derived.get("positions", parameters, lambda: encoder.get_rel_embedding()[: 2 * span])
-    return {"relative": Relative(embeddings, _kept_slots(*place), derived)}
+    return {"relative": Relative(embeddings, _kept_slots(*place), derived, parameters)}
 
 
 def _mask_rows(plan: Plan) -> Tensor | None:

@@ -12,6 +12,7 @@ from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
 
 import fastbert
 from fastbert import numerics
+from fastbert.layers import gemm
 from fastbert.models import deberta_v2, probe
 from tests import models
 
@@ -169,6 +170,20 @@ def test_training_leaves_no_stale_positions() -> None:
         model.eval()
     with torch.no_grad():
         torch.testing.assert_close(fused(ids).last_hidden_state, stock(ids).last_hidden_state, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_keys_of_positions_are_made_once(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each layer and term; in inference mode, too, where tensors have no version."""
+    fused, _ = pair(share_att_key=False)
+    made: list[int] = []
+    linear = gemm.Linear.__call__
+    monkeypatch.setattr(gemm.Linear, "__call__", lambda self, x, *rest: made.append(len(x)) or linear(self, x, *rest))
+    rows = 2 * fused.encoder.layer[0].attention.self.pos_ebd_size
+    with mode():
+        for _ in range(3):
+            fused(models.ids(2, 9, high=100))
+    assert made.count(rows) == 2 * 2
 
 
 def test_positions_are_kept_and_are_no_part_of_the_model() -> None:
