@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ HEADLINES = (
     ("forward", "float32", "dense128"),
 )
 MODEL = "BertModel "
+"""What the README and the charts are of."""
+OF_A_MODEL = re.compile(r"\w+Model ")
 Runs = dict[tuple[str, ...], dict[str, dict[str, Any]]]
 
 
@@ -129,7 +132,7 @@ def measured(records: Iterable[dict[str, Any]]) -> str:
         if any(case[0].startswith(MODEL) for case in ours):
             lines += ["", f"![tokens/s and memory]({device_folder(device)}.svg)"]
         for title, chosen in (
-            ("Models", {c: run for c, run in ours.items() if c[0].startswith(MODEL)}),
+            ("Models", {c: run for c, run in ours.items() if OF_A_MODEL.match(c[0])}),
             ("sentence-transformers", {c: run for c, run in ours.items() if c[0].startswith("encode, ")}),
             ("Cold starts", {c: run for c, run in ours.items() if c[0].startswith("cold start: ")}),
             ("Operators", {c: run for c, run in ours.items() if c[0].startswith("operator ")}),
@@ -153,9 +156,7 @@ def _candidates(runs: Runs) -> list[str]:
         for name, record in run.items():
             if record["status"].startswith("UNAVAILABLE"):
                 continue
-            kind = what
-            for beginning in (MODEL, "cold start: ", "operator ", "variant "):
-                kind = kind.removeprefix(beginning)
+            kind = re.sub(rf"^({OF_A_MODEL.pattern}|cold start: |operator |variant )", "", what)
             if record["status"] != "ok":  # and why
                 rows.append([kind, *case, name, in_a_line(record["status"]), *["-"] * (len(header) - 6)])
                 continue

@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=WORKLOADS,
         default=["squad", "search", "dense128"],
-        help="question and passage in one; sentences; questions and passages; all of 16, 128, 384, 512 tokens; "
-        "lengths spread around 254; default: squad search dense128",
+        help="question and passage in one; sentences; questions and passages; all of 16, 128, 384, 512, 8192 tokens; "
+        "lengths spread around 254; of 2 to 70, padded to 512; default: squad search dense128",
     )
     parser.add_argument(
         "--batch", nargs="+", type=int, metavar="N", help="sequences; default: 16 on a CPU, 128 on a GPU"
@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peers", nargs="+", choices=("all", *PEERS), default=[], help="time these, too; default: none"
     )
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--threads", type=int, metavar="N", help="of a CPU; default: as PyTorch has them")
     parser.add_argument(
         "--repeats", type=int, default=20, help="timed forwards of each candidate; default: 20, least: 3"
     )
@@ -71,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ..checkpoints import default_device
     from ..measure import bench, cold, gates, records
-    from ..measure.cases import check_batch, workload
+    from ..measure.cases import check_batch, config_of, workload
     from ..measure.machine import backend, device_name
 
     if arguments.compare is not None:
@@ -82,6 +83,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--minutes is {arguments.minutes}; expected more than 0")
     if arguments.cold and arguments.train:
         raise UsageError("--cold is given with --train; expected one of them")
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise UsageError(f"--threads is {arguments.threads}; expected at least 1")
+        torch.set_num_threads(arguments.threads)
     device = default_device(arguments.device)
     batches = arguments.batch or [16 if device.type == "cpu" else 128]
     for batch in batches:
@@ -98,6 +103,10 @@ def run(arguments: argparse.Namespace) -> int:
     names = arguments.dtype or (["float32"] if device.type == "cpu" else ["bfloat16", "float16"])
     dtypes = [getattr(torch, name) for name in names]
     items = [workload(name, batch) for name in arguments.workload for batch in batches]
+    for size, item in itertools.product(arguments.size, items):
+        config = config_of(size)
+        if item.width > config.max_position_embeddings and getattr(config, "position_biased_input", True):
+            raise UsageError(f"--workload: {item.name} is longer than --size {size} has positions for")
     peers = list(PEERS) if "all" in arguments.peers else arguments.peers
     found: list[records.Record] = []
     measured: Iterator[records.Record]

@@ -112,12 +112,12 @@ def _models(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from transformers import BertConfig
     from transformers.utils import logging
 
     from ..checkpoints import default_device, load_config
     from ..layers.embeddings import longest_sequence
     from ..measure import counts, profile, tables
+    from ..measure.cases import config_of
     from ..measure.machine import Machine, backend, device_name, environment
 
     logging.disable_progress_bar()
@@ -125,8 +125,9 @@ def run(arguments: argparse.Namespace) -> int:
     device = default_device(arguments.device)
     _check_outputs(arguments)
     size, path = arguments.size or "large", arguments.model
-    config = BertConfig(**SHAPES[size]) if path is None else load_config(path)
-    limit = getattr(config, "max_position_embeddings", None)
+    config = config_of(size) if path is None else load_config(path)
+    placed = getattr(config, "position_biased_input", True)  # not so of a DeBERTa that has no table of positions
+    limit = getattr(config, "max_position_embeddings", None) if placed else None
     if limit is not None and max(item.lengths) > limit:
         raise UsageError(f"{given}: holds {max(item.lengths)}; expected at most max_position_embeddings, {limit}")
     models = _models(arguments, device)

@@ -17,7 +17,6 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import BertModel
 
 from .. import numerics
 from ..explain import explain
@@ -32,7 +31,11 @@ from .peers import IN_FP8, INFERENCE_ONLY, KEEP_MEMORY, PEERS, Unavailable, shar
 P = ParamSpec("P")
 R = TypeVar("R")
 LEAST_REPEATS = 3
-FORWARD, STEP = "BertModel forward", "BertModel training step"
+
+
+def what(model: Any, train: bool) -> str:
+    """The field of that name of a record of `model`, stock or fused."""
+    return f"{type(model).__name__} {'training step' if train else 'forward'}"
 
 
 class _Candidate:
@@ -109,16 +112,16 @@ def run(
                 begun += 1
                 candidates = [_Candidate(*way) for way in ways]
                 for candidate in candidates:
-                    state = gates.state(STEP if train else FORWARD, candidate.name, dtype) or gates.GREEN
+                    state = gates.state(what(model, train), candidate.name, dtype) or gates.GREEN
                     if candidate.status == "ok" and state.startswith(gates.RED):
                         candidate.status = f"FAILED: its tests are {state}"
                 measure = _measure if train else torch.inference_mode()(_measure)
                 measure(candidates, item, truth, repeats, time.monotonic() + share, train)
                 model.zero_grad()
-                yield from _records(candidates, item, size, dtype, model.config, rates, train, about)
+                yield from _records(candidates, item, size, dtype, model, rates, train, about)
 
 
-def _ways(model: BertModel, peers: Sequence[str], train: bool) -> list[tuple[str, Any, str]]:
+def _ways(model: Any, peers: Sequence[str], train: bool) -> list[tuple[str, Any, str]]:
     """Ways to run `model`: (name, what runs it, status); stock and fused first."""
     found: list[tuple[str, Any, str]] = [("stock", model, "ok"), ("fused", fuse(share(model)), "ok")]
     for peer in peers:
@@ -138,7 +141,7 @@ def _checked(item: Workload) -> list[int]:
     return sorted({order[0], order[-1]})
 
 
-def _backward(model: BertModel, inputs: dict[str, Tensor]) -> None:
+def _backward(model: Any, inputs: dict[str, Tensor]) -> None:
     """Gradients of a fixed random projection of every real token's output."""
     hidden = model(**inputs).last_hidden_state
     generator = torch.Generator().manual_seed(SEED)
@@ -146,27 +149,32 @@ def _backward(model: BertModel, inputs: dict[str, Tensor]) -> None:
     (hidden * weights * inputs["attention_mask"][..., None]).sum().backward()
 
 
-def _gradients(model: BertModel, item: Workload, device: torch.device) -> Tensor:
-    """Of the sequences that are checked, without dropout: the gradients of the first and the last layer, end to end."""
+def _gradients(model: Any, item: Workload, device: torch.device) -> Tensor:
+    """Of the sequences that are checked, without dropout: the gradients of the first and the last layer, end to end.
+
+    And those of DeBERTa's positions, to which every layer adds.
+    """
     checked = _checked(item)
     longest = max(item.lengths[i] for i in checked)
     inputs = {name: x[checked, :longest] for name, x in item.inputs(device).items()}
     model.eval()
     model.zero_grad()
     _backward(model, inputs)
-    layers = model.encoder.layer[0], model.encoder.layer[-1]
-    found = torch.cat([p.grad.flatten() for layer in layers for p in layer.parameters() if p.grad is not None])
+    encoder = model.encoder
+    parts = [encoder.layer[0], encoder.layer[-1]]
+    parts += [part for name in ("rel_embeddings", "LayerNorm") if (part := getattr(encoder, name, None)) is not None]
+    found = torch.cat([p.grad.flatten() for part in parts for p in part.parameters() if p.grad is not None])
     model.zero_grad()
     return found
 
 
-def _outputs(model: BertModel, item: Workload, device: torch.device) -> Tensor:
+def _outputs(model: Any, item: Workload, device: torch.device) -> Tensor:
     """Of the sequences that are checked, in the whole batch: (their tokens, hidden)."""
     hidden = model(**item.inputs(device)).last_hidden_state
     return torch.cat([hidden[i, : item.lengths[i]] for i in _checked(item)])
 
 
-def _truths(model: BertModel, workloads: Sequence[Workload], train: bool) -> list[Tensor]:
+def _truths(model: Any, workloads: Sequence[Workload], train: bool) -> list[Tensor]:
     """For each workload, what its candidates are checked by, in float64; outputs of each sequence alone."""
     reference = twin(model, model.device, torch.float64)
     if train:
@@ -239,13 +247,14 @@ def _records(
     item: Workload,
     size: str,
     dtype: torch.dtype,
-    config: Any,
+    model: Any,
     rates: Rates,
     train: bool,
     about: records.Record,
 ) -> Iterator[records.Record]:
+    config = model.config
     case = {
-        "what": STEP if train else FORWARD,
+        "what": what(model, train),
         "workload": item.name,
         "size": size,
         "shape": {

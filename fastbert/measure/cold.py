@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import torch
 
 from . import records
-from .cases import SEED, SHAPES, Workload
+from .cases import SEED, SHAPES, Workload, fields_of
 from .machine import environment
 
 REPEATS = 3
@@ -32,7 +32,7 @@ CHILD = """
 import json, sys, time
 given = json.loads(sys.argv[1])
 import torch
-from transformers import BertConfig, BertModel
+from transformers import AutoConfig, AutoModel
 if given["way"] == "fused":
     import fastbert
 
@@ -40,7 +40,7 @@ device, dtype = torch.device(given["device"]), getattr(torch, given["dtype"])
 torch.set_num_threads(given["threads"])
 torch.manual_seed(0)
 with device:
-    model = BertModel(BertConfig(**given["shape"], attn_implementation="sdpa")).to(dtype).eval()
+    model = AutoModel.from_config(AutoConfig.for_model(**given["shape"])).to(dtype).eval()
 run = model
 if given["way"] == "fused":
     run = fastbert.fuse(model)
@@ -87,7 +87,7 @@ def _child(way: str, item: Workload, size: str, dtype: torch.dtype, device: torc
     another = [n + 1 for n in item.lengths[1:]] or [n + 1 for n in item.lengths]
     given = {
         "way": way,
-        "shape": SHAPES[size],
+        "shape": fields_of(size),
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),

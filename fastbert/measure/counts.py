@@ -57,23 +57,25 @@ def _linear(x: Tensor, weight: Tensor, *rest: object) -> int:
     return _products((x.shape[0], *weight.shape))
 
 
-def _pairs(rows: int, cu_seqlens: Tensor | None, max_seqlen: int) -> int:
-    """Pairs of a query and a key of the same sequence. Reads `cu_seqlens`: on a GPU a synchronisation."""
+def _pairs(rows: int, cu_seqlens: Tensor | None, max_seqlen: int, most: int | None = None) -> int:
+    """Pairs of a query and a key of the same sequence, or one of `most`. Reads `cu_seqlens`: on a GPU it waits."""
     if cu_seqlens is None:
-        return rows * max_seqlen
-    return int(cu_seqlens.long().diff().square().sum())
+        return rows * min(max_seqlen, most or max_seqlen)
+    lengths = cu_seqlens.long().diff()
+    return int((lengths * lengths.clamp(max=most)).sum()) if most else int(lengths.square().sum())
 
 
-def _attention(q: Tensor, sequences: Sequence[Any], matmuls: int) -> int:
+def _attention(q: Tensor, sequences: Sequence[Any], matmuls: int, most: int | None = None) -> int:
     """Of `matmuls` matmuls over q (T, heads, head_dim) or qkv (T, 3, heads, head_dim)."""
     cu_seqlens, _, max_seqlen, *_ = sequences
-    return matmuls * 2 * q.shape[-2] * q.shape[-1] * _pairs(q.shape[0], cu_seqlens, max_seqlen)
+    return matmuls * 2 * q.shape[-2] * q.shape[-1] * _pairs(q.shape[0], cu_seqlens, max_seqlen, most)
 
 
 def _disentangled(args: Sequence[Any], matmuls: int, more: int) -> int:
-    """The same with `more` of them for each of the tables: a row meets as many distances as there are keys."""
+    """The same with `more` of them for each of the tables: of a row by as many distances as keys, or by every slot."""
     qkv, c2p, p2c, _, *sequences = args
-    return _attention(qkv, sequences, matmuls + more * sum(table is not None for table in (c2p, p2c)))
+    tables = [table for table in (c2p, p2c) if table is not None]
+    return _attention(qkv, sequences, matmuls) + sum(_attention(qkv, sequences, more, len(table)) for table in tables)
 
 
 # FLOPs by operator, from its arguments; operators without matmuls are not in it.
@@ -172,7 +174,8 @@ def encoder(config: Any, lengths: Sequence[int], dtype: torch.dtype, train: bool
     """The least that the layers of a packed encoder cost, without its embeddings and without packing and unpacking.
 
     A forward is the seven launches of each layer. A training step is the same with what the backward needs written, the
-    operators of the backward, and the matmuls that make up the gradients of weights and inputs; sums of gradients are
+    operators of the backward, and the matmuls that make up the gradients of weights and inputs; DeBERTa's also makes
+    keys and queries of positions in every layer, which inference keeps, and their gradients; sums of gradients are
     counted as part of the matmuls that make them, and dropout's rates are the config's.
 
     Args:
@@ -193,23 +196,36 @@ def encoder(config: Any, lengths: Sequence[int], dtype: torch.dtype, train: bool
     def matmul(m: int, k: int, n: int) -> Cost:
         return Cost(_products((m, n, k)), (m * k + k * n + m * n) * dtype.itemsize)
 
+    def positions(calls: int) -> list[Cost]:
+        """Of the linear layers that make keys and queries of positions."""
+        return [matmul(slots, h, h)] * (calls * len(terms))
+
     heads, eps = config.num_attention_heads, 0.0
     x, wide, square, up, down = empty(tokens, h), empty(tokens, i), empty(h, h), empty(i, h), empty(h, i)
     vector, long = empty(h), empty(i)
     context, qkv = empty(tokens, heads, h // heads), empty(tokens, 3, heads, h // heads)
     starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     sequences = starts, None, max(lengths), math.sqrt(heads / h)
+    terms = (getattr(config, "pos_att_type", None) or []) if getattr(config, "relative_attention", False) else []
+    buckets, furthest = getattr(config, "position_buckets", -1), getattr(config, "max_relative_positions", -1)
+    slots = 2 * (buckets if buckets > 0 else furthest if furthest > 0 else config.max_position_embeddings)
+    tables = [empty(slots, heads, h // heads) if term in terms else None for term in ("c2p", "p2c")]
+    relative = *tables, torch.empty(2 * max(lengths) - 1, dtype=torch.int32, device="meta"), *sequences
+    reach = getattr(config, "conv_kernel_size", 0)  # of DeBERTa's convolution, once a forward
+    convolutions = [matmul(tokens, reach * h, h)] if reach > 0 else []
     if not train:
         each = [
             call("qkv_linear", x, *(square, vector) * 3),
-            call("attention", context, context, context, *sequences),
+            call("disentangled_attention", qkv, *relative, 0.0, None, None)
+            if terms
+            else call("attention", context, context, context, *sequences),
             call("linear_add", x, square, vector, x),
             call("layer_norm", x, vector, vector, eps),
             call("linear_gelu", x, up, long, "none"),
             call("linear_add", wide, down, vector, x),
             call("layer_norm", x, vector, vector, eps),
         ]
-        return total(each * config.num_hidden_layers)
+        return total(each * config.num_hidden_layers + convolutions)
     seed = torch.empty((), dtype=torch.int64, device="meta")
     names = ("attention_dropout", "dropout") if hasattr(config, "hidden_dim") else _DROPOUTS
     drops = [(rate, seed if rate else None) for rate in (getattr(config, name) for name in names)]
@@ -218,7 +234,10 @@ def encoder(config: Any, lengths: Sequence[int], dtype: torch.dtype, train: bool
     biases = Cost(0, _bytes([*(vector,) * 5, long]))
     each = [
         call("qkv_linear", x, *(square, vector) * 3),
-        call("attention_forward", qkv, *sequences, *drops[0]),
+        call("disentangled_attention", qkv, *relative, *drops[0], None)
+        if terms
+        else call("attention_forward", qkv, *sequences, *drops[0]),
+        *positions(3),
         call("linear", x, square, vector),
         *[call("add_layer_norm", x, x, vector, vector, eps, *drops[1])] * 2,
         call("feed_forward", x, up, long, down, vector, "none"),
@@ -229,9 +248,11 @@ def encoder(config: Any, lengths: Sequence[int], dtype: torch.dtype, train: bool
         matmul(i, tokens, h),
         matmul(tokens, h, h),
         matmul(h, tokens, h),
-        call("attention_backward", context, qkv, context, stats, *sequences, *drops[0]),
+        call("disentangled_attention_backward", context, qkv, *relative[:3], context, stats, *sequences, *drops[0], None)
+        if terms
+        else call("attention_backward", context, qkv, context, stats, *sequences, *drops[0]),
         matmul(tokens, 3 * h, h),
         matmul(3 * h, tokens, h),
         biases,
     ]
-    return total(each * config.num_hidden_layers)
+    return total(each * config.num_hidden_layers + convolutions * 3)

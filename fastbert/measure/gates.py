@@ -15,12 +15,19 @@ import torch
 VARIABLE = "FASTBERT_GATES"
 FORWARD = ("embedding", "padding", "linear", "attention", "layer_norm", "model")
 BACKWARD = ("embedding_training", "linear_training", "attention_training", "layer_norm_training", "dropout")
+# DeBERTa's in place of those; it has the stock embeddings.
+DEBERTA = {
+    "attention": ("disentangled",),
+    "attention_training": ("disentangled_training",),
+    **dict.fromkeys(("embedding", "embedding_training"), ()),
+}
 GREEN, RED, NOT_RUN = "green", "red", "not run"
 
 # Of the name of an operator, which tests it is in; the first that it holds.
 OPERATORS = {
     "fp8": "fp8",
     "cross_entropy": "cross_entropy",
+    "disentangled": "disentangled",
     "embedding": "embedding",
     "attention": "attention",
     "layer_norm": "layer_norm",
@@ -41,6 +48,8 @@ def needed(what: str, candidate: str) -> tuple[str, ...]:
         operation = next((own for part, own in OPERATORS.items() if part in name), name)
         return (operation + ("_training" if "backward" in name else ""),)
     found = FORWARD + (BACKWARD if "training" in what else ())
+    if what.startswith("Deberta"):
+        found = tuple(own for name in found for own in DEBERTA.get(name, (name,)))
     return found + ("graphs",) * ("graphs" in candidate) + ("fp8",) * ("fp8" in candidate)
 
 

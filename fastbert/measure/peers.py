@@ -1,6 +1,6 @@
 """What `fastbert bench --peers` times beside stock and fused: other ways to run the same model, in the same process.
 
-A peer is made from a stock BertModel and shares its weights where it can. It is called as the model is, with padded ids
+A peer is made from a stock BertModel or DebertaV2Model and shares its weights where it can. It is called as the model is, with padded ids
 and their mask, (B, S) int64, and returns what has `last_hidden_state`, (B, S, hidden); rows of padding hold anything.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, BertModel
+from transformers import AttentionInterface, AttentionMaskInterface, BertModel, DebertaV2Model
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..calibration import calibrate
@@ -100,13 +100,20 @@ AttentionInterface.register(VARLEN, _varlen_attention)
 AttentionMaskInterface.register(VARLEN, lambda *_, **__: None)
 
 
+def _need_bert(model: nn.Module) -> None:
+    if not isinstance(model, BertModel):
+        raise Unavailable("it has no attention by distance")
+
+
 def _torch_varlen(model: BertModel) -> nn.Module:
+    _need_bert(model)
     if model.device.type != "cuda" or model.dtype.itemsize != 2:
         raise Unavailable("torch's varlen attention is for 16-bit dtypes on CUDA")
     return _Flattened(model, VARLEN)
 
 
 def _flash_attention(model: BertModel) -> nn.Module:
+    _need_bert(model)
     if importlib.util.find_spec("flash_attn") is None:
         raise Unavailable("flash-attn is not installed")
     if model.device.type != "cuda" or model.dtype.itemsize != 2:
@@ -167,6 +174,7 @@ def _need_cpu(model: BertModel, *packages: str) -> None:
 
 def _onnx_runtime(model: BertModel) -> nn.Module:
     """Exported, then through ONNX Runtime's own optimiser for BERT: fused attention, GELU and skip LayerNorm."""
+    _need_bert(model)
     _need_cpu(model, "onnx", "onnxruntime")
     if model.dtype != torch.float32:
         raise Unavailable(f"ONNX Runtime has no {str(model.dtype).removeprefix('torch.')} on a CPU")
@@ -265,7 +273,64 @@ def _fp8(cuda_graphs: bool) -> Callable[[BertModel], nn.Module]:
     return build
 
 
-PEERS: dict[str, tuple[str, Callable[[BertModel], object]]] = {
+def _need_deberta(model: nn.Module, package: str) -> None:
+    if not isinstance(model, DebertaV2Model):
+        raise Unavailable("it is for DeBERTa")
+    if importlib.util.find_spec(package.replace("-", "_")) is None:
+        raise Unavailable(f"{package} is not installed")
+
+
+class _DisentangledFlash(nn.Module):
+    """disentangled-flash, packed: its kernels on a GPU, its PyTorch on a CPU."""
+
+    def __init__(self, model: DebertaV2Model) -> None:
+        super().__init__()
+        _need_deberta(model, "disentangled-flash")
+        self.model = model
+        self.ways = nn.ModuleDict()  # for training it makes another model, some of whose parameters are its own
+        self.eval()
+
+    @property
+    def encoder(self) -> Any:
+        """Whose gradients are looked at."""
+        return self._way(True).encoder
+
+    def _way(self, train: bool) -> Any:
+        from disentangled_flash import optimize_deberta
+
+        if str(train) not in self.ways:
+            backend = "torch" if self.model.device.type == "cpu" else "triton"
+            with torch.inference_mode(False):
+                made = optimize_deberta(share(self.model).eval(), backend=backend, inference=not train)
+            if type(made.encoder) is type(self.model.encoder):
+                raise Unavailable("it has no kernels for this model")
+            self.ways[str(train)] = made.train(self.training)
+        return self.ways[str(train)]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> BaseModelOutput:
+        from disentangled_flash import pack_padded_with_info, unpack_packed
+
+        way = self._way(torch.is_grad_enabled())
+        embedded = way.embeddings(input_ids=input_ids, mask=attention_mask)
+        rows, starts, info = pack_padded_with_info(embedded, attention_mask)
+        more = {"output_hidden_states": False, "packed_info": info}
+        rows = way.encoder.forward_packed(rows, starts, info.max_seqlen, **more).last_hidden_state
+        hidden, _ = unpack_packed(rows, starts, input_ids.shape[1], packed_info=info)
+        return BaseModelOutput(last_hidden_state=hidden)
+
+
+def _flash_deberta(model: DebertaV2Model) -> nn.Module:
+    _need_deberta(model, "flashdeberta")
+    if model.device.type != "cuda":
+        raise Unavailable("flashdeberta is for CUDA")
+    from flashdeberta import FlashDebertaV2Model
+
+    made = FlashDebertaV2Model(copy.deepcopy(model.config)).to(model.device)  # on "meta" it would lose buffers
+    made.load_state_dict(model.state_dict(), assign=True)
+    return made.eval()
+
+
+PEERS: dict[str, tuple[str, Callable[[Any], object]]] = {
     "graphs": ("fused + CUDA graphs", _graphs),
     "graphs-pdl": ("fused + CUDA graphs, dependent launches", _Dependent),
     "fp8": ("fused in fp8", _fp8(False)),
@@ -278,6 +343,8 @@ PEERS: dict[str, tuple[str, Callable[[BertModel], object]]] = {
     "flash-attn": ("stock packed, flash-attn", _flash_attention),
     "onnxruntime": ("ONNX Runtime", _onnx_runtime),
     "openvino": ("OpenVINO", _openvino),
+    "disentangled-flash": ("disentangled-flash", _DisentangledFlash),
+    "flashdeberta": ("flashdeberta", _flash_deberta),
 }
 """By the name on the command line: the name in records, and what makes one from a stock model or raises Unavailable."""
 

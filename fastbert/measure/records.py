@@ -238,7 +238,7 @@ def compare(old: Sequence[Record], new: Sequence[Record]) -> Iterator[tuple[str,
         yield verdict, f"{verdict:<7}{name}: {ranges} x stock"
 
 
-HEADER = f"{'what':<22}{'model':<8}{'dtype':<10}{'workload':<14}{'run':<38}" + "".join(
+HEADER = f"{'what':<22}{'model':<18}{'dtype':<10}{'workload':<14}{'run':<38}" + "".join(
     name.rjust(width)
     for name, width in (("ms", 10), ("tokens/s", 11), ("x stock", 9), ("ideal", 7), ("roofline", 10), ("MiB", 8))
 )
@@ -246,8 +246,8 @@ HEADER = f"{'what':<22}{'model':<8}{'dtype':<10}{'workload':<14}{'run':<38}" + "
 
 def line(record: Record) -> str:
     """One record as a line under HEADER."""
-    what = record["what"].removeprefix("BertModel ").removeprefix("cold start: ")
-    case = f"{what:<22}{record['size']:<8}{record['dtype']:<10}{record['workload']:<14}{record['candidate']:<38}"
+    what = re.sub(r"^(\w+Model |cold start: )", "", record["what"])
+    case = f"{what:<22}{record['size']:<18}{record['dtype']:<10}{record['workload']:<14}{record['candidate']:<38}"
     if record["median_s"] is None:
         return case + record["status"]
 
