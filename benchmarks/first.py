@@ -572,8 +572,8 @@ def measure(given: argparse.Namespace) -> int:
 
     from benchmarks import gates
     from fastbert.checkpoints import default_device
-    from fastbert.measure import bench, records
     from fastbert.measure import cases as models
+    from fastbert.measure import records
     from fastbert.measure.machine import Machine, Rates, environment
 
     output, device = given.output.resolve(), default_device(None)
@@ -597,7 +597,9 @@ def measure(given: argparse.Namespace) -> int:
 
     def keep(record: dict[str, Any]) -> None:
         record |= about
-        if record["candidate"] == "fused" and record["what"].endswith("Model forward"):  # the whole model, by bench's own check
+        if record["candidate"] == "fused" and record["what"].endswith(
+            "Model forward"
+        ):  # the whole model, by bench's own check
             models_log.note(record["workload"], gates.PASSED if record["status"] == "ok" else gates.FAILED)
         append(steps.events, {"event": "record", "key": steps.key, "record": record})
         kept[row(record)] = record  # a step that was killed comes again

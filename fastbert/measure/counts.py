@@ -248,7 +248,9 @@ def encoder(config: Any, lengths: Sequence[int], dtype: torch.dtype, train: bool
         matmul(i, tokens, h),
         matmul(tokens, h, h),
         matmul(h, tokens, h),
-        call("disentangled_attention_backward", context, qkv, *relative[:3], context, stats, *sequences, *drops[0], None)
+        call(
+            "disentangled_attention_backward", context, qkv, *relative[:3], context, stats, *sequences, *drops[0], None
+        )
         if terms
         else call("attention_backward", context, qkv, context, stats, *sequences, *drops[0]),
         matmul(tokens, 3 * h, h),

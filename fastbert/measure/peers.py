@@ -1,7 +1,8 @@
 """What `fastbert bench --peers` times beside stock and fused: other ways to run the same model, in the same process.
 
-A peer is made from a stock BertModel or DebertaV2Model and shares its weights where it can. It is called as the model is, with padded ids
-and their mask, (B, S) int64, and returns what has `last_hidden_state`, (B, S, hidden); rows of padding hold anything.
+A peer is made from a stock BertModel or DebertaV2Model and shares its weights where it can. It is called as the model
+is, with padded ids and their mask, (B, S) int64, and returns what has `last_hidden_state`, (B, S, hidden); rows of
+padding hold anything.
 """
 
 from __future__ import annotations

@@ -11,11 +11,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers.models.bert import modeling_bert as hf
+from transformers.models.deberta_v2 import modeling_deberta_v2 as deberta
 
 import fastbert
 from fastbert import ops
 from fastbert.kernels import cpu
 from fastbert.measure import cases, counts
+from fastbert.models import deberta_v2
 from tests import models
 from tests.fastbert.test_ops import arguments
 
@@ -172,6 +174,26 @@ class Calls(TorchDispatchMode):
         elif name == "mm":
             self.costs.append((name, counts.torch_cost(func, args, kwargs or {}, result)))
         return result
+
+
+@pytest.mark.parametrize("kinds", [["c2p"], ["c2p", "p2c"]], ids="+".join)
+@pytest.mark.parametrize("train", [False, True])
+def test_an_encoder_of_deberta_costs_what_it_calls(train: bool, kinds: list[str]) -> None:
+    """Without what makes embeddings, and the convolution, which is stock's. Inference makes those of positions once."""
+    torch.manual_seed(0)
+    sizes = deberta_v2.SIZES | {"vocab_size": 300, "pos_att_type": kinds, "conv_kernel_size": 3, "conv_act": "gelu"}
+    model = fastbert.fuse(deberta.DebertaV2Model(deberta.DebertaV2Config(**sizes))).train(train)
+    mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()
+    with torch.set_grad_enabled(train):
+        for _ in range(2):
+            with Calls() as calls:
+                hidden = model(models.ids(*mask.shape), attention_mask=mask).last_hidden_state
+                if train:
+                    hidden.backward(torch.ones_like(hidden))
+    convolved = (1 + 2 * train) * 2 * sum(LENGTHS) * 3 * 48**2
+    expected = counts.encoder(model.config, LENGTHS, torch.float32, train)
+    assert sum(cost.flops for _, cost in calls.costs) + convolved == expected.flops
+    assert 0 < expected.bytes < 1e9
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

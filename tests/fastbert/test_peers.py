@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import itertools
+import sys
+import types
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.deberta_v2 import modeling_deberta_v2 as deberta
 
 from benchmarks import report
 from fastbert.kernels import launch
@@ -19,11 +24,9 @@ from tests import models
 ON_A_GPU = ("graphs", "graphs-pdl", "fp8", "reduce-overhead", "max-autotune", "torch-varlen", "flash-attn")
 
 
-def run(names: Any, dtype: torch.dtype, train: bool = False) -> dict[str, dict[str, Any]]:
+def run(names: Any, dtype: torch.dtype, train: bool = False, size: str = "minilm") -> dict[str, dict[str, Any]]:
     work = [cases.Workload("three", (3, 19, 7)), cases.Workload("one", (11,))]
-    records = bench.run(
-        work, ["minilm"], [dtype], device=torch.device("cpu"), repeats=3, peers=tuple(names), train=train
-    )
+    records = bench.run(work, [size], [dtype], device=torch.device("cpu"), repeats=3, peers=tuple(names), train=train)
     return {f"{record['workload']} {record['candidate']}": record for record in records}
 
 
@@ -75,6 +78,81 @@ def test_dependent_launches_are_of_one_candidate_alone(monkeypatch: pytest.Monke
         model(input_ids=models.ids(2, 5) - 10**6)
     assert seen == [{"sm_90": False, "sm_100": True}] * 2
     assert launch.DEPENDENT == {"sm_90": False, "sm_100": False}
+
+
+@pytest.fixture
+def disentangled_flash(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A package of that name, which runs stock over what it packs, with a key projection of its own in training."""
+
+    class Optimized(deberta.DebertaV2Encoder):
+        def forward_packed(self, rows: Tensor, starts: Tensor, longest: int, **more: Any) -> BaseModelOutput:
+            assert (starts.dtype, longest) == (torch.int32, more["packed_info"].max_seqlen)
+            mask = torch.arange(longest) < starts.diff()[:, None]
+            padded = rows.new_zeros(*mask.shape, rows.shape[1])
+            padded[mask] = rows
+            return BaseModelOutput(last_hidden_state=self(padded, mask.long()).last_hidden_state[mask])
+
+    def optimize(model: Any, backend: str, inference: bool) -> Any:
+        assert backend == "torch"
+        model.encoder.__class__ = Optimized
+        if not inference:
+            module = model.encoder.layer[0].attention.self.key_proj
+            module.weight = nn.Parameter(module.weight.detach().clone())
+        return model
+
+    def pack(rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Any]:
+        info = types.SimpleNamespace(max_seqlen=int(mask.sum(1).max()))
+        return rows[mask.bool()], F.pad(mask.sum(1).cumsum(0), (1, 0)).int(), info
+
+    def unpack(rows: Tensor, starts: Tensor, width: int, packed_info: Any) -> tuple[Tensor, None]:
+        mask = torch.arange(width) < starts.diff()[:, None]
+        padded = rows.new_zeros(*mask.shape, rows.shape[1])
+        padded[mask] = rows
+        return padded, None
+
+    module = types.ModuleType("disentangled_flash")
+    module.__spec__ = importlib.machinery.ModuleSpec("disentangled_flash", None)
+    module.optimize_deberta, module.pack_padded_with_info, module.unpack_packed = optimize, pack, unpack  # type: ignore
+    monkeypatch.setitem(sys.modules, "disentangled_flash", module)
+    return module
+
+
+@pytest.mark.usefixtures("tiny", "disentangled_flash")
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("size", ["deberta-v3-xsmall", "deberta-v2-xlarge"])
+def test_deberta_and_its_peers(size: str, train: bool) -> None:
+    """Outputs, or gradients with those of positions, against float64; time and what it costs, of both."""
+    records = run(["disentangled-flash", "eager", "torch-varlen", "flashdeberta"], torch.float32, train, size)
+    for case, name in itertools.product(("three", "one"), ("stock", "fused", "disentangled-flash", "stock eager")):
+        record = records[f"{case} {name}"]
+        assert (record["status"], record["repeats"]) == ("ok", 3)
+        assert 0 < record["error"] < 1e-6
+        assert record["what"] == f"DebertaV2Model {'training step' if train else 'forward'}"
+        assert record["flops"] > 0
+    for name, reason in (
+        ("flashdeberta", "flashdeberta is not installed"),
+        ("stock packed, torch varlen", "it has no attention by distance"),
+    ):
+        assert records[f"one {name}"]["status"] == f"UNAVAILABLE: {reason}"
+    assert "| forward |" in report.measured(records.values()) or train
+
+
+@pytest.mark.usefixtures("tiny", "disentangled_flash")
+def test_a_peer_that_is_wrong_is_not_timed(disentangled_flash: Any) -> None:
+    """And one that leaves the model as it is runs nothing of its own."""
+    unpack = disentangled_flash.unpack_packed
+    disentangled_flash.unpack_packed = lambda *args, **more: (unpack(*args, **more)[0] * 1.001, None)
+    (record,) = (
+        r
+        for r in run(["disentangled-flash"], torch.float32, size="deberta-v3-xsmall").values()
+        if "three" in r["workload"] and "flash" in r["candidate"]
+    )
+    assert record["status"].startswith("FAILED: ")
+    disentangled_flash.optimize_deberta = lambda model, **_: model
+    record = run(["disentangled-flash"], torch.float32, size="deberta-v3-xsmall")["one disentangled-flash"]
+    assert record["status"] == "UNAVAILABLE: it has no kernels for this model"
+    record = run(["disentangled-flash"], torch.float32)["one disentangled-flash"]
+    assert record["status"] == "UNAVAILABLE: it is for DeBERTa"
 
 
 @pytest.mark.usefixtures("tiny")
