@@ -122,8 +122,6 @@ def _explain_base(model: nn.Module, name: str, base: Any, family: Any) -> Encode
     if dense == UNKNOWN:
         around = outermost(base, settings.holders)
         dense = f"{unknown_reader(around)}; if it does not, fuse the model with padding='packed'"
-    if dense is not None and not family.layout.attention.masks_keys:
-        dense += "; its calls with padding run stock then, for no kernel of its attention masks keys"
     return EncoderExplanation(
         name,
         True,

@@ -26,7 +26,7 @@ from .explain import explain
 from .fuse import fuse, unfuse
 from .layers.embeddings import first_position, longest_sequence
 from .quality import Measure, Quality
-from .runtime.registry import REGISTERED, embeddings_of, encoder_of, layers_in, layers_of, masks_keys, widen
+from .runtime.registry import REGISTERED, embeddings_of, encoder_of, layers_in, layers_of, widen
 from .sensitivity import Sensitivity, sensitivity
 
 LAYOUTS = ("packed", "dense")
@@ -286,12 +286,6 @@ def verify(
 
     working = twin(inner, device, dtype)
     bounding = working
-    if not masks_keys(working):  # with padding it packs or runs stock
-        layouts = [layout for layout in layouts if layout != "dense"]
-        if not layouts:
-            raise ValueError(
-                f"layouts is ('dense',); expected 'packed': {type(inner).__name__} has no other with padding"
-            )
     fuse(working, precision=precision)  # refused before anything is computed, where nothing can be fused
     if precision is not None:
         bounding = stock_in_fp8(inner, device, dtype)

@@ -413,22 +413,24 @@ def disentangled_attention(
     seed: Tensor | None,
     tiles: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    if key_mask is not None:
-        raise ValueError("key_mask is given; expected None: the CPU backend masks no keys here")
     rows, _, heads, _ = qkv.shape
     dtype, generator = _matmul_dtype(qkv), _generator(seed)
     out = qkv.new_empty(rows, *qkv.shape[2:])
     planes = 2 if qkv.dtype.itemsize > 2 else 1
     stats = qkv.new_ones(planes, heads, rows, dtype=torch.promote_types(qkv.dtype, torch.float32))
     positions = _Positions(c2p, p2c, slots, max_seqlen, dtype)
-    for group, batch, _ in _sequences(rows, cu_seqlens, None, max_seqlen):
+    for group, batch, mask in _sequences(rows, cu_seqlens, key_mask, max_seqlen):
         length = (group.stop - group.start if cu_seqlens is not None else rows) // batch
         for some in _head_groups(heads, batch * length * length):
             query, key, value = (_of_heads(x[:, some], batch).to(dtype) for x in qkv[group].unbind(1))
             scores = positions.scores(query, key, some, scale).to(stats.dtype)
+            if mask is not None:
+                scores.masked_fill_(~mask[:, 0], torch.finfo(scores.dtype).min)
             top = scores.amax(-1, keepdim=True)
             weights = scores.sub_(top).exp_()
-            total = weights.sum(-1, keepdim=True)
+            if mask is not None:  # without a key they were all 1
+                weights.mul_(mask[:, 0])
+            total = weights.sum(-1, keepdim=True).clamp_(min=1.0)
             if dropout:
                 weights.mul_(_keep(weights.shape, dropout, generator, weights.dtype))
             result = torch.matmul(weights.to(dtype), value).div_(total)
@@ -453,20 +455,23 @@ def disentangled_attention_backward(
     seed: Tensor | None,
     tiles: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if key_mask is not None:
-        raise ValueError("key_mask is given; expected None: the CPU backend masks no keys here")
     rows, _, heads, _ = qkv.shape
     dtype, generator = _matmul_dtype(qkv), _generator(seed)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
     positions = _Positions(c2p, p2c, slots, max_seqlen, dtype)
     dtables = [None if table is None else torch.zeros_like(table, dtype=stats.dtype) for table in (c2p, p2c)]
-    for group, batch, _ in _sequences(rows, cu_seqlens, None, max_seqlen):
+    for group, batch, mask in _sequences(rows, cu_seqlens, key_mask, max_seqlen):
         length = (group.stop - group.start if cu_seqlens is not None else rows) // batch
         for some in _head_groups(heads, batch * length * length):
             query, key, value = (_of_heads(x[:, some], batch).to(dtype) for x in qkv[group].unbind(1))
             dout = _of_heads(grad[group, some], batch).to(dtype)
             # The softmax anew, not by `stats`, and its gradient from these, not from `out`: as precise as stock's.
-            weights = positions.scores(query, key, some, scale).to(stats.dtype).softmax(-1)
+            scores = positions.scores(query, key, some, scale).to(stats.dtype)
+            if mask is None:
+                weights = scores.softmax(-1)
+            else:  # without a key they are all zero
+                scores.masked_fill_(~mask[:, 0], torch.finfo(scores.dtype).min)
+                weights = scores.softmax(-1).mul_(mask[:, 0])
             dweights, kept = torch.matmul(dout, value.transpose(2, 3)).to(stats.dtype), weights
             if dropout:
                 keep = _keep(weights.shape, dropout, generator, weights.dtype)

@@ -41,8 +41,8 @@ class Attention:
     kinds: Mapping[Path, type[nn.Module]] = field(default_factory=dict)
     """Submodules whose code the fused layer stands in for, each with the class that code is known for."""
 
-    masks_keys: ClassVar[bool] = True
-    """Whether a padded layout is covered, in which keys are masked."""
+    spreads_padding: ClassVar[bool] = False
+    """Whether a row of padding attends evenly to all rows of its sequence, those of padding too."""
 
     @property
     def by_distance(self) -> bool:
@@ -70,8 +70,8 @@ class Attention:
         """Those it reads beside its linear layers' and its norm's."""
         return iter(())
 
-    def unsupported(self, layer: nn.Module, name: str) -> str | None:
-        """Why a layer of that name can't run fused, by what is this half's own."""
+    def unsupported(self, layer: nn.Module, name: str, sharded: bool = False) -> str | None:
+        """Why a layer of that name can't run fused, by what is this half's own; `sharded` as `is_plain` has it."""
         for path, module, kind in self.parts(layer):
             place = ".".join((name, *path))
             if type(module) is not kind:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
-from ..runtime.support import is_plain, is_rowwise, named, oddity
+from ..runtime.support import is_plain, is_readable, is_rowwise, named, oddity
 from .attention import Attention
 from .context import Context
 from .derived import Derived
@@ -46,7 +46,7 @@ class Disentangled(Attention):
     position_query: Path = ("attention", "self", "pos_query_proj")
     is_by_head: bool = False
     """Whether `qkv` gives query, key and value of each head side by side, and `module` has q_bias and v_bias."""
-    masks_keys = False
+    spreads_padding = True
     by_distance = True
 
     def dropout_paths(self) -> tuple[Path | None, ...]:
@@ -76,20 +76,20 @@ class Disentangled(Attention):
             module = child(layer, *self.module)
             yield from (module.q_bias, module.v_bias)
 
-    def unsupported(self, layer: nn.Module, name: str) -> str | None:
+    def unsupported(self, layer: nn.Module, name: str, sharded: bool = False) -> str | None:
         """As `Attention.unsupported`; also by the linear layers of positions."""
-        if reason := super().unsupported(layer, name):
+        if reason := super().unsupported(layer, name, sharded):
             return reason
         if self.is_by_head:
             module, (path,) = child(layer, *self.module), self.gemms()["qkv"]
             weight = child(layer, *path)._parameters.get("weight")
             biases = module._parameters.get("q_bias"), module._parameters.get("v_bias")
-            if any(type(p) is not nn.Parameter for p in biases):
+            if not all(is_readable(p, sharded) for p in biases):
                 return f"{'.'.join((name, *self.module))} has biases that are no parameters of its own"
             if weight is not None and any(p.dtype is not weight.dtype for p in biases):
                 return f"{'.'.join((name, *self.module))} has biases of another dtype"
         for linear in self.position_linears(layer):
-            if linear is not None and not is_plain(linear, nn.Linear) and not is_rowwise(linear, False):
+            if linear is not None and not is_plain(linear, nn.Linear, sharded) and not is_rowwise(linear, sharded):
                 return f"{'.'.join((name, *self.module))} makes positions by a {named(linear)}{oddity(linear)}"
         return None
 
@@ -169,10 +169,15 @@ class BoundDisentangled(NamedTuple):
         del quantized
         relative = None if self.relative is None else context.tables[self.relative]
         if relative is None:
-            return self.last.attention(*qkv.unbind(1), *context.sequences(), self.scale, None, context.packing.tiles)
-        c2p, p2c = (self._made(each, relative) for each in self.positions)
-        given = relative.slots, *context.sequences(), self.scale, 0.0, None, context.packing.tiles
-        return ops.disentangled_attention(qkv, c2p, p2c, *given)[0].flatten(1), None
+            plain = *qkv.unbind(1), *context.sequences(), self.scale, None, context.packing.tiles
+            if context.packing.key_mask is None:
+                return self.last.attention(*plain)
+            attended = ops.attention(*plain)
+        else:
+            c2p, p2c = (self._made(each, relative) for each in self.positions)
+            given = relative.slots, *context.sequences(), self.scale, 0.0, None, context.packing.tiles
+            attended, _ = ops.disentangled_attention(qkv, c2p, p2c, *given)
+        return _spread(attended, qkv[:, 2], context).flatten(1), None
 
     def _made(self, gemm: Gemm | None, relative: Relative) -> Tensor | None:
         """(P, heads, head_dim): keys or queries of positions, in inference."""
@@ -194,7 +199,7 @@ class BoundDisentangled(NamedTuple):
         relative = None if self.relative is None else context.tables[self.relative]
         if relative is None:
             attended, _ = ops.attention_forward(qkv, *sequences, self.scale, rate, seed, tiles)
-            return self.last(attended.flatten(1))
+            return self.last(_spread(attended, qkv[:, 2], context, rate, seed).flatten(1))
         embeddings = relative.embeddings
         if self.dropout:
             embeddings = F.dropout(embeddings, self.dropout)
@@ -206,4 +211,21 @@ class BoundDisentangled(NamedTuple):
         attended, _ = ops.disentangled_attention(
             qkv, c2p, p2c, relative.slots, *sequences, self.scale, rate, seed, tiles
         )
-        return self.last(attended.flatten(1))
+        return self.last(_spread(attended, qkv[:, 2], context, rate, seed).flatten(1))
+
+
+def _spread(attended: Tensor, v: Tensor, context: Context, rate: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """`attended` (T, heads, head_dim), with rows of padding as stock has them: even means of v over their sequence.
+
+    With dropout, at `rate`, of each row's own; it draws what attention has drawn for those rows, which is not used.
+    """
+    mask, seqlen = context.packing.key_mask, context.packing.seqlen
+    if mask is None:
+        return attended
+    if rate:
+        zeros = torch.zeros_like(v)  # queries to which all keys are the same
+        even, _ = ops.attention_forward(torch.stack((zeros, zeros, v), 1), None, None, seqlen, 1.0, rate, seed, None)
+    else:
+        means = v.unflatten(0, (-1, seqlen)).mean(1, keepdim=True)  # [B, 1, heads, head_dim]
+        even = means.expand(-1, seqlen, -1, -1).flatten(0, 1)
+    return torch.where(mask.flatten()[:, None, None], attended, even)

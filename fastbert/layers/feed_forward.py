@@ -74,7 +74,7 @@ class FeedForward:
         *holder, name = self.activation
         return getattr(child(layer, *holder), name)
 
-    def unsupported(self, layer: nn.Module, name: str) -> str | None:
+    def unsupported(self, layer: nn.Module, name: str, sharded: bool = False) -> str | None:
         """Why a layer of that name can't run fused, by what is this half's own."""
         if self.chunk is not None and self.chunk[-1] in child(layer, *self.chunk[:-1]).__dict__:
             return f"{name}.{self.chunk[-1]} has been replaced"

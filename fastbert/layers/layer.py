@@ -210,7 +210,7 @@ def layer_is_unsupported(layer: nn.Module, name: str) -> str | None:
     if seen is not None:
         return f"{name} has a hook that sees its arguments"
     for half in layout.halves():
-        if reason := half.unsupported(layer, name):
+        if reason := half.unsupported(layer, name, sharded):
             return reason
     weights: list[Tensor] = []
     for path, linear in layout.linears(layer):

@@ -92,11 +92,9 @@ def embed(model: hf.DebertaV2Model, call: Mapping[str, object], plan: Plan) -> T
 
 def run(model: hf.DebertaV2Model, call: dict[str, object], plan: Plan) -> object:
     """`Family.run`."""
-    hidden_states = model.encoder(embed(model, call, plan), plan=plan).last_hidden_state
+    result = model.encoder(embed(model, call, plan), plan=plan)
     whole = call.get("return_dict")
-    if not (model.config.return_dict if whole is None else whole):
-        return (hidden_states,)
-    return BaseModelOutput(last_hidden_state=hidden_states)
+    return result if (model.config.return_dict if whole is None else whole) else result.to_tuple()
 
 
 def _convolve(encoder: hf.DebertaV2Encoder, first: Tensor, hidden_states: Tensor, plan: Plan) -> Tensor:

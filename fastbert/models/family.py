@@ -75,7 +75,8 @@ class Family:
     number spreads them evenly."""
     run: Callable[..., object] | None = None
     """(base model, arguments by name, plan) -> its output, where the stock forward does not hand the encoder the
-    keyword arguments that it doesn't know. Hidden states are not collected there, nor do layers mix with stock ones."""
+    keyword arguments that it doesn't know. What the encoder returns has hidden_states, where they are asked for; layers
+    don't mix with stock ones."""
     heads: Mapping[type[nn.Module], Reader] = field(default_factory=dict)
     """What every head reads of the base model's output. One that is not listed may read padding: calls are dense."""
     others: tuple[type[nn.Module], ...] = ()

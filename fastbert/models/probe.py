@@ -269,7 +269,8 @@ def _calls(stock: nn.Module, family: Family) -> Iterator[_Call]:
     padded = found[0]
     real = torch.ones(2, 7, dtype=torch.bool)
     found.append(_Call("without a mask", ids(2, 7), real))
-    found.append(_Call("for hidden states", {**padded.arguments, "output_hidden_states": True}, padded.real))
+    hint = "Family.run returns hidden_states as the encoder does"
+    found.append(_Call("for hidden states", {**padded.arguments, "output_hidden_states": True}, padded.real, hint))
     for length in (300, 70, 30):
         real = torch.arange(length) < torch.tensor([[length], [length // 2], [length - 3]])
         found.append(_Call(f"of {length} tokens a sequence", {**ids(3, length), "attention_mask": real.long()}, real))

@@ -34,7 +34,7 @@ def disentangled_attention(
         slots: (2 R - 1,) int32, R at least max_seqlen: element R - 1 + d is the row of c2p and p2c for keys that stand
             d tokens before the query.
         cu_seqlens, max_seqlen, tiles: as `attention` has them.
-        key_mask: None: a padded layout whose keys are masked is not covered.
+        key_mask: as `attention` has it.
         dropout, seed: as `attention_forward` has them.
 
     Returns:

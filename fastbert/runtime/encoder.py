@@ -89,6 +89,7 @@ class FusedEncoder(Mixin):
         if fp8 is not None:
             found = [own or plain for own, plain in zip(fp8.bind(layers, plan.stock_layers), found, strict=True)]
         first, after = hidden_states, family.after_first
+        collected = [hidden_states]
         if plan.bound is not None and plan.seeds is None and _only_infers(layers, plan.bound, hidden_states):
             x = hidden_states.flatten(0, 1)
             for bound in found:
@@ -104,9 +105,13 @@ class FusedEncoder(Mixin):
                 hidden_states = layer(hidden_states, *mask, context=context, seeds=own_seeds, bound=bound, **kwargs)
             if after is not None:
                 hidden_states, after = after(self, first, hidden_states, plan), None
+            if plan.collects:
+                collected.append(hidden_states)
         if family.final_norm is not None:
             hidden_states = self._modules[family.final_norm](hidden_states)
-        return family.output(last_hidden_state=packing.unpack(hidden_states))
+        if not plan.collects:
+            return family.output(last_hidden_state=packing.unpack(hidden_states))
+        return family.output(last_hidden_state=hidden_states, hidden_states=tuple(collected))
 
     def _apply(self, *args: object, **kwargs: object) -> Any:
         """As torch's `.to`, `.half` and others call it. Graphs and FP8 weights would keep the old memory."""

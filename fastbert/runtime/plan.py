@@ -71,6 +71,8 @@ class Plan(NamedTuple):
     """Whether the hidden states come padded, of whatever shape: of embeddings that aren't the family's own."""
     position_ids: Tensor | None = None
     """Those of the call, as its rows are laid out; None: it gives none."""
+    collects: bool = False
+    """Whether the encoder is to return all hidden states: nothing of transformers records them."""
 
 
 def _encoder_is_unsupported(model: nn.Module) -> str | None:
@@ -223,9 +225,6 @@ def plan_call(model: Any, names: tuple[str, ...], args: Args, kwargs: Kwargs, as
     mask = call.get("attention_mask")
     if cu_seqlens is None:
         packing = _lay_out(model, call, settings, reads, foreign, mixed or watched)
-        if packing.key_mask is not None and not family_of(model).layout.attention.masks_keys:
-            call["attention_mask"], call["plan"] = mask, "padding that is read, asked to be kept, or between tokens"
-            return (), call
     seeds = _draw_seeds(layers_of(model)) if seen.drops else None
     call["plan"] = Plan(
         packing,
@@ -241,6 +240,7 @@ def plan_call(model: Any, names: tuple[str, ...], args: Args, kwargs: Kwargs, as
         seen.hooked,
         foreign,
         _position_ids(call, packing),
+        not family_of(model).records_hidden_states and is_asked(model, call, "output_hidden_states"),
     )
     return (), call
 
@@ -305,8 +305,9 @@ def _has_empty_sequence(model: Any, mask: Tensor | None) -> bool:
 
     Eager attention spreads such a sequence evenly over all its keys, padding too; sdpa, and the kernels, give zeros.
     """
-    spreads = family_of(model).spreads_empty or model.config._attn_implementation in ("eager", None)
-    if mask is None or not spreads or not has_values(mask):
+    family = family_of(model)
+    spreads = family.spreads_empty or model.config._attn_implementation in ("eager", None)
+    if mask is None or not spreads or family.layout.attention.spreads_padding or not has_values(mask):
         return False
     if mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return False

@@ -73,12 +73,6 @@ def before_layers(model: nn.Module) -> list[nn.Module]:
     return [embeddings_of(model), *found]
 
 
-def masks_keys(model: nn.Module) -> bool:
-    """Whether every base model in `model` runs fused in the dense layout, too, where there is padding."""
-    families = [REGISTERED[kind] for module in model.modules() for kind in type(module).__mro__ if kind in REGISTERED]
-    return all(family.layout.attention.masks_keys for family in families)
-
-
 def widen(model: nn.Module) -> None:
     """Has base models in `model`, in float64, compute in float64 throughout: see `Family.widen`."""
     for module in list(model.modules()):

@@ -168,12 +168,13 @@ def is_plain(module: nn.Module, kind: type[nn.Module], sharded: bool = False) ->
     parameters = module.__dict__["_parameters"]
     if parameters.get("weight") is None:  # FSDP1 may hold them elsewhere, and DataParallel's replicas have none
         return False
-    for parameter in parameters.values():
-        plain = parameter is None or type(parameter) is nn.Parameter or type(parameter) is Tensor
-        plain = plain or is_fake(parameter)
-        if not plain and not (sharded and _is_sharded(parameter)):
-            return False
-    return True
+    return all(parameter is None or is_readable(parameter, sharded) for parameter in parameters.values())
+
+
+def is_readable(parameter: object, sharded: bool = False) -> bool:
+    """Whether a parameter is its numbers and nothing else; `sharded` as `is_plain` has it."""
+    plain = type(parameter) is nn.Parameter or type(parameter) is Tensor or is_fake(parameter)
+    return plain or (sharded and _is_sharded(parameter))
 
 
 def is_rowwise(linear: Any, sharded: bool) -> bool:
@@ -358,7 +359,7 @@ def is_unmixable(model: nn.Module, call: Mapping[str, object], mixed: bool) -> s
     runs stock, or has a hook.
     """
     family = family_of(model)
-    if not family.records_hidden_states and is_asked(model, call, "output_hidden_states"):
+    if not family.records_hidden_states and family.run is None and is_asked(model, call, "output_hidden_states"):
         return "output_hidden_states"
     if mixed and (family.run is not None or family.tables is not None):
         return "a layer that runs stock, or has a hook, takes what only its own encoder gives"

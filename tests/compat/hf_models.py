@@ -46,6 +46,10 @@ class Tester:
             sizes |= {"type_vocab_size": 16}
         if self.family == "electra":
             sizes |= {"embedding_size": 32}
+        if self.family.startswith("deberta"):  # which has no positions by distance unless its config says so
+            sizes |= {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+        if self.family == "deberta_v2":
+            sizes |= {"position_buckets": 4, "norm_rel_ebd": "layer_norm", "share_att_key": True}
         return CONFIG_MAPPING[self.family.replace("_", "-")](**sizes)
 
     def prepare_config_and_inputs_for_common(self) -> tuple[Any, dict[str, torch.Tensor]]:

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 from transformers.models.bert import modeling_bert as hf
 
 import fastbert
@@ -27,6 +28,11 @@ BFLOAT16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
 
 def model(mode: str) -> Any:
     rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    if "deberta" in mode:
+        from tests.fastbert import test_families as families
+
+        family, kind = ("deberta", "Deberta") if "v1" in mode else ("deberta_v2", "DebertaV2")
+        return families.seeded(family, f"{kind}ForSequenceClassification", **rates).train()
     if "loss only" in mode:
         return models.seeded(hf.BertForMaskedLM, tie_word_embeddings="tied" in mode, **rates).train()
     return models.seeded(hf.BertForSequenceClassification, **rates).train()
@@ -75,11 +81,11 @@ def checkpoint(model: Any) -> Any:
 
 def by_layer(model: Any, *parts: str, **how: Any) -> Any:
     """FSDP2 of every layer, then of the submodules named, then of the rest."""
-    bert = next(m for m in model.modules() if isinstance(m, hf.BertModel))
-    for layer in bert.encoder.layer:
+    base = next(m for m in model.modules() if isinstance(m, PreTrainedModel) and m.base_model is m)
+    for layer in base.encoder.layer:
         fully_shard(layer, **how)
     for part in parts:
-        fully_shard(bert.get_submodule(part), **how)
+        fully_shard(base.get_submodule(part), **how)
     return fully_shard(model, **how)
 
 
@@ -104,6 +110,9 @@ MODES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], str | None]] 
     "ddp, unused": (leave_one_out, lambda m: DistributedDataParallel(m, find_unused_parameters=True), None),
     "ddp, checkpointed": (checkpoint, DistributedDataParallel, None),
     "fsdp2": (same, by_layer, None),
+    "ddp, deberta": (same, DistributedDataParallel, None),
+    "fsdp2, deberta": (same, by_layer, None),
+    "fsdp2, deberta v1": (same, by_layer, None),
     "fsdp2, bfloat16": (same, lambda m: by_layer(m, mp_policy=BFLOAT16), None),
     "fsdp2, every part": (same, lambda m: by_layer(m, "embeddings", "encoder"), None),
     "fsdp2, replicated": (

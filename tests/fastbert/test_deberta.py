@@ -1,4 +1,5 @@
-"""DeBERTa: positions by distance, what its configs leave out, masks that are factors, and what is kept of weights."""
+"""DeBERTa: positions by distance, what its configs leave out, masks that are factors, what is kept of weights, padding
+that is read, and what people train and run it with."""
 
 from __future__ import annotations
 
@@ -8,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.deberta import modeling_deberta as v1
 from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
 
 import fastbert
 from fastbert import numerics
-from fastbert.layers import gemm
+from fastbert.layers import disentangled, gemm
+from fastbert.layers.context import Context
 from fastbert.models import deberta_v2, probe
+from fastbert.runtime.packing import Packing
 from tests import models
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -32,10 +36,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def seeded(kind: Any = hf.DebertaV2Model, **changes: Any) -> Any:
-    """Of two layers, with buckets as v3 has them."""
+    """Of two layers, with buckets as v3 has them; v1 has none."""
     torch.manual_seed(0)
     sizes = {**deberta_v2.FAMILY.sizes, "vocab_size": 100, "num_hidden_layers": 2, "position_buckets": 256}
-    model = kind(hf.DebertaV2Config(**{**sizes, **changes})).eval()
+    model = kind(kind.config_class(**{**sizes, **changes})).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             scale = parameter.shape[1] ** -0.5 if parameter.dim() == 2 else 0.2
@@ -43,14 +47,28 @@ def seeded(kind: Any = hf.DebertaV2Model, **changes: Any) -> Any:
     return model
 
 
-def pair(**changes: Any) -> tuple[Any, Any]:
-    """(fused, stock), packed."""
-    stock = seeded(**changes)
-    return fastbert.fuse(copy.deepcopy(stock), padding="packed"), stock
+def pair(kind: Any = hf.DebertaV2Model, padding: str = "packed", **changes: Any) -> tuple[Any, Any]:
+    """(fused, stock)"""
+    stock = seeded(kind, **changes)
+    return fastbert.fuse(copy.deepcopy(stock), padding=padding), stock
 
 
 def stock_calls(model: Any) -> dict[str, int]:
     return dict(fastbert.explain(model).encoders[0].stock_calls)
+
+
+def fused_calls(model: Any) -> dict[str, int]:
+    """By layout; fails where any ran stock."""
+    assert not stock_calls(model)
+    return dict(fastbert.explain(model).encoders[0].fused_calls)
+
+
+def padded(batch: int = 5, seqlen: int = 19, kind: str = "right") -> dict[str, Any]:
+    """A call with padding."""
+    return {"input_ids": models.ids(batch, seqlen, high=100), "attention_mask": models.masks(batch, seqlen)[kind]}
+
+
+LENGTHS = [1, 37, 128, 129, 511, 512, 700]
 
 
 @pytest.mark.parametrize("what", CONFIGS)
@@ -61,10 +79,11 @@ def test_configs(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("seqlen", [1, 37, 128, 129, 511, 512, 700])
-def test_lengths(seqlen: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("seqlen", LENGTHS)
+@pytest.mark.parametrize("kind", [hf.DebertaV2Model, pytest.param(v1.DebertaModel, marks=pytest.mark.slow)])
+def test_lengths(kind: Any, seqlen: int, dtype: torch.dtype) -> None:
     """Beyond max_position_embeddings, too: there is no limit where no table has a row for each position."""
-    fused, stock, truth = models.three(seeded(), dtype)
+    fused, stock, truth = models.three(seeded(kind), dtype)
     fastbert.fuse(fused, padding="packed")
     mask = torch.arange(seqlen) < torch.tensor([[seqlen], [1 + seqlen // 3]])
     call = {"input_ids": models.ids(2, seqlen, high=100), "attention_mask": mask.long()}
@@ -83,19 +102,76 @@ def test_slots_are_stocks_at_every_distance(buckets: int, furthest: int) -> None
     places = torch.arange(length)
     found = slots[len(slots) // 2 + places[:, None] - places]
     assert torch.equal(found.long(), expected)
+    if buckets < 0:
+        assert torch.equal(relative, v1.build_relative_position(rows, rows)[0])
 
 
-@pytest.mark.parametrize("kind", ["left", "holes", "empty"])
-def test_masks(kind: str) -> None:
-    """Left padding packs; distances are those of the padded layout, so that holes run stock, and an empty row does."""
-    fused, stock = pair()
-    mask = models.masks(5, 19)[kind]
-    assert mask is not None
-    ids = models.ids(5, 19, high=100)
+@pytest.mark.parametrize("kind", ["right", "left", "holes", "empty"])
+@pytest.mark.parametrize("padding", ["packed", "dense"])
+@pytest.mark.parametrize(
+    ("model", "changes"),
+    [
+        (hf.DebertaV2Model, {"conv_kernel_size": 3, "conv_act": "gelu"}),
+        (hf.DebertaV2Model, {"relative_attention": False}),
+        (v1.DebertaModel, {}),
+    ],
+    ids=["a convolution", "no positions", "v1"],
+)
+def test_masks(model: Any, changes: dict[str, Any], padding: str, kind: str) -> None:
+    """Dense, padding has stock's rows. Distances are those of the padded layout, so that holes don't pack."""
+    fused, stock = pair(model, padding, **changes)
+    call = padded(kind=kind)
+    rows = call["attention_mask"].bool() | (padding == "dense" or kind == "holes")
     with torch.no_grad():
-        found, expected = (model(ids, attention_mask=mask).last_hidden_state[mask.bool()] for model in (fused, stock))
-    torch.testing.assert_close(found, expected)
-    assert bool(stock_calls(fused)) is (kind != "left")
+        torch.testing.assert_close(*(each(**call).last_hidden_state[rows] for each in (fused, stock)))
+    assert fused_calls(fused) == {"dense" if kind == "holes" else padding: 1}
+
+
+def test_who_may_read_padding_gets_stocks_rows() -> None:
+    """As a model over it that nobody knows does, of which GLiNER is one."""
+    stock = seeded(hf.DebertaV2ForTokenClassification)
+    stock.classifier = torch.nn.Conv1d(19, 19, 3)
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    assert "classifier is a Conv1d" in str(fastbert.explain(fused).encoders[0].dense)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(**padded()).logits, stock(**padded()).logits)
+    assert fused_calls(fused) == {"dense": 1}
+
+
+@pytest.mark.parametrize("kind", [hf.DebertaV2Model, v1.DebertaModel])
+def test_padding_drops_as_stock_does(kind: Any) -> None:
+    """Where all of attention is dropped; else each row of padding has a mean of its own, over all of its sequence."""
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 1.0}
+    fused, stock = (each.train() for each in pair(kind, "dense", **rates))
+    torch.testing.assert_close(fused(**padded()).last_hidden_state, stock(**padded()).last_hidden_state)
+    assert fused_calls(fused) == {"dense": 1}
+    context = Context(Packing(4, 128, 128, key_mask=torch.zeros(4, 128, dtype=torch.bool)))
+    ones, seed = torch.ones(4 * 128, 3, 16), torch.tensor([7])
+    means = disentangled._spread(0 * ones, ones, context, 0.25, seed)[..., 0]
+    assert means.mean() == pytest.approx(1, abs=5e-3)
+    # That of 128 numbers, each 4/3 or, by chance of a quarter, 0.
+    assert means.std() == pytest.approx((0.25 / 0.75 / 128) ** 0.5, rel=0.1)
+    assert torch.equal(disentangled._spread(ones, ones, context), ones)
+
+
+@pytest.mark.parametrize("as_dict", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [(hf.DebertaV2Model, {"conv_kernel_size": 3, "conv_act": "tanh"}), (v1.DebertaModel, {})],
+    ids=["a convolution", "v1"],
+)
+def test_hidden_states(kind: Any, changes: dict[str, Any], as_dict: bool) -> None:
+    """All of them, of every row, with their gradients."""
+    found = []
+    fused, stock = pair(kind, **changes)
+    for model in (fused, stock):
+        result = model(**padded(), output_hidden_states=True, return_dict=as_dict)
+        last, hidden = result.to_tuple() if as_dict else result
+        assert torch.equal(hidden[-1], last) and len(hidden) == 3
+        hidden[1].square().sum().backward()
+        found.append([*hidden, *(p.grad for p in model.parameters() if p.grad is not None)])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    assert fused_calls(fused) == {"dense": 1}
 
 
 @pytest.mark.parametrize("factor", [0.5, 2])
@@ -156,8 +232,7 @@ def test_positions_are_made_again_once_a_weight_is_written_to(what: str) -> None
 
 def test_training_leaves_no_stale_positions() -> None:
     """Steps by `weight.data`, which leave no version, too."""
-    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    fused, stock = pair(share_att_key=False, **quiet)
+    fused, stock = pair(share_att_key=False, **QUIET)
     ids = models.ids(2, 9, high=100)
     with torch.no_grad():
         fused(ids)
@@ -198,32 +273,61 @@ def test_positions_are_kept_and_are_no_part_of_the_model() -> None:
     assert fused.state_dict().keys() == stock.state_dict().keys()
 
 
-def gradients(model: Any) -> dict[str, Tensor]:
+def gradients(model: Any, masks: list[Tensor], everywhere: bool = False) -> dict[str, Tensor]:
+    """Of a sum over real rows, or over all."""
     found: dict[str, list[Tensor]] = {}
-    for seed in range(8):
-        mask = models.masks(12, 19 + 4 * seed)["right"]
-        assert mask is not None
+    for seed, mask in enumerate(masks):
         model.zero_grad()
-        hidden = model(models.ids(*mask.shape, seed=seed, high=100), attention_mask=mask).last_hidden_state
+        hidden = model(models.ids(*mask.shape, seed=seed, high=100), attention_mask=mask.long()).last_hidden_state
         weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        (hidden * weights.to(hidden.dtype))[mask.bool()].sum().backward()
+        (hidden * weights.to(hidden.dtype))[mask.bool() | everywhere].sum().backward()
         for name, parameter in model.named_parameters():
             # Those of biases, which softmax all but ignores, are judged with the weights'.
             found.setdefault(name.replace("proj.bias", "proj.weight"), []).append(parameter.grad.flatten().clone())
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_gradients(shared: bool) -> None:
-    """Of embeddings of positions and of their norm, too, at lengths at which buckets hold many distances."""
-    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    model = seeded(share_att_key=shared, position_buckets=8, **quiet)
-    trio = [each.train() for each in models.three(model, torch.float32)]
-    fastbert.fuse(trio[0], padding="packed")
-    found = list(map(gradients, trio))
-    assert {"encoder.rel_embeddings.weight", "encoder.LayerNorm.weight"} <= found[0].keys()
-    models.assert_all_within_policy(*found, "packed")
-    assert not stock_calls(trio[0])
+QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def judge(model: Any, dtype: torch.dtype, padding: str, masks: list[Tensor], what: str) -> None:
+    """All gradients, by the policy; those of embeddings of positions and of their norm, which v1 has not, are there."""
+    trio = [each.train() for each in models.three(model, dtype)]
+    fastbert.fuse(trio[0], padding=padding)
+    found = [gradients(each, masks, padding == "dense") for each in trio]
+    names = {"encoder.rel_embeddings.weight", "encoder.LayerNorm.weight"}
+    assert names & dict(model.named_parameters()).keys() == names & found[0].keys() != set()
+    models.assert_all_within_policy(*found, what)
+    assert fused_calls(trio[0]).keys() == {padding}
+
+
+@pytest.mark.parametrize(
+    ("kind", "shared", "padding"),
+    [
+        (hf.DebertaV2Model, True, "packed"),
+        (hf.DebertaV2Model, False, "packed"),
+        (hf.DebertaV2Model, True, "dense"),
+        (v1.DebertaModel, False, "dense"),
+    ],
+)
+def test_gradients(kind: Any, shared: bool, padding: str) -> None:
+    """At lengths at which buckets hold many distances; dense, of all rows."""
+    masks = [models.masks(12, 19 + 4 * seed)["right" if seed % 2 else "left"] for seed in range(8)]
+    model = seeded(kind, share_att_key=shared, position_buckets=8, **QUIET)
+    judge(model, torch.float32, padding, [mask for mask in masks if mask is not None], padding)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("padding", ["packed", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("seqlen", LENGTHS)
+@pytest.mark.parametrize("kind", [hf.DebertaV2Model, v1.DebertaModel])
+def test_gradients_at_every_length(kind: Any, seqlen: int, dtype: torch.dtype, padding: str) -> None:
+    lengths = [torch.tensor([[seqlen], [1 + seqlen // (3 + seed)]]) for seed in range(4)]
+    masks = [torch.arange(seqlen) < each for each in lengths]
+    if seqlen == 1:  # which has no padding, and no layout but one
+        padding, masks = "dense", [mask.expand(16, -1) if len(mask) == 1 else mask.repeat(8, 1) for mask in masks]
+    judge(seeded(kind, **QUIET), dtype, padding, masks, f"{kind.__name__} {seqlen} {dtype} {padding}")
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:
@@ -275,16 +379,45 @@ def test_verify() -> None:
     assert fastbert.verify(model, [call]).ok
 
 
-@pytest.mark.parametrize("padding", ["auto", "dense"])
-def test_what_is_dense_is_explained_to_run_stock(padding: str) -> None:
-    """With padding that somebody may read, or that is to be kept."""
-    model = seeded(hf.DebertaV2ForTokenClassification)
-    model.classifier = torch.nn.LSTM(48, 4)
-    fastbert.fuse(model, padding=padding)
-    assert "its calls with padding run stock then" in str(fastbert.explain(model))
-    ids, mask = models.ids(2, 9, high=100), models.masks(2, 9)["right"]
-    with torch.no_grad():
-        model.deberta(ids, attention_mask=mask)
-        model.deberta(ids)
-    assert list(stock_calls(model).values()) == [1]
-    assert dict(fastbert.explain(model).encoders[0].fused_calls) == {"dense": 1}
+CLASSIFIERS = [hf.DebertaV2ForSequenceClassification, v1.DebertaForSequenceClassification]
+
+
+def steps(model: Any, call: Any, number: int = 2) -> list[Tensor]:
+    """Losses of some steps of training, by `call`s of a model, and what they make of its parameters."""
+    optimizer, found = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05), []
+    for _ in range(number):
+        # Its own loss breaks the graph of stock, too.
+        loss = torch.nn.functional.cross_entropy(call(**padded(12)).logits, torch.arange(12) % 2)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.detach())
+    return [*found, *(p.detach() for p in model.parameters() if p.requires_grad)]
+
+
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_lora(kind: Any) -> None:
+    """Of the projections, by which v3 makes keys and queries of positions, too."""
+    peft = pytest.importorskip("peft")
+    targets = ["in_proj", "pos_proj"] if kind is CLASSIFIERS[1] else ["query_proj", "key_proj", "value_proj"]
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=targets, init_lora_weights=False)
+    found, stock, results = *pair(kind, "auto", **QUIET), []
+    for model in (found, stock):
+        torch.manual_seed(0)
+        wrapped = peft.get_peft_model(model, copy.deepcopy(config)).train()
+        trained = steps(wrapped, wrapped)
+        with torch.no_grad():
+            results.append([*trained, wrapped.eval()(**padded()).logits])
+            results[-1].append(wrapped.merge_and_unload()(**padded()).logits)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(results[0][0], results[0][1])
+    assert fused_calls(found) == {"packed": 4}
+
+
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_compiled(kind: Any) -> None:
+    """Without a graph break, dense, in training."""
+    torch.compiler.reset()
+    fused, stock = (each.train() for each in pair(kind, "auto", num_hidden_layers=1, **QUIET))
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(steps(fused, compiled), steps(stock, stock), rtol=1e-4, atol=1e-4)

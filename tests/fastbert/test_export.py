@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch.export import export
+from transformers.models.deberta_v2 import modeling_deberta_v2
 from transformers.models.distilbert import modeling_distilbert
 
 import fastbert
+from fastbert.models import deberta_v2
 from tests import models
 
 
@@ -32,13 +34,17 @@ def pair(family: str) -> tuple[Any, Any]:
         torch.manual_seed(0)
         config = modeling_distilbert.DistilBertConfig(vocab_size=99, dim=64, n_layers=1, n_heads=4, hidden_dim=128)
         stock = modeling_distilbert.DistilBertModel(config).eval()
+    elif family == "deberta_v2":
+        torch.manual_seed(0)
+        sizes = {**deberta_v2.SIZES, "vocab_size": 99, "num_hidden_layers": 1}
+        stock = modeling_deberta_v2.DebertaV2Model(modeling_deberta_v2.DebertaV2Config(**sizes)).eval()
     else:
         stock = models.seeded(num_hidden_layers=1)
     return stock, fastbert.fuse(copy.deepcopy(stock))
 
 
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("family", ["bert", "distilbert"])
+@pytest.mark.parametrize("family", ["bert", "distilbert", "deberta_v2"])
 def test_a_program_is_stocks_unless_asked_for(family: str, strict: bool) -> None:
     stock, fused = pair(family)
     with torch.no_grad():

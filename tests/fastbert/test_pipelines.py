@@ -14,6 +14,7 @@ from torch import nn
 from torch.export import Dim, export
 from transformers import AutoTokenizer, pipeline
 from transformers.models.bert import modeling_bert as bert
+from transformers.models.deberta_v2 import modeling_deberta_v2 as deberta_v2
 from transformers.models.distilbert import modeling_distilbert as distilbert
 from transformers.models.roberta import modeling_roberta as roberta
 from transformers.models.xlm_roberta import modeling_xlm_roberta as xlm_roberta
@@ -80,6 +81,7 @@ def close(ours: Any, theirs: Any) -> None:
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
 
 
+DISTANCES = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 16, "share_att_key": True}
 NLI = {"label2id": {"contradiction": 0, "neutral": 1, "entailment": 2}, "num_labels": 3}
 TASKS: dict[str, tuple[Any, dict[str, Any], Any, dict[str, Any]]] = {
     "fill-mask": (bert.BertForMaskedLM, {}, [text.replace(" a ", " [MASK] ", 1) for text in TEXTS[::2]], {}),
@@ -88,6 +90,12 @@ TASKS: dict[str, tuple[Any, dict[str, Any], Any, dict[str, Any]]] = {
     "zero-shot-classification": (
         xlm_roberta.XLMRobertaForSequenceClassification,
         NLI,
+        TEXTS,
+        {"candidate_labels": ["music", "space"]},
+    ),
+    "zero-shot-classification, by distance": (
+        deberta_v2.DebertaV2ForSequenceClassification,
+        NLI | DISTANCES,
         TEXTS,
         {"candidate_labels": ["music", "space"]},
     ),
@@ -107,7 +115,8 @@ def test_pipelines_of_transformers(task: str, batch_size: int, tokenizer: Any) -
     fused = fastbert.fuse(copy.deepcopy(stock), padding=padding)
     found = []
     for model in (fused, stock):
-        run: Any = pipeline(task, model=model, tokenizer=tokenizer, device="cpu", batch_size=batch_size)  # type: ignore[call-overload]
+        name: Any = task.split(",")[0]
+        run: Any = pipeline(name, model=model, tokenizer=tokenizer, device="cpu", batch_size=batch_size)
         found.append(run(inputs, **call))
     close(*found)
     calls = fused_calls(fused)
@@ -170,9 +179,13 @@ def test_sentence_transformers_over_processes(encoders: tuple[Any, Any]) -> None
     torch.testing.assert_close(torch.from_numpy(found), torch.from_numpy(stock.encode(TEXTS * 2)), rtol=1e-4, atol=1e-5)
 
 
-def test_cross_encoder(tokenizer: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [(bert.BertForSequenceClassification, {}), (deberta_v2.DebertaV2ForSequenceClassification, DISTANCES)],
+)
+def test_cross_encoder(kind: Any, changes: dict[str, Any], tokenizer: Any, tmp_path: Path) -> None:
     sentence_transformers = pytest.importorskip("sentence_transformers")
-    small(bert.BertForSequenceClassification, tokenizer, num_labels=1).save_pretrained(tmp_path)
+    small(kind, tokenizer, num_labels=1, **changes).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     stock = sentence_transformers.CrossEncoder(str(tmp_path), device="cpu")
     fused = fastbert.fuse(sentence_transformers.CrossEncoder(str(tmp_path), device="cpu"))

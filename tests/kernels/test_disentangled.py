@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastbert.kernels import attention, launch, reference
+from fastbert.kernels import attention, cpu, launch, reference
 from fastbert.kernels import disentangled as kernel
 from fastbert.numerics import assert_within_policy, relative_error
 from tests.conftest import kernel_dtypes
@@ -74,7 +74,7 @@ def attend(
             scores = scores + (k.unsqueeze(1) * p2c[chosen].permute(2, 0, 1, 3)).sum(3) * scale
         if mask is not None:
             scores = scores.masked_fill(~mask[i], float("-inf"))
-        weights = scores.softmax(-1)
+        weights = scores.softmax(-1) if mask is None or mask[i].any() else torch.zeros_like(scores)
         if dropout:
             rows, cols = torch.arange(row, row + length), torch.arange(length)
             kept = torch.stack([keep(SEED, rows, cols, head, dropout) for head in range(len(q))])
@@ -147,6 +147,13 @@ def test_larger_heads(head_dim: int, dtype: torch.dtype, device: str) -> None:
     check([20, 3], head_dim, dtype, device)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [128, 511, 512, 700])
+@pytest.mark.parametrize("dtype", kernel_dtypes)
+def test_long_sequences(dtype: torch.dtype, length: int, device: str) -> None:
+    check([length], 16, dtype, device, slots="buckets", heads=1)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 128])
@@ -158,7 +165,7 @@ def test_many_sequences(dtype: torch.dtype, head_dim: int, dropout: float) -> No
 
 @pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
 @pytest.mark.parametrize("dtype", kernel_dtypes)
-@pytest.mark.parametrize(("kind", "dropout"), [(None, 0.3), ("holes", 0.0)])
+@pytest.mark.parametrize(("kind", "dropout"), [(None, 0.3), ("holes", 0.0), ("all-masked row", 0.0)])
 def test_dense(kind: str | None, dropout: float, dtype: torch.dtype, device: str) -> None:
     mask = None if kind is None else make_mask(kind, 2, 20, device)
     check([20] * 2, 16, dtype, device, dropout=dropout, mask=mask, packed=False)
@@ -311,23 +318,24 @@ def test_a_gradient_of_another_shape_is_refused(device: str) -> None:
 
 
 @pytest.mark.parametrize("kinds", ["c2p p2c", "c2p", "p2c"])
-@pytest.mark.parametrize("layout", ["packed", "dense", "holes"])
-def test_reference_is_the_formula(layout: str, kinds: str) -> None:
-    """And its gradients are autograd's; with dropout, of probabilities that fewer remain of."""
+@pytest.mark.parametrize("layout", ["packed", "dense", "holes", "all-masked row"])
+@pytest.mark.parametrize("backend", [reference, cpu], ids=["reference", "cpu"])
+def test_backends_are_the_formula(backend: Any, layout: str, kinds: str) -> None:
+    """And their gradients are autograd's; with dropout, of probabilities that fewer remain of."""
     lengths = [37, 1, 0, 20] if layout == "packed" else [20] * 3
-    mask = make_mask("holes", 3, 20, "cpu") if layout == "holes" else None
+    mask = None if layout in ("packed", "dense") else make_mask(layout, 3, 20, "cpu")
     inputs = make(lengths, 16, torch.float64, "cpu", kinds, "any")
     sequences = (cumulative(lengths, "cpu") if layout == "packed" else None, mask, max(lengths), 0.3)
-    out, stats = reference.disentangled_attention(*inputs, *sequences, 0.0, None, None)
+    out, stats = backend.disentangled_attention(*inputs, *sequences, 0.0, None, None)
     leaves = [None if x is None else x.clone().requires_grad_() for x in inputs[:3]]
     plain = attend(*leaves, inputs[3], lengths, mask, 0.3)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     expected = torch.autograd.grad(plain, [x for x in leaves if x is not None], grad)
-    found = reference.disentangled_attention_backward(grad, *inputs, out, stats, *sequences, 0.0, None, None)
+    found = backend.disentangled_attention_backward(grad, *inputs, out, stats, *sequences, 0.0, None, None)
     assert [x.numel() == 0 for x in found] == [x is None for x in leaves]
     for one, other in zip((out, *(x for x in found if x.numel())), (plain.detach(), *expected), strict=True):
         assert relative_error(one, other) < 1e-13
-    dropped, _ = reference.disentangled_attention(*inputs, *sequences, 0.5, torch.tensor([SEED]), None)
+    dropped, _ = backend.disentangled_attention(*inputs, *sequences, 0.5, torch.tensor([SEED]), None)
     assert relative_error(dropped, out) > 0.1
 
 
