@@ -195,8 +195,9 @@ def plan_call(model: Any, names: tuple[str, ...], args: Args, kwargs: Kwargs, as
         return args, {name: value for name, value in kwargs.items() if name not in Reads._fields}
     call.update(kwargs)
     reads = Reads(*(call.pop(name, default) for name, default in Reads._field_defaults.items()))
-    if not reads.told and not torch.compiler.is_compiling():
-        reads = told_aside(call) or reads
+    if not torch.compiler.is_compiling():
+        aside = told_aside(call)
+        reads = reads if reads.told else aside or reads
     if (call.get("input_ids") is None) == (call.get("inputs_embeds") is None):
         return (), call  # both or neither: the forward itself says so
     if is_disabled():

@@ -122,9 +122,14 @@ def _tell(model: nn.Module, reads: Reads, args: tuple[object, ...], kwargs: dict
     kind: Any = type(model)
     if family_of(model.base_model).run is None and _takes_any(kind):
         return args, {**kwargs, **reads._asdict()}
-    given = _first(named_arguments(type(model), args, kwargs))
-    _ASIDE.last = None if given is None else (weakref.ref(given), reads)
+    _lay_aside(named_arguments(type(model), args, kwargs), reads)
     return args, kwargs
+
+
+def _lay_aside(call: Mapping[str, object], reads: Reads) -> None:
+    if not torch.compiler.is_compiling():  # compiled, calls are dense
+        given = _first(call)
+        _ASIDE.last = (weakref.ref(given), reads) if isinstance(given, Tensor) else None
 
 
 def _first(call: Mapping[str, object]) -> Any:
@@ -132,7 +137,7 @@ def _first(call: Mapping[str, object]) -> Any:
 
 
 def told_aside(call: Mapping[str, object]) -> Reads | None:
-    """What `_tell` has laid aside for a call of a base model, by its arguments; it is gone after that."""
+    """What was laid aside for a call of a base model, by its arguments; it is gone after that."""
     last = getattr(_ASIDE, "last", None)
     if last is None:
         return None
@@ -179,11 +184,12 @@ def tell_features(module: Any, args: Args, kwargs: Kwargs) -> Call | None:
 
     Tokens that expand a query have mask 0 unless they are attended to, and are scored.
     """
-    if getattr(module, "model_forward_params", ()) is not None:  # it would not hand them on
-        return None
     features = {**(args[0] if args else {}), **kwargs}
     expands = features.get("query_expansion_positions") is not None and not _attends(module)
     told = all(features.get(name) is None for name in _LOSSES) and _tells(module, tell_features, args)
+    _lay_aside(features, Reads(reads_padding=expands, told=told))  # for a model that doesn't hand names on
+    if getattr(module, "model_forward_params", ()) is not None:
+        return None
     return args, {**kwargs, "reads_padding": expands, "told": told}
 
 
