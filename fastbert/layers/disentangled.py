@@ -169,10 +169,10 @@ class BoundDisentangled(NamedTuple):
         del quantized
         relative = None if self.relative is None else context.tables[self.relative]
         if relative is None:
-            plain = *qkv.unbind(1), *context.sequences(), self.scale, None, context.packing.tiles
+            arguments: Any = *qkv.unbind(1), *context.sequences(), self.scale, None, context.packing.tiles
             if context.packing.key_mask is None:
-                return self.last.attention(*plain)
-            attended = ops.attention(*plain)
+                return self.last.attention(*arguments)
+            attended = ops.attention(*arguments)
         else:
             c2p, p2c = (self._made(each, relative) for each in self.positions)
             given = relative.slots, *context.sequences(), self.scale, 0.0, None, context.packing.tiles
