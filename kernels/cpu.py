@@ -10,11 +10,13 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import reference_fp8
 
@@ -334,18 +336,55 @@ _POSITION_ROWS = 128
 """Rows at a time that are multiplied with positions: each with as many more distances as there are rows."""
 
 
+def _table(table: Tensor, slots: Tensor, dtype: torch.dtype, kept: MutableMapping[Tensor, _Table]) -> Tensor:
+    """table (P, heads, D) -> (heads, D, 2 S - 1), by the slots of all distances; in `kept` for the next call."""
+    # A gradient's table lives for a step, and writing to one made in inference mode leaves no trace.
+    is_kept = not table.requires_grad and not table.is_inference()
+    found = kept.get(table) if is_kept else None
+    if found is not None and found.version == table._version:
+        part = found.part(slots, dtype)
+        if part is not None:
+            return part
+    rows = table.to(dtype).flatten(1).index_select(0, slots).view(-1, *table.shape[1:])
+    made = rows.permute(1, 2, 0).contiguous()
+    if is_kept:
+        kept[table] = _Table(table._version, slots, made)
+    return made
+
+
+class _Table(NamedTuple):
+    version: int
+    slots: Tensor
+    table: Tensor
+
+    def part(self, slots: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """That of these slots, if it has them in its middle."""
+        start = (self.slots.shape[0] - slots.shape[0]) // 2
+        some = slice(start, start + slots.shape[0])
+        fits = start >= 0 and self.table.dtype == dtype and torch.equal(self.slots[some], slots)
+        return self.table[..., some] if fits else None
+
+
+_TABLES: tuple[MutableMapping[Tensor, _Table], MutableMapping[Tensor, _Table]] = (
+    WeakIdKeyDictionary(),
+    WeakIdKeyDictionary(),
+)
+"""Of tables by slot, while these live: the same by distance, of queries and of keys."""
+
+
 class _Positions:
     """The tables of `disentangled_attention`, by distance: for sequences of any length, a slice of them."""
 
     def __init__(self, c2p: Tensor | None, p2c: Tensor | None, slots: Tensor, length: int, dtype: torch.dtype) -> None:
         self.most, middle = length, (slots.shape[0] - 1) // 2
         # Distances 1 - S to S - 1 of query and key: of a key's row from left to right, of a query's from right to left.
-        slots = slots[middle - length + 1 : middle + length].long()
+        slots = slots[middle - length + 1 : middle + length]
         self.slots = slots.flip(0), slots
         self.tables = tuple(
-            None if table is None else table[order].permute(1, 2, 0).to(dtype)  # [heads, D, 2 S - 1]
-            for table, order in zip((c2p, p2c), self.slots, strict=True)
+            None if table is None else _table(table, order, dtype, kept)
+            for table, order, kept in zip((c2p, p2c), self.slots, _TABLES, strict=True)
         )
+        """[heads, D, 2 S - 1]"""
 
     def blocks(self, length: int) -> Iterator[tuple[slice, slice]]:
         """Rows of a sequence of that length, and which distances of the tables they have."""
@@ -355,13 +394,14 @@ class _Positions:
 
     def scores(self, query: Tensor, key: Tensor, heads: slice, scale: float) -> Tensor:
         """query, key (heads, B, S, D), those of `heads` -> the scores, (heads, B, S, S), in their dtype."""
-        query = query * scale
-        scores = torch.matmul(query, key.transpose(2, 3))
+        count, batch, length, _ = query.shape
+        scores = _scaled(query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), scale)
+        scores = scores.view(count, batch, length, length)
         for table, x, own in zip(self.tables, (query, key), (scores, scores.transpose(2, 3)), strict=True):
             if table is not None:
-                x = x if x is query else x * scale
-                for rows, distances in self.blocks(query.shape[2]):
-                    own[:, :, rows] += _by_place(torch.matmul(x[:, :, rows], table[heads, None, :, distances]))
+                for rows, distances in self.blocks(length):
+                    found = _scaled(x[:, :, rows].flatten(1, 2), table[heads, :, distances], scale)
+                    own[:, :, rows] += _by_place(found.unflatten(1, (batch, -1)))
         return scores
 
     def gradients(
@@ -377,12 +417,18 @@ class _Positions:
             for rows, distances in self.blocks(query.shape[2]):
                 by_distance = dscores.new_zeros(*x.shape[:2], rows.stop - rows.start, distances.stop - distances.start)
                 _by_place(by_distance).copy_(own[:, :, rows])
-                dx[:, :, rows] += torch.matmul(by_distance, table[heads, None, :, distances].transpose(2, 3))
+                together = by_distance.flatten(1, 2)
+                dx[:, :, rows] += torch.bmm(together, table[heads, :, distances].transpose(1, 2)).view_as(x[:, :, rows])
                 # [heads, distances, D]
-                found = torch.matmul(by_distance.flatten(1, 2).transpose(1, 2), x[:, :, rows].flatten(1, 2))
+                found = torch.bmm(together.transpose(1, 2), x[:, :, rows].flatten(1, 2))
                 places = self.slots[i][distances]
                 dtable[:, heads] = dtable[:, heads].index_add(0, places, found.transpose(0, 1).to(dtable.dtype))
         return dquery, dkey
+
+
+def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """`scale * (a @ b)` of batches, scaled before it is rounded."""
+    return torch.baddbmm(a.new_empty(1), a, b, beta=0, alpha=scale)
 
 
 _SCORES = 2**17

@@ -187,10 +187,16 @@ class BoundDisentangled(NamedTuple):
         def make() -> Tensor:
             return gemm(relative.embeddings).view(relative.embeddings.shape[0], -1, self.head_dim)
 
+        def make_to_keep() -> Tensor:
+            # In inference mode it would have no version, and a backend could keep nothing that it makes of it.
+            with torch.inference_mode(False), torch.no_grad():
+                return make()
+
         if relative.derived is None or isinstance(gemm, Called):
             return make()
         linear: Any = gemm
-        return relative.derived.get(linear.weight.data_ptr(), (linear.weight, linear.bias, *relative.parameters), make)
+        parameters = linear.weight, linear.bias, *relative.parameters
+        return relative.derived.get(linear.weight.data_ptr(), parameters, make_to_keep)
 
     def train(self, x: Tensor, context: Context, rate: float, seed: Tensor | None) -> Tensor:
         """x (T, H) -> (T, H), the last GEMM's result; differentiable, with dropout of probabilities and positions."""
