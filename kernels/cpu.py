@@ -407,23 +407,36 @@ class _Positions:
     def gradients(
         self, dscores: Tensor, query: Tensor, key: Tensor, heads: slice, dtables: Sequence[Tensor | None]
     ) -> tuple[Tensor, Tensor]:
-        """Of `dscores`, scaled, those of query and key; those of tables, (P, heads, D), are added to `dtables`."""
+        """Of `dscores`, scaled, those of query and key; those of tables are added to `dtables`, by distance."""
         transposed = dscores.transpose(2, 3)
         dquery, dkey = torch.matmul(dscores, key), torch.matmul(transposed, query)
-        for i, (x, dx, own) in enumerate(((query, dquery, dscores), (key, dkey, transposed))):
-            table, dtable = self.tables[i], dtables[i]
+        places: dict[int, Tensor] = {}  # zeros but where scores are, by the number of rows
+        for table, dtable, x, dx, own in zip(
+            self.tables, dtables, (query, key), (dquery, dkey), (dscores, transposed), strict=True
+        ):
             if table is None or dtable is None:
                 continue
             for rows, distances in self.blocks(query.shape[2]):
-                by_distance = dscores.new_zeros(*x.shape[:2], rows.stop - rows.start, distances.stop - distances.start)
-                _by_place(by_distance).copy_(own[:, :, rows])
-                together = by_distance.flatten(1, 2)
-                dx[:, :, rows] += torch.bmm(together, table[heads, :, distances].transpose(1, 2)).view_as(x[:, :, rows])
-                # [heads, distances, D]
-                found = torch.bmm(together.transpose(1, 2), x[:, :, rows].flatten(1, 2))
-                places = self.slots[i][distances]
-                dtable[:, heads] = dtable[:, heads].index_add(0, places, found.transpose(0, 1).to(dtable.dtype))
+                some, count = x[:, :, rows], rows.stop - rows.start
+                if count not in places:
+                    places[count] = dscores.new_zeros(*some.shape[:3], distances.stop - distances.start)
+                _by_place(places[count]).copy_(own[:, :, rows])
+                together = places[count].flatten(1, 2)
+                dx[:, :, rows] += torch.bmm(together, table[heads, :, distances].transpose(1, 2)).view(some.shape)
+                found = torch.bmm(together.transpose(1, 2), some.flatten(1, 2))
+                dtable[heads, distances] += found
         return dquery, dkey
+
+    def by_slot(
+        self, dtables: Sequence[Tensor | None], like: Sequence[Tensor | None], dtype: torch.dtype
+    ) -> Iterator[Tensor]:
+        """Sums over the distances of each slot, (P, heads, D); (0,) where there is no table."""
+        for dtable, table, slots in zip(dtables, like, self.slots, strict=True):
+            if dtable is None or table is None:
+                yield torch.empty(0, dtype=dtype)
+            else:
+                total = dtable.new_zeros(table.shape)
+                yield total.index_add_(0, slots, dtable.transpose(0, 1)).to(dtype)
 
 
 def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -435,10 +448,20 @@ _SCORES = 2**17
 """Scores at a time of `disentangled_attention`, for each thread: as many as caches hold, with those by distance."""
 
 
-def _head_groups(heads: int, scores: int) -> Iterator[slice]:
-    """Heads that are taken together, with so many scores each."""
-    step = max(1, min(heads, torch.get_num_threads() * _SCORES // max(scores, 1)))
-    return (slice(start, start + step) for start in range(0, heads, step))
+def _parts(
+    rows: int, heads: int, cu_seqlens: Tensor | None, key_mask: Tensor | None, max_seqlen: int
+) -> Iterator[tuple[slice, int, slice, Tensor | None]]:
+    """What is taken together: rows, the number of sequences in them, all of one length, heads, their (B, 1, S) mask."""
+    limit = torch.get_num_threads() * _SCORES
+    for group, batch, mask in _sequences(rows, cu_seqlens, key_mask, max_seqlen):
+        first, length = (0, max_seqlen) if cu_seqlens is None else (group.start, group.stop - group.start)
+        sequences = max(1, min(batch, limit // length**2))
+        step = max(1, min(heads, limit // (sequences * length**2)))
+        for start in range(0, batch, sequences):
+            end = min(start + sequences, batch)
+            some = slice(first + start * length, first + end * length)
+            for head in range(0, heads, step):
+                yield some, end - start, slice(head, head + step), None if mask is None else mask[start:end, 0]
 
 
 def _of_heads(x: Tensor, batch: int) -> Tensor:
@@ -465,23 +488,21 @@ def disentangled_attention(
     planes = 2 if qkv.dtype.itemsize > 2 else 1
     stats = qkv.new_ones(planes, heads, rows, dtype=torch.promote_types(qkv.dtype, torch.float32))
     positions = _Positions(c2p, p2c, slots, max_seqlen, dtype)
-    for group, batch, mask in _sequences(rows, cu_seqlens, key_mask, max_seqlen):
-        length = (group.stop - group.start if cu_seqlens is not None else rows) // batch
-        for some in _head_groups(heads, batch * length * length):
-            query, key, value = (_of_heads(x[:, some], batch).to(dtype) for x in qkv[group].unbind(1))
-            scores = positions.scores(query, key, some, scale).to(stats.dtype)
-            if mask is not None:
-                scores.masked_fill_(~mask[:, 0], torch.finfo(scores.dtype).min)
-            top = scores.amax(-1, keepdim=True)
-            weights = scores.sub_(top).exp_()
-            if mask is not None:  # without a key they were all 1
-                weights.mul_(mask[:, 0])
-            total = weights.sum(-1, keepdim=True).clamp_(min=1.0)
-            if dropout:
-                weights.mul_(_keep(weights.shape, dropout, generator, weights.dtype))
-            result = torch.matmul(weights.to(dtype), value).div_(total)
-            out[group, some] = result.permute(1, 2, 0, 3).flatten(0, 1).to(out.dtype)
-            stats[0, some, group] = top.add_(total.log()).flatten(1)
+    for group, batch, some, mask in _parts(rows, heads, cu_seqlens, key_mask, max_seqlen):
+        query, key, value = (_of_heads(x[:, some], batch).to(dtype) for x in qkv[group].unbind(1))
+        scores = positions.scores(query, key, some, scale).to(stats.dtype)
+        if mask is not None:
+            scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+        top = scores.amax(-1, keepdim=True)
+        weights = scores.sub_(top).exp_()
+        if mask is not None:  # without a key they were all 1
+            weights.mul_(mask)
+        total = weights.sum(-1, keepdim=True).clamp_(min=1.0)
+        if dropout:
+            weights.mul_(_keep(weights.shape, dropout, generator, weights.dtype))
+        result = torch.matmul(weights.to(dtype), value).div_(total)
+        out[group, some] = result.permute(1, 2, 0, 3).flatten(0, 1).to(out.dtype)
+        stats[0, some, group] = top.add_(total.log()).flatten(1)
     return out, stats
 
 
@@ -505,30 +526,27 @@ def disentangled_attention_backward(
     dtype, generator = _matmul_dtype(qkv), _generator(seed)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
     positions = _Positions(c2p, p2c, slots, max_seqlen, dtype)
-    dtables = [None if table is None else torch.zeros_like(table, dtype=stats.dtype) for table in (c2p, p2c)]
-    for group, batch, mask in _sequences(rows, cu_seqlens, key_mask, max_seqlen):
-        length = (group.stop - group.start if cu_seqlens is not None else rows) // batch
-        for some in _head_groups(heads, batch * length * length):
-            query, key, value = (_of_heads(x[:, some], batch).to(dtype) for x in qkv[group].unbind(1))
-            dout = _of_heads(grad[group, some], batch).to(dtype)
-            # The softmax anew, not by `stats`, and its gradient from these, not from `out`: as precise as stock's.
-            scores = positions.scores(query, key, some, scale).to(stats.dtype)
-            if mask is None:
-                weights = scores.softmax(-1)
-            else:  # without a key they are all zero
-                scores.masked_fill_(~mask[:, 0], torch.finfo(scores.dtype).min)
-                weights = scores.softmax(-1).mul_(mask[:, 0])
-            dweights, kept = torch.matmul(dout, value.transpose(2, 3)).to(stats.dtype), weights
-            if dropout:
-                keep = _keep(weights.shape, dropout, generator, weights.dtype)
-                dweights.mul_(keep)
-                kept = weights * keep
-            dvalue = torch.matmul(kept.to(dtype).transpose(2, 3), dout)
-            dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype).mul_(scale).to(dtype)
-            found = *positions.gradients(dscores, query, key, some, dtables), dvalue
-            for i, each in enumerate(found):
-                dqkv[group, i, some] = each.permute(1, 2, 0, 3).flatten(0, 1).to(dqkv.dtype)
-    dc2p, dp2c = (grad.new_empty(0) if total is None else total.to(qkv.dtype) for total in dtables)
+    dtables = [None if t is None else stats.new_zeros(heads, 2 * max_seqlen - 1, t.shape[-1]) for t in (c2p, p2c)]
+    for group, batch, some, mask in _parts(rows, heads, cu_seqlens, key_mask, max_seqlen):
+        query, key, value = (_of_heads(x[:, some], batch).to(dtype) for x in qkv[group].unbind(1))
+        dout = _of_heads(grad[group, some], batch).to(dtype)
+        # The softmax anew, not by `stats`, and its gradient from these, not from `out`: as precise as stock's.
+        scores = positions.scores(query, key, some, scale).to(stats.dtype)
+        if mask is None:
+            weights = scores.softmax(-1)
+        else:  # without a key they are all zero
+            weights = scores.masked_fill_(~mask, torch.finfo(scores.dtype).min).softmax(-1).mul_(mask)
+        dweights, kept = torch.matmul(dout, value.transpose(2, 3)).to(stats.dtype), weights
+        if dropout:
+            keep = _keep(weights.shape, dropout, generator, weights.dtype)
+            dweights.mul_(keep)
+            kept = weights * keep
+        dvalue = torch.matmul(kept.to(dtype).transpose(2, 3), dout)
+        dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype).mul_(scale).to(dtype)
+        found = *positions.gradients(dscores, query, key, some, dtables), dvalue
+        for i, each in enumerate(found):
+            dqkv[group, i, some] = each.permute(1, 2, 0, 3).flatten(0, 1).to(dqkv.dtype)
+    dc2p, dp2c = positions.by_slot(dtables, (c2p, p2c), qkv.dtype)
     return dqkv, dc2p, dp2c
 
 
