@@ -512,6 +512,22 @@ def gliner_without_rnn(ready: Ready) -> dict[str, Any]:
     return gliner_scores(ready, num_rnn_layers=0, subtoken_pooling="mean")
 
 
+@use("gliner", runs="dense")
+def gliner_deberta(ready: Ready) -> dict[str, Any]:
+    """Over a small DeBERTa of v3's making, which is what its models are."""
+    from transformers import AutoTokenizer, DebertaV2Config, DebertaV2Model
+
+    sizes = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 256}
+    positions = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 32}
+    others = {"share_att_key": True, "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0}
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint())
+        config = DebertaV2Config(vocab_size=len(tokenizer), initializer_range=0.1, **sizes, **positions, **others)
+        for each in (tokenizer, DebertaV2Model(config)):
+            each.save_pretrained(folder)
+        return gliner_scores(ready, model_name=folder)
+
+
 # What is made of a use
 
 

@@ -13,7 +13,7 @@ from transformers.models.deberta import modeling_deberta as v1
 from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
 
 import fastbert
-from fastbert import numerics
+from fastbert import numerics, ops
 from fastbert.layers import disentangled, gemm
 from fastbert.layers.context import Context
 from fastbert.models import deberta_v2, probe
@@ -297,6 +297,10 @@ def judge(model: Any, dtype: torch.dtype, padding: str, masks: list[Tensor], wha
     found = [gradients(each, masks, padding == "dense") for each in trio]
     names = {"encoder.rel_embeddings.weight", "encoder.LayerNorm.weight"}
     assert names & dict(model.named_parameters()).keys() == names & found[0].keys() != set()
+    # A single key is attended to whatever its score is.
+    unread = [name for name, exact in found[2].items() if not exact.any()]
+    assert not any(each.pop(name).any() for each in found for name in unread)
+    assert bool(unread) is all(mask.shape[1] == 1 for mask in masks)
     models.assert_all_within_policy(*found, what)
     assert fused_calls(trio[0]).keys() == {padding}
 
@@ -328,6 +332,20 @@ def test_gradients_at_every_length(kind: Any, seqlen: int, dtype: torch.dtype, p
     if seqlen == 1:  # which has no padding, and no layout but one
         padding, masks = "dense", [mask.expand(16, -1) if len(mask) == 1 else mask.repeat(8, 1) for mask in masks]
     judge(seeded(kind, **QUIET), dtype, padding, masks, f"{kind.__name__} {seqlen} {dtype} {padding}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("padding", ["packed", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", [hf.DebertaV2Model, v1.DebertaModel])
+def test_gradients_of_kernels(kind: Any, dtype: torch.dtype, padding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer of it on the Triton kernels, in the interpreter."""
+    if torch.cuda.is_available():
+        pytest.skip("the kernels run for real here; see test_families.test_on_a_gpu")
+    for operator in ops.CPU_BACKEND:
+        monkeypatch.setitem(ops.CPU_BACKEND, operator, ops.registry.kernel(operator))
+    masks = [torch.arange(37) < torch.tensor([[37], [lengths]]) for lengths in (12, 30)]
+    judge(seeded(kind, num_hidden_layers=1, **QUIET), dtype, padding, masks, f"{kind.__name__} {dtype} {padding}")
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:
@@ -419,10 +437,10 @@ def test_lora(kind: Any) -> None:
     assert fused_calls(found) == {"packed": 4}
 
 
-@pytest.mark.parametrize("kind", CLASSIFIERS)
-def test_compiled(kind: Any) -> None:
+def test_compiled() -> None:
     """Without a graph break, dense, in training."""
     torch.compiler.reset()
+    kind = hf.DebertaV2ForTokenClassification  # which says of its calls what they read
     fused, stock = (each.train() for each in pair(kind, "auto", num_hidden_layers=1, **QUIET))
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(steps(fused, compiled), steps(stock, stock), rtol=1e-4, atol=1e-4)

@@ -68,17 +68,19 @@ OTHERS = tuple(family for family in FAMILIES if family != "bert" and family not 
 BASES = [pytest.param(family, adapter(family).base.__name__, id=family) for family in OTHERS]
 
 
-def crossed(dtypes: list[torch.dtype]) -> list[Any]:
+def crossed(dtypes: list[torch.dtype], slow: tuple[torch.dtype, ...] = ()) -> list[Any]:
     """(family, class, dtype, padding): base models, and heads that labels pack for, in all; other heads in the first.
 
-    What dtype and padding change is around and below the heads.
+    What dtype and padding change is around and below the heads. With --slow, all in all, and in those of `slow`.
     """
     found = []
     for family, name in heads(*OTHERS):
         whole = name == adapter(family).base.__name__ or name.endswith("MaskedLM")
-        for dtype in dtypes if whole else dtypes[:1]:
+        for dtype in (*dtypes, *slow):
+            marks = [] if dtype in (dtypes if whole else dtypes[:1]) else [pytest.mark.slow]
             for padding in ("auto", "dense") if whole else ("auto",):
-                found.append(pytest.param(family, name, dtype, padding, id=f"{name}-{dtype}-{padding}"))
+                row = pytest.param(family, name, dtype, padding, id=f"{name}-{dtype}-{padding}", marks=marks)
+                found.append(row)
     return found
 
 
@@ -261,7 +263,7 @@ NO_DROPOUT = {
 }
 
 
-@pytest.mark.parametrize(("family", "name", "dtype", "padding"), crossed([torch.float32]))
+@pytest.mark.parametrize(("family", "name", "dtype", "padding"), crossed([torch.float32], (torch.bfloat16,)))
 def test_gradients(family: str, name: str, dtype: torch.dtype, padding: str) -> None:
     """In the dense layout padding has gradients of its own, and the rows of the padding in the tables get none."""
     trio = [model.train() for model in models.three(seeded(family, name, **NO_DROPOUT), dtype)]
