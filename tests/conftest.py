@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -14,11 +15,10 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     threads = len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
 
-import numpy as np
 import pytest
 import torch
 
-from tests import gates, quick
+from tests import gates, interpreter, quick
 
 # Before anything imports triton, which reads it once.
 if not torch.cuda.is_available():
@@ -27,6 +27,20 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 # What kernels are tested in. The interpreter multiplies bfloat16 by its raw bits, so that one takes a GPU.
 kernel_dtypes = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+
+# Of parameters that cross no edge that others don't: in the interpreter a launch takes seconds.
+thorough = () if torch.cuda.is_available() else pytest.mark.slow
+
+
+def in_turn(*cases: Any, dtypes: tuple[Any, ...] = (torch.float32, torch.float16)) -> list[Any]:
+    """(*case, dtype) for each case and dtype; interpreted, without --slow, each case is run in one of them, in turn."""
+    found = []
+    for i, case in enumerate(cases):
+        values = case if isinstance(case, tuple) else (case,)
+        for j, dtype in enumerate(dtypes):
+            found.append(pytest.param(*values, dtype, marks=() if i % len(dtypes) == j else thorough))
+        found.append(pytest.param(*values, torch.bfloat16, marks=pytest.mark.gpu))
+    return found
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,7 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU, or runs on one where there is one; `-m gpu` selects these")
-    config.addinivalue_line("markers", "slow: takes minutes; runs only with --slow")
+    config.addinivalue_line("markers", "slow: takes minutes, or tries once more what others do; runs only with --slow")
     config.addinivalue_line(
         "markers", "gates(*names): what it covers, where its file and dtype don't tell; see gates.py"
     )
@@ -88,6 +102,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = kept
 
 
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: else each collection of garbage looks through all of it, for a second."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def nothing_cold_in_a_quick_run(request: pytest.FixtureRequest) -> Iterator[None]:
     with quick.nothing_cold() if request.config.getoption("--quick") else contextlib.nullcontext():
@@ -95,27 +115,9 @@ def nothing_cold_in_a_quick_run(request: pytest.FixtureRequest) -> Iterator[None
 
 
 @pytest.fixture(scope="session", autouse=True)
-def matmuls_rounded_once() -> Iterator[None]:
-    """The interpreter's matmuls, summed in float64: NumPy's are as exact as the BLAS of this CPU.
-
-    Without AVX-512 they have up to 1.6 times the error of torch's, which sets the bound; a kernel is judged, not they.
-    """
-    if os.environ.get("TRITON_INTERPRET") != "1" or not importlib.util.find_spec("triton"):
-        yield
-        return
-    from triton.runtime import interpreter
-
-    plain = interpreter.InterpreterBuilder.create_dot
-
-    def create_dot(self: Any, a: Any, b: Any, accumulator: Any, *options: Any) -> Any:
-        x, y, z = (operand.data for operand in (a, b, accumulator))
-        if not all(np.issubdtype(operand.dtype, np.floating) for operand in (x, y, z)):
-            return plain(self, a, b, accumulator, *options)  # bits of FP8 numbers or of bfloat16, or integers
-        total = np.matmul(x.astype(np.float64), y.astype(np.float64)) + z
-        return interpreter.TensorHandle(total.astype(z.dtype), accumulator.dtype.scalar)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+def interpreter_of_tests() -> Iterator[None]:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton")
+    with interpreter.patched() if interpreted else contextlib.nullcontext():
         yield
 
 

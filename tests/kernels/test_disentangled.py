@@ -12,7 +12,7 @@ from torch import Tensor
 from fastbert.kernels import attention, cpu, launch, reference
 from fastbert.kernels import disentangled as kernel
 from fastbert.numerics import assert_within_policy, relative_error
-from tests.conftest import kernel_dtypes
+from tests.conftest import in_turn, kernel_dtypes
 from tests.kernels.philox import keep
 from tests.kernels.test_attention import cumulative, make_mask, make_qkv
 
@@ -124,15 +124,14 @@ def check(
         assert x.shape == ((0,) if table is None else table.shape)
 
 
-@pytest.mark.parametrize("dtype", kernel_dtypes)
 @pytest.mark.parametrize(
-    ("lengths", "head_dim", "kinds", "slots", "dropout"),
-    [
+    ("lengths", "head_dim", "kinds", "slots", "dropout", "dtype"),
+    in_turn(
         ([1, 37, 0, 64], 16, "c2p p2c", "clamped", 0.3),
         ([129], 32, "c2p p2c", "buckets", 0.0),
         ([37, 5], 40, "c2p", "any", 0.3),
         ([5, 34], 16, "p2c", "any", 0.0),
-    ],
+    ),
 )
 def test_packed(
     lengths: list[int], head_dim: int, kinds: str, slots: str, dropout: float, dtype: torch.dtype, device: str
@@ -141,8 +140,7 @@ def test_packed(
     check(lengths, head_dim, dtype, device, kinds, slots, dropout, heads=1 if len(lengths) == 1 else 2)
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 128])
-@pytest.mark.parametrize("dtype", kernel_dtypes)
+@pytest.mark.parametrize(("head_dim", "dtype"), in_turn(64, 80, 128))
 def test_larger_heads(head_dim: int, dtype: torch.dtype, device: str) -> None:
     check([20, 3], head_dim, dtype, device)
 
@@ -164,8 +162,7 @@ def test_many_sequences(dtype: torch.dtype, head_dim: int, dropout: float) -> No
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
-@pytest.mark.parametrize("dtype", kernel_dtypes)
-@pytest.mark.parametrize(("kind", "dropout"), [(None, 0.3), ("holes", 0.0), ("all-masked row", 0.0)])
+@pytest.mark.parametrize(("kind", "dropout", "dtype"), in_turn((None, 0.3), ("holes", 0.0), ("all-masked row", 0.0)))
 def test_dense(kind: str | None, dropout: float, dtype: torch.dtype, device: str) -> None:
     mask = None if kind is None else make_mask(kind, 2, 20, device)
     check([20] * 2, 16, dtype, device, dropout=dropout, mask=mask, packed=False)

@@ -3,6 +3,7 @@ quantized."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fastbert.kernels import attention, cpu, launch, linear_fp8, quantize_fp8, reference, reference_fp8
 from fastbert.numerics import SLACK, assert_within_policy
-from tests.conftest import kernel_dtypes
+from tests.conftest import kernel_dtypes, thorough
 
 BACKENDS = [reference_fp8, pytest.param(None, id="kernel")]
 CODES = torch.arange(256, dtype=torch.uint8)
@@ -124,13 +125,25 @@ def test_layer_norm(scale: float | None, dtype: torch.dtype, device: str) -> Non
     )
 
 
+LAYOUTS = [("packed", 40, True), ("packed", 64, False), ("dense", 64, True), ("dense", 40, False), ("masked", 64, True)]
+
+
+def of_every_layout() -> list[Any]:
+    """(layout, head_dim, biased, dtype, twin): the kernel in the interpreter in one dtype of each, in turn."""
+    found = []
+    for (i, layout), (j, dtype) in itertools.product(
+        enumerate(LAYOUTS), enumerate((torch.float32, torch.float16, torch.bfloat16))
+    ):
+        for twin in (reference_fp8, cpu, None):
+            marks = thorough if twin is None and i % 3 != j else ()
+            name = twin.__name__.rpartition(".")[2] if twin else "kernel"
+            names = "-".join(map(str, (*layout, dtype, name)))
+            found.append(pytest.param(*layout, dtype, twin, marks=marks, id=names))
+    return found
+
+
 @pytest.mark.filterwarnings("ignore:All-NaN slice encountered", "ignore:invalid value encountered in matmul")
-@pytest.mark.parametrize("twin", [reference_fp8, cpu, None], ids=["reference_fp8", "cpu", "kernel"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    ("layout", "head_dim", "biased"),
-    [("packed", 40, True), ("packed", 64, False), ("dense", 64, True), ("dense", 40, False), ("masked", 64, True)],
-)
+@pytest.mark.parametrize(("layout", "head_dim", "biased", "dtype", "twin"), of_every_layout())
 def test_attention_to_8_bits(
     layout: str, head_dim: int, biased: bool, dtype: torch.dtype, twin: Any, device: str
 ) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastbert.kernels import cpu, reference
 from fastbert.kernels import layer_norm as kernel
 from fastbert.numerics import assert_within_policy
-from tests.conftest import kernel_dtypes
+from tests.conftest import in_turn, kernel_dtypes
 from tests.kernels.philox import keep_row
 
 EPS = 1e-12  # BERT's
@@ -167,9 +167,17 @@ def check_training(
     return out, dx, *others
 
 
-@pytest.mark.parametrize("dtype", [*kernel_dtypes, "autocast"])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize(("rows", "width"), [(37, 128), (33, 384), (17, 1000), (16, 1024), (40, 5)])
+@pytest.mark.parametrize(
+    ("rows", "width", "dropout", "dtype"),
+    in_turn(
+        *(
+            (*shape, dropout)
+            for dropout in (0.0, 0.3)
+            for shape in ((37, 128), (33, 384), (17, 1000), (16, 1024), (40, 5))
+        ),
+        dtypes=(torch.float32, torch.float16, "autocast"),
+    ),
+)
 def test_training_kernel(rows: int, width: int, dropout: float, dtype: torch.dtype | str, device: str) -> None:
     args = make_args(rows, width, torch.float32 if dtype == "autocast" else dtype, device)
     if dtype == "autocast":
