@@ -79,10 +79,14 @@ def test_every_use_has_an_environment_and_every_package_a_use() -> None:
     assert {use.runs for use in clients_uses.USES.values()} == {"packed", "dense", "stock"}
 
 
-# Those whose packages the tests' own environment has, one of each kind.
+# Those whose packages the tests' own environment has, one of each kind; what others of the tests do, too, is slow.
 HERE = [
-    *(f"sentence_transformers_{name}" for name in ("encode", "cnn", "late_interaction", "splade", "cross_encoder")),
-    *("peft_lora", "peft_prompt_tuning"),
+    *(f"sentence_transformers_{name}" for name in ("cnn", "late_interaction", "splade")),
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("sentence_transformers_encode", "sentence_transformers_cross_encoder", "peft_lora")
+    ),
+    "peft_prompt_tuning",
 ]
 
 

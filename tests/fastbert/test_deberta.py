@@ -71,11 +71,29 @@ def padded(batch: int = 5, seqlen: int = 19, kind: str = "right") -> dict[str, A
 LENGTHS = [1, 37, 128, 129, 511, 512, 700]
 
 
-@pytest.mark.parametrize("what", CONFIGS)
-def test_configs(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+TOGETHER = (
+    ("content to position", "narrow embeddings"),
+    ("position to content", "no norm"),
+    ("neither", "positions and types in embeddings"),
+    ("no positions", "the other head"),
+    ("no buckets", "a convolution"),
+    ("projections of their own",),
+)
+"""Each of them, with others that it has nothing to do with: a try takes seconds."""
+
+
+@pytest.mark.parametrize(
+    "what", [*TOGETHER, *(pytest.param((one,), marks=pytest.mark.slow) for one in CONFIGS)], ids=", ".join
+)
+def test_configs(what: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that an adapter from outside fastbert is tried with: masks, lengths, gradients, dropout, heads."""
-    monkeypatch.setattr(deberta_v2.FAMILY, "sizes", {**deberta_v2.FAMILY.sizes, **CONFIGS[what]})
+    changes = {key: value for one in what for key, value in CONFIGS[one].items()}
+    monkeypatch.setattr(deberta_v2.FAMILY, "sizes", {**deberta_v2.FAMILY.sizes, **changes})
     probe.try_family(deberta_v2.FAMILY)
+
+
+def test_every_config_is_tried() -> None:
+    assert sorted(one for some in TOGETHER for one in some) == sorted(CONFIGS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ from transformers.models.distilbert import modeling_distilbert
 
 import fastbert
 from fastbert.models import deberta_v2
-from tests import models
+from tests import fresh, models
 
 
 def call(rows: int = 3, length: int = 17) -> dict[str, Any]:
@@ -45,7 +42,12 @@ def pair(family: str) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize(
     ("family", "strict"),
-    [("bert", False), ("bert", True), ("distilbert", False), ("distilbert", True), ("deberta_v2", False)],
+    [
+        ("bert", False),
+        ("distilbert", True),
+        ("deberta_v2", False),
+        *(pytest.param(*rest, marks=pytest.mark.slow) for rest in (("bert", True), ("distilbert", False))),
+    ],
 )
 def test_a_program_is_stocks_unless_asked_for(family: str, strict: bool) -> None:
     stock, fused = pair(family)
@@ -91,8 +93,7 @@ def test_a_saved_program_runs_where_there_is_no_fastbert(tmp_path: Path) -> None
         program = export(fused, (), call(), dynamic_shapes=shapes)
         torch.export.save(program, tmp_path / "model.pt2")
         torch.save((other, stock(**other)[0]), tmp_path / "call.pt")
-    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path / "model.pt2"), str(tmp_path / "call.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""})
+    done = fresh.run("-c", ELSEWHERE, tmp_path / "model.pt2", tmp_path / "call.pt", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

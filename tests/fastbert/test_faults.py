@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import os
 import signal
-import subprocess
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,9 +18,7 @@ import fastbert
 from fastbert import fuse, ops
 from fastbert.runtime import support
 from fastbert.version import TRIED, warn_of_newer
-from tests import models
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests import fresh, models
 
 
 def call() -> dict[str, torch.Tensor]:
@@ -336,9 +331,8 @@ def test_a_fork_goes_on_with_the_model() -> None:
 
 
 def run_python(code: str) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr.decode()
+    done = fresh.run("-c", code)
+    assert done.returncode == 0, done.stderr
 
 
 NEWER_TRANSFORMERS = """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert import modeling_bert as hf
 
 import fastbert
-from tests import models
+from tests import fresh, models
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
 
@@ -321,7 +320,8 @@ def test_code_replaced_before_fastbert_is_imported() -> None:
             assert os.wait()[1] == 0, patch
         """
     patches = map(textwrap.dedent, BEFORE.values())
-    subprocess.run([sys.executable, "-c", textwrap.dedent(script), *patches], check=True)
+    done = fresh.run("-c", textwrap.dedent(script), *patches)
+    assert done.returncode == 0, done.stderr
 
 
 def test_names_of_the_hubs_flash_attention_run_fused() -> None:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from tests import fresh
 
-ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = [
     ("", "ieee"),
     ("torch.set_float32_matmul_precision('high')", "tf32"),
@@ -50,7 +46,5 @@ for setting in sys.argv[1:]:
 
 def test_float32_is_multiplied_as_pytorch_is_set_to() -> None:
     """Also where the getters of one way fail, as another has been used."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", CODE, *(setting for setting, _ in SETTINGS)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = fresh.run("-c", CODE, *(setting for setting, _ in SETTINGS))
     assert done.stdout.split() == [expected for _, expected in SETTINGS], done.stderr
