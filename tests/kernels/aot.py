@@ -1,6 +1,6 @@
 """Every kernel compiled ahead of time for GPUs that aren't here: what each costs in registers and shared memory.
 
-    python -m tests.kernels.aot [--arch sm_90 ...] [--op attention ...] [--full] [--jobs 2]
+    python -m tests.kernels.aot [--arch sm_90 ...] [--op attention ...] [--few | --full] [--jobs 2]
 
 prints one JSON line a compilation, then a table, and exits 1 where a row is in violation: it failed to compile, spills,
 takes more shared memory than the chip has, has no wgmma where sm_90 should, or more in its main loop than it should.
@@ -843,18 +843,44 @@ def _of_each_kind(found: list[Spec]) -> list[Spec]:
     return list(kept.values())
 
 
-def specs(op: str, arch: str, full: bool) -> list[Spec]:
-    """The specializations of an op; on Hopper with one more of each kernel (`full`: of each) that is launched early.
+def _few(found: list[Spec], arch: str) -> list[Spec]:
+    """Of each kernel one, with most operands: for matrices in 16 bits or FP8, and on sm_80 in float32, too.
 
-    Elsewhere, but for `full` and architectures that are compiled by name alone, no more than `_of_each_kind`.
+    Of the others' code architectures differ less: they are compiled for sm_90 in 16 bits, and for gfx942 in float32.
     """
-    found = list(SPECIALIZATIONS[op](arch, full))
-    if not full and arch != "sm_90" and arch not in launch.LIKE:
+
+    def weight(spec: Spec) -> tuple[int, bool, bool, int]:
+        operands = sum(isinstance(value, str) for value in spec.arguments.values())
+        return operands, spec.streams, spec.arguments.get("HEAD_DIM") == 64, spec.config.block_m
+
+    kept: dict[tuple[str, bool], Spec] = {}
+    for spec in sorted(found, key=weight):
+        name, wide = spec.kernel.__name__, _dtype(spec) == "fp32"
+        if spec.matrix and (arch == "sm_80" or not wide):
+            kept[name, wide] = spec
+        elif (
+            not spec.matrix
+            and arch in ("sm_90", "gfx942")
+            and (wide is (arch == "gfx942") or (name, False) not in kept)
+        ):
+            kept[name, False] = spec
+    return list(kept.values())
+
+
+def specs(op: str, arch: str, which: str) -> list[Spec]:
+    """The specializations of an op; on Hopper with one more of each kernel ("full": of each) that is launched early.
+
+    Elsewhere, but for "full" and architectures that are compiled by name alone, no more than `_of_each_kind`.
+    """
+    found = list(SPECIALIZATIONS[op](arch, which == "full"))
+    if which == "few":
+        return _few(found, arch)
+    if which != "full" and arch != "sm_90" and arch not in launch.LIKE:
         return _of_each_kind(found)
     early, seen = [], set()
     for spec in found if arch == "sm_90" else []:
         known = "DEPENDENT" in spec.kernel.arg_names and "*bf16" in spec.arguments.values()
-        if known and (full or spec.kernel.__name__ not in seen):
+        if known and (which == "full" or spec.kernel.__name__ not in seen):
             seen.add(spec.kernel.__name__)
             arguments = {**spec.arguments, "DEPENDENT": True}
             early.append(replace(spec, variant=f"{spec.variant} early", arguments=arguments))
@@ -981,9 +1007,9 @@ def compile_one(op: str, arch: str, spec: Spec) -> dict[str, Any]:
     return row
 
 
-def _job(op: str, arch: str, full: bool, index: int) -> dict[str, Any]:
+def _job(op: str, arch: str, which: str, index: int) -> dict[str, Any]:
     # Kernels don't pickle: a worker finds its specialization by its place.
-    return compile_one(op, arch, specs(op, arch, full)[index])
+    return compile_one(op, arch, specs(op, arch, which)[index])
 
 
 def _table_line(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -1010,16 +1036,25 @@ def main(argv: list[str] | None = None) -> int:
         "--arch", nargs="+", choices=TARGETS, help="default: all but those that go by the tables of another"
     )
     parser.add_argument("--op", nargs="+", choices=SPECIALIZATIONS, default=list(SPECIALIZATIONS))
-    parser.add_argument("--full", action="store_true", help="every specialization, not a representative set")
+    which = parser.add_mutually_exclusive_group()
+    for name, chosen in (("few", "one of each kernel"), ("full", "every specialization")):
+        which.add_argument(
+            f"--{name}",
+            dest="which",
+            action="store_const",
+            const=name,
+            default="",
+            help=f"{chosen}, not a representative set",
+        )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes to compile in")
     options = parser.parse_args(argv)
 
     jobs = [
-        (op, arch, options.full, index)
+        (op, arch, options.which, index)
         for arch in options.arch or [arch for arch in TARGETS if arch not in launch.LIKE]
         for op in options.op
-        if arch in targets(op, everything=options.full or bool(options.arch))
-        for index, _ in enumerate(specs(op, arch, options.full))
+        if arch in targets(op, everything=options.which == "full" or bool(options.arch))
+        for index, _ in enumerate(specs(op, arch, options.which))
     ]
     rows = []
     with ProcessPoolExecutor(options.jobs) as pool:

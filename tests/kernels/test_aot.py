@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import re
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 
 from fastbert.usage import replace_text
+from tests import fresh
 from tests.kernels.main_loop import main_loop
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,10 +44,7 @@ def run_module(name: str, *options: str) -> list[dict[str, Any]]:
     if file.exists():
         found: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
         return found
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", name, *options], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    done = fresh.run("-m", name, *options, timeout=24 * 3600)
     violations = {0, 1} if name == "tests.kernels.aot" else {0}
     assert done.returncode in violations, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -74,26 +70,46 @@ def assert_clean(rows: list[dict[str, Any]]) -> None:
     assert not bad, "\n".join(bad)
 
 
-def test_compiles_without_spills_within_shared_memory() -> None:
-    """Every kernel, in every dtype. One is a function launched over a grid, `run(name, grid, ...)`; its file is its op.
-
-    FP8 numbers are for the architectures that have them, and of those sm_89 is compiled for them alone. One test, as
-    processes of its own share the work out.
-    """
-    rows = compile_all()
+def operations() -> tuple[set[str], set[str]]:
+    """(without FP8, with FP8): a kernel is a function launched over a grid, `run(name, grid, ...)`, its file its op."""
     files = {
         path.stem for path in (ROOT / "kernels").glob("*.py") if re.search(r"\brun\(\w+_kernel,", path.read_text())
     }
     fp8 = {file for file in files if file.endswith("_fp8")}
     assert fp8
-    fp8.add("attention_fp8")  # of attention's own kernel
+    return files - fp8, {*fp8, "attention_fp8"}  # which is attention's own kernel
+
+
+def test_compiles_without_spills_within_shared_memory() -> None:
+    """Every kernel: those of matrices for every architecture, of which sm_89 is for FP8 alone; the others for two.
+
+    One test, as processes of its own share the work out.
+    """
+    rows = compile_all("--few")
+    plain, fp8 = operations()
+    matrices = {"attention", "disentangled", "linear"}
+    for arch in ARCHITECTURES:
+        ops = {row["op"] for row in rows if row["arch"] == arch}
+        found = {*matrices} if arch != "sm_89" else set()
+        found |= {f"{op}_fp8" for op in ("attention", "linear")} if arch in FP8 else set()
+        found |= plain if arch in ("sm_90", "gfx942") else set()
+        assert ops == (found | fp8 if arch == "sm_90" else found), arch
+    assert {row["dtype"] for row in rows if row["arch"] == "sm_80"} >= {"fp32", "bf16"}
+    assert_clean(rows)
+
+
+@pytest.mark.slow
+def test_a_call_of_each_kind_compiles() -> None:
+    """In every dtype. FP8 numbers are for the architectures that have them; sm_89 is compiled for them alone."""
+    rows = compile_all()
+    plain, fp8 = operations()
     assert {row["arch"] for row in rows} == {*ARCHITECTURES}
     for arch in ARCHITECTURES:
         chosen = [row for row in rows if row["arch"] == arch]
         dtypes = {"fp32", "fp16", "bf16"} | ({"fp8e4nv"} if arch in FP8 else set())
         dtypes |= {"integer"} if arch != "sm_89" else set()
         assert {row["dtype"] for row in chosen} == dtypes, arch
-        ops = (fp8 if arch in FP8 else set()) | (files - fp8 if arch != "sm_89" else set())
+        ops = (fp8 if arch in FP8 else set()) | (plain if arch != "sm_89" else set())
         assert {row["op"] for row in chosen} == ops, arch
     assert_clean(rows)
 
@@ -136,29 +152,34 @@ def test_the_full_set_compiles() -> None:
 TRAINED = {"attention_backward_q_kernel", "add_layer_norm_backward_kernel", "embedding_backward_kernel"}
 
 
-@pytest.mark.parametrize("options", [(), ("--train",)], ids=["inference", "training"])
-def test_nothing_compiles_anew_for_another_batch_shape(options: tuple[str, ...]) -> None:
+def specialized(how: str) -> list[dict[str, Any]]:
+    rows = run_module("tests.kernels.specializations")
+    return [{key: value for key, value in row.items() if key != "how"} for row in rows if row["how"] == how]
+
+
+@pytest.mark.parametrize("how", ["inference", "training"])
+def test_nothing_compiles_anew_for_another_batch_shape(how: str) -> None:
     """But for tiles chosen by the number of rows: no number, and no address, that a batch sets is compiled in.
 
     In training layers drop by seeds that lie 8 bytes apart.
     """
-    found = run_module("tests.kernels.specializations", *options)
+    found = specialized(how)
     kernels = [row["kernel"] for row in found]
     assert {"embedding_kernel", "linear_kernel", "attention_kernel", "layer_norm_kernel", "tiles_kernel"} <= {*kernels}
-    assert not options or {*kernels} >= TRAINED
+    assert how == "inference" or {*kernels} >= TRAINED
     assert all(kernels.count(name) == 1 for name in ("embedding_kernel", "layer_norm_kernel", "tiles_kernel"))
     for i, row in enumerate(found):
         same = [other for other in found[:i] if {**other, "shape": 0} == {**row, "shape": 0}]
         assert not same, f"{row} of a batch of {row['shape']} is compiled again, after {same[0]['shape']}"
-    if not options:
+    if how == "inference":
         assert sum(row["shape"] == [1, 1] for row in found) <= 9  # what the first forward waits for
 
 
 def test_a_kernel_launched_before_the_last_has_ended_waits_for_it() -> None:
     """Each that is launched so is compiled to wait, and no other; none unless asked for."""
-    early = run_module("tests.kernels.specializations", "--dependent")
+    early = specialized("dependent")
     waiting = {row["kernel"] for row in early if row["dependent"]}
     assert waiting >= {"linear_kernel", "attention_kernel", "layer_norm_kernel"}
     for row in early:
         assert row["dependent"] == (row["constexprs"].get("DEPENDENT") == "True"), row
-    assert not any(row["dependent"] for row in run_module("tests.kernels.specializations"))
+    assert not any(row["dependent"] for row in specialized("inference"))
