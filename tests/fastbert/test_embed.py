@@ -107,14 +107,11 @@ def contents(output: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in output.iterdir()}
 
 
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_embeddings_are_those_of_sentence_transformers(
-    dtype: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    """On a real checkpoint: pooling, norm and lengths are read from its folder. Once over processes, as for a user."""
+def test_embeddings_are_those_of_sentence_transformers(dtype: str, tmp_path: Path) -> None:
+    """On a real checkpoint: pooling, norm and lengths are read from its folder."""
     sentence_transformers = pytest.importorskip("sentence_transformers")
-    if dtype != "float32":
-        request.getfixturevalue("here")
     texts = [*sentences(70), "word " * 400]
     (tmp_path / "in.txt").write_text("\n".join(texts) + "\n")
     run(checkpoint(), tmp_path / "out", str(tmp_path / "in.txt"), "--shard-rows", "32", "--dtype", dtype)
@@ -523,15 +520,19 @@ def test_a_command_that_got_nowhere_is_corrected(
 
 
 @pytest.mark.usefixtures("here")
-def test_a_killed_run_goes_on(tiny: Path, tmp_path: Path) -> None:
-    """Killed at random moments, with the processes it started; then finished by another process, which is this one."""
+@pytest.mark.parametrize("kills", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_killed_run_goes_on(kills: int, tiny: Path, tmp_path: Path) -> None:
+    """Over processes, as for a user, and killed with those it started; finished by another process, which is this one.
+
+    With --slow killed once more, as it goes on.
+    """
     (tmp_path / "in.txt").write_text("\n".join(sentences(600)))
     options = ["--shard-rows", "20", str(tmp_path / "in.txt")]
     command = [sys.executable, "-m", "fastbert.cli", "embed", "--model", str(tiny), "--device", "cpu", *options]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
 
     chance = random.Random(0)
-    for _ in range(2):
+    for _ in range(kills):
         process = subprocess.Popen(
             [*command, "--output", str(tmp_path / "killed")], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
         )

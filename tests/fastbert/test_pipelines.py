@@ -171,7 +171,7 @@ def test_sentence_transformers_own_unpadding(
 
 def test_sentence_transformers_over_processes(encoders: tuple[Any, Any]) -> None:
     fused, stock = encoders
-    pool = fused.start_multi_process_pool(["cpu", "cpu"])
+    pool = fused.start_multi_process_pool(["cpu"])
     try:
         found = fused.encode(TEXTS * 2, pool=pool, chunk_size=3)
     finally:

@@ -10,8 +10,6 @@ import functools
 import inspect
 import itertools
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.models.bert import modeling_bert as hf
 
 import fastbert
-from tests import models
+from tests import fresh, models
 from tests.fastbert import distributed_steps
 
 KIND = hf.BertForSequenceClassification
@@ -715,9 +713,7 @@ def test_sentence_transformers_trainer(saved: Path) -> None:
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What two ranks found, by mode: of the fused model, and of stock."""
     file = tmp_path_factory.mktemp("ranks") / "found"
-    command = [sys.executable, "-m", "tests.fastbert.distributed_steps", str(file)]
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    done = fresh.run("-m", "tests.fastbert.distributed_steps", file)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = torch.load(file, weights_only=False)
     return found
