@@ -499,10 +499,8 @@ def test_ending_the_suite_ends_its_step(tmp_path: Path) -> None:
 
 
 DRY = """
-import sys, time, pathlib
-from benchmarks import gates, suite
-from benchmarks import archive as suite_archive
-from fastbert.measure import machine, records
+import sys, pathlib
+from benchmarks import suite
 
 out = sys.argv[sys.argv.index("--output") + 1]
 MEASURE = '''

@@ -22,6 +22,7 @@ import pytest
 from benchmarks import archive, first, gates, report
 from fastbert.measure import records
 from fastbert.measure.gates import FORWARD
+from tests import fresh
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "OUT")}
@@ -111,11 +112,16 @@ def count(file: Path, event: str) -> int:
     return sum(line["event"] == event for line in first.lines(file))
 
 
-def test_killed_at_any_second_it_goes_on(tmp_path: Path) -> None:
+KILLS = (("step", 20, 0.5, signal.SIGTERM), ("record", 7, 0, signal.SIGKILL))
+
+
+@pytest.mark.parametrize(
+    "kills", [KILLS, pytest.param((("step", 3, 0.5, signal.SIGKILL), *KILLS), marks=pytest.mark.slow)], ids=len
+)
+def test_killed_at_any_second_it_goes_on(kills: tuple[tuple[Any, ...], ...], tmp_path: Path) -> None:
     """On a CPU at tiny sizes: gates, rates and whole models; killed at moments drawn at random, by force or not."""
     sections = ["--sections", "gates", "rates", "forwards"]
     chance, file, before = random.Random(0), tmp_path / "first.jsonl", []
-    kills = (("step", 3, 0.5, 9), ("step", 20, 0.5, 15), ("record", 7, 0, 9))
     for event, least, seconds, number in kills:
         run = started(tmp_path, *sections)
         while run.poll() is None and count(file, event) < least:
@@ -279,9 +285,9 @@ def test_a_prebuilt_kernel_is_found(tmp_path: Path) -> None:
     compile_all = (
         "import sys; from benchmarks import prebuild; print([prebuild.compile_one(line) for line in open(sys.argv[1])])"
     )
-    environment = {**ENVIRONMENT, **more, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", compile_all, str(listed)]
-    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    done = fresh.run("-c", compile_all, listed, env=fresh.environment(**more))
+    assert done.returncode == 0, done.stderr
+    found = done.stdout
     before = sorted(path.name for path in cache.iterdir())
     assert len(before) == 2
     assert all(name in found for name in before)
