@@ -57,33 +57,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokenises in this process: starting another takes seconds."""
-
-    class Workers:
-        _max_workers = 1
-
-        def __init__(self, *_: Any, initargs: tuple[str], **__: Any) -> None:
-            tokens._tokenizer = AutoTokenizer.from_pretrained(*initargs)
-
-        def __enter__(self) -> Workers:
-            return self
-
-        def __exit__(self, *_: Any) -> None:
-            pass
-
-        def shutdown(self, **_: Any) -> None:
-            pass
-
-        def submit(self, work: Any, *arguments: Any) -> Any:
-            future: Any = job.concurrent.futures.Future()
-            future.set_result(work(*arguments))
-            return future
-
-    monkeypatch.setattr(job.concurrent.futures, "ProcessPoolExecutor", Workers)
-
-
 def run(model: Path, output: Path, *arguments: str, code: int = 0) -> None:
     assert main(["embed", "--model", str(model), "--device", "cpu", "--output", str(output), *arguments]) == code
 

@@ -119,6 +119,7 @@ def test_the_sources_unpickle_nothing_and_trust_no_code() -> None:
     assert loads >= 5
 
 
+@pytest.mark.usefixtures("here")
 def test_what_embed_writes_is_the_users_own(tmp_path: Path) -> None:
     """By the umask, as any file of theirs; links in the folder are replaced, not followed."""
     folder, before = checkpoint(tmp_path / "model"), os.umask(0o077)

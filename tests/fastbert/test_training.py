@@ -136,9 +136,17 @@ def test_gradients_under_autocast(dtype: torch.dtype, cast: torch.dtype, padding
 
 
 @pytest.mark.parametrize(
-    ("dtype", "autocast"), [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)], ids=str
+    ("kind", "dtype", "autocast"),
+    [
+        pytest.param(
+            *(kind, dtype, autocast),
+            id=f"{kind.__name__}-{dtype}-{autocast}",
+            marks=pytest.mark.slow if autocast and kind is hf.BertForPreTraining else (),
+        )
+        for kind in (hf.BertForMaskedLM, hf.BertForPreTraining)
+        for dtype, autocast in ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True))
+    ],
 )
-@pytest.mark.parametrize("kind", [hf.BertForMaskedLM, hf.BertForPreTraining], ids=lambda kind: kind.__name__)
 def test_loss_only(kind: Any, dtype: torch.dtype, autocast: bool) -> None:
     """The loss and its gradients from labelled tokens alone, as near to float64 as stock's from all logits."""
     context = torch.autocast("cpu", torch.bfloat16) if autocast else torch.enable_grad()
@@ -319,7 +327,7 @@ def train(model: Any, steps: int, order: Tensor) -> Tensor:
     return torch.stack(losses)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str)
 def test_a_hundred_steps_beside_stock(dtype: torch.dtype) -> None:
     """Losses stay as near to float64's as those of stock, whose sequences may come in any order, do."""
     model = models.seeded(hf.BertForSequenceClassification, **NO_DROPOUT)

@@ -747,7 +747,7 @@ def test_two_processes(mode: str, two_processes: dict[str, Any]) -> None:
 # torch.compile.
 
 
-@pytest.mark.parametrize(("padding", "masked"), [("auto", False), ("packed", True)])
+@pytest.mark.parametrize(("padding", "masked"), [pytest.param("auto", False, marks=pytest.mark.slow), ("packed", True)])
 def test_compiled_without_a_graph_break(padding: str, masked: bool) -> None:
     """Under any padding a compiled call is dense: nothing is asked of the device."""
     torch.compiler.reset()
@@ -792,7 +792,7 @@ def test_compiled_once_for_all_shapes(what: str) -> None:
     assert fused_calls(model) == ({"packed": 12} if what == "layers" else {})
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("checkpointed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_compiled_backward_drops_what_its_forward_dropped(checkpointed: bool) -> None:
     """With a partition into forward and backward that computes again what is cheap: seeds must not be drawn again.
 
