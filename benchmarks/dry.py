@@ -22,6 +22,7 @@ import argparse
 import atexit
 import contextlib
 import functools
+import importlib
 import json
 import math
 import os
@@ -30,6 +31,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,6 +62,15 @@ def _within(name: str) -> Iterator[None]:
         setattr(_thread, name, _depth(name) - 1)
 
 
+def begin(*options: Any) -> None:
+    """Installs it; a process that can't is ended: Python itself would go on without."""
+    try:
+        install(*options)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
 def install(arch: str, compiles: bool, listed: str | None, layers: int | None, small: bool) -> None:
     """Puts a GPU into this process, to its end."""
     import torch
@@ -73,6 +84,9 @@ def install(arch: str, compiles: bool, listed: str | None, layers: int | None, s
     from fastbert import numerics, ops
     from fastbert.kernels import cpu, reference_fp8
     from fastbert.measure import bench, cases, counts, profile
+
+    for family in ("deberta", "deberta_v2"):  # what they compile with TorchScript knows PyTorch's own functions alone
+        importlib.import_module(f"transformers.models.{family}.modeling_{family}")
 
     cuda, base = torch.device("cuda", 0), torch._C.TensorBase
     plain_device = base.device.__get__  # type: ignore[attr-defined]
@@ -567,8 +581,6 @@ def install(arch: str, compiles: bool, listed: str | None, layers: int | None, s
 
         return call
 
-    import importlib
-
     for name, operator in ops.OPERATORS.items():
         module = importlib.import_module(f"fastbert.kernels.{operator.module}")
         kernel, twin = launched(name, getattr(module, name)), getattr(cpu, name)
@@ -649,7 +661,7 @@ def main() -> int:
         listed = None if given.list is None else str(given.list.resolve())
         layers = 1 if given.small and given.layers is None else given.layers
         options = given.arch, given.compiles, listed, layers, given.small
-        code = f"from benchmarks import dry; dry.install{options!r}\n"
+        code = f"from benchmarks import dry; dry.begin{options!r}\n"
         Path(folder, "sitecustomize.py").write_text(code, encoding="utf-8")
         paths = [folder, str(ROOT), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTEST_PLUGINS": "benchmarks.dry"}

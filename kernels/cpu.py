@@ -526,7 +526,8 @@ def disentangled_attention_backward(
     dtype, generator = _matmul_dtype(qkv), _generator(seed)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
     positions = _Positions(c2p, p2c, slots, max_seqlen, dtype)
-    dtables = [None if t is None else stats.new_zeros(heads, 2 * max_seqlen - 1, t.shape[-1]) for t in (c2p, p2c)]
+    distances = max(2 * max_seqlen - 1, 0)
+    dtables = [None if t is None else stats.new_zeros(heads, distances, t.shape[-1]) for t in (c2p, p2c)]
     for group, batch, some, mask in _parts(rows, heads, cu_seqlens, key_mask, max_seqlen):
         query, key, value = (_of_heads(x[:, some], batch).to(dtype) for x in qkv[group].unbind(1))
         dout = _of_heads(grad[group, some], batch).to(dtype)

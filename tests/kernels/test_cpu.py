@@ -57,3 +57,69 @@ def test_the_oracle_drops_the_same_again_in_the_backward(name: str) -> None:
     torch.testing.assert_close((dx * direction).sum(), slope, rtol=1e-6, atol=1e-6)
     plain = out(x), getattr(reference, name)(*given[:5], 0.0, None)
     assert not torch.equal(plain[0], plain[1][0] if isinstance(plain[1], tuple) else plain[1])
+
+
+def _disentangled(lengths: list[int], longest: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """qkv, both tables, slots and a gradient."""
+    generator = torch.Generator().manual_seed(len(lengths))
+    qkv, grad, *tables = (
+        torch.randn(*shape, 16, generator=generator, dtype=torch.float64)
+        for shape in ((sum(lengths), 3, 3), (sum(lengths), 3), (24, 3), (24, 3))
+    )
+    return qkv, *tables, torch.arange(1 - longest, longest).clamp(-12, 11).add(12).int(), grad
+
+
+@pytest.mark.parametrize("mask", [None, "ragged", "empty"])
+@pytest.mark.parametrize("scores", [1, 2 * 140**2, 10**9])
+def test_disentangled_attention_in_parts(monkeypatch: pytest.MonkeyPatch, scores: int, mask: str | None) -> None:
+    """Of one head and sequence, of two sequences of three, and all at once: with more rows than a block has."""
+    monkeypatch.setattr(cpu, "_SCORES", scores)
+    qkv, *given, grad = _disentangled([140] * 3, 150)
+    keys = None
+    if mask is not None:
+        keys = torch.arange(140) < torch.tensor([140, 9 if mask == "ragged" else 0, 77])[:, None]
+    layout = None, keys, 140, 0.2, 0.0, None, None
+    out, stats = cpu.disentangled_attention(qkv, *given, *layout)
+    truth, _ = reference.disentangled_attention(qkv, *given, *layout)
+    torch.testing.assert_close(out, truth, rtol=1e-12, atol=1e-12)
+    found = cpu.disentangled_attention_backward(grad, qkv, *given, out, stats, *layout)
+    expected = reference.disentangled_attention_backward(grad, qkv, *given, truth, stats, *layout)
+    for mine, its in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-11, atol=1e-11)
+
+
+def test_tables_by_distance_are_made_again_when_they_must_be() -> None:
+    """They are kept beside the tables by slot: for shorter sequences, not for longer ones, other slots or values."""
+    qkv, c2p, p2c, slots, _ = _disentangled([30], 40)
+    changed = slots.clone()
+    changed[3:50] = 5
+
+    def check(slots: Tensor, length: int) -> None:
+        given = qkv[:length], c2p, p2c, slots, None, None, length, 0.2, 0.0, None, None
+        torch.testing.assert_close(
+            cpu.disentangled_attention(*given)[0], reference.disentangled_attention(*given)[0], rtol=1e-12, atol=1e-12
+        )
+
+    check(slots, 20)
+    kept = cpu._TABLES[0][c2p].table
+    check(slots, 11)
+    assert cpu._TABLES[0][c2p].table is kept
+    check(slots, 30)
+    check(changed, 30)
+    p2c.mul_(-1)
+    check(slots, 30)
+    with torch.inference_mode():
+        check(slots, 30)
+        c2p = c2p.clone()
+        check(slots, 30)
+        c2p.neg_()
+        check(slots, 30)
+
+
+def test_disentangled_attention_of_no_rows() -> None:
+    *given, grad = _disentangled([], 4)
+    layout = torch.zeros(1, dtype=torch.int32), None, 0, 0.2, 0.0, None, None
+    out, stats = cpu.disentangled_attention(*given, *layout)
+    dqkv, dc2p, dp2c = cpu.disentangled_attention_backward(grad, *given, out, stats, *layout)
+    assert out.shape == (0, 3, 16) and dqkv.shape == given[0].shape
+    assert dc2p.shape == given[1].shape and dc2p.eq(0).all() and dp2c.shape == given[2].shape and dp2c.eq(0).all()
