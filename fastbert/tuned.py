@@ -126,6 +126,7 @@ def problem(key: Key, config: Config) -> str | None:
                 return f"variant is {value!r}; expected one of {', '.join(map(repr, known))}"
         else:
             least, most, powers = RANGES[name]
+            most = min(most, operation.most) if name in ("block_m", "block_n") else most
             if type(value) is not int or not least <= value <= most or (powers and value & (value - 1)):
                 kind = "a power of two" if powers else "a whole number"
                 return f"{name} is {value!r}; expected {kind} from {least} to {most}"

@@ -67,6 +67,8 @@ class _Operation(NamedTuple):
     """What `use` was given or the tables have, cached."""
     free: tuple[str, ...]
     """The fields of a configuration that others could be tried for; the others say what the kernel computes."""
+    most: int
+    """Of block_m and block_n: with larger ones the kernel would compute something else."""
 
     def parameters(self) -> tuple[str, ...]:
         """Names of what a key has: what a configuration is chosen by, rows as `row_class` tells."""
@@ -87,8 +89,8 @@ _Plan = TypeVar("_Plan", bound=Callable[..., object])
 _Table = TypeVar("_Table")
 
 
-def _tunable(*free: str) -> Callable[[Callable[P, Config]], Callable[P, Config]]:
-    """Caches a function that chooses, and lets what `use` was given come before it."""
+def _tunable(*free: str, most: int = 512) -> Callable[[Callable[P, Config]], Callable[P, Config]]:
+    """Caches a function that chooses, and lets what `use` was given come before it; `most` as `_Operation` has it."""
 
     def decorate(choose: Callable[P, Config]) -> Callable[P, Config]:
         operation, signature = choose.__name__.removesuffix("_config"), inspect.signature(choose)
@@ -108,7 +110,7 @@ def _tunable(*free: str) -> Callable[[Callable[P, Config]], Callable[P, Config]]
                 return BY_LIBRARY
             return _tuned.get(key) or choose(*args, **kwargs)
 
-        OPERATIONS[operation] = _Operation(choose, choice, free)
+        OPERATIONS[operation] = _Operation(choose, choice, free, most)
         return choice  # type: ignore[return-value]
 
     return decorate
@@ -501,6 +503,7 @@ _DISENTANGLED_BACKWARD["sm_89"] = {
 }
 
 
+@_tunable("block_m", "block_n", "num_warps", "num_stages", most=64)
 def disentangled_config(arch: str, dtype: torch.dtype, head_dim: int) -> Config:
     """The tiles of disentangled attention: `block_m` queries by `block_n` keys. Arguments and errors as
     `attention_config`'s."""
@@ -509,6 +512,7 @@ def disentangled_config(arch: str, dtype: torch.dtype, head_dim: int) -> Config:
     return _of(_DISENTANGLED, arch)[dtype.itemsize, max(16, 1 << (head_dim - 1).bit_length())]
 
 
+@_tunable("block_m", "block_n", "num_warps", "num_stages", most=64)
 def disentangled_backward_config(arch: str, dtype: torch.dtype, head_dim: int) -> Config:
     """The tiles of its backward: `block_m` rows held, `block_n` walked."""
     return _of(_DISENTANGLED_BACKWARD, arch)[dtype.itemsize, max(16, 1 << (head_dim - 1).bit_length())]
@@ -535,6 +539,7 @@ _POSITION["sm_89"], _POSITION["sm_100"] = _POSITION["sm_80"], _POSITION["sm_90"]
 _POSITION_SLOTS.update(dict.fromkeys(("sm_89", "sm_90", "sm_100"), _POSITION_SLOTS["sm_80"]))
 
 
+@_tunable("block_m", "block_n", "num_warps", "num_stages")
 def position_config(arch: str, dtype: torch.dtype, head_dim: int) -> Config:
     """The tiles of scores by position, and of their gradients. Arguments as `attention_config`'s."""
     return _of(_POSITION, arch)[dtype.itemsize]

@@ -48,12 +48,14 @@ def sizes(arguments: argparse.Namespace) -> Sizes:
 
     if arguments.model is None:
         shape = SHAPES[arguments.size or "large"]
-        return Sizes(shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"])
+        sizes = shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"]
+        return Sizes(*sizes, disentangled="relative_attention" in shape)
     config = load_config(arguments.model)
     try:
         wide = config.hidden_dim if hasattr(config, "hidden_dim") else config.intermediate_size  # DistilBERT's name
         biased = hasattr(config, "relative_attention_num_buckets")
-        return Sizes(config.hidden_size, wide, config.num_attention_heads, biased)
+        disentangled = bool(getattr(config, "relative_attention", False) and getattr(config, "pos_att_type", None))
+        return Sizes(config.hidden_size, wide, config.num_attention_heads, biased, disentangled)
     except AttributeError as error:
         raise UsageError(f"--model {arguments.model}: {in_a_line(error)[:300]}") from error
 

@@ -34,6 +34,8 @@ class Sizes(NamedTuple):
     heads: int
     biased: bool = False
     """Whether attention adds a bias by distance, which training moves, as MPNet's does."""
+    disentangled: bool = False
+    """Whether attention is DeBERTa's."""
 
 
 class Problem(NamedTuple):
@@ -42,7 +44,9 @@ class Problem(NamedTuple):
     name: str
     key: Key
     module: str
-    """Of fastbert.kernels; the function in it that is called, and stock's way, which takes the same arguments."""
+    """Of fastbert.kernels; the function in it that is called, and stock's way, which takes the same arguments.
+
+    Of the function's results those are judged that stock has: its first ones."""
     function: str
     peer: Callable[..., object]
     arguments: Callable[[int, torch.device], tuple[object, ...]]
@@ -325,6 +329,91 @@ def _attention(sizes: Sizes, dtype: torch.dtype, arch: str, train: bool) -> Iter
         )
 
 
+def _stock_disentangled(
+    qkv: Tensor,
+    c2p: Tensor,
+    p2c: Tensor,
+    slots: Tensor,
+    starts: Tensor,
+    mask: None,
+    longest: int,
+    scale: float,
+    *_: Any,
+) -> Tensor:
+    """Sequence by sequence."""
+    each = []
+    for rows in qkv.split(starts.diff().tolist()):
+        q, k, v = rows.permute(1, 2, 0, 3)  # [heads, S, D]
+        places = torch.arange(q.shape[1], device=q.device)
+        chosen = slots.long()[slots.shape[0] // 2 + places[:, None] - places].expand(q.shape[0], -1, -1)
+        by_query, by_key = (x @ table.permute(1, 2, 0) for x, table in ((q, c2p), (k, p2c)))
+        scores = q @ k.mT + by_query.gather(2, chosen) + by_key.gather(2, chosen.mT).mT
+        each.append(((scores * scale).softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(each)
+
+
+def _stock_disentangled_backward(
+    grad: Tensor, qkv: Tensor, c2p: Tensor, p2c: Tensor, slots: Tensor, out: Tensor, stats: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    with torch.enable_grad():
+        leaves = [x.detach().clone().requires_grad_() for x in (qkv, c2p, p2c)]
+        return torch.autograd.grad(_stock_disentangled(*leaves, slots, *rest), leaves, grad)
+
+
+def _disentangled(sizes: Sizes, dtype: torch.dtype, arch: str, train: bool) -> Iterator[Problem]:
+    heads, head_dim = sizes.heads, sizes.hidden // sizes.heads
+    names = ("disentangled_attention", "disentangled_attention_backward")
+    kernels = importlib.import_module("fastbert.kernels.disentangled")
+
+    def forward(rows: int, device: torch.device) -> tuple[object, ...]:
+        qkv = _normal(device, dtype, rows, 3, heads, head_dim)
+        tables = (_normal(device, dtype, 512, heads, head_dim) for _ in range(2))
+        starts, mask, longest = _sequences(rows, heads, device)
+        slots = (torch.arange(1 - longest, longest, device=device) + 256).clamp(0, 511).int()
+        return qkv, *tables, slots, starts, mask, longest, (3 * head_dim) ** -0.5, 0.0, None, None
+
+    def backward(rows: int, device: torch.device) -> tuple[object, ...]:
+        qkv, *tables, slots = (given := forward(rows, device))[:4]
+        grad = _normal(device, dtype, rows, heads, head_dim)
+        return (grad, qkv, *tables, slots, *kernels.disentangled_attention(*given), *given[4:])
+
+    def shared(c: Config) -> int:
+        return (c.block_m + 2 * c.num_stages * c.block_n) * head_dim * dtype.itemsize
+
+    def held(c: Config) -> float:
+        return c.block_m * (head_dim + 2 * c.block_n) / (32 * c.num_warps)
+
+    # Scores by position are told apart from the rest in no launch: the whole operator, of the backward where it is
+    # asked for, which makes them and what gradients give rows and tables.
+    problems = [("disentangled attention", "disentangled", False, shared, held)]
+    if train:
+        problems.append(
+            ("disentangled attention, backward", "disentangled_backward", True, shared, lambda c: 2 * held(c))
+        )
+    problems.append(
+        (
+            "scores by position",
+            "position",
+            train,
+            lambda c: c.num_stages * (c.block_m + c.block_n) * head_dim * dtype.itemsize,
+            lambda c: c.block_m * max(c.block_n, head_dim) / (32 * c.num_warps),
+        )
+    )
+    for name, operation, back, its_shared, its_held in problems:
+        yield Problem(
+            name,
+            key(operation, arch, dtype, head_dim=head_dim),
+            "disentangled",
+            names[back],
+            _stock_disentangled_backward if back else _stock_disentangled,
+            backward if back else forward,
+            (2048, 32768),
+            its_shared,
+            its_held,
+            False,
+        )
+
+
 def _rows(sizes: Sizes, dtype: torch.dtype, arch: str, train: bool) -> Iterator[Problem]:
     h, i = sizes.hidden, sizes.intermediate
     rows = (2048, 32768)
@@ -410,7 +499,8 @@ def problems(
         multiprocessors: SMs of the device; 0: as many as the architecture's usual one has.
     """
     gemms = _gemms if precision is None else _gemms_fp8
-    found = [*gemms(sizes, dtype, arch, multiprocessors), *_attention(sizes, dtype, arch, train)]
+    attention = _disentangled if sizes.disentangled else _attention
+    found = [*gemms(sizes, dtype, arch, multiprocessors), *attention(sizes, dtype, arch, train)]
     found += _rows(sizes, dtype, arch, train)
     return sorted(found, key=lambda each: each.same_bits and each.rows[0] != launch.MANY_ROWS)
 

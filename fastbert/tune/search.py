@@ -93,7 +93,7 @@ def neighbours(problem: Problem, config: Config) -> list[Config]:
 def seeds(problem: Problem, others: Iterable[Problem]) -> list[Config]:
     """What tables have for the problem, and for others of its operation, on any architecture; the shipped one first."""
     operation, architectures = problem.key[0], ("sm_80", "sm_89", "sm_90", "sm_100", "portable")
-    choose, _, free = launch.OPERATIONS[operation]
+    choose, free = launch.OPERATIONS[operation].choose, launch.OPERATIONS[operation].free
     known = [
         choose(*(arch if isinstance(value, str) else value for value in other.key[1:]))
         for other in others

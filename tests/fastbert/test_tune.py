@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import BertConfig, DistilBertConfig, MPNetConfig
+from transformers import BertConfig, DebertaV2Config, DistilBertConfig, MPNetConfig
 
 from fastbert import checkpoints, tuned
 from fastbert.cli.__main__ import main
@@ -228,6 +228,8 @@ def test_it_starts_from_tables_and_from_what_stands_beside_them() -> None:
 def test_only_what_could_run_is_compiled() -> None:
     """Within shared memory and registers, of the fields that may differ."""
     work = problems(LARGE, torch.bfloat16, "sm_90", train=True)
+    of_deberta = problems(LARGE._replace(disentangled=True), torch.bfloat16, "sm_90", train=True)
+    work += [problem for problem in of_deberta if problem.module == "disentangled"]
     rig = Arithmetic(lambda config: 1.0)
     search = Search(work, rig)
     batch = search.candidates(first=True)
@@ -239,6 +241,11 @@ def test_only_what_could_run_is_compiled() -> None:
         for name, value in dataclasses.asdict(config).items():
             free = launch.OPERATIONS[problem.key[0]].free
             assert name in free or value == getattr(shipped, name)
+    attended = [config for problem, config in batch if problem.key[0].startswith("disentangled")]
+    assert max(max(config.block_m, config.block_n) for config in attended) == 64  # attention.PITCH
+    (key,) = {problem.key for problem, _ in batch if problem.key[0] == "disentangled"}
+    larger = dataclasses.replace(launch.disentangled_config(*key[1:]), block_n=128)
+    assert tuned.problem(key, larger) == "block_n is 128; expected a power of two from 8 to 64"
     rig.shared_limit = 48 * 1024
     fewer = [c for c in Search(work, rig).candidates(True) if c.config != c.problem.shipped()]
     assert 0 < len(fewer) < len(batch)
@@ -308,6 +315,11 @@ def on_this_device(device: str) -> list[Problem]:
     arch = launch.architecture(torch.device(device))
     eight = [] if fp8_is_unsupported(torch.device(device)) else problems(SMALL, torch.float32, arch, precision="fp8")
     known = problems(SMALL, torch.float32, arch, train=True)
+    known += [
+        problem
+        for problem in problems(SMALL._replace(disentangled=True), torch.float32, arch, train=True)
+        if problem.module == "disentangled"
+    ]
     return [*known, *(problem for problem in eight if problem.key[0] == "linear_fp8")]
 
 
@@ -331,7 +343,7 @@ def test_shipped_configurations_pass_the_check_and_are_asked_for(device: str, mo
     for problem in work:
         recorder.asked.clear()
         assert checker.check(problem.name, problem.shipped()) == OK, problem.name
-        assert recorder.asked[-1] == problem.key
+        assert problem.key in recorder.asked
     assert recorder == {}
 
 
@@ -465,13 +477,18 @@ def test_the_sizes_of_a_checkpoint(tmp_path: Path) -> None:
             (BertConfig(**own), False),
             (MPNetConfig(**own), True),
             (DistilBertConfig(dim=96, n_heads=3, hidden_dim=160), False),
+            (DebertaV2Config(**own, relative_attention=True, pos_att_type=["c2p"]), None),
+            (DebertaV2Config(**own), False),  # without positions it is plain attention
         )
     ):
         config.save_pretrained(tmp_path / str(i))
         found = sizes(argparse.Namespace(model=str(tmp_path / str(i)), size=None))
-        assert found == Sizes(96, 160, 3, biased)
+        assert found == Sizes(96, 160, 3, bool(biased), biased is None)
         names = [problem.name for problem in problems(found, torch.bfloat16, "sm_90", train=True)]
-        assert ("attention, bias's gradient" in names) == biased
+        assert ("attention, bias's gradient" in names) == bool(biased)
+        assert ("scores by position" in names) == (biased is None)
+    deberta = sizes(argparse.Namespace(model=None, size="deberta-v3-large"))
+    assert deberta == LARGE._replace(disentangled=True)
     assert sizes(argparse.Namespace(model=None, size="large")) == LARGE
 
 
