@@ -10,7 +10,7 @@ says there whether the keys can match. Work is listed without compiling, by laun
 
     headline   what benchmarks/first.py launches: the gates of inference, BERT-large's forwards, the GEMMs compared
     training   the gates of training
-    rows       what benchmarks/suite.py times next: throughput with fp8, latency, training steps
+    rows       what benchmarks/suite.py times next: throughput with fp8, latency, training steps, DeBERTa
     tests      what tests marked `gpu` launch; listing it takes a quarter of an hour
 
 Then it is compiled, each kernel in seconds, the most important first. What is there is not compiled again, so the same
@@ -45,7 +45,7 @@ FIRST = ["benchmarks/first.py", *LONG, "--sections"]
 PARTS: dict[str, list[str]] = {
     "headline": [*FIRST, "gates", "forwards", "operators"],
     "training": [*FIRST, "training"],
-    "rows": ["benchmarks/suite.py", *LONG, "--only", "throughput", "latency", "training"],
+    "rows": ["benchmarks/suite.py", *LONG, "--only", "throughput", "latency", "training", "deberta"],
     "tests": ["-m", "pytest", "-q", "-m", "gpu", "tests"],
 }
 

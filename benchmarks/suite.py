@@ -81,10 +81,12 @@ IN_FP8 = ((FORWARD, "fused in fp8", "bfloat16"),)
 WITH_GRAPHS = ((FORWARD, "fused + CUDA graphs", "bfloat16"),)
 FP8_WITH_GRAPHS = ((FORWARD, "fused in fp8 + CUDA graphs", "bfloat16"),)
 STEP_IN_16 = ((STEP, "fused", "bfloat16"),)
+DEBERTA, DEBERTA_STEP = "DebertaV2Model forward", "DebertaV2Model training step"
 
 # A file that can't be imported, for want of a package, keeps none of the others from running.
 PYTEST = "-m pytest -q --tb=short --maxfail=100 --continue-on-collection-errors -m gpu --gates {output}/gates.jsonl"
 BENCH = "-m fastbert.cli bench --output {output} --minutes {minutes} --dtype"
+DEBERTA_PEERS = "disentangled-flash flashdeberta"
 SMALL_PEERS = "graphs graphs-pdl fp8-graphs torch-varlen"
 OPERATORS = "-m pytest -q benchmarks --records {output} --workload"
 TEXTS = "sentence_transformers"
@@ -111,6 +113,31 @@ ON_A_GPU = (
         1.5,
         f"{BENCH} bfloat16 --train --workload uniform254 squad --batch 64 --peers torch-varlen",
         rows=STEP_IN_16,
+    ),
+    Step(
+        "deberta",
+        1.5,
+        f"{BENCH} bfloat16 --size deberta-v3-large --workload squad dense512 --peers {DEBERTA_PEERS}",
+        rows=((DEBERTA, "fused", "bfloat16"),),
+    ),
+    Step(
+        "deberta padded",
+        1.0,
+        f"{BENCH} float16 --size deberta-v2-xlarge --workload padded512 --batch 16 --peers {DEBERTA_PEERS}",
+        rows=((DEBERTA, "fused", "float16"),),
+    ),
+    Step(
+        "deberta long",
+        0.7,
+        f"{PROFILE.partition(' --compare')[0]} --size deberta-v3-small --lengths 8192 --batch 2 --train"
+        " --json {output}/profile-deberta.json",
+        rows=((DEBERTA_STEP, "fused", "bfloat16"),),
+    ),
+    Step(
+        "deberta training",
+        1.0,
+        f"{BENCH} bfloat16 --train --size deberta-v3-large --workload squad --batch 64 --peers {DEBERTA_PEERS}",
+        rows=((DEBERTA_STEP, "fused", "bfloat16"),),
     ),
     Step("tests: kernels", 9.5, f"{PYTEST} tests/kernels"),
     Step("tests: models", 9.5, f"{PYTEST} tests --ignore tests/kernels"),

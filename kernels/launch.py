@@ -491,7 +491,8 @@ _DISENTANGLED_BACKWARD: dict[str, dict[tuple[int, int], Config]] = {
     "sm_90": _ATTENTION_BACKWARD["sm_90"],
     "sm_100": {
         **_ATTENTION_BACKWARD["sm_100"],
-        # Left alone, ptxas stops at 128 registers and spills.
+        # Left alone, ptxas stops at 168 and at 128 registers and spills.
+        (2, 32): Config(64, 64, 0, 4, 2, max_registers=255),
         (2, 64): Config(64, 32, 0, 4, 2, max_registers=255),
         (2, 128): Config(64, 32, 0, 8, 2, max_registers=255),
     },

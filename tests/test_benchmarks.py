@@ -183,8 +183,8 @@ def test_the_steps_of_a_gpu_run(suite: Any, tmp_path: Path) -> None:
         words = suite.command(step, 0.5, tmp_path)
         if words[2:4] not in (["fastbert.cli", "bench"], ["fastbert.cli", "profile"]):
             continue
-        less = ["--dtype", "float32", "--batch", "2"] if "--lengths" not in words else ["--dtype", "float32"]
-        less += ["--size", "minilm", "--device", "cpu"]
+        less = ["--dtype", "float32", *(["--lengths", "128"] if "--lengths" in words else ["--batch", "2"])]
+        less += ["--size", "deberta-v3-xsmall" if "deberta" in step.name else "minilm", "--device", "cpu"]
         less += ["--repeats", "3"] if "bench" in words and "--cold" not in words else []
         if "--peers" in words:  # compiling takes minutes here
             less += ["--peers", "torch-varlen"]
@@ -194,7 +194,7 @@ def test_the_steps_of_a_gpu_run(suite: Any, tmp_path: Path) -> None:
         assert done.returncode == 0, f"{step.name}: {done.stdout}{done.stderr}"
         ran += 1
     assert ran > 10
-    assert len(list(tmp_path.glob("profile-*.json"))) == 4
+    assert len(list(tmp_path.glob("profile-*.json"))) == 5
     assert len(list(tmp_path.rglob("*/*.json"))) >= 1
 
 

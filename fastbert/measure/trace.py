@@ -102,8 +102,9 @@ def annotated(model: torch.nn.Module) -> Iterator[None]:
         i = layers[id(self)]
         with record_function(f"layer {i}"):
             out = call(self, hidden_states, *args, **kwargs)
-        if out.requires_grad:
-            out.register_hook(_mark(i))
+        hidden = out[0] if isinstance(out, tuple) else out  # stock DeBERTa's, with what it says of attention
+        if hidden.requires_grad:
+            hidden.register_hook(_mark(i))
             if i == 0 and hidden_states.requires_grad:
                 hidden_states.register_hook(_mark(None))
         return out

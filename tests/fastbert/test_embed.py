@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, DebertaV2Model
 from transformers.models.bert import modeling_bert
 from transformers.models.roberta import modeling_roberta
 
@@ -522,17 +522,28 @@ def test_a_killed_run_goes_on(kills: int, tiny: Path, tmp_path: Path) -> None:
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
+OF_DEBERTA = {
+    "relative_attention": True,
+    "pos_att_type": ["p2c"],
+    "position_buckets": 8,
+    "position_biased_input": False,
+}
+
+
 @pytest.mark.usefixtures("here")
-def test_positions_of_roberta(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "own"), [(modeling_roberta.RobertaModel, {}), (DebertaV2Model, OF_DEBERTA)], ids=["RoBERTa", "DeBERTa"]
+)
+def test_other_positions(kind: Any, own: dict[str, Any], tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint())
-    config = modeling_roberta.RobertaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
-    )
-    model = modeling_roberta.RobertaModel(config).eval()
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    torch.manual_seed(0)
+    model = kind(kind.config_class(vocab_size=len(tokenizer), **sizes, **own)).eval()
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "in.txt").write_text("the quick brown fox\nlazy")
-    run(tmp_path / "model", tmp_path / "out", str(tmp_path / "in.txt"), "--pooling", "cls", "--normalize")
+    most = ("--max-length", "16") if own else ()  # where neither model nor tokenizer has a limit, it is asked for
+    run(tmp_path / "model", tmp_path / "out", str(tmp_path / "in.txt"), "--pooling", "cls", "--normalize", *most)
     with torch.no_grad():
         alone = [
             model(torch.tensor([tokenizer(text)["input_ids"]]))[0][0, 0] for text in ("the quick brown fox", "lazy")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from transformers import DistilBertModel, ElectraModel, MPNetConfig, MPNetModel, RobertaModel
+from transformers import DebertaV2Model, DistilBertModel, ElectraModel, MPNetModel, RobertaModel
 from transformers.models.bert import modeling_bert as hf
 
 import fastbert
@@ -272,10 +272,13 @@ def test_other_families_replay(kind: Any, recorded: None) -> None:
     assert torch.equal(last(model, padded([37, 9, 60])), last(twin, padded([37, 9, 60])))
 
 
-def test_a_bias_by_distance_runs_eagerly(recorded: None) -> None:
+@pytest.mark.parametrize("kind", [MPNetModel, DebertaV2Model], ids=lambda kind: kind.__name__)
+def test_attention_by_distance_runs_eagerly(kind: Any, recorded: None) -> None:
     shape = {"vocab_size": 64, "num_hidden_layers": 2, "pad_token_id": 1, **SMALL}
     torch.manual_seed(0)
-    model = MPNetModel(MPNetConfig(**shape)).eval()
+    of_deberta = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8}
+    more = of_deberta if kind is DebertaV2Model else {}
+    model = kind(kind.config_class(**shape, **more)).eval()
     twin = fastbert.fuse(copy.deepcopy(model), padding="packed")
     fastbert.fuse(model, padding="packed", cuda_graphs=True)
     call = {"input_ids": models.ids(2, 20, high=60), "attention_mask": padded([20, 11])["attention_mask"]}

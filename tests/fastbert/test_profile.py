@@ -43,6 +43,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the model and the machine small, and the runs few."""
     shape = {"hidden_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": 128}
     monkeypatch.setitem(cases.SHAPES, "minilm", shape)
+    deberta = {**cases.SHAPES["deberta-v3-xsmall"], **shape, "vocab_size": 99}
+    monkeypatch.setitem(cases.SHAPES, "deberta-v3-xsmall", deberta)
     monkeypatch.setattr(machine.Machine, "__init__", lambda self, device: setattr(self, "bytes_per_s", 1e10))
     monkeypatch.setattr(machine.Machine, "flops_per_s", lambda self, dtype: 1e11)
     monkeypatch.setattr(profile, "MOST_RUNS", 3)
@@ -51,7 +53,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def profiled(folder: Path, *arguments: str, batch: tuple[str, ...] = ("--lengths", "5,9,3")) -> dict[str, Any]:
     """The record of a profile of the small model."""
     file = folder / "record.json"
-    model = () if "--model" in arguments else ("--size", "minilm")
+    model = () if {"--model", "--size"} & {*arguments} else ("--size", "minilm")
     assert main(["profile", "--device", "cpu", *model, *batch, "--json", str(file), *arguments]) == 0
     record: dict[str, Any] = json.loads(file.read_text())
     return record
@@ -225,6 +227,17 @@ def test_a_checkpoint_of_another_family(step: list[str], tmp_path: Path) -> None
     record = profiled(tmp_path, "--model", str(tmp_path / "checkpoint"), *step)
     assert record["encoder"]["flops"] >= 2 * sum(2 * n * (4 * 64 * 64 + 2 * 64 * 128) + 4 * 64 * n * n for n in LENGTHS)
     assert rows(record["runs"][0])["fastbert::qkv_linear"]["calls"] == 2
+
+
+def test_deberta_and_stock_of_any_length(tmp_path: Path) -> None:
+    """Its stock layers return more than hidden states; 700 tokens are no more than it has positions for."""
+    record = profiled(
+        tmp_path, "--size", "deberta-v3-xsmall", "--train", "--compare", "stock", batch=("--lengths", "700,3")
+    )
+    fused, stock = map(rows, record["runs"])
+    assert record["what"] == "DebertaV2Model training step"
+    assert fused["fastbert::disentangled_attention_backward"]["calls"] == 2
+    assert {"0", "1"} == set(stock["aten::mm"]["layers"]) - {"outside"}
 
 
 def test_a_trace_of_a_gpu() -> None:
