@@ -357,7 +357,8 @@ def _stock_disentangled_backward(
 ) -> tuple[Tensor, ...]:
     with torch.enable_grad():
         leaves = [x.detach().clone().requires_grad_() for x in (qkv, c2p, p2c)]
-        return torch.autograd.grad(_stock_disentangled(*leaves, slots, *rest), leaves, grad)
+        given: tuple[Any, ...] = (*leaves, slots, *rest)
+        return torch.autograd.grad(_stock_disentangled(*given), leaves, grad)
 
 
 def _disentangled(sizes: Sizes, dtype: torch.dtype, arch: str, train: bool) -> Iterator[Problem]:
