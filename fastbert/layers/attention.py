@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..runtime.support import PLAIN_ATTENTION, is_hooked
+from ..runtime.support import PLAIN_ATTENTION
 from .context import Context
 from .gemm import Gemm, Norm, Path, Precision, Quantized, child
-from .norm import dropouts_at, norm_of, rate_of
+from .norm import dropouts_at, norm_of, part_is_replaced, rate_of
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,8 @@ class Attention:
         """Why a layer of that name can't run fused, by what is this half's own; `sharded` as `is_plain` has it."""
         for path, module, kind in self.parts(layer):
             place = ".".join((name, *path))
-            if type(module) is not kind:
-                return f"{place} is a {type(module).__module__}.{type(module).__qualname__}"
-            if is_hooked(module):
-                return f"{place} has hooks"
+            if reason := part_is_replaced(place, module, kind):
+                return reason
             if module.__dict__.get("is_causal"):
                 return f"{place} is causal"
             implementation = getattr(module.__dict__.get("config"), "_attn_implementation", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,7 +18,27 @@ class _Made(NamedTuple):
     """Address and version of every parameter."""
     storages: tuple[StorageWeakRef, ...]
     """While they live, no other parameter can have their address."""
+    source: object
+    """What else it was made of: an object, which is kept, so that no other is the same."""
+    prints: list[Tensor]
+    """`_prints`, where writes that leave no version are looked for."""
     value: Any
+
+
+def _prints(parameters: Sequence[Tensor | None]) -> list[Tensor]:
+    """Each parameter's rows times one random vector: another write than one of a rounding's size changes it."""
+    found = []
+    for p in parameters:
+        if p is not None:
+            rows = p.detach().view(-1, p.shape[-1]).float()
+            found.append(torch.mv(rows, _directions(rows.shape[1])))
+    return found
+
+
+@functools.lru_cache(16)
+def _directions(length: int) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.randn(length, generator=torch.Generator().manual_seed(0))
 
 
 class Derived:
@@ -33,18 +54,38 @@ class Derived:
         """Frees it; the next forward makes it again."""
         self.made = {}
 
-    def get(self, place: Hashable, parameters: Sequence[Tensor | None], make: Callable[[], T]) -> T:
-        """What `make` returns: from before, if none of `parameters` is another one or has been written to since."""
+    def get(
+        self,
+        place: Hashable,
+        parameters: Sequence[Tensor | None],
+        make: Callable[[], T],
+        source: object = None,
+        watched: bool = False,
+    ) -> T:
+        """What `make` returns: from before, if none of `parameters` is another one or has been written to since.
+
+        Args:
+            place: where it is kept.
+            parameters: what it is made of.
+            make: makes it.
+            source: what else it is made of, the same or equal.
+            watched: whether writes that leave no version, by `weight.data`, are to be seen, too: on a CPU, where
+                parameters are read for it, and not on a GPU, which the host would have to wait for.
+        """
         if any(p is not None and p.is_inference() for p in parameters):  # writing to it leaves no trace
             return make()
+        watched = watched and all(p is None or p.device.type == "cpu" for p in parameters)
+        prints = _prints(parameters) if watched else []
         key = tuple(None if p is None else (p.data_ptr(), p._version) for p in parameters)
         made = self.made.get(place)
         if made is not None and made.key == key and not any(storage.expired() for storage in made.storages):
-            found: T = made.value
-            return found
+            same = made.source is source or (isinstance(source, tuple) and made.source == source)
+            if same and all(map(torch.equal, made.prints, prints)):
+                found: T = made.value
+                return found
         value = make()
         # What a CUDA graph makes as it is captured is the graph's own, made again at each replay.
         if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             storages = tuple(StorageWeakRef(p.untyped_storage()) for p in parameters if p is not None)
-            self.made[place] = _Made(key, storages, value)
+            self.made[place] = _Made(key, storages, source, prints, value)
         return value

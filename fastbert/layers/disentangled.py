@@ -32,8 +32,6 @@ class Relative(NamedTuple):
     """As `ops.disentangled_attention` has them."""
     derived: Derived | None
     """Where keys and queries of positions are kept; None: they are made anew."""
-    parameters: tuple[Tensor, ...] = ()
-    """What the embeddings are made of: they may be made in inference mode, where tensors have no version."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class Disentangled(Attention):
         """The linear layers that make keys and queries of positions; None where a layer has no such term."""
         module = child(layer, *self.module)
         kinds = module.pos_att_type if module.relative_attention else ()
-        shared = getattr(module, "share_att_key", False)
+        shared = not self.is_by_head and module.share_att_key
         keys, queries = (self.key, self.query) if shared else (self.position_key, self.position_query)
         return child(layer, *keys) if "c2p" in kinds else None, child(layer, *queries) if "p2c" in kinds else None
 
@@ -80,8 +78,14 @@ class Disentangled(Attention):
         """As `Attention.unsupported`; also by the linear layers of positions."""
         if reason := super().unsupported(layer, name, sharded):
             return reason
+        module, path = child(layer, *self.module), self.gemms()["qkv"][0]
+        for own in ("head_logits_proj", "head_weights_proj"):
+            if getattr(module, own, None) is not None:
+                return f"{'.'.join((name, *self.module))} has talking heads"
+        width = module.num_attention_heads * getattr(module, self.head_dim) * (3 if self.is_by_head else 1)
+        if getattr(child(layer, *path), "out_features", None) != width:
+            return f"{'.'.join((name, *self.module))} says of its heads what its linear layers do not"
         if self.is_by_head:
-            module, (path,) = child(layer, *self.module), self.gemms()["qkv"]
             weight = child(layer, *path)._parameters.get("weight")
             biases = module._parameters.get("q_bias"), module._parameters.get("v_bias")
             if not all(is_readable(p, sharded) for p in biases):
@@ -103,7 +107,8 @@ class Disentangled(Attention):
         if self.is_by_head:
             qkv = ByHead(qkv, module.q_bias, module.v_bias, head_dim)
         kinds = module.pos_att_type
-        scale = float((head_dim * (1 + ("c2p" in kinds) + ("p2c" in kinds))) ** -0.5)
+        terms = len(kinds) if self.is_by_head else ("c2p" in kinds) + ("p2c" in kinds)  # as stock counts them
+        scale = float((head_dim * (1 + terms)) ** -0.5)
         positions = tuple(
             [None if each is None else plain("positions", (each,)) for each in self.position_linears(layer)]
         )
@@ -195,8 +200,8 @@ class BoundDisentangled(NamedTuple):
         if relative.derived is None or isinstance(gemm, Called):
             return make()
         linear: Any = gemm
-        parameters = linear.weight, linear.bias, *relative.parameters
-        return relative.derived.get(linear.weight.data_ptr(), parameters, make_to_keep)
+        place, parameters = id(linear.weight), (linear.weight, linear.bias)  # whatever its data
+        return relative.derived.get(place, parameters, make_to_keep, relative.embeddings, watched=True)
 
     def train(self, x: Tensor, context: Context, rate: float, seed: Tensor | None) -> Tensor:
         """x (T, H) -> (T, H), the last GEMM's result; differentiable, with dropout of probabilities and positions."""

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import activations
 
 from .. import ops
-from ..runtime.support import activation_is_unsupported, is_hooked
+from ..runtime.support import activation_is_unsupported
 from .context import Context
 from .gemm import Called, Gemm, Linear, Norm, Path, Precision, Quantized, child
-from .norm import dropouts_at, norm_of, rate_of
+from .norm import dropouts_at, norm_of, part_is_replaced, rate_of
 
 # transformers' activation classes by the value of torch.nn.functional.gelu's `approximate` that computes the same.
 _GELU = {
@@ -49,8 +49,6 @@ class FeedForward:
     down_dropout: Path | None = ("output", "dropout")
     """As `Attention.output_dropout`."""
     norm: Path = ("output", "LayerNorm")
-    chunk: Path | None = ("feed_forward_chunk",)
-    """The method that computes it, if the layer has one, which somebody may replace."""
     kinds: Mapping[Path, type[nn.Module]] = field(default_factory=dict)
     """As `Attention.kinds`."""
 
@@ -76,14 +74,9 @@ class FeedForward:
 
     def unsupported(self, layer: nn.Module, name: str, sharded: bool = False) -> str | None:
         """Why a layer of that name can't run fused, by what is this half's own."""
-        if self.chunk is not None and self.chunk[-1] in child(layer, *self.chunk[:-1]).__dict__:
-            return f"{name}.{self.chunk[-1]} has been replaced"
         for path, module, kind in self.parts(layer):
-            place = ".".join((name, *path))
-            if type(module) is not kind:
-                return f"{place} is a {type(module).__module__}.{type(module).__qualname__}"
-            if is_hooked(module):
-                return f"{place} has hooks"
+            if reason := part_is_replaced(".".join((name, *path)), module, kind):
+                return reason
         if reason := activation_is_unsupported(self.activation_of(layer)):
             return f"{'.'.join((name, *self.activation))} is {reason}"
         return None

@@ -7,7 +7,7 @@ it is not given a context.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -24,6 +24,7 @@ from ..runtime.support import (
     is_rowwise,
     named,
     oddity,
+    own_method,
     sees_arguments,
 )
 from ..runtime.wrappers import is_rewritten, is_transparent, is_wrapper, unwrapped, wrapped
@@ -166,6 +167,8 @@ class FusedLayer(Mixin):
 
     layout: ClassVar[Layer] = Layer()
     """What it is made of."""
+    called: ClassVar[tuple[str, ...]]
+    """Methods that the stock forward calls."""
 
     def forward(
         self,
@@ -195,8 +198,18 @@ class FusedLayer(Mixin):
         return x.view_as(hidden_states)
 
 
-def layer_is_unsupported(layer: nn.Module, name: str) -> str | None:
-    """Why a layer, of that name, runs its stock code: a submodule replaced or watched, or parameters of mixed kinds."""
+def layer_is_unsupported(layer: nn.Module, name: str, shared: Mapping[str, object]) -> str | None:
+    """Why a layer, of that name, runs its stock code: a submodule replaced or watched, or parameters of mixed kinds.
+
+    `shared` are attributes that its attention must have, with their values: see `Family.shared`.
+    """
+    try:
+        return _is_unsupported(layer, name, shared)
+    except KeyError as missing:  # of a submodule; stock code says so
+        return f"{name} has no {missing.args[0]}"
+
+
+def _is_unsupported(layer: nn.Module, name: str, shared: Mapping[str, object]) -> str | None:
     seen = next((module for module in wrapped(layer) if sees_arguments(module)), None)
     if any(is_rewritten(module) for module in wrapped(layer) if is_wrapper(module)):
         return f"{name} is in a wrapper whose forward has been replaced"
@@ -209,9 +222,15 @@ def layer_is_unsupported(layer: nn.Module, name: str) -> str | None:
         return f"{name}.forward has been replaced (accelerate does so to offload)"
     if seen is not None:
         return f"{name} has a hook that sees its arguments"
+    if (method := own_method(layer, type(layer).called)) is not None:
+        return f"{name}.{method} has been replaced"
     for half in layout.halves():
         if reason := half.unsupported(layer, name, sharded):
             return reason
+    module = child(layer, *layout.attention.module)
+    for attribute, value in shared.items():
+        if getattr(module, attribute, None) != value:
+            return f"{attribute} of {'.'.join((name, *layout.attention.module))} is not as its encoder says, {value}"
     weights: list[Tensor] = []
     for path, linear in layout.linears(layer):
         if is_plain(linear, nn.Linear, sharded):

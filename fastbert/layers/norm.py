@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..runtime import known
+from ..runtime.support import is_hooked, named
 from .gemm import Norm, Path, child
 
 
 def norm_of(module: Any) -> Norm:
     """A plain LayerNorm's weight, bias (zeros where it has none) and eps."""
     weight, bias = module.weight, module.bias
-    eps = module.eps if hasattr(module, "eps") else module.variance_epsilon  # as DeBERTa v1 calls it
+    eps = module.eps if isinstance(module, nn.LayerNorm) else module.variance_epsilon  # as DeBERTa v1 calls it
     return Norm(weight, torch.zeros_like(weight) if bias is None else bias, eps)
 
 
@@ -27,6 +29,16 @@ def rate_of(layer: nn.Module, path: Path | None) -> float:
     if dropout is not None:
         return float(dropout.p) if dropout.training else 0.0
     return float(getattr(holder, path[-1])) if holder.training else 0.0
+
+
+def part_is_replaced(place: str, module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Why what stands at a place of a layer computes something else than a `kind`, by its code."""
+    if type(module) is not kind:
+        return f"{place} is a {named(module)}"
+    if is_hooked(module):
+        return f"{place} has hooks"
+    name = known.replaced_on(module, kind)
+    return None if name is None else f"{place}.{name} has been replaced"
 
 
 def dropouts_at(layer: nn.Module, paths: Iterable[Path | None]) -> Iterator[tuple[Path, nn.Module, type[nn.Module]]]:

@@ -168,14 +168,9 @@ def bert_like(
     return replace(family, **differences)
 
 
-def _called(kind: object) -> tuple[str, ...]:
-    """The methods of a class that its forward calls."""
-    return tuple(name for name in known.methods_used(kind) if name != "forward")
-
-
 def _derive(family: Family, kind: type[T], module: str, mixin: type, **attributes: object) -> type[T]:
     about: dict[str, Any] = {"__module__": module, "__doc__": f"The stock {kind.__name__}, fused."}
-    about.update(family=family, called=_called(kind))
+    about.update(family=family, called=known.methods_called(kind))
     return type(kind.__name__, (mixin, kind), {**about, **attributes})
 
 
@@ -225,7 +220,7 @@ def _base_model(family: Family, module: str) -> Any:
         finally:
             threads.remove(thread)
 
-    own = (stock, stock.forward, embeddings, _called(stock))
+    own = (stock, stock.forward, embeddings, known.methods_called(stock))
     return _derive(family, kind, module, FusedModel, forward=forward, own_embeddings=own)
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.deberta import modeling_deberta as hf
 
 from ..layers.disentangled import Disentangled
 from ..layers.feed_forward import FeedForward
 from ..layers.layer import Layer
+from ..runtime.packing import Packing
 from ..runtime.readers import FIRST, LABELS, SPANS
 from .classes import register
-from .deberta_v2 import SIZES, refuses, run, tables, vocabulary
+from .deberta_v2 import SIZES, refuses, relative, run, vocabulary
 from .family import Family
 
 _LAYOUT = Layer(
@@ -26,15 +29,25 @@ _LAYOUT = Layer(
             ("attention", "output"): hf.DebertaSelfOutput,
         },
     ),
-    FeedForward(chunk=None, kinds={("intermediate",): hf.DebertaIntermediate, ("output",): hf.DebertaOutput}),
+    FeedForward(kinds={("intermediate",): hf.DebertaIntermediate, ("output",): hf.DebertaOutput}),
     norm=hf.DebertaLayerNorm,
 )
 
 
-def _refuses(model: hf.DebertaModel) -> str | None:
-    if model.encoder.layer and model.encoder.layer[0].attention.self.talking_head:
-        return "talking heads"
-    return refuses(model)
+def _tables(
+    encoder: hf.DebertaEncoder, hidden_states: Tensor, packing: Packing, position_ids: Tensor | None
+) -> dict[str, Any]:
+    """As v2's, without buckets."""
+    if not encoder.relative_attention:
+        return {"relative": None}
+    return {"relative": relative(encoder, -1, hidden_states.device, packing.max_seqlen)}
+
+
+def _shared(encoder: hf.DebertaEncoder) -> dict[str, object]:
+    """`Family.shared`."""
+    if not encoder.relative_attention:
+        return {"relative_attention": False}
+    return {"relative_attention": True, "max_relative_positions": encoder.max_relative_positions}
 
 
 def _widen(model: hf.DebertaModel) -> None:
@@ -57,10 +70,11 @@ FAMILY = register(
         hf.DebertaEmbeddings,
         hf.DebertaConfig,
         output=BaseModelOutput,
-        tables=tables,
+        tables=_tables,
+        shared=_shared,
         run=run,
         takes_square_mask=False,
-        refuses=_refuses,
+        refuses=refuses,
         widen=_widen,
         heads={
             hf.DebertaForMaskedLM: LABELS,

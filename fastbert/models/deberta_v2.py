@@ -37,8 +37,11 @@ _LAYOUT = Layer(
             ("attention", "output"): hf.DebertaV2SelfOutput,
         },
     ),
-    FeedForward(chunk=None, kinds={("intermediate",): hf.DebertaV2Intermediate, ("output",): hf.DebertaV2Output}),
+    FeedForward(kinds={("intermediate",): hf.DebertaV2Intermediate, ("output",): hf.DebertaV2Output}),
 )
+
+
+_BUCKETS = hf.make_log_bucket_position  # as it was: tables are kept, and what replaces it later may be gone again
 
 
 def _slots(longest: int, buckets: int, furthest: int, span: int, device: torch.device) -> Tensor:
@@ -46,7 +49,7 @@ def _slots(longest: int, buckets: int, furthest: int, span: int, device: torch.d
     longest = -(-longest // 128) * 128
     distances = torch.arange(1 - longest, longest, device=device)
     if buckets > 0 and furthest > 0:
-        distances = hf.make_log_bucket_position(distances, buckets, furthest).to(torch.int64)
+        distances = _BUCKETS(distances, buckets, furthest).to(torch.int64)
     return (distances + span).clamp(0, 2 * span - 1).int()
 
 
@@ -62,19 +65,39 @@ def tables(
     """Embeddings of positions, and the slots of distances; whatever position_ids are, as stock."""
     if not encoder.relative_attention:
         return {"relative": None}
-    buckets, furthest = getattr(encoder, "position_buckets", -1), encoder.max_relative_positions
+    return {"relative": relative(encoder, encoder.position_buckets, hidden_states.device, packing.max_seqlen)}
+
+
+def relative(encoder: hf.DebertaV2Encoder, buckets: int, device: torch.device, longest: int) -> Relative:
+    """Of `tables`."""
+    furthest = encoder.max_relative_positions
     span = buckets if buckets > 0 else furthest
-    place = -(-packing.max_seqlen // 128) * 128, buckets, furthest, span, hidden_states.device
+    place = -(-longest // 128) * 128, buckets, furthest, span, device
     weight, norm = encoder.rel_embeddings.weight, encoder._modules.get("LayerNorm")
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        slots = _slots(*place) if torch.compiler.is_compiling() else _kept_slots(*place)
-        return {"relative": Relative(encoder.get_rel_embedding()[: 2 * span], slots, None)}
-    parameters: tuple[Any, ...] = (weight,) if norm is None else (weight, norm.weight, norm.bias)
-    derived = encoder.fastbert.derived if norm is None or is_plain(norm, nn.LayerNorm) else None
-    if derived is None or type(weight) not in (Tensor, nn.Parameter):
-        return {"relative": Relative(encoder.get_rel_embedding()[: 2 * span], _kept_slots(*place), None)}
-    embeddings = derived.get("positions", parameters, lambda: encoder.get_rel_embedding()[: 2 * span])
-    return {"relative": Relative(embeddings, _kept_slots(*place), derived, parameters)}
+
+    def make() -> Tensor:
+        embeddings: Tensor = encoder.get_rel_embedding()
+        if embeddings.shape[0] < 2 * span:
+            raise RuntimeError(f"rel_embeddings has {embeddings.shape[0]} rows; expected at least {2 * span}")
+        return embeddings[: 2 * span]
+
+    slots = _slots(*place) if torch.compiler.is_compiling() else _kept_slots(*place)
+    keeps = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type))
+    keeps = keeps and type(weight) in (Tensor, nn.Parameter) and (norm is None or is_plain(norm, nn.LayerNorm))
+    if not keeps:
+        return Relative(make(), slots, None)
+    parameters = (weight,) if norm is None else (weight, norm.weight, norm.bias)
+    said = span, tuple(getattr(encoder, "norm_rel_ebd", ())), None if norm is None else norm.eps
+    derived = encoder.fastbert.coverage.derived
+    return Relative(derived.get("positions", parameters, make, said, watched=True), slots, derived)
+
+
+def shared(encoder: hf.DebertaV2Encoder) -> dict[str, object]:
+    """`Family.shared`."""
+    if not encoder.relative_attention:
+        return {"relative_attention": False}
+    buckets = encoder.position_buckets
+    return {"relative_attention": True, "pos_ebd_size": buckets if buckets > 0 else encoder.max_relative_positions}
 
 
 def _mask_rows(plan: Plan) -> Tensor | None:
@@ -154,6 +177,7 @@ FAMILY = register(
         hf.DebertaV2Config,
         output=BaseModelOutput,
         tables=tables,
+        shared=shared,
         run=run,
         after_first=_convolve,
         takes_square_mask=False,

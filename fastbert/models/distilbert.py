@@ -32,7 +32,6 @@ _LAYOUT = Layer(
         down=("ffn", "lin2"),
         down_dropout=("ffn", "dropout"),
         norm=("output_layer_norm",),
-        chunk=("ffn", "ff_chunk"),
         kinds={("ffn",): hf.FFN},
     ),
 )

@@ -6,7 +6,7 @@ a model of BERT-large's depth, ten thousand, in a tenth of a millisecond. Asking
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from gc import get_referents
 from itertools import accumulate
 from operator import is_, itemgetter
@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
+from ..layers.derived import Derived
 from ..layers.layer import layer_is_unsupported
-from .registry import before_layers, embeddings_of, family_of, layers_of, wrapped_encoder_of
+from .registry import before_layers, embeddings_of, encoder_of, family_of, layers_of, wrapped_encoder_of
 from .support import is_hooked, own_method, tables_are_unsupported
 from .wrappers import is_wrapper, unwrapped, wrapped
 
@@ -42,6 +44,8 @@ class Snapshot:
         self._alternates = len(alternating) == len(attributes) and all(map(is_, alternating, attributes))
         self._inner = get_referents(*attributes)
         self._pick = itemgetter(*_positions(groups, len(self._inner)))
+        configs = {id(x): vars(x) for x in self._inner if isinstance(x, PreTrainedConfig)}
+        self._configs = list(configs.values())
         self._held = self._holds_what(list(self._inner))
         self.parameters = [p for a in attributes for p in a["_parameters"].values() if p is not None]
         self._kinds = self._look_at_parameters()
@@ -62,12 +66,14 @@ class Snapshot:
     def _holds_what(self, inner: list[object]) -> list[Any]:
         """What is in the dictionaries inside those of attributes, whose values are `inner`."""
         inner.append(_MARK)
-        return get_referents(*self._pick(inner))
+        return get_referents(*self._pick(inner), *self._configs)
 
     def _look_at_parameters(self) -> tuple[list[Any], ...]:
         return tuple([list(map(kind, self.parameters)) for kind in (type, _dtype, Tensor.get_device)])
 
 
+_ASIDE = vars(nn.Module()).keys()
+"""What every module has: of those, dictionaries that count are asked for by name."""
 _ORDINARY = {*_BACKWARD, *_FORWARD, "_parameters", "_modules"}
 _MARK = (object(),)
 """Refers to something that no module holds: put between dictionaries, it tells whose a hook is."""
@@ -103,6 +109,9 @@ def _positions(groups: Sequence[Sequence[nn.Module]], end: int) -> Iterable[int]
             if attributes["_modules"]:
                 wanted += ("_modules",)
             yield from find(module, *wanted)
+            for name, value in attributes.items():
+                if type(value) in (list, dict, set) and name not in _ASIDE:
+                    yield from (*find(module, name), end)
         yield end
 
 
@@ -133,10 +142,15 @@ def _roots(model: nn.Module) -> tuple[Any, ...]:
     return layers_of(model), *before_layers(model)
 
 
+def _shared(model: nn.Module) -> Mapping[str, object]:
+    shared = family_of(model).shared
+    return {} if shared is None else shared(encoder_of(model))
+
+
 def look(model: nn.Module) -> Seen:
     """What is to be found of a base model, at this moment; what layers read is to be looked up as they run."""
-    layers, stack = layers_of(model), ".".join(family_of(model).stack)
-    reasons = tuple([layer_is_unsupported(layer, f"{stack}.{i}") for i, layer in enumerate(layers)])
+    layers, stack, said = layers_of(model), ".".join(family_of(model).stack), _shared(model)
+    reasons = tuple([layer_is_unsupported(layer, f"{stack}.{i}", said) for i, layer in enumerate(layers)])
     hooked = any(is_hooked(module, called=True) for layer in layers for module in wrapped(layer))
     first = [module for each in before_layers(model) for module in each.modules()]
     watched = hooked or any(is_hooked(module, called=True) for module in first)
@@ -160,13 +174,16 @@ def _is_handed_on(layer: nn.Module) -> bool:
 
 
 class Coverage:
-    """What was last found of the layers of one encoder. A copy of it, or one that was pickled, has found nothing yet.
+    """What was last found of the layers of one encoder, and what was made of their parameters.
+
+    A copy of it, or one that was pickled, has found nothing yet.
 
     Threads share it: what one has found is put in its place as a whole.
     """
 
     def __init__(self) -> None:
-        self._last: tuple[tuple[object, ...], Snapshot, Seen] | None = None
+        self._last: tuple[tuple[object, ...], Mapping[str, object], Snapshot, Seen] | None = None
+        self.derived = Derived()
         self._misses = self._rest = 0
 
     def __reduce__(self) -> tuple[type[Coverage], tuple[()]]:
@@ -175,17 +192,18 @@ class Coverage:
     def drop(self) -> None:
         """Forgets, and with it what it keeps alive."""
         self._last = None
+        self.derived.drop()
 
     def look(self, model: nn.Module) -> Seen:
         """What is to be found of a base model, at this moment."""
         if torch.compiler.is_compiling():
             return look(model)
         last = self._last
-        roots = _roots(model)
-        if last is not None and all(map(is_, roots, last[0])) and last[1].holds():
+        roots, said = _roots(model), _shared(model)
+        if last is not None and all(map(is_, roots, last[0])) and said == last[1] and last[2].holds():
             self._misses = 0
-            return last[2]
-        self._last = None
+            return last[3]
+        self.drop()
         if self._rest:  # parameters that are others in each call: sharded, or given to functional_call
             self._rest -= 1
             return look(model)
@@ -205,5 +223,5 @@ class Coverage:
                 for layer, stock in zip(roots[0], seen.stock, strict=True)
             ]
             seen = seen._replace(bound=tuple([b if b is not None and b.is_static() else None for b in bound]))
-        self._last = roots, snapshot, seen
+        self._last = roots, said, snapshot, seen
         return seen

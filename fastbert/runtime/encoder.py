@@ -38,7 +38,7 @@ class FusedEncoder(Mixin):
         counts, fp8, family, layers = settings.counts, settings.fp8, type(self).family, layers_in(self)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # The step that comes of gradients may leave no version: that of torch's fused optimizers.
-            settings.derived.drop()
+            settings.coverage.derived.drop()
             if fp8 is not None:
                 self._drop()
         if not isinstance(plan, Plan):
@@ -133,7 +133,7 @@ class FusedEncoder(Mixin):
     def _drop(self) -> None:
         """Frees graphs, weights in FP8 and what was found of layers; they are made again where they are needed."""
         settings = getattr(self, "fastbert", None)
-        for kept in () if settings is None else (settings.graphs, settings.fp8, settings.coverage, settings.derived):
+        for kept in () if settings is None else (settings.graphs, settings.fp8, settings.coverage):
             if kept is not None:
                 kept.drop()
 

@@ -21,7 +21,7 @@ from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import activations, masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -43,6 +43,7 @@ _FUNCTIONS = {
     ),
     "torch": ("matmul", "pow", "tanh"),
 }
+_OPERATORS = {"__add__", "__getitem__", "__invert__", "__matmul__", "__mul__", "__sub__", "__truediv__"}
 # What decides how any module is called. torch.fx and torch.export put their own in its place as they trace.
 _CALLS = ("__call__", "__getattr__", "__getattribute__", "_call_impl", "_wrapped_call_impl")
 # Methods that take no part in a forward.
@@ -65,6 +66,7 @@ def _is_owned(module: str) -> bool:
 def _layers_of(function: object) -> Iterator[Any]:
     """A function, and what it is wrapped around, the innermost last."""
     while function is not None:
+        function = getattr(function, "_torchdynamo_inline", function)  # what torch.jit.script has compiled
         yield function
         function = getattr(function, "__wrapped__", None)
 
@@ -102,7 +104,7 @@ def _foreign_method(kind: type[object]) -> str | None:
         function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
         if name in _CALLS:
             return name
-        aside = name in _ASIDE or name.startswith(("get_", "set_"))
+        aside = name in _ASIDE or (name.startswith(("get_", "set_")) and name not in methods_used(kind))
         counts = name == "forward" or (not aside and callable(function) and not isinstance(function, type))
         if counts and not _is_own(function, kind.__module__, f"{kind.__qualname__}.{name}"):
             return name
@@ -117,6 +119,12 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
+def _read(module: ModuleType, functions: Iterable[Any]) -> set[str]:
+    """The names that those of `functions` read which a module defines, without what is wrapped around them."""
+    inner = [list(_layers_of(getattr(f, "__func__", f)))[-1:] for f in functions]
+    return {n for (f,) in filter(None, inner) if _defined_in(f) == module.__name__ for n in _names(f.__code__)}
+
+
 def methods_used(kind: object) -> list[str]:
     """The methods of a class that its forward calls, directly or not, and forward itself."""
     names, todo = [], ["forward"]
@@ -126,6 +134,19 @@ def methods_used(kind: object) -> list[str]:
             names.append(name)
             todo += inspect.unwrap(getattr(kind, name)).__code__.co_names
     return names
+
+
+def methods_called(kind: object) -> tuple[str, ...]:
+    """The methods of a class that its forward calls, directly or not."""
+    return tuple(name for name in methods_used(kind) if name != "forward")
+
+
+_called = functools.cache(methods_called)
+
+
+def replaced_on(module: object, kind: Any) -> str | None:
+    """The first of the methods that the forward of `kind` calls which `module` has for its own; or None."""
+    return next((name for name in _called(kind) if name in vars(module)), None)
 
 
 def said(value: object) -> str:
@@ -202,8 +223,12 @@ class Code:
         self._bases = {base for kind in self._kinds for base in kind.__mro__ if _is_theirs_class(base)} - {*self._kinds}
         # A class shows its dictionary through a proxy; that refers to nothing else.
         self._dictionaries = [get_referents(vars(kind))[0] for kind in self._kinds]
-        self._names = {module: self._globals(), masking_utils: _masking()}
+        names, read = self._globals()
+        self._names: dict[Any, tuple[str, ...]] = {module: names, masking_utils: _masking()}
         self._names |= {importlib.import_module(owner): names for owner, names in _FUNCTIONS.items()}
+        built_in = {name for name in read if isinstance(vars(torch).get(name), BuiltinFunctionType)}
+        self._names[torch] = tuple(sorted(built_in.union(self._names[torch])))
+        self._names[Tensor] = tuple(sorted(n for n in read | _OPERATORS if callable(getattr(Tensor, n, None))))
         self._kept = {f: f.__code__ for f in self._functions()}
         self._last: tuple[list[object], str | None, bool] = ([], None, True)
         self._moment: object = None
@@ -239,15 +264,16 @@ class Code:
             if isinstance(value, FunctionType):
                 yield value
 
-    def _globals(self) -> tuple[str, ...]:
-        """Functions and modules that the code of the classes reads from its module."""
-        space, found = vars(self._module), set()
-        values = [value for kind in self._classes for name, value in vars(kind).items() if name not in _ASIDE]
-        for value in (*values, space.get("eager_attention_forward")):
-            function = inspect.unwrap(value) if callable(value) else getattr(value, "__func__", None)
-            if isinstance(function, FunctionType):
-                found |= set(_names(function.__code__)) & space.keys()
-        return tuple(sorted(name for name in found if isinstance(space[name], (FunctionType, ModuleType))))
+    def _globals(self) -> tuple[tuple[str, ...], set[str]]:
+        """Functions and modules that the code of the classes reads from its module; and all names that it reads."""
+        space, found = vars(self._module), {"eager_attention_forward"}
+        used = [inspect.getattr_static(kind, name) for kind in self._classes for name in methods_used(kind)]
+        read = _read(self._module, [*used, space.get("eager_attention_forward")])
+        while todo := (read & space.keys()) - found:
+            found |= todo
+            read |= _read(self._module, map(space.get, todo))
+        kinds = (FunctionType, ModuleType, torch.jit.ScriptFunction)
+        return tuple(sorted(name for name in found if isinstance(space.get(name), kinds))), read
 
     def _look(self) -> str | None:
         owner = self._module.__name__
@@ -266,11 +292,13 @@ class Code:
         for module, names in self._names.items():
             for name in names:
                 value = vars(module).get(name)
-                if isinstance(value, ModuleType):
+                if module is Tensor:  # a method that is built in is none of its own
+                    own = value is None or _is_theirs(value)
+                elif isinstance(value, ModuleType):
                     own = value.__name__ == name or value.__name__.partition(".")[0] in _OWNERS
                     own = own and value is sys.modules.get(value.__name__)
                 elif module in (self._module, masking_utils):  # defined there, or imported from elsewhere
-                    own = _is_theirs(value) and getattr(value, "__name__", None) == name
+                    own = _is_theirs(value) and getattr([None, *_layers_of(value)][-1], "__name__", None) == name
                 else:
                     own = _is_own(value, module.__name__, name)
                 if not own:

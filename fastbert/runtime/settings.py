@@ -8,7 +8,6 @@ from collections import Counter
 
 import torch
 
-from ..layers.derived import Derived
 from ..layers.fp8 import Fp8
 from .coverage import Coverage
 from .graphs import Graphs
@@ -70,7 +69,6 @@ class Settings:
         self.counts = Counts()
         self.running = Running()
         self.coverage = Coverage()
-        self.derived = Derived()
 
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in vars(self).items() if name != "holders"}

@@ -240,8 +240,10 @@ def activation_is_unsupported(activation: Any) -> str | None:
     return None
 
 
-def oddity(module: nn.Module) -> str:
+def oddity(module: object) -> str:
     """What a reason says of a module that isn't plain beside its class."""
+    if not isinstance(module, nn.Module):
+        return ""
     if is_hooked(module):
         return " with hooks" if "forward" not in module.__dict__ else " whose forward has been replaced"
     if "weight" not in module._parameters:

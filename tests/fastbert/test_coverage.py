@@ -121,6 +121,33 @@ def test_a_hook_that_moves_from_a_layer_into_it_is_seen() -> None:
     assert fused.encoder.fastbert.coverage.look(fused).stock[0]
 
 
+@pytest.mark.parametrize("value", [[1, 2], {"a": 1, "b": 2}, {1, 2}], ids=["list", "dict", "set"])
+def test_what_is_in_an_attribute_is_looked_at_where_it_changed_in_place(
+    value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a layer's modules; two lists beside each other are two. And of the configs that they have."""
+    fused = fastbert.fuse(models.seeded(**SMALL))
+    attention = fused.encoder.layer[1].attention
+    attention.self.first, attention.self.second = value, copy.copy(value)
+    attention.config = copy.deepcopy(fused.config)
+    last(fused)
+    seen = looks(monkeypatch)
+    last(fused)
+    assert not seen
+    if isinstance(value, list):
+        attention.self.second.insert(0, attention.self.first.pop())
+    elif isinstance(value, dict):
+        attention.self.second["b"] = 3
+    else:
+        attention.self.second.add(3)
+    last(fused)
+    assert len(seen) == 1
+    attention.config._attn_implementation = "custom"
+    reason = fused.encoder.fastbert.coverage.look(fused).reasons[1]
+    assert reason is not None and "a config of its own, of attention 'custom'" in reason
+    assert len(seen) == 2
+
+
 def test_written_weights_are_read_and_nothing_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     stock = models.seeded(**SMALL)
     fused = fastbert.fuse(copy.deepcopy(stock))

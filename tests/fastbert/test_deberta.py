@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.deberta import modeling_deberta as v1
 from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
 
@@ -39,7 +39,7 @@ def seeded(kind: Any = hf.DebertaV2Model, **changes: Any) -> Any:
     """Of two layers, with buckets as v3 has them; v1 has none."""
     torch.manual_seed(0)
     sizes = {**deberta_v2.FAMILY.sizes, "vocab_size": 100, "num_hidden_layers": 2, "position_buckets": 256}
-    model = kind(kind.config_class(**{**sizes, **changes})).eval()
+    model = kind(kind.config_class(**copy.deepcopy({**sizes, **changes}))).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             scale = parameter.shape[1] ** -0.5 if parameter.dim() == 2 else 0.2
@@ -462,3 +462,173 @@ def test_compiled() -> None:
     fused, stock = (each.train() for each in pair(kind, "auto", num_hidden_layers=1, **QUIET))
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(steps(fused, compiled), steps(stock, stock), rtol=1e-4, atol=1e-4)
+
+
+V1, V2 = v1.DebertaModel, hf.DebertaV2Model
+BOTH = pytest.mark.parametrize("kind", [V1, V2], ids=["v1", "v2"])
+
+
+def attention(model: Any, layer: int = 0) -> Any:
+    return model.encoder.layer[layer].attention.self
+
+
+def linear(*sizes: int) -> Any:
+    torch.manual_seed(3)
+    return nn.Linear(*sizes).requires_grad_(False)
+
+
+def twice(function: Any) -> Any:
+    return lambda *args, **kwargs: 2 * function(*args, **kwargs)
+
+
+def doubled(owner: Any, name: str) -> None:
+    setattr(owner, name, twice(getattr(owner, name)))
+
+
+# What somebody may change of a model: lists in place, attributes that stock code reads in one place and fastbert in
+# another, methods, weights.
+CHANGES: dict[str, Any] = {
+    "terms cleared": lambda m: attention(m).pos_att_type.clear(),
+    "a term popped": lambda m: attention(m, 1).pos_att_type.pop(),
+    "an unknown term": lambda m: attention(m).pos_att_type.append("p2p"),
+    "a term twice": lambda m: attention(m).pos_att_type.append("c2p"),
+    "terms in a string": lambda m: setattr(attention(m), "pos_att_type", "c2p|p2c"),
+    "terms of the config": lambda m: m.config.pos_att_type.remove("p2c"),
+    "no positions in a layer": lambda m: setattr(attention(m), "relative_attention", False),
+    "no positions in the encoder": lambda m: setattr(m.encoder, "relative_attention", False),
+    "a layer's span": lambda m: (
+        setattr(attention(m), "pos_ebd_size", 8),
+        setattr(attention(m), "max_relative_positions", 8),
+    ),
+    "the encoder's span": lambda m: setattr(m.encoder, "max_relative_positions", 9),
+    "the encoder's buckets": lambda m: setattr(m.encoder, "position_buckets", 8),
+    "no buckets": lambda m: setattr(m.encoder, "position_buckets", -1),
+    "norms of positions cleared": lambda m: getattr(m.encoder, "norm_rel_ebd", []).clear(),
+    "another eps of positions": lambda m: hasattr(m.encoder, "LayerNorm") and setattr(m.encoder.LayerNorm, "eps", 0.5),
+    "another norm of positions": lambda m: (
+        hasattr(m.encoder, "LayerNorm")
+        and setattr(m.encoder, "LayerNorm", nn.Sequential(m.encoder.LayerNorm, linear(48, 48)))
+    ),
+    "eps of the other's name": lambda m: (
+        setattr(m.encoder.layer[0].output.LayerNorm, "eps", 0.5),
+        setattr(m.encoder.layer[1].output.LayerNorm, "variance_epsilon", 0.5),
+    ),
+    "heads": lambda m: setattr(attention(m), "num_attention_heads", 6),
+    "another size of heads": lambda m: setattr(attention(m), "attention_head_size", 8),
+    "talking heads": lambda m: setattr(attention(m, 1), "head_logits_proj", linear(3, 3)),
+    "talking heads after softmax": lambda m: setattr(attention(m, 1), "head_weights_proj", linear(3, 3)),
+    "a method of attention": lambda m: doubled(attention(m), "transpose_for_scores"),
+    "a method of attention to positions": lambda m: doubled(
+        attention(m), "disentangled_attention_bias" if "V2" in type(m).__name__ else "disentangled_att_bias"
+    ),
+    "a method of the encoder": lambda m: doubled(m.encoder, "get_rel_embedding"),
+    "layers in another order": lambda m: m.encoder.layer._modules.update(
+        zip("01", list(m.encoder.layer._modules.values())[::-1], strict=True)
+    ),
+    "fewer embeddings of positions": lambda m: setattr(m.encoder, "rel_embeddings", nn.Embedding(20, 48)),
+    "a projection gone": lambda m: delattr(
+        attention(m), "pos_q_proj" if "V2" not in type(m).__name__ else "query_proj"
+    ),
+    "a write that leaves no version": lambda m: m.encoder.rel_embeddings.weight.data[3:90].neg_(),
+    "one to a projection": lambda m: (
+        attention(m, 1)._modules["pos_proj" if "V2" not in type(m).__name__ else "pos_key_proj"].weight.data[:5].mul_(5)
+    ),
+    "one through NumPy": lambda m: m.encoder.rel_embeddings.weight.detach().numpy()[10:70].sort(axis=0),
+}
+
+
+def answer(model: Any, call: dict[str, Tensor]) -> Tensor | str:
+    """The hidden states of the last layer at real tokens, or the name of an error."""
+    with torch.no_grad():
+        try:
+            hidden: Tensor = model(**call).last_hidden_state
+        except Exception as error:
+            return type(error).__name__
+    return hidden[call["attention_mask"].bool()] if "attention_mask" in call else hidden
+
+
+@BOTH
+@pytest.mark.parametrize("before", [True, False], ids=["before fuse", "after fuse and a call"])
+@pytest.mark.parametrize("what", CHANGES)
+def test_no_change_goes_unnoticed(what: str, before: bool, kind: Any) -> None:
+    stock = seeded(kind, share_att_key=False, position_buckets=16, max_position_embeddings=64)
+    fused = copy.deepcopy(stock)
+    mask = models.masks(3, 40)["right"]
+    assert mask is not None
+    ids = models.ids(3, 40, high=100)
+    calls = [{"input_ids": ids}, {"input_ids": ids, "attention_mask": mask}]
+    for model in (fused, stock):
+        if model is fused and not before:
+            fastbert.fuse(fused, padding="packed")
+            assert all(not isinstance(answer(fused, call), str) for call in calls)
+        CHANGES[what](model)
+    fastbert.fuse(fused, padding="packed")
+    for call in calls:
+        reason, ran = fastbert.explain(fused).encoders[0].reason, dict(fastbert.explain(fused).encoders[0].fused_calls)
+        found, expected = answer(fused, call), answer(stock, call)
+        if isinstance(expected, str) or isinstance(found, str):
+            assert found == expected
+        else:
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+        assert (reason is None) or fastbert.explain(fused).encoders[0].fused_calls == ran
+
+
+PATCHES: dict[str, tuple[Any, str]] = {
+    "a helper of v1": (v1, "compute_attention_span"),
+    "a helper of v2": (hf, "build_rpos"),
+    "a helper that a helper calls": (hf, "make_log_bucket_position"),
+    "a method whose name begins with get_": (hf.DebertaV2Encoder, "get_rel_embedding"),
+    "another, of v1": (v1.DebertaEncoder, "get_rel_pos"),
+    "torch.bmm": (torch, "bmm"),
+    "torch.gather": (torch, "gather"),
+    "torch.sqrt": (torch, "sqrt"),
+    "a method of tensors": (Tensor, "masked_fill"),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("what", PATCHES)
+def test_replaced_code_runs_and_leaves_nothing(what: str, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it stands in the place of stock's, and when that is back."""
+    owner, name = PATCHES[what]
+    stock = seeded(kind, share_att_key=False, position_buckets=16)
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    deberta_v2._kept_slots.cache_clear()
+    ids = models.ids(2, 40, high=100)
+    with torch.no_grad():
+        plain = stock(ids).last_hidden_state
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, twice(getattr(owner, name)))
+            torch.testing.assert_close(fused(ids).last_hidden_state, stock(ids).last_hidden_state)
+        torch.testing.assert_close(fused(ids).last_hidden_state, plain)
+
+
+def test_what_is_kept_does_not_grow() -> None:
+    """Where every call brings other parameters, or other data."""
+    fused, stock = pair(share_att_key=False)
+    ids = models.ids(2, 9, high=100)
+    kept = fused.encoder.fastbert.coverage.derived
+    with torch.no_grad():
+        fused(ids)
+        most = len(kept.made)
+        assert most == 1 + 2 * 2
+        for i in range(4):
+            new = {name: p * (1 + 0.1 * i) for name, p in stock.named_parameters()}
+            found, expected = (torch.func.functional_call(each, new, (ids,))[0] for each in (fused, stock))
+            torch.testing.assert_close(found, expected)
+            assert len(kept.made) <= most
+        for _ in range(4):
+            for model in (fused, stock):
+                weight = attention(model).pos_key_proj.weight
+                weight.data = weight.data * 1.5
+            torch.testing.assert_close(fused(ids)[0], stock(ids)[0])
+            assert len(kept.made) <= most
+
+
+def test_what_was_made_under_autocast_is_not_used_outside_of_it() -> None:
+    fused, stock = pair()
+    ids = models.ids(2, 9, high=100)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            fused(ids)
+        torch.testing.assert_close(fused(ids)[0], stock(ids)[0])

@@ -489,7 +489,7 @@ def test_distilbert_drops_one_thing_fewer() -> None:
     assert torch.equal(fused(**call).last_hidden_state, first)
     assert not torch.equal(fused(**call).last_hidden_state, first)
     fused.transformer.layer[1].ffn.ff_chunk = model.transformer.layer[1].ffn.ff_chunk
-    assert "layer 1: stock: transformer.layer.1.ff_chunk has been replaced" in str(fastbert.explain(fused))
+    assert "layer 1: stock: transformer.layer.1.ffn.ff_chunk has been replaced" in str(fastbert.explain(fused))
 
 
 def test_a_hook_between_embeddings_and_encoder_sees_stock_shapes() -> None:

@@ -36,7 +36,6 @@ LAYOUT = Layer(
         down=("mlp", "wo"),
         down_dropout=("drop",),
         norm=("norm2",),
-        chunk=None,
         kinds={("mlp",): code.QuillGate},
     ),
     pre_norm=True,
