@@ -43,9 +43,10 @@ class Snapshot:
         alternating = self._outer[::2]
         self._alternates = len(alternating) == len(attributes) and all(map(is_, alternating, attributes))
         self._inner = get_referents(*attributes)
-        self._pick = itemgetter(*_positions(groups, len(self._inner)))
         configs = {id(x): vars(x) for x in self._inner if isinstance(x, PreTrainedConfig)}
-        self._configs = list(configs.values())
+        self._more = [_MARK, *configs.values()]
+        end = len(self._inner)
+        self._pick = itemgetter(*_positions(groups, end), *range(end + 1, end + len(self._more)))
         self._held = self._holds_what(list(self._inner))
         self.parameters = [p for a in attributes for p in a["_parameters"].values() if p is not None]
         self._kinds = self._look_at_parameters()
@@ -64,9 +65,9 @@ class Snapshot:
         return self._look_at_parameters() == self._kinds
 
     def _holds_what(self, inner: list[object]) -> list[Any]:
-        """What is in the dictionaries inside those of attributes, whose values are `inner`."""
-        inner.append(_MARK)
-        return get_referents(*self._pick(inner), *self._configs)
+        """What is in the dictionaries inside those of attributes, whose values are `inner`, and in configs."""
+        inner.extend(self._more)
+        return get_referents(*self._pick(inner))
 
     def _look_at_parameters(self) -> tuple[list[Any], ...]:
         return tuple([list(map(kind, self.parameters)) for kind in (type, _dtype, Tensor.get_device)])

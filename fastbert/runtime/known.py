@@ -43,6 +43,7 @@ _FUNCTIONS = {
     ),
     "torch": ("matmul", "pow", "tanh"),
 }
+# And what of this a family's code reads besides: of torch's operators, and of the built-in methods of tensors.
 _OPERATORS = {"__add__", "__getitem__", "__invert__", "__matmul__", "__mul__", "__sub__", "__truediv__"}
 # What decides how any module is called. torch.fx and torch.export put their own in its place as they trace.
 _CALLS = ("__call__", "__getattr__", "__getattribute__", "_call_impl", "_wrapped_call_impl")
@@ -228,7 +229,8 @@ class Code:
         self._names |= {importlib.import_module(owner): names for owner, names in _FUNCTIONS.items()}
         built_in = {name for name in read if isinstance(vars(torch).get(name), BuiltinFunctionType)}
         self._names[torch] = tuple(sorted(built_in.union(self._names[torch])))
-        self._names[Tensor] = tuple(sorted(n for n in read | _OPERATORS if callable(getattr(Tensor, n, None))))
+        built_in = {n for n in read | _OPERATORS if callable(getattr(Tensor, n, None))}
+        self._methods = tuple(sorted(n for n in built_in if not _is_theirs(vars(Tensor).get(n, 0))))
         self._kept = {f: f.__code__ for f in self._functions()}
         self._last: tuple[list[object], str | None, bool] = ([], None, True)
         self._moment: object = None
@@ -243,6 +245,7 @@ class Code:
             return self._last[1:]
         found = get_referents(*self._dictionaries)
         found += map(vars(nn.Module).get, _CALLS)
+        found.append(vars(Tensor).keys().isdisjoint(self._methods))
         for module, names in self._names.items():
             found += map(vars(module).get, names)
         found += map(attrgetter("__code__"), self._kept)
@@ -292,9 +295,7 @@ class Code:
         for module, names in self._names.items():
             for name in names:
                 value = vars(module).get(name)
-                if module is Tensor:  # a method that is built in is none of its own
-                    own = value is None or _is_theirs(value)
-                elif isinstance(value, ModuleType):
+                if isinstance(value, ModuleType):
                     own = value.__name__ == name or value.__name__.partition(".")[0] in _OWNERS
                     own = own and value is sys.modules.get(value.__name__)
                 elif module in (self._module, masking_utils):  # defined there, or imported from elsewhere
@@ -303,6 +304,9 @@ class Code:
                     own = _is_own(value, module.__name__, name)
                 if not own:
                     return f"{module.__name__}.{name} is {said(value)}"
+        for name in self._methods:  # that are built in: Tensor has none of its own
+            if name in vars(Tensor):
+                return f"Tensor.{name} is {said(vars(Tensor)[name])}"
         for function, code in self._kept.items():
             if function.__code__ is not code:
                 return f"the code of {said(function)} has been replaced"
