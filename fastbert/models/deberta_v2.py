@@ -108,8 +108,15 @@ def _mask_rows(plan: Plan) -> Tensor | None:
 
 def embed(model: hf.DebertaV2Model, call: Mapping[str, object], plan: Plan) -> Tensor:
     """The first hidden states of a call, as `plan` lays them out: rows are multiplied by what their mask says."""
-    given = {name: call.get(name) for name in ("input_ids", "token_type_ids", "position_ids", "inputs_embeds")}
-    rows: Tensor = model.embeddings(mask=plan.mask if plan.foreign else _mask_rows(plan), **given)
+    given: Any = {name: call.get(name) for name in ("input_ids", "token_type_ids", "position_ids", "inputs_embeds")}
+    mask = plan.mask if plan.foreign else _mask_rows(plan)
+    if plan.foreign or plan.watched:  # somebody sees the arguments, or may: stock's
+        values = given["input_ids"] if given["inputs_embeds"] is None else given["inputs_embeds"]
+        if mask is None:
+            mask = torch.ones(values.shape[:2], device=values.device)
+        if given["token_type_ids"] is None:
+            given["token_type_ids"] = torch.zeros(values.shape[:2], dtype=torch.long, device=values.device)
+    rows: Tensor = model.embeddings(mask=mask, **given)
     return rows
 
 

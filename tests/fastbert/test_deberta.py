@@ -573,6 +573,39 @@ def test_no_change_goes_unnoticed(what: str, before: bool, kind: Any) -> None:
         assert (reason is None) or fastbert.explain(fused).encoders[0].fused_calls == ran
 
 
+class Counting(nn.Module):
+    """Embeddings of somebody's own, which read all that stock gives them."""
+
+    def __init__(self, embeddings: Any) -> None:
+        super().__init__()
+        self.embeddings, self.word_embeddings = embeddings, embeddings.word_embeddings
+
+    def forward(self, mask: Tensor, token_type_ids: Tensor, **given: Any) -> Tensor:
+        rows: Tensor = self.embeddings(mask=mask, token_type_ids=token_type_ids, **given)
+        return rows * (1 + 0.1 * mask[..., None].float()) + token_type_ids.sum()
+
+
+def halve_mask(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    return args, {**kwargs, "mask": 0.5 * kwargs["mask"], "token_type_ids": kwargs["token_type_ids"] + 0}
+
+
+@BOTH
+@pytest.mark.parametrize("change", ["hooked", "replaced"])
+def test_embeddings_that_somebody_sees_are_given_what_stock_gives(change: str, kind: Any) -> None:
+    stock = seeded(kind)
+    fused = fastbert.fuse(copy.deepcopy(stock), padding="packed")
+    for model in (fused, stock):
+        if change == "hooked":
+            model.embeddings.register_forward_pre_hook(halve_mask, with_kwargs=True)
+        else:
+            model.embeddings = Counting(model.embeddings)
+    mask = models.masks(3, 19)["right"]
+    assert mask is not None
+    for call in ({}, {"attention_mask": mask}, {"attention_mask": torch.ones(3, 19)}):
+        call = {"input_ids": models.ids(3, 19, high=100), **call}
+        torch.testing.assert_close(answer(fused, call), answer(stock, call))
+
+
 PATCHES: dict[str, tuple[Any, str]] = {
     "a helper of v1": (v1, "compute_attention_span"),
     "a helper of v2": (hf, "build_rpos"),
