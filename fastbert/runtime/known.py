@@ -142,12 +142,13 @@ def methods_called(kind: object) -> tuple[str, ...]:
     return tuple(name for name in methods_used(kind) if name != "forward")
 
 
-_called = functools.cache(methods_called)
+_CALLED: dict[object, tuple[str, ...]] = {}
+"""`methods_called` of classes that `keep` was given."""
 
 
-def replaced_on(module: object, kind: Any) -> str | None:
+def replaced_on(module: object, kind: object) -> str | None:
     """The first of the methods that the forward of `kind` calls which `module` has for its own; or None."""
-    return next((name for name in _called(kind) if name in vars(module)), None)
+    return next((name for name in _CALLED.get(kind, ()) if name in vars(module)), None)
 
 
 def said(value: object) -> str:
@@ -321,6 +322,8 @@ def keep(family: str, module: ModuleType, classes: Iterable[type[object]]) -> No
     if not module.__name__.startswith("transformers."):
         _MODULES.add(module.__name__)
         _is_theirs.cache_clear()
+    classes = tuple(classes)
+    _CALLED.update({kind: methods_called(kind) for kind in classes})
     _CODES[family] = Code(module, classes)
 
 
