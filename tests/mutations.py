@@ -90,6 +90,24 @@ FAULTS = {
         "packing = Packing(batch, seqlen, longest - 1, cu_seqlens,",
         "tests/fastbert/test_packing.py",
     ),
+    "DeBERTa: distances turned round": Fault(
+        "fastbert/models/deberta_v2.py",
+        "return (distances + span).clamp(",
+        "return (span - distances).clamp(",
+        "tests/fastbert/test_deberta.py -k lengths",
+    ),
+    "DeBERTa: a scale without positions": Fault(
+        "fastbert/layers/disentangled.py",
+        "scale = float((head_dim * (1 + terms)) ** -0.5)",
+        "scale = float(head_dim**-0.5)",
+        "tests/fastbert/test_deberta.py -k lengths",
+    ),
+    "DeBERTa: a mask that is no factor": Fault(
+        "fastbert/models/deberta_v2.py",
+        "model.embeddings(mask=mask, **given)",
+        "model.embeddings(mask=None if mask is None else mask.bool(), **given)",
+        "tests/fastbert/test_deberta.py -k factor",
+    ),
     # One for each kind of situation that docs/trust.md has under a letter.
     "A: readers that aren't known": Fault(
         "fastbert/runtime/plan.py",
@@ -120,6 +138,12 @@ FAULTS = {
         "    hooked = any(",
         "    hooked = False and any(",
         "tests/fastbert/test_hooks.py",
+    ),
+    "C: lists changed in place": Fault(
+        "fastbert/runtime/coverage.py",
+        "if type(value) in (list, dict, set) and",
+        "if False and",
+        "tests/fastbert/test_deberta.py -k unnoticed",
     ),
     "E: exported for other tools": Fault(
         "fastbert/runtime/support.py",

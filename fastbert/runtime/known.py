@@ -226,7 +226,7 @@ class Code:
         # A class shows its dictionary through a proxy; that refers to nothing else.
         self._dictionaries = [get_referents(vars(kind))[0] for kind in self._kinds]
         names, read = self._globals()
-        self._names: dict[Any, tuple[str, ...]] = {module: names, masking_utils: _masking()}
+        self._names: dict[ModuleType, tuple[str, ...]] = {module: names, masking_utils: _masking()}
         self._names |= {importlib.import_module(owner): names for owner, names in _FUNCTIONS.items()}
         built_in = {name for name in read if isinstance(vars(torch).get(name), BuiltinFunctionType)}
         self._names[torch] = tuple(sorted(built_in.union(self._names[torch])))

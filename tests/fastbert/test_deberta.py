@@ -562,7 +562,8 @@ def test_no_change_goes_unnoticed(what: str, before: bool, kind: Any) -> None:
             fastbert.fuse(fused, padding="packed")
             assert all(not isinstance(answer(fused, call), str) for call in calls)
         CHANGES[what](model)
-    fastbert.fuse(fused, padding="packed")
+    if before:
+        fastbert.fuse(fused, padding="packed")
     for call in calls:
         reason, ran = fastbert.explain(fused).encoders[0].reason, dict(fastbert.explain(fused).encoders[0].fused_calls)
         found, expected = answer(fused, call), answer(stock, call)
