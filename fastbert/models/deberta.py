@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.deberta import modeling_deberta as hf
@@ -36,7 +34,7 @@ _LAYOUT = Layer(
 
 def _tables(
     encoder: hf.DebertaEncoder, hidden_states: Tensor, packing: Packing, position_ids: Tensor | None
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """As v2's, without buckets."""
     if not encoder.relative_attention:
         return {"relative": None}

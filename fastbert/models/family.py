@@ -61,7 +61,7 @@ class Family:
     hidden_states as the layout has them, (1, T, H) or (B, S, H). Without position_ids, `packing.positions` says where
     in its sequence every row is. Where there are tables, layers don't mix with stock ones, which are called otherwise.
     """
-    shared: Callable[[Any], Mapping[str, object]] | None = None
+    shared: Callable[..., Mapping[str, object]] | None = None
     """(encoder) -> attributes, with their values, that the attention of every layer must have: where stock code reads
     them of a layer and fastbert of the encoder, or the other way round. A layer that differs runs stock."""
     after_first: Callable[..., Any] | None = None

@@ -120,7 +120,7 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
-def _read(module: ModuleType, functions: Iterable[Any]) -> set[str]:
+def _read(module: ModuleType, functions: Iterable[object]) -> set[str]:
     """The names that those of `functions` read which a module defines, without what is wrapped around them."""
     inner = [list(_layers_of(getattr(f, "__func__", f)))[-1:] for f in functions]
     return {n for (f,) in filter(None, inner) if _defined_in(f) == module.__name__ for n in _names(f.__code__)}
