@@ -465,6 +465,10 @@ def call_is_unsupported(model: nn.Module, call: Mapping[str, Any]) -> str | None
             return f"{name} is a tensor of a custom subclass"
     if is_custom(embeds):
         return "inputs_embeds is a tensor of a custom subclass"
+    if family.tables is not None:
+        for name, own in encoder.__dict__["_modules"].items():  # what tables are made of
+            if name != family.stack[-1] and own is not None and any(map(is_custom, own.parameters())):
+                return f"{name} of the encoder has a parameter of a custom tensor subclass"
     dtypes = {parameter.dtype, weight.dtype} | (set() if embeds is None else {embeds.dtype})
     if len(dtypes) > 1:
         return f"mixed dtypes: {', '.join(sorted(map(str, dtypes)))}"

@@ -607,6 +607,31 @@ def test_embeddings_that_somebody_sees_are_given_what_stock_gives(change: str, k
         torch.testing.assert_close(answer(fused, call), answer(stock, call))
 
 
+class Doubling(Tensor):
+    """Of whatever GEMM or LayerNorm it takes part in, twice the result."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = super().__torch_function__(function, types, args, kwargs or {})
+        return 2 * found if function in (nn.functional.linear, nn.functional.layer_norm) else found
+
+
+@BOTH
+def test_embeddings_of_positions_that_change_functions_of_torch(kind: Any) -> None:
+    """A tensor subclass: what comes of it is one, too, in every layer."""
+    stock = seeded(kind)
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    call = {"input_ids": models.ids(3, 19, high=100)}
+    before = answer(fused, call)
+    for model in (fused, stock):
+        table = model.encoder.rel_embeddings
+        table.weight = nn.Parameter(table.weight.detach().as_subclass(Doubling), requires_grad=False)
+    found, expected = (answer(model, call).as_subclass(Tensor) for model in (fused, stock))  # type: ignore[union-attr]
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, before)  # type: ignore[arg-type]
+    assert stock_calls(fused) == {"rel_embeddings of the encoder has a parameter of a custom tensor subclass": 1}
+
+
 PATCHES: dict[str, tuple[Any, str]] = {
     "a helper of v1": (v1, "compute_attention_span"),
     "a helper of v2": (hf, "build_rpos"),
