@@ -191,12 +191,23 @@ def judge_again(path: Path, verdicts: dict[str, str]) -> bool:
     return changed
 
 
-def latest(records: Iterable[Record]) -> dict[tuple[str, ...], Run]:
-    """For each case the records of the last run that has it, by candidate; what, size and dtype together."""
+def latest(records: Iterable[Record], beside: Iterable[Record] = ()) -> dict[tuple[str, ...], Run]:
+    """For each case the records of the last run that has it, by candidate; what, size and dtype together.
+
+    On a CPU, a workload on fewer threads than another record of the device has, of these or `beside`, is one of its
+    own, and its name says so.
+    """
+    records = sorted(records, key=lambda record: record["date"])
+    threads: dict[str, int] = {}
+    for record in (*records, *beside):
+        threads[record["device_name"]] = max(threads.get(record["device_name"], 0), record["num_threads"])
     cases: dict[tuple[str, ...], Run] = {}
     dates: dict[tuple[str, ...], str] = {}
-    for record in sorted(records, key=lambda record: record["date"]):
+    for record in records:
         case = tuple(record[name] for name in CASE)
+        some = record["num_threads"]
+        if some < threads[record["device_name"]] and not record["backend"].startswith("triton"):
+            case = *case[:-1], f"{case[-1]}, {some} thread{'s' if some > 1 else ''}"
         if dates.get(case) != record["date"]:
             cases.pop(case, None)
             dates[case] = record["date"]
@@ -221,7 +232,7 @@ def compare(old: Sequence[Record], new: Sequence[Record]) -> Iterator[tuple[str,
     where these ranges don't overlap, a case is "faster" or "slower"; else it is "same". Where fused had a time and now
     has none, the case is "broken"; in one of the runs alone, "only".
     """
-    before, after = latest(old), latest(new)
+    before, after = latest(old, new), latest(new, old)
     for case in [*before, *(case for case in after if case not in before)]:
         name = f"{', '.join(case[1:])} ({case[0]})"
         runs = [cases.get(case, {}) for cases in (before, after)]

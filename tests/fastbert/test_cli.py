@@ -639,6 +639,13 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--compare", slow, old]) == 0
     assert capsys.readouterr().out.startswith("faster ")
     assert "no case in common" in bad_usage(capsys, "bench", "--compare", old, another)
+    on_a_cpu = {"backend": "reference (plain PyTorch)"}
+    one, two = (run(f"{n}", [3.9, 4.0, 4.1], [1.9, 2.0, 2.1], num_threads=n, **on_a_cpu) for n in (1, 2))
+    assert "no case in common" in bad_usage(capsys, "bench", "--compare", one, two)
+    assert [case[-1] for case in records.latest(records.load(Path(one)) + records.load(Path(two)))] == [
+        "squad b16, 1 thread",
+        "squad b16",
+    ]
 
 
 def test_the_documents_are_rendered_from_the_records(tmp_path: Path) -> None:
