@@ -84,6 +84,7 @@ def install(arch: str, compiles: bool, listed: str | None, layers: int | None, s
     from fastbert import numerics, ops
     from fastbert.kernels import cpu, reference_fp8
     from fastbert.measure import bench, cases, counts, profile
+    from fastbert.runtime import known
 
     for family in ("deberta", "deberta_v2"):  # what they compile with TorchScript knows PyTorch's own functions alone
         importlib.import_module(f"transformers.models.{family}.modeling_{family}")
@@ -592,6 +593,8 @@ def install(arch: str, compiles: bool, listed: str | None, layers: int | None, s
 
         ops.CPU_BACKEND[name] = backend
     ops.registry.kernel.cache_clear()
+    # What stands in for methods of tensors is no change that would make calls run stock.
+    known._OWNERS = (*known._OWNERS, "benchmarks")
 
 
 def append_specialization(file: Path, kernel: Any, signature: Any, constants: Any, options: Any, attrs: Any) -> None:
