@@ -570,7 +570,7 @@ def test_no_change_goes_unnoticed(what: str, before: bool, kind: Any) -> None:
         if isinstance(expected, str) or isinstance(found, str):
             assert found == expected
         else:
-            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         assert (reason is None) or fastbert.explain(fused).encoders[0].fused_calls == ran
 
 
