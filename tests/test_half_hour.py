@@ -300,7 +300,8 @@ def test_a_prebuilt_kernel_is_found(tmp_path: Path) -> None:
 def test_every_test_for_a_gpu_as_on_one(tmp_path: Path) -> None:
     """Collected, its launches chosen and left out; what asserts something of values says nothing."""
     said = dry(tmp_path, "-m", "pytest", "-q", "-m", "gpu", "tests", options=())
-    assert "failed" not in said.splitlines()[-1]
+    counts = {what: int(n) for n, what in re.findall(r"(\d+) (\w+)", said.splitlines()[-1])}
+    assert counts["passed"] > 900 and not counts.keys() & {"failed", "error", "errors"}
 
 
 def steps_of_the_suite() -> list[str]:
