@@ -107,7 +107,7 @@ def test_tables_by_distance_are_made_again_when_they_must_be() -> None:
     check(slots, 30)
     check(changed, 30)
     p2c.mul_(-1)
-    check(slots, 30)
+    check(changed, 30)
     with torch.inference_mode():
         check(slots, 30)
         c2p = c2p.clone()
