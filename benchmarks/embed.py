@@ -27,8 +27,8 @@ import torch
 
 from fastbert.checkpoints import default_device, load_tokenizer
 from fastbert.embed import tokens
+from fastbert.embed.batches import batch_tokens_on
 from fastbert.embed.encoder import Encoder, Recipe, load
-from fastbert.embed.job import batch_tokens_on
 from fastbert.measure.cases import SHAPES, build, workload
 
 TURN_S = 3.0

@@ -82,8 +82,10 @@ if TYPE_CHECKING:
     )
 
     from .calibration import Calibration as Calibration, calibrate as calibrate
+    from .embed.encode import encode as encode
     from .exporting import fused_export as fused_export
     from .explain import Explanation as Explanation, explain as explain
+    from .flatten import flatten as flatten
     from .fuse import UnsupportedModelError as UnsupportedModelError, fuse as fuse, unfuse as unfuse
     from .tuned import set_batch_invariant as set_batch_invariant
     from .verify import verify as verify
@@ -91,8 +93,10 @@ if TYPE_CHECKING:
 # Module: the names it has for users.
 _VERBS = {
     "calibration": ("Calibration", "calibrate"),
+    "embed.encode": ("encode",),
     "exporting": ("fused_export",),
     "explain": ("Explanation", "explain"),
+    "flatten": ("flatten",),
     "fuse": ("UnsupportedModelError", "fuse", "unfuse"),
     "tuned": ("set_batch_invariant",),
     "verify": ("verify",),

@@ -92,6 +92,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "runtime.wrappers",
         "version",
     },
+    "flatten": {"fuse", "layers.embeddings", "runtime.packing", "runtime.registry"},
     "runtime.plan": {
         "layers.embeddings",
         "runtime.arguments",
@@ -180,7 +181,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "runtime.readers",
         "runtime.support",
     },
-    "__init__": {"calibration", "explain", "exporting", "fuse", "tuned", "verify", "version"},
+    "__init__": {"calibration", "embed", "explain", "exporting", "flatten", "fuse", "tuned", "verify", "version"},
     "measure": {
         "calibration",
         "checkpoints",

@@ -18,8 +18,8 @@ from ..checkpoints import load_base
 from ..explain import explain
 from ..fuse import fuse
 from ..layers.embeddings import first_position, longest_sequence
-from ..runtime.support import MAX_SEQUENCES
 from ..usage import UsageError, in_a_line
+from .batches import batches_of
 from .tokens import Tokens
 
 POOLINGS = ("mean", "cls", "max", "mean_sqrt_len", "lasttoken")
@@ -113,16 +113,7 @@ class Encoder:
         self.first = first_position(model.embeddings)
 
     def batches(self, lengths: np.ndarray) -> Iterator[np.ndarray]:
-        """Indices of sequences, the longest first, in batches of `batch_tokens` at most, or of one."""
-        order = np.lexsort((np.arange(len(lengths)), -lengths))
-        start = total = 0
-        for i, index in enumerate(order):
-            if i > start and (total + lengths[index] > self.batch_tokens or i - start == MAX_SEQUENCES):
-                yield order[start:i]
-                start, total = i, 0
-            total += int(lengths[index])
-        if len(order) > start:
-            yield order[start:]
+        return batches_of(lengths, self.batch_tokens)
 
     @torch.inference_mode()
     def __call__(self, tokens: Tokens) -> np.ndarray:

@@ -18,8 +18,8 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,17 +30,20 @@ from transformers.utils import logging
 
 from ..checkpoints import default_device, load_tokenizer
 from ..usage import UsageError
+from .batches import batch_tokens_on
 from .encoder import Encoder, load, tokenizer_digest, weights_digest
 from .rows import Input, Row
 from .shards import Shards
 from .tokens import Tokens, begin_worker, tokenise
+
+_Making = concurrent.futures.Future[Tokens]
 
 
 class _Shard(NamedTuple):
     number: int
     rows: list[Row]
     digest: str
-    tokens: concurrent.futures.Future[Tokens]
+    tokens: _Making
     span: tuple[float, float] | None
     """Where in the input it is: fractions read before and after it; None where that can't be told."""
 
@@ -80,7 +83,9 @@ def _digest(rows: Sequence[Row]) -> str:
     return found.hexdigest()
 
 
-def _read(source: Input, shards: Shards, shard_rows: int, submit: Any) -> Iterator[_Shard | None]:
+def _read(
+    source: Input, shards: Shards, shard_rows: int, submit: Callable[[list[str]], _Making]
+) -> Iterator[_Shard | None]:
     """The shards to be made here, in order, each being tokenised; None for every other one."""
     rows = source.rows(lambda number: shards.is_own(number // shard_rows))
     index = 0
@@ -115,12 +120,20 @@ def _one_ahead(items: Iterator[object], pool: concurrent.futures.Executor) -> It
         yield item
 
 
-def _run(source: Input, shards: Shards, encoder: Encoder, workers: Any, max_length: int, shard_rows: int) -> int:
+def _run(
+    source: Input,
+    shards: Shards,
+    encoder: Encoder,
+    pool: ProcessPoolExecutor,
+    workers: int,
+    max_length: int,
+    shard_rows: int,
+) -> int:
     """Makes the shards that are not there; returns how many there are to be in all."""
     prompt = encoder.recipe.prompt
 
-    def submit(texts: list[str]) -> Any:
-        return workers.submit(tokenise, [prompt + text for text in texts], max_length)
+    def submit(texts: list[str]) -> _Making:
+        return pool.submit(tokenise, [prompt + text for text in texts], max_length)
 
     progress = Progress()
     ahead: deque[_Shard] = deque()
@@ -144,7 +157,7 @@ def _run(source: Input, shards: Shards, encoder: Encoder, workers: Any, max_leng
                 count += 1
                 if shard is not None:
                     ahead.append(shard)
-                if len(ahead) > workers._max_workers + 1:
+                if len(ahead) > workers + 1:
                     make(ahead.popleft())
             while ahead:
                 make(ahead.popleft())
@@ -195,11 +208,6 @@ def _place() -> tuple[int, int, int]:
 
 
 _PLACES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-
-
-def batch_tokens_on(device: torch.device) -> int:
-    """Tokens in a forward, where nothing else is asked for."""
-    return 65536 if device.type == "cuda" else 2048
 
 
 def embed(
@@ -278,7 +286,7 @@ def embed(
             }
             begun = time.monotonic()
             with contextlib.closing(Shards(Path(output), format, id_column is None, settings, rank, world)) as shards:
-                count = _run(source, shards, Encoder(loaded, recipe, batch_tokens), pool, longest, shard_rows)
+                count = _run(source, shards, Encoder(loaded, recipe, batch_tokens), pool, workers, longest, shard_rows)
                 summary = shards.finish(count)
         except BrokenProcessPool as error:
             raise UsageError(
