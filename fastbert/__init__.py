@@ -81,6 +81,7 @@ if TYPE_CHECKING:
         XLMRobertaModel as XLMRobertaModel,
     )
 
+    from .attention_maps import attention_maps as attention_maps
     from .calibration import Calibration as Calibration, calibrate as calibrate
     from .embed.encode import encode as encode
     from .exporting import fused_export as fused_export
@@ -92,6 +93,7 @@ if TYPE_CHECKING:
 
 # Module: the names it has for users.
 _VERBS = {
+    "attention_maps": ("attention_maps",),
     "calibration": ("Calibration", "calibrate"),
     "embed.encode": ("encode",),
     "exporting": ("fused_export",),

@@ -11,12 +11,13 @@ from .fuse import base_models
 from .layers.embeddings import embeddings_are_foreign
 from .layers.fp8 import GEMMS
 from .runtime.plan import ASKED, UNKNOWN, decide, why_dense
-from .runtime.readers import Reads, outermost, unknown_reader
+from .runtime.readers import Maps, Reads, outermost, unknown_reader
 from .runtime.registry import embeddings_of, encoder_of, family_of, layers_of
 from .runtime.settings import Settings
 from .runtime.support import (
     embeddings_are_unsupported,
     fp8_is_unsupported,
+    is_asked,
     model_is_unsupported,
 )
 
@@ -118,7 +119,8 @@ def _explain_base(model: nn.Module, name: str, base: Any, family: Any) -> Encode
     else:
         eager = "a layer runs stock" if layers else graphs.refuses(encoder)
     fp8, not_fp8 = _explain_fp8(base, settings)
-    dense, _ = why_dense(base, settings, Reads(told=True), bool(layers) or watched)
+    maps = Maps(frozenset()) if is_asked(base, {}, "output_attentions") else None
+    dense, _ = why_dense(base, settings, Reads(told=True, maps=maps), bool(layers) or watched)
     if dense == UNKNOWN:
         around = outermost(base, settings.holders)
         dense = f"{unknown_reader(around)}; if it does not, fuse the model with padding='packed'"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -218,6 +218,64 @@ def _scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, bias:
     if bias is not None:
         scores += _biased(bias, scores.shape[-1], None)
     return scores if mask is None else scores.masked_fill_(~mask, float("-inf"))
+
+
+def attention_map(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    places: Tensor | None,
+    width: int,
+    bias: Tensor | None = None,
+    tiles: Tensor | None = None,
+) -> Tensor:
+    dtype = _matmul_dtype(q)
+
+    def score(group: slice, batch: int, heads: slice) -> Tensor:
+        query, key = (t[group, heads].unflatten(0, (batch, -1)).permute(0, 2, 1, 3).to(dtype) for t in (q, k))
+        scores = _scaled(query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), scale).view(*query.shape[:3], -1)
+        return scores if bias is None else scores + _biased(bias[heads].to(scores.dtype), scores.shape[-1], None)
+
+    return _mapped(q, cu_seqlens, key_mask, max_seqlen, places, width, score)
+
+
+def _mapped(
+    q: Tensor,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    places: Tensor | None,
+    width: int,
+    score: Callable[[slice, int, slice], Tensor],
+) -> Tensor:
+    """Attention maps, as `attention_map` has them, of what `score` gives of rows, sequences in them and heads.
+
+    That is (sequences, heads, S, S), which is written to.
+    """
+    rows, heads, _ = q.shape
+    batch = rows // max(max_seqlen, 1) if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    maps = (q.new_empty if cu_seqlens is None else q.new_zeros)(batch, heads, width, width)
+    starts = None if cu_seqlens is None else {start: i for i, start in enumerate(cu_seqlens.tolist())}
+    for group, count, some, mask in _parts(rows, heads, cu_seqlens, key_mask, max_seqlen):
+        scores = score(group, count, some)
+        if mask is not None:
+            scores = scores.masked_fill_(~mask[:, None], torch.finfo(scores.dtype).min)
+        weights = scores.softmax(-1)
+        if mask is not None:  # without a key they are all alike
+            weights.mul_(mask[:, None])
+        length = weights.shape[-1]
+        first = group.start // length if starts is None else starts[group.start]
+        own = maps[first : first + count, some]
+        where = None if places is None else places[group]
+        if where is None or int(where[-1] - where[0]) == length - 1:  # one after the other
+            at = 0 if where is None else int(where[0])
+            own[..., at : at + length, at : at + length] = weights
+        else:
+            own[..., where[:, None], where] = weights.to(own.dtype)
+    return maps
 
 
 def _by_distance(pairs: Tensor) -> Tensor:
@@ -504,6 +562,30 @@ def disentangled_attention(
         out[group, some] = result.permute(1, 2, 0, 3).flatten(0, 1).to(out.dtype)
         stats[0, some, group] = top.add_(total.log()).flatten(1)
     return out, stats
+
+
+def disentangled_attention_map(
+    qkv: Tensor,
+    c2p: Tensor | None,
+    p2c: Tensor | None,
+    slots: Tensor,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    places: Tensor | None,
+    width: int,
+    tiles: Tensor | None,
+) -> Tensor:
+    q, k, _ = qkv.unbind(1)
+    dtype = _matmul_dtype(qkv)
+    positions = _Positions(c2p, p2c, slots, max_seqlen, dtype)
+
+    def score(group: slice, batch: int, heads: slice) -> Tensor:
+        query, key = (_of_heads(t[group, heads], batch).to(dtype) for t in (q, k))
+        return positions.scores(query, key, heads, scale).transpose(0, 1)
+
+    return _mapped(q, cu_seqlens, key_mask, max_seqlen, places, width, score)
 
 
 def disentangled_attention_backward(

@@ -513,6 +513,14 @@ def disentangled_config(arch: str, dtype: torch.dtype, head_dim: int) -> Config:
     return _of(_DISENTANGLED, arch)[dtype.itemsize, max(16, 1 << (head_dim - 1).bit_length())]
 
 
+def attention_map_config(arch: str, dtype: torch.dtype, head_dim: int) -> Config:
+    """The tiles of attention maps, with a bias or scores by position or without. Arguments and errors as
+    `attention_config`'s. Unmeasured: those of disentangled attention, which holds more."""
+    if not 1 <= head_dim <= 128:
+        raise ValueError(f"head_dim is {head_dim}; expected 1 to 128")
+    return _of(_DISENTANGLED, arch)[dtype.itemsize, max(16, 1 << (head_dim - 1).bit_length())]
+
+
 @_tunable("block_m", "block_n", "num_warps", "num_stages", most=64)
 def disentangled_backward_config(arch: str, dtype: torch.dtype, head_dim: int) -> Config:
     """The tiles of its backward: `block_m` rows held, `block_n` walked."""

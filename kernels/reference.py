@@ -12,7 +12,7 @@ the same again in the backward, but this file and `cpu` draw from a generator of
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -100,11 +100,31 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """Attention, one sequence after the other, not rounded; and the logarithm of the sum of each row, (heads, T)."""
     q, k, v = qkv
-    rows = q.shape[0]
-    starts = range(0, rows + 1, max(max_seqlen, 1)) if cu_seqlens is None else cu_seqlens.tolist()
     outs, sums = [q.new_empty(0, *q.shape[1:], dtype=_wide(q))], [q.new_empty(q.shape[1], 0, dtype=_wide(q))]
+    sequences = _scores(q, k, cu_seqlens, key_mask, max_seqlen, scale, bias, positions)
+    for number, (rows, scores, there) in enumerate(sequences):
+        value = v[rows].transpose(0, 1).to(scores.dtype)  # [heads, S, D]
+        # Zero, and not alike for all, where every key is masked.
+        weights = _dropped(scores.softmax(-1) * there, dropout, None if seed is None else seed + number)
+        outs.append((weights @ value).transpose(0, 1))
+        sums.append(scores.logsumexp(-1))
+    return torch.cat(outs), torch.cat(sums, 1)
+
+
+def _scores(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    bias: Tensor | None = None,
+    positions: tuple[Tensor | None, Tensor | None, Tensor] | None = None,
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Of each sequence its rows, its scores, (heads, S, S), the least number where masked, and which keys there are."""
+    starts = range(0, q.shape[0] + 1, max(max_seqlen, 1)) if cu_seqlens is None else cu_seqlens.tolist()
     for number, (start, end) in enumerate(itertools.pairwise(starts)):
-        query, key, value = (t[start:end].transpose(0, 1).to(_wide(q)) for t in (q, k, v))  # [heads, S, D]
+        query, key = (t[start:end].transpose(0, 1).to(_wide(q)) for t in (q, k))  # [heads, S, D]
         scores = query @ key.transpose(1, 2) * scale
         places = torch.arange(end - start, device=q.device)
         if bias is not None:
@@ -118,12 +138,18 @@ def _attend(
                 by_key = (key @ p2c.to(key.dtype).permute(1, 2, 0)).gather(2, chosen.transpose(1, 2))
                 scores = scores + by_key.transpose(1, 2) * scale
         there = torch.ones_like(places, dtype=torch.bool) if key_mask is None else key_mask[number]
-        scores = scores.masked_fill(~there, torch.finfo(scores.dtype).min)
-        # Zero, and not alike for all, where every key is masked.
-        weights = _dropped(scores.softmax(-1) * there, dropout, None if seed is None else seed + number)
-        outs.append((weights @ value).transpose(0, 1))
-        sums.append(scores.logsumexp(-1))
-    return torch.cat(outs), torch.cat(sums, 1)
+        yield slice(start, end), scores.masked_fill(~there, torch.finfo(scores.dtype).min), there
+
+
+def _maps(
+    q: Tensor, sequences: Iterator[tuple[slice, Tensor, Tensor]], batch: int, places: Tensor | None, width: int
+) -> Tensor:
+    """The softmax of `_scores`, each sequence's at its places."""
+    maps = q.new_zeros(batch, q.shape[1], width, width)
+    for own, (rows, scores, there) in zip(maps, sequences, strict=True):
+        where = torch.arange(scores.shape[1], device=q.device) if places is None else places[rows]
+        own[:, where[:, None], where] = (scores.softmax(-1) * there).to(q.dtype)
+    return maps
 
 
 def attention(
@@ -139,6 +165,23 @@ def attention(
 ) -> Tensor:
     """Bidirectional softmax attention within each sequence, over rows of all sequences laid end to end."""
     return _attend((q, k, v), cu_seqlens, key_mask, max_seqlen, scale, bias)[0].to(q.dtype)
+
+
+def attention_map(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    places: Tensor | None,
+    width: int,
+    bias: Tensor | None = None,
+    tiles: Tensor | None = None,
+) -> Tensor:
+    """The probabilities by which `attention` weighs values: (B, heads, width, width)."""
+    batch = q.shape[0] // max(max_seqlen, 1) if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return _maps(q, _scores(q, k, cu_seqlens, key_mask, max_seqlen, scale, bias), batch, places, width)
 
 
 def attention_tiles(cu_seqlens: Tensor, rows: int) -> Tensor:
@@ -212,6 +255,26 @@ def disentangled_attention(
     out, sums = _attend(qkv.unbind(1), *layout, (c2p, p2c, slots))
     stats = sums[None] if qkv.dtype.itemsize == 2 else torch.stack([sums, torch.ones_like(sums)])
     return out.to(qkv.dtype), stats
+
+
+def disentangled_attention_map(
+    qkv: Tensor,
+    c2p: Tensor | None,
+    p2c: Tensor | None,
+    slots: Tensor,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    places: Tensor | None,
+    width: int,
+    tiles: Tensor | None,
+) -> Tensor:
+    """The probabilities by which `disentangled_attention` weighs values: (B, heads, width, width)."""
+    q, k, _ = qkv.unbind(1)
+    batch = q.shape[0] // max(max_seqlen, 1) if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = _scores(q, k, cu_seqlens, key_mask, max_seqlen, scale, None, (c2p, p2c, slots))
+    return _maps(q, sequences, batch, places, width)
 
 
 def disentangled_attention_backward(

@@ -128,7 +128,16 @@ class BoundAttention(NamedTuple):
         if self.rotary is not None:
             q, k = _rotated(q, tables[self.rotary]), _rotated(k, tables[self.rotary])
         bias = None if self.bias is None else tables[self.bias]
+        if context.map is not None:
+            context.map.found = self._map(q, k, bias, context, context.map.heads)
         return self.last.attention(q, k, v, *context.sequences(), self.scale, bias, context.packing.tiles)
+
+    def _map(self, q: Tensor, k: Tensor, bias: Tensor | None, context: Context, heads: list[int] | None) -> Tensor:
+        """The map of some heads, (B, heads, S, S)."""
+        if heads is not None:
+            q, k, bias = q[:, heads], k[:, heads], None if bias is None else bias[heads]
+        layout = *context.sequences(), self.scale, *context.places(q.device)
+        return ops.attention_map(q, k, *layout, bias, context.packing.tiles)
 
     def train(self, x: Tensor, context: Context, rate: float, seed: Tensor | None) -> Tensor:
         """x (T, H) -> (T, H), the last GEMM's result; differentiable, with dropout of the probabilities."""

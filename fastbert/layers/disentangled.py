@@ -173,6 +173,8 @@ class BoundDisentangled(NamedTuple):
         qkv = self.first(x, quantized).view(x.shape[0], 3, -1, self.head_dim)
         del quantized
         relative = None if self.relative is None else context.tables[self.relative]
+        if context.map is not None:
+            context.map.found = self._map(qkv, relative, context, context.map.heads)
         if relative is None:
             arguments: Any = *qkv.unbind(1), *context.sequences(), self.scale, None, context.packing.tiles
             if context.packing.key_mask is None:
@@ -183,6 +185,21 @@ class BoundDisentangled(NamedTuple):
             given = relative.slots, *context.sequences(), self.scale, 0.0, None, context.packing.tiles
             attended, _ = ops.disentangled_attention(qkv, c2p, p2c, *given)
         return _spread(attended, qkv[:, 2], context).flatten(1), None
+
+    def _map(self, qkv: Tensor, relative: Relative | None, context: Context, heads: list[int] | None) -> Tensor:
+        """The map of some heads, (B, heads, S, S); a row of padding gives the same to every row, of padding, too."""
+        some = slice(None) if heads is None else heads
+        layout = *context.sequences(), self.scale, *context.places(qkv.device)
+        if relative is None:
+            q, k, _ = qkv[:, :, some].unbind(1)
+            found = ops.attention_map(q, k, *layout, None, context.packing.tiles)
+        else:
+            tables = (self._made(each, relative) for each in self.positions)
+            c2p, p2c = (None if table is None else table[:, some] for table in tables)
+            given = relative.slots, *layout, context.packing.tiles
+            found = ops.disentangled_attention_map(qkv[:, :, some], c2p, p2c, *given)
+        mask = context.packing.key_mask
+        return found if mask is None else found.masked_fill_(~mask[:, None, :, None], 1 / mask.shape[1])
 
     def _made(self, gemm: Gemm | None, relative: Relative) -> Tensor | None:
         """(P, heads, head_dim): keys or queries of positions, in inference."""

@@ -190,7 +190,7 @@ class FusedLayer(Mixin):
         x = hidden_states.flatten(0, 1)  # [T, H]
         layout = type(self).layout
         bound = layout.bind(self) if bound is None else bound
-        trains = self.training or seeds is not None or torch.is_grad_enabled()
+        trains = (self.training or seeds is not None or torch.is_grad_enabled()) and context.map is None
         if trains or torch.is_autocast_enabled(x.device.type):
             x = bound.train(x, context, (0.0,) * 3 if seeds is None else layout.dropouts(self), seeds)
         else:

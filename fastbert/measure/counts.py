@@ -90,9 +90,11 @@ _FLOPS: dict[str, Callable[..., int]] = {
     "feed_forward": lambda x, weight1, bias1, weight2, *rest: _linear(x, weight1) + _linear(x, weight2),
     "linear_gelu_backward": _linear,
     **dict.fromkeys(("attention", "attention_fp8"), lambda q, k, v, *sequences: _attention(q, sequences, 2)),
+    "attention_map": lambda q, k, *sequences: _attention(q, sequences, 1),
     "attention_forward": lambda qkv, *sequences: _attention(qkv, sequences, 2),
     "attention_backward": lambda grad, qkv, out, stats, *sequences: _attention(qkv, sequences, 5),
     "disentangled_attention": lambda *args: _disentangled(args, 2, 1),
+    "disentangled_attention_map": lambda *args: _disentangled(args, 1, 1),
     "disentangled_attention_backward": lambda grad, *args: _disentangled((*args[:4], *args[6:]), 5, 3),
     "linear_cross_entropy": _linear,
     "linear_cross_entropy_backward": lambda grad, x, weight, *rest: 3 * _linear(x, weight),
@@ -114,6 +116,7 @@ def _embedding(args: Sequence[Any], first: int) -> int:
 _READ: dict[str, Callable[..., int]] = {
     "embedding_layer_norm": lambda *args: _embedding(args, 0),
     "embedding_layer_norm_backward": lambda *args: _embedding(args, 1),
+    "disentangled_attention_map": lambda qkv, *rest: _bytes((qkv[:, :2], *rest)),  # no values
     "pack": lambda x, indices, inverse: _bytes(indices) + indices.numel() * x.shape[1] * x.itemsize,
     "unpack": lambda x, indices, inverse: _bytes((x, inverse)),
     # Two launches: GELU's result is written by the first and read by the second.

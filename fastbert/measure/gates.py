@@ -27,6 +27,7 @@ GREEN, RED, NOT_RUN = "green", "red", "not run"
 OPERATORS = {
     "fp8": "fp8",
     "cross_entropy": "cross_entropy",
+    "attention_map": "attention_map",
     "disentangled": "disentangled",
     "embedding": "embedding",
     "attention": "attention",

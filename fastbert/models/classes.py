@@ -69,6 +69,7 @@ def register(family: Family, module: str) -> Family:
     family.unknown_arguments = _unknown_arguments(family)
     recorded = getattr(family.base, "_can_record_outputs", None) or {}
     family.records_hidden_states = family.run is None and "hidden_states" in recorded
+    family.returns_maps = "attentions" in (recorded if family.run is None else family.output.__dataclass_fields__)
     kinds = {
         family.base: _base_model(family, module),
         family.encoder: _derive(family, family.encoder, module, FusedEncoder),

@@ -108,6 +108,8 @@ class Family:
 
     records_hidden_states: bool = field(default=False, init=False)
     """Found by `register`: whether transformers records what layers return, and no loop of the family's own."""
+    returns_maps: bool = field(default=False, init=False)
+    """Found by `register`: whether what its encoder leaves of attention maps is what the base model returns."""
     unknown_arguments: tuple[str, ...] = field(default=(), init=False)
     """Found by `register`: parameters of the base model's forward that nothing here speaks of."""
 

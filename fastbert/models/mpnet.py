@@ -53,12 +53,13 @@ def _tables(encoder: Any, hidden_states: Tensor, packing: Packing, position_ids:
 
 def _run(model: Any, call: dict[str, Any], plan: Plan) -> Any:
     given = {name: call.get(name) for name in ("input_ids", "position_ids", "inputs_embeds")}
-    hidden_states, *more = model.encoder(model.embeddings(**given), plan=plan).to_tuple()
+    output = model.encoder(model.embeddings(**given), plan=plan)
+    hidden_states, *more = output.to_tuple()
     pooled = None if model.pooler is None else model.pooler(hidden_states)
     whole = call.get("return_dict")
     if not (model.config.return_dict if whole is None else whole):
         return hidden_states, pooled, *more
-    return BaseModelOutputWithPooling(hidden_states, pooled, *more)
+    return BaseModelOutputWithPooling(hidden_states, pooled, output.hidden_states, output.attentions)
 
 
 FAMILY = register(

@@ -8,9 +8,11 @@ from . import registry as registry
 from .attentions import attention as attention
 from .attentions import attention_backward as attention_backward
 from .attentions import attention_forward as attention_forward
+from .attentions import attention_map as attention_map
 from .attentions import attention_tiles as attention_tiles
 from .disentangled import disentangled_attention as disentangled_attention
 from .disentangled import disentangled_attention_backward as disentangled_attention_backward
+from .disentangled import disentangled_attention_map as disentangled_attention_map
 from .embeddings import embedding_layer_norm as embedding_layer_norm
 from .embeddings import embedding_layer_norm_backward as embedding_layer_norm_backward
 from .fp8 import attention_fp8 as attention_fp8

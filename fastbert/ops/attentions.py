@@ -55,6 +55,39 @@ def attention_tiles(cu_seqlens: Tensor, rows: int) -> Tensor:
     return cu_seqlens.new_empty(rows // 128 + cu_seqlens.shape[0] - 1, 4)
 
 
+@operator("attention_map")
+def attention_map(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    places: Tensor | None,
+    width: int,
+    bias: Tensor | None = None,
+    tiles: Tensor | None = None,
+) -> Tensor:
+    """The probabilities by which `attention` weighs values.
+
+    Args:
+        q, k, cu_seqlens, key_mask, max_seqlen, scale, bias, tiles: as `attention` has them.
+        places: (T,) int64, 0 to width - 1: at which row and column of its sequence's map each token stands; packed
+            layout only. None: in order, from 0 on.
+        width: rows and columns of a map: max_seqlen, or more in the packed layout.
+
+    Returns:
+        (B, heads, width, width), contiguous, the dtype of q: of every query, what it gives to each key. Zeros where no
+        token is, and in rows whose keys are all masked.
+    """
+    return q.new_empty(sequences_of(q, cu_seqlens, max_seqlen), q.shape[1], width, width)
+
+
+def sequences_of(rows: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> int:
+    """B, as the operators of attention have it."""
+    return rows.shape[0] // max(max_seqlen, 1) if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
 @operator("attention")
 def attention_forward(
     qkv: Tensor,

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .attentions import sequences_of
 from .registry import differentiable, on_gradient, operator, wide
 
 
@@ -45,6 +46,29 @@ def disentangled_attention(
     rows, _, heads, _ = qkv.shape
     stats = qkv.new_empty(2 if qkv.dtype.itemsize > 2 else 1, heads, rows, dtype=wide(qkv))
     return qkv.new_empty(rows, *qkv.shape[2:]), stats
+
+
+@operator("attention_map")
+def disentangled_attention_map(
+    qkv: Tensor,
+    c2p: Tensor | None,
+    p2c: Tensor | None,
+    slots: Tensor,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    places: Tensor | None,
+    width: int,
+    tiles: Tensor | None,
+) -> Tensor:
+    """The probabilities by which `disentangled_attention` weighs values.
+
+    Args:
+        qkv, c2p, p2c, slots, cu_seqlens, key_mask, max_seqlen, scale, tiles: as `disentangled_attention` has them.
+        places, width: as `attention_map` has them, which says what is returned, too.
+    """
+    return qkv.new_empty(sequences_of(qkv, cu_seqlens, max_seqlen), qkv.shape[2], width, width)
 
 
 @operator("disentangled", of_gradients=True)

@@ -9,14 +9,16 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import ModelOutput
 
-from ..layers.context import Context
+from ..layers.context import Context, Map
 from ..layers.layer import FusedLayer, Mixin, stock_forward
 from . import known
 from .packing import Packing
 from .plan import Plan
+from .readers import Maps
 from .registry import layers_in
 from .settings import Settings
-from .support import is_custom, named
+from .support import is_capturing, is_custom, named
+from .wrappers import unwrapped
 
 
 class FusedEncoder(Mixin):
@@ -88,30 +90,41 @@ class FusedEncoder(Mixin):
         found: Any = plan.bound or (None,) * len(seeds)
         if fp8 is not None:
             found = [own or plain for own, plain in zip(fp8.bind(layers, plan.stock_layers), found, strict=True)]
-        first, after = hidden_states, family.after_first
+        first, after, maps = hidden_states, family.after_first, None
+        if plan.maps is not None:
+            maps = _Maps(plan.maps, packing, self)
         collected = [hidden_states]
         if plan.bound is not None and plan.seeds is None and _only_infers(layers, plan.bound, hidden_states):
             x = hidden_states.flatten(0, 1)
-            for bound in found:
-                x = bound.infer(x, context)
+            for i, bound in enumerate(found):
+                x = bound.infer(x, context if maps is None else maps.context(i, context))
                 if after is not None:
                     x, after = after(self, first, x.view_as(first), plan).flatten(0, 1), None
+                if maps is not None and maps.take(i, layers[i]):
+                    break
             hidden_states, layers = x.view_as(hidden_states), ()
-        for layer, stock, own_seeds, bound in zip(layers, plan.stock_layers, seeds, found, strict=False):
+        each = zip(layers, plan.stock_layers, seeds, found, strict=False)
+        for i, (layer, stock, own_seeds, bound) in enumerate(each):
             if stock or (shown and is_custom(hidden_states)):  # a layer that runs stock has made it
                 hidden_states = layer(hidden_states, *shown, **kwargs)
             else:
                 mask = shown or ((_FUSED_ALONE,) if _runs_again(layer) else ())
-                hidden_states = layer(hidden_states, *mask, context=context, seeds=own_seeds, bound=bound, **kwargs)
+                own = context if maps is None else maps.context(i, context)
+                hidden_states = layer(hidden_states, *mask, context=own, seeds=own_seeds, bound=bound, **kwargs)
             if after is not None:
                 hidden_states, after = after(self, first, hidden_states, plan), None
             if plan.collects:
                 collected.append(hidden_states)
+            if maps is not None and maps.take(i, layer):
+                break
         if family.final_norm is not None:
             hidden_states = self._modules[family.final_norm](hidden_states)
-        if not plan.collects:
-            return family.output(last_hidden_state=packing.unpack(hidden_states))
-        return family.output(last_hidden_state=hidden_states, hidden_states=tuple(collected))
+        more: dict[str, object] = {}
+        if plan.collects:
+            more["hidden_states"] = tuple(collected)
+        if maps is not None and family.run is not None:
+            more["attentions"] = tuple(maps.kept)
+        return family.output(last_hidden_state=packing.unpack(hidden_states), **more)
 
     def _apply(self, *args: object, **kwargs: object) -> Any:
         """As torch's `.to`, `.half` and others call it. Graphs and FP8 weights would keep the old memory."""
@@ -136,6 +149,39 @@ class FusedEncoder(Mixin):
         for kept in () if settings is None else (settings.graphs, settings.fp8, settings.coverage):
             if kept is not None:
                 kept.drop()
+
+
+class _Maps:
+    """The attention maps of one forward, on their way from layers to whoever takes them."""
+
+    def __init__(self, wanted: Maps, packing: Packing, encoder: FusedEncoder) -> None:
+        self.wanted, self.packing, self.family = wanted, packing, type(encoder).family
+        self.map: Map | None = None
+        self.kept: list[Tensor] = []
+        """Those that the encoder is to return: nothing of transformers records them."""
+
+    def context(self, layer: int, context: Context) -> Context:
+        """That of a layer, which says whether its map is wanted."""
+        self.map = Map(self.wanted.heads) if layer in self.wanted.layers else None
+        return context if self.map is None else context._replace(map=self.map)
+
+    def take(self, number: int, layer: nn.Module) -> bool:
+        """Hands on the map that a layer has left, if it was to; returns whether no layer after it need run."""
+        if self.map is None:
+            return False
+        found, take = self.map.found, self.wanted.take
+        self.map = None
+        assert found is not None
+        if take is not None:
+            take(number, found, self.packing.key_mask)
+        elif self.family.run is not None:
+            self.kept.append(found)
+        else:  # as the attention of stock code returns it, to hooks of transformers
+            module = unwrapped(layer).get_submodule(".".join(self.family.layout.attention.module))
+            for hook in module._forward_hooks.values():
+                if is_capturing(hook):
+                    hook(module, (), (None, found))
+        return self.wanted.alone and number == max(self.wanted.layers)
 
 
 _UNFUSED_MEANWHILE = (

@@ -248,6 +248,8 @@ class Graphs:
             return "a layer runs stock"
         if plan.seeds is not None:
             return "dropout"
+        if plan.maps is not None:
+            return "attention maps are wanted"
         if plan.watched:
             return "hidden states are asked for, or watched by hooks"
         if packing.key_mask is not None:

@@ -17,7 +17,7 @@ from . import known
 from .arguments import check_arguments, shape_of
 from .coverage import UNSEEN, Seen
 from .packing import Packing, flattened, has_values, host_integers, isolating_mask, pack_mask
-from .readers import Args, Call, Kwargs, Readings, Reads, outermost, readings_of, told_aside
+from .readers import Args, Call, Kwargs, Maps, Readings, Reads, outermost, readings_of, told_aside
 from .registry import before_layers, embeddings_of, encoder_of, family_of, has_fused_encoder, layers_of
 from .settings import Settings
 from .support import (
@@ -30,6 +30,7 @@ from .support import (
     is_hooked,
     is_unmixable,
     named,
+    no_maps_now,
 )
 
 
@@ -73,6 +74,8 @@ class Plan(NamedTuple):
     """Those of the call, as its rows are laid out; None: it gives none."""
     collects: bool = False
     """Whether the encoder is to return all hidden states: nothing of transformers records them."""
+    maps: Maps | None = None
+    """Attention maps that are to be computed."""
 
 
 def _encoder_is_unsupported(model: nn.Module) -> str | None:
@@ -130,6 +133,9 @@ def decide(
         seen = settings.coverage.look(model)
         if all(seen.stock):
             reason = f"no layer can run fused: {seen.reasons[0]}" if layers else "it has no layers"
+    asks = is_asked(model, call, "output_attentions")
+    if reason is None and asks and seen.drops:
+        reason = "output_attentions in training, of what dropout leaves"
     if reason is None:
         reason = is_unmixable(model, call, seen.hooked or any(seen.stock))
     # What foreign embeddings are given, and what comes of them, has stock's shape anyway.
@@ -152,6 +158,9 @@ def why_dense(model: nn.Module, settings: Settings, reads: Reads, keeps: bool) -
         return ASKED, nobody
     if keeps:
         return "a layer runs stock, or something sees hidden states", nobody
+    if reads.maps is not None:
+        whole = reads.maps.take is None and settings.padding == "auto"
+        return "attention maps are asked for, with their rows of padding" if whole else None, nobody
     if reads.reads_padding:
         return "the call reads padding", nobody
     if torch.compiler.is_compiling():
@@ -206,8 +215,16 @@ def plan_call(model: Any, names: tuple[str, ...], args: Args, kwargs: Kwargs, as
         return (), call
     foreign = embeddings_are_foreign(model) is not None
     check_arguments(model, call, foreign)
-    reason, seen, assumed, watched = decide(model, settings, call, foreign, assumes)
+    reason, seen, assumed, watched = decide(model, settings, call, foreign, assumes and reads.maps is None)
     mixed = any(seen.stock)
+    if reads.maps is not None:
+        reason = reason or no_maps_now(model, call)
+        reason = reason or next((seen.reasons[i] for i in sorted(reads.maps.layers) if seen.stock[i]), None)
+        if reason is not None:
+            raise RuntimeError(f"attention maps can't be computed of this call, which runs stock: {reason}")
+    elif reason is None and is_asked(model, call, "output_attentions"):
+        layers = frozenset(i for i, stock in enumerate(seen.stock) if not stock)
+        reads = reads._replace(maps=Maps(layers))
     cu_seqlens = call.get("cu_seq_lens_q")
     if cu_seqlens is not None:
         longest = call.get("max_length_q")
@@ -215,7 +232,9 @@ def plan_call(model: Any, names: tuple[str, ...], args: Args, kwargs: Kwargs, as
         packing = flattened(cu_seqlens, shape_of(call)[1], call.get("cu_seq_lens_k"), longest)
         if reason is None and mixed:
             reason = "a flattened call of a model with a layer that runs stock"
-    if reason is None and _has_empty_sequence(model, call.get("attention_mask")):
+    # Of which attention maps are zeros, however it is spread.
+    spread = reads.maps is None or reads.maps.take is None
+    if reason is None and spread and _has_empty_sequence(model, call.get("attention_mask")):
         reason = "a sequence without a real token, which eager attention spreads over its padding"
     if reason is not None:
         call["plan"] = reason
@@ -242,6 +261,7 @@ def plan_call(model: Any, names: tuple[str, ...], args: Args, kwargs: Kwargs, as
         foreign,
         _position_ids(call, packing),
         not family_of(model).records_hidden_states and is_asked(model, call, "output_hidden_states"),
+        reads.maps,
     )
     return (), call
 
@@ -344,7 +364,7 @@ def _is_seen_to_be_full(mask: Tensor) -> bool:
 
 def _is_repeatable(model: nn.Module, call: Mapping[str, object]) -> bool:
     """Whether what runs before the layers can run twice and nobody sees it: without hooks, without dropout."""
-    if is_asked(model, call, "output_hidden_states"):
+    if is_asked(model, call, "output_hidden_states") or is_asked(model, call, "output_attentions"):
         return False
     first = (module for each in before_layers(model) for module in each.modules())
     return not any(module.training or is_hooked(module) for module in first)

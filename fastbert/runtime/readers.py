@@ -40,6 +40,21 @@ Call = tuple[Args, Kwargs]
 Hook = Callable[..., "Call | None"]
 
 
+class Maps(NamedTuple):
+    """Which attention maps a call is to compute."""
+
+    layers: frozenset[int]
+    heads: list[int] | None = None
+    """Of each of these layers; None: all."""
+    take: Callable[[int, Tensor, Tensor | None], None] | None = None
+    """Called with a layer, its map, (B, heads, S, S), as it is made, and the key mask of a dense layout.
+
+    None: the model returns maps, as stock does.
+    """
+    alone: bool = False
+    """Whether nothing else of the call is wanted: layers after the last of these needn't run."""
+
+
 class Reads(NamedTuple):
     """What a call of a head reads beyond real tokens: arguments that its hook adds, which `plan_call` takes out."""
 
@@ -49,6 +64,8 @@ class Reads(NamedTuple):
     """Whether it takes in every row."""
     told: bool = False
     """Whether the hook of whoever has one has run: its forward may be called past it."""
+    maps: Maps | None = None
+    """Those of `fastbert.attention_maps`; no hook adds it."""
 
 
 class Reader(NamedTuple):

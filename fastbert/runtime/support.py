@@ -22,7 +22,7 @@ from .. import exporting, ops
 from ..version import warn_of_newer
 from . import known
 from .registry import embeddings_of, encoder_of, family_of, layers_of, wrapped_encoder_of
-from .wrappers import is_rewritten, is_transparent, is_wrapper, reached, wrapped
+from .wrappers import is_rewritten, is_transparent, is_wrapper, reached, unwrapped, wrapped
 
 warn_of_newer("transformers", transformers.__version__)
 
@@ -89,9 +89,14 @@ _CAPTURING, _GATHERING = "transformers.utils.output_capturing", "torch.distribut
 _GRADIENT_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")
 
 
+def is_capturing(hook: object) -> bool:
+    """Whether a hook is one by which transformers records outputs."""
+    return (getattr(hook, "__module__", None) or "") == _CAPTURING  # a built-in has none
+
+
 def is_harmless(hook: object, called: bool) -> bool:
-    module = getattr(hook, "__module__", None) or ""  # a built-in has none
-    if module == _CAPTURING or (called and module.startswith(_GATHERING)):
+    module = getattr(hook, "__module__", None) or ""
+    if is_capturing(hook) or (called and module.startswith(_GATHERING)):
         return True
     return getattr(hook, "__name__", "") in _GRADIENT_HOOKS and module.startswith(("transformers.", "peft."))
 
@@ -354,6 +359,37 @@ def is_asked(model: nn.Module, call: Mapping[str, object], name: str) -> bool:
     return bool(getattr(model.config, name, False) if asked is None else asked)
 
 
+def maps_are_unsupported(model: nn.Module, call: Mapping[str, object]) -> str | None:
+    """Why a call that asks for its attention maps runs stock."""
+    family = family_of(model)
+    if not family.returns_maps:
+        return "output_attentions"
+    parts = [unwrapped(layer).get_submodule(".".join(family.layout.attention.module)) for layer in layers_of(model)]
+    for module in (model, *parts):
+        implementation = getattr(module.__dict__.get("config"), "_attn_implementation", None)
+        if implementation not in ("eager", None):
+            return f"output_attentions, of which {implementation!r} attention gives none"
+    if (reason := no_maps_now(model, call)) is not None:
+        return f"output_attentions {reason}"
+    embeds = call.get("inputs_embeds")
+    needs = isinstance(embeds, Tensor) and embeds.requires_grad
+    if torch.is_grad_enabled() and (needs or any(p.requires_grad for p in model.parameters())):
+        return "output_attentions with gradients, which maps have none of: call it under torch.no_grad()"
+    return None
+
+
+def no_maps_now(model: nn.Module, call: Mapping[str, object]) -> str | None:
+    """Why no attention map can be computed of a call at this moment."""
+    if call.get("cu_seq_lens_q") is not None:
+        return "of a flattened call (cu_seq_lens_q)"
+    if torch.compiler.is_compiling():
+        return "in torch.compile or torch.export"
+    parameter = first_parameter(model)
+    if parameter is not None and torch.is_autocast_enabled(parameter.device.type):
+        return "under torch.autocast"
+    return None
+
+
 def is_unmixable(model: nn.Module, call: Mapping[str, object], mixed: bool) -> str | None:
     """Why a call runs stock of a base model whose encoder has more to do than to call its layers, by its family.
 
@@ -421,8 +457,8 @@ def call_is_unsupported(model: nn.Module, call: Mapping[str, Any]) -> str | None
         return "it is a decoder (config.is_decoder or config.add_cross_attention)"
     if (refuses := family_of(model).refuses) is not None and (reason := refuses(model)) is not None:
         return str(reason)
-    if is_asked(model, call, "output_attentions"):
-        return "output_attentions"
+    if is_asked(model, call, "output_attentions") and (reason := maps_are_unsupported(model, call)):
+        return reason
     for name in (*CACHES, "encoder_hidden_states", "encoder_attention_mask"):
         if call.get(name) is not None:
             return name

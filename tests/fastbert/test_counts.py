@@ -36,7 +36,8 @@ def test_flops_are_those_of_the_twin(name: str) -> None:
     args = arguments()[name]
     result = ops.CPU_BACKEND[name](*args)
     # The twin multiplies each row with all 2 S - 1 distances of its sequence, of 4 and 5 tokens, not with its own S.
-    terms = {"disentangled_attention": 2, "disentangled_attention_backward": 6}.get(name, 0)
+    known = {"disentangled_attention": 2, "disentangled_attention_map": 2, "disentangled_attention_backward": 6}
+    terms = known.get(name, 0)
     more = terms * 2 * 2 * 16 * (4 * 3 + 5 * 4)
     assert counts.cost(name, args, result).flops + more == flops_by_torch(ops.CPU_BACKEND[name], *args)
 
@@ -67,7 +68,7 @@ def test_bytes(dtype: torch.dtype) -> None:
     and 5; what is float32 or int64 whatever the dtype is added in bytes."""
     rows, wide, weight = 9 * 32, 9 * 48, 48 * 32
     starts, seed, tiles, bias = 3 * 4, 8, 2 * 4 * 4, 4 * 2 * 11
-    positions, slots = 8 * 2 * 16, 4 * 11
+    positions, slots, places, maps = 8 * 2 * 16, 4 * 11, 8 * 9, 2 * 2 * 7 * 7
     stats = 4 * 2 * 9 * (2 if dtype == torch.float32 else 1)
     expected = {
         "linear": (rows + weight + 48 + wide, 0),
@@ -78,10 +79,12 @@ def test_bytes(dtype: torch.dtype) -> None:
         "linear_gelu_backward": (rows + weight + wide + 2 * wide, 0),
         "attention": (4 * rows, starts + tiles),
         "attention_tiles": (0, starts + tiles),
+        "attention_map": (2 * rows + maps, starts + places + tiles + bias),
         "attention_forward": (4 * rows, starts + seed + tiles + bias + stats),
         "attention_backward": (rows + 3 * rows + rows + 3 * rows, starts + seed + tiles + bias + stats + bias),
         "disentangled_attention": (4 * rows + 2 * positions, slots + starts + seed + tiles + stats),
         "disentangled_attention_backward": (8 * rows + 4 * positions, slots + starts + seed + tiles + stats),
+        "disentangled_attention_map": (2 * rows + 2 * positions + maps, slots + starts + places + tiles),
         "layer_norm": (2 * rows + 2 * 32, 0),
         "add_layer_norm": (3 * rows + 2 * 32, seed),
         "add_layer_norm_backward": (3 * rows + 32 + 2 * rows + 2 * 32, seed),

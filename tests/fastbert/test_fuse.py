@@ -167,7 +167,7 @@ def test_every_encoder_inside_a_module_is_fused() -> None:
 def stock_cases() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     four = torch.ones(5, 1, 17, 17, dtype=torch.bool).tril()
     return {
-        "output_attentions": ({"attn_implementation": "eager"}, {"output_attentions": True}),
+        "output_attentions, of which 'sdpa' attention gives none": ({}, {"output_attentions": True}),
         "an attention_mask that is not 2-D": ({}, {"attention_mask": four}),
         **{name: ({}, {name: "a new one for each model"}) for name in CACHES},
         "encoder_hidden_states": ({}, {"encoder_hidden_states": torch.zeros(5, 3, 128)}),
@@ -189,8 +189,7 @@ def test_a_call_not_covered_runs_stock(reason: str) -> None:
     # The embeddings may still be fused, and round differently.
     torch.testing.assert_close(results[0][0], results[1][0])
     if "output_attentions" in arguments:
-        assert len(results[0].attentions) == 2
-        torch.testing.assert_close(results[0].attentions, results[1].attentions)
+        assert results[0].attentions == results[1].attentions == ()
     assert reasons(fused) == {reason: 1}
     assert fused_calls(fused) == 0
 

@@ -19,7 +19,8 @@ from fastbert.kernels import cpu
 
 FP8 = ("quantize_fp8", "layer_norm_fp8", "attention_fp8", "linear_fp8", "linear_gelu_fp8", "linear_add_fp8")
 WITHOUT_NUMBERS = ("mask_layout", "attention_tiles")  # of real kind: nothing to differentiate
-INFERENCE_ONLY = ("linear_gelu", "linear_add", "attention", "layer_norm", *FP8)
+MAPS = ("attention_map", "disentangled_attention_map")
+INFERENCE_ONLY = ("linear_gelu", "linear_add", "attention", "layer_norm", *MAPS, *FP8)
 
 
 def arguments(
@@ -51,6 +52,7 @@ def arguments(
         (torch.arange(-5, 6, device=device) + 4).clamp(0, 7).int(),
     )
     disentangled = ops.disentangled_attention(qkv, *positions, *sequences, *drop, tiles)
+    places = torch.tensor([0, 2, 3, 5, 2, 3, 4, 5, 6], device=device)
     losses = (x, weight, bias, integers(wider, 9))
     fp8 = (*ops.quantize_fp8(x, None), *ops.quantize_fp8(weight, None), bias)
     rows = (torch.tensor([0, 3, 8], device=device), torch.tensor([0, -1, -1, 1, -1, -1, -1, -1, 2], device=device))
@@ -63,9 +65,11 @@ def arguments(
         "linear_gelu_backward": (normal(9, wide), normal(wide, wider), normal(9, wider), "tanh"),
         "attention": (*qkv.unbind(1), *sequences, None, tiles),
         "attention_tiles": (sequences[0], 9),
+        "attention_map": (*qkv.unbind(1)[:2], *sequences, places, 7, *reversed(added)),
         "attention_forward": (qkv, *sequences, *drop, *added),
         "attention_backward": (normal(9, 2, head_dim), qkv, *attended, *sequences, *drop, *added),
         "disentangled_attention": (qkv, *positions, *sequences, *drop, tiles),
+        "disentangled_attention_map": (qkv, *positions, *sequences, places, 7, tiles),
         "disentangled_attention_backward": (
             *(normal(9, 2, head_dim), qkv, *positions, *disentangled),
             *(*sequences, *drop, tiles),

@@ -51,6 +51,33 @@ def make(
     return qkv, c2p if "c2p" in kinds else None, p2c if "p2c" in kinds else None, chosen
 
 
+def weigh(
+    qkv: Tensor,
+    c2p: Tensor | None,
+    p2c: Tensor | None,
+    slots: Tensor,
+    lengths: list[int],
+    mask: Tensor | None,
+    scale: float,
+) -> list[Tensor]:
+    """The probabilities of each sequence, (heads, S, S), in plain operations, every pair with its rows."""
+    found, row = [], 0
+    for i, length in enumerate(lengths):
+        q, k, _ = qkv[row : row + length].permute(1, 2, 0, 3)  # [heads, S, D]
+        places = torch.arange(length, device=qkv.device)
+        chosen = slots.long()[len(slots) // 2 + places[:, None] - places[None, :]]
+        scores = (q @ k.transpose(1, 2)) * scale
+        if c2p is not None:
+            scores = scores + (q.unsqueeze(2) * c2p[chosen].permute(2, 0, 1, 3)).sum(3) * scale
+        if p2c is not None:
+            scores = scores + (k.unsqueeze(1) * p2c[chosen].permute(2, 0, 1, 3)).sum(3) * scale
+        if mask is not None:
+            scores = scores.masked_fill(~mask[i], float("-inf"))
+        found.append(scores.softmax(-1) if mask is None or mask[i].any() else torch.zeros_like(scores))
+        row += length
+    return found
+
+
 def attend(
     qkv: Tensor,
     c2p: Tensor | None,
@@ -61,23 +88,14 @@ def attend(
     scale: float,
     dropout: float = 0.0,
 ) -> Tensor:
-    """The formula in plain operations, every pair with its rows, differentiable, in the dtype of its inputs."""
+    """The formula in plain operations, differentiable, in the dtype of its inputs."""
     parts, row = [], 0
-    for i, length in enumerate(lengths):
-        q, k, v = qkv[row : row + length].permute(1, 2, 0, 3)  # [heads, S, D]
-        places = torch.arange(length, device=qkv.device)
-        chosen = slots.long()[len(slots) // 2 + places[:, None] - places[None, :]]
-        scores = (q @ k.transpose(1, 2)) * scale
-        if c2p is not None:
-            scores = scores + (q.unsqueeze(2) * c2p[chosen].permute(2, 0, 1, 3)).sum(3) * scale
-        if p2c is not None:
-            scores = scores + (k.unsqueeze(1) * p2c[chosen].permute(2, 0, 1, 3)).sum(3) * scale
-        if mask is not None:
-            scores = scores.masked_fill(~mask[i], float("-inf"))
-        weights = scores.softmax(-1) if mask is None or mask[i].any() else torch.zeros_like(scores)
+    for weights in weigh(qkv, c2p, p2c, slots, lengths, mask, scale):
+        length = weights.shape[-1]
+        v = qkv[row : row + length, 2].transpose(0, 1)
         if dropout:
             rows, cols = torch.arange(row, row + length), torch.arange(length)
-            kept = torch.stack([keep(SEED, rows, cols, head, dropout) for head in range(len(q))])
+            kept = torch.stack([keep(SEED, rows, cols, head, dropout) for head in range(len(v))])
             weights = weights * kept.to(weights) / (1 - dropout)
         parts.append((weights @ v).transpose(0, 1))
         row += length
