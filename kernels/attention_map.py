@@ -135,13 +135,32 @@ def attention_map_kernel(
     if p2c_ptr is not None:
         p2c_ptr += start_m // BLOCK_M * BLOCK_M  # start_m; from a list of tiles, the compiler knows no multiple of it
 
-    k_tile_ptr, c2p_tile_ptr, p2c_tile_ptr = k_ptr, c2p_ptr, p2c_ptr
+    k_tile_ptr = k_ptr
+    c2p_tile_ptr = c2p_ptr
+    p2c_tile_ptr = p2c_ptr
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     for start_n in range(0, length, BLOCK_N):
         scores = score_tile(
-            *(q, k_tile_ptr, k_offs, c2p_tile_ptr, p2c_tile_ptr, bias_ptr, key_mask_ptr, start_m, start_n, head),
-            *(length, pitch, bias_span, inverse_scale, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, INPUT_PRECISION),
+            q,
+            k_tile_ptr,
+            k_offs,
+            c2p_tile_ptr,
+            p2c_tile_ptr,
+            bias_ptr,
+            key_mask_ptr,
+            start_m,
+            start_n,
+            head,
+            length,
+            pitch,
+            bias_span,
+            inverse_scale,
+            HEAD_DIM,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+            INPUT_PRECISION,
         )
         new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2e)
         # Without a key so far the maximum is -inf, and -inf - -inf is NaN.
@@ -161,11 +180,30 @@ def attention_map_kernel(
     if places_ptr is not None:
         own = tl.load(places_ptr + row + start_m + offs_m, mask=valid_m, other=0)
     out_ptr += (sequence * heads + head) * width * width
-    k_tile_ptr, c2p_tile_ptr, p2c_tile_ptr = k_ptr, c2p_ptr, p2c_ptr
+    k_tile_ptr = k_ptr
+    c2p_tile_ptr = c2p_ptr
+    p2c_tile_ptr = p2c_ptr
     for start_n in range(0, length, BLOCK_N):
         scores = score_tile(
-            *(q, k_tile_ptr, k_offs, c2p_tile_ptr, p2c_tile_ptr, bias_ptr, key_mask_ptr, start_m, start_n, head),
-            *(length, pitch, bias_span, inverse_scale, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, INPUT_PRECISION),
+            q,
+            k_tile_ptr,
+            k_offs,
+            c2p_tile_ptr,
+            p2c_tile_ptr,
+            bias_ptr,
+            key_mask_ptr,
+            start_m,
+            start_n,
+            head,
+            length,
+            pitch,
+            bias_span,
+            inverse_scale,
+            HEAD_DIM,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+            INPUT_PRECISION,
         )
         p = tl.exp2(tl.fma(scores, scale_log2e, -shift[:, None])) * norm[:, None]
         valid_n = start_n + offs_n < length

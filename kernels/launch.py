@@ -515,10 +515,10 @@ def disentangled_config(arch: str, dtype: torch.dtype, head_dim: int) -> Config:
 
 def attention_map_config(arch: str, dtype: torch.dtype, head_dim: int) -> Config:
     """The tiles of attention maps, with a bias or scores by position or without. Arguments and errors as
-    `attention_config`'s. Unmeasured: those of disentangled attention, which holds more."""
+    `attention_config`'s. Unmeasured: those of disentangled attention, with columns that don't spill with a bias."""
     if not 1 <= head_dim <= 128:
         raise ValueError(f"head_dim is {head_dim}; expected 1 to 128")
-    return _of(_DISENTANGLED, arch)[dtype.itemsize, max(16, 1 << (head_dim - 1).bit_length())]
+    return replace(_of(_DISENTANGLED, arch)[dtype.itemsize, max(16, 1 << (head_dim - 1).bit_length())], block_n=32)
 
 
 @_tunable("block_m", "block_n", "num_warps", "num_stages", most=64)

@@ -406,7 +406,7 @@ def transformers_interpret_explainer(ready: Ready) -> dict[str, Any]:
     return {f"{i}": [score for _, score in explain(text, index=1)] for i, text in enumerate(TEXTS)}
 
 
-@use("bertviz", runs="stock")
+@use("bertviz", runs="dense")
 def bertviz_views(ready: Ready) -> dict[str, Any]:
     from bertviz import head_view, model_view
     from transformers import AutoModel, AutoTokenizer

@@ -48,7 +48,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastbert.kernels import attention, disentangled, launch, linear
+from fastbert.kernels import attention, attention_map, disentangled, launch, linear
 from fastbert.kernels.cross_entropy import cross_entropy_backward_kernel, cross_entropy_kernel
 from fastbert.kernels.embedding import embedding_backward_kernel, embedding_kernel
 from fastbert.kernels.launch import (
@@ -441,6 +441,46 @@ def _disentangled(arch: str, full: bool) -> Iterator[Spec]:
         yield from family(torch.float32, 64, "c2p", "dense")
         for head_dim in (64, 128):
             yield from family(torch.bfloat16, head_dim, both, "packed", backward=False)
+
+
+@specializations("attention_map")
+def _attention_map(arch: str, full: bool) -> Iterator[Spec]:
+    def spec(dtype: torch.dtype, head_dim: int, layout: str, more: str = "", precision: str = "ieee") -> Spec:
+        config, pointer = launch.attention_map_config(table(arch), dtype, head_dim), f"*{TYPE_NAMES[dtype]}"
+        return Spec(
+            variant=f"{layout} {precision} d{head_dim} {more}".strip(),
+            kernel=attention_map.attention_map_kernel,
+            arguments={
+                **dict.fromkeys(("q_ptr", "k_ptr", "out_ptr"), pointer),
+                **dict.fromkeys(("cu_seqlens_ptr", "tiles_ptr"), "*i32" if layout == "packed" else None),
+                "places_ptr": "*i64" if layout == "packed" else None,
+                "key_mask_ptr": "*i1" if layout == "masked" else None,
+                "bias_ptr": "*fp32" if more == "bias" else None,
+                **{f"{kind}_ptr": pointer if kind in more else None for kind in ("c2p", "p2c")},
+                **{f"stride_{x}{axis}": 3 * 1024 if axis == "t" else head_dim for x in "qk" for axis in "th"},
+                **{"heads": 16, "rows": 4096, "max_seqlen": 512, "width": 512, "bias_span": 512},
+                **{"scale_log2e": 0.18, "inverse_scale": 8.0, "INPUT_PRECISION": precision, "HEAD_DIM": head_dim},
+                "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+                "BLOCK_M": config.block_m,
+                "BLOCK_N": config.block_n,
+            },
+            config=config,
+        )
+
+    kinds = ("", "bias", "c2p p2c", "c2p", "p2c")
+    if full:
+        layouts = ("packed", "dense", "masked")
+        for head_dim, dtype in itertools.product((16, 32, 40, 64, 80, 96, 128), TYPE_NAMES):
+            for layout, more in itertools.product(layouts, kinds):
+                yield spec(dtype, head_dim, layout, more)
+            if dtype is torch.float32:
+                yield spec(dtype, head_dim, "packed", "c2p p2c", "tf32")
+    else:
+        yield spec(torch.bfloat16, 64, "packed", "c2p p2c")
+        yield spec(torch.float16, 40, "masked", "bias")
+        yield spec(torch.float32, 64, "dense", "c2p p2c")
+        for head_dim in (64, 128):
+            yield spec(torch.bfloat16, head_dim, "packed")
 
 
 @specializations("linear")

@@ -19,7 +19,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks import stub
-from fastbert.kernels import attention, compiled, embedding, launch, layer_norm, linear, padding
+from fastbert.kernels import attention, attention_map, compiled, embedding, launch, layer_norm, linear, padding
 from fastbert.kernels.compiled import Constants
 
 BF16 = torch.bfloat16
@@ -267,6 +267,7 @@ def check_every_launcher(gpu: stub.Gpu) -> None:
         (lambda: attention.attention(*qkv.unbind(1), cu_seqlens, None, 9, 0.2), 1),
         (lambda: attention.attention(*qkv.unbind(1), None, mask, 8, 0.2), 1),
         (lambda: attention.attention_tiles(cu_seqlens, 16), 1),
+        (lambda: attention_map.attention_map(*qkv.unbind(1)[:2], cu_seqlens, None, 9, 0.2, ids, 9), 1),
         (lambda: attention.attention_forward(qkv, cu_seqlens, None, 9, 0.2, 0.1, seed[0, 0]), 1),
         (lambda: attention.attention_backward(out, qkv, out, stats, cu_seqlens, None, 9, 0.2, 0.1, seed[0, 0]), 2),
         (lambda: attention.attention_forward(qkv, cu_seqlens, None, 9, 0.2, 0.1, seed[0, 0], None, bias), 1),
