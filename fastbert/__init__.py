@@ -83,6 +83,7 @@ if TYPE_CHECKING:
 
     from .attention_maps import attention_maps as attention_maps
     from .calibration import Calibration as Calibration, calibrate as calibrate
+    from .convert import convert as convert
     from .embed.encode import encode as encode
     from .exporting import fused_export as fused_export
     from .explain import Explanation as Explanation, explain as explain
@@ -95,6 +96,7 @@ if TYPE_CHECKING:
 _VERBS = {
     "attention_maps": ("attention_maps",),
     "calibration": ("Calibration", "calibrate"),
+    "convert": ("convert",),
     "embed.encode": ("encode",),
     "exporting": ("fused_export",),
     "explain": ("Explanation", "explain"),

@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "usage": set(),
     "version": set(),
     "checkpoints": {"usage"},
+    "convert": {"usage", "version"},
     "runtime.registry": {"runtime.wrappers"},
     "tuned": {"kernels", "version"},
     "ops": {"kernels", "tuned"},
@@ -187,6 +188,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {
         "attention_maps",
         "calibration",
+        "convert",
         "embed",
         "explain",
         "exporting",
@@ -215,6 +217,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tune": {"kernels", "measure", "numerics", "tuned"},
     "cli": {
         "checkpoints",
+        "convert",
         "embed",
         "fuse",
         "kernels",
