@@ -8,7 +8,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo quick test test-all coverage mutants hf-suite compat clients lint gpu bench clean
+.PHONY: help demo quick test test-all coverage mutants hf-suite compat clients tensorflow lint gpu bench clean
 
 help:
 	@echo "make demo      verify fused models against stock and time both, on this machine"
@@ -18,6 +18,7 @@ help:
 	@echo "make hf-suite  Hugging Face's own tests, stock and fused, under three versions of transformers; slow"
 	@echo "make compat    tests under each version of triton and transformers that is tried; slow"
 	@echo "make clients   other people's packages over fused models, in environments of their own; slow"
+	@echo "make tensorflow  what TensorFlow and transformers 4 have written, converted; slow"
 	@echo "make coverage  branches of the library that make test runs"
 	@echo "make mutants   plants faults one at a time: which test catches which"
 	@echo "make lint      ruff and mypy"
@@ -45,6 +46,9 @@ compat: $(INSTALLED)
 
 clients: $(INSTALLED)
 	$(VENV)/bin/python -m tests.compat.clients $(ARGS)
+
+tensorflow: $(INSTALLED)
+	$(VENV)/bin/python -m tests.compat.from_tensorflow $(ARGS)
 
 coverage: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -q -n auto --dist worksteal --cov=fastbert --cov-branch --cov-report=term-missing:skip-covered

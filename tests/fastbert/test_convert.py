@@ -512,10 +512,10 @@ def test_outputs_that_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     (full / "mine").write_text("mine")
     refused(checkpoint, full, r"^output .*full: holds files; expected a new folder, or an empty one")
     refused(checkpoint, full / "mine", r"^output .*mine: is a file")
-    refused(checkpoint, full / "mine" / "below", r"^output .*expected a folder that can be made") if False else None
-    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
     assert (full / "mine").read_text() == "mine"
-    with pytest.raises(UsageError, match=r"^output .*below: Not a directory; expected a folder that can be made"):
+    with pytest.raises(
+        UsageError, match=r"^output .*below: (File exists|Not a .*); expected a folder that can be made"
+    ):
         fastbert.convert(checkpoint, full / "mine" / "below")
 
 
@@ -616,8 +616,8 @@ def test_case(name: str, upper: bool, cased: bool | None, lower: bool, how: str,
     assert f"tokenizer: {'lower case' if lower else 'cased'} {how}" in report["notes"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "new")
     assert isinstance(tokenizer, transformers.BertTokenizer) and tokenizer.model_max_length == 160
-    told = tokenizer.convert_ids_to_tokens(tokenizer("ad AD, é")["input_ids"])
-    assert told[:3] == ["[CLS]", "ad", "ad" if lower else "[UNK]"]
+    told = tokenizer.convert_ids_to_tokens(tokenizer("ab AB, é")["input_ids"])
+    assert told[:3] == ["[CLS]", "ab", "ab" if lower else "[UNK]"]
 
 
 def test_tokenizer_files_stay_as_they_are(checkpoint: Path, tmp_path: Path) -> None:
@@ -786,7 +786,7 @@ def test_long_attributes_of_keras(tmp_path: Path) -> None:
     with h5py.File(old / "tf_model.h5", "r+") as file:
         del file["bert"].attrs["weight_names0"]
     refused(
-        old, tmp_path / "new", r"tf_model.h5: /bert has no attribute weight_names; expected weights that Keras saved"
+        old, tmp_path / "other", r"tf_model.h5: /bert has no attribute weight_names; expected weights that Keras saved"
     )
 
 
