@@ -27,8 +27,8 @@ PAGES = [
     ROOT / "benchmarks" / "GPU.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-# Names on the hub that the pages use, and what stands in for them here: a checkpoint from the package index.
-CHECKPOINTS = ("sentence-transformers/all-MiniLM-L6-v2", "BAAI/bge-large-en-v1.5")
+# Names on the hub, or of folders, that the pages use, and what stands in for them here: a checkpoint from the package index.
+CHECKPOINTS = ("sentence-transformers/all-MiniLM-L6-v2", "BAAI/bge-large-en-v1.5", "my-classifier-torch")
 
 
 def blocks(page: Path, *languages: str) -> list[str]:

@@ -238,9 +238,7 @@ def test_files_that_are_missing(copied: Path, tmp_path: Path) -> None:
     refused(copied, tmp_path / "new", r"bert_model.ckpt: .* can't be read, the file is damaged or cut: .*data-00000")
     (copied / "bert_model.ckpt.index").unlink()
     refused(copied, tmp_path / "new", r"expected a TensorFlow checkpoint")
-    refused(
-        copied / DATA, tmp_path / "new", r"00001: no such file or folder"
-    )
+    refused(copied / DATA, tmp_path / "new", r"00001: no such file or folder")
 
 
 @pytest.mark.parametrize("short", [1, 50, 0.5, 0.999, 1.0])

@@ -6,6 +6,7 @@ import ast
 import copy
 import importlib
 import inspect
+import json
 import pickle
 import re
 import textwrap
@@ -474,6 +475,37 @@ def test_tasks_of_ernie(given: bool) -> None:
     assert "not for these" in str(fastbert.explain(fused))
     with pytest.raises(ValueError, match=r"^task_type_ids holds values from 3 to 3; expected 0 to 2"):
         fused(input_ids=torch.ones(1, 4, dtype=torch.long), task_type_ids=torch.full((1, 4), 3))
+
+
+ERNIE_3 = {
+    **{"attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "hidden_size": 768},
+    **{"initializer_range": 0.02, "intermediate_size": 3072, "max_position_embeddings": 2048, "pad_token_id": 0},
+    **{"num_attention_heads": 12, "layer_norm_eps": 1e-5, "model_type": "ernie", "architectures": ["ErnieForMaskedLM"]},
+    **{"task_type_vocab_size": 3, "type_vocab_size": 4, "use_task_id": True, "vocab_size": 40000},
+}
+"""The config of ernie-3.0-base-zh in Hugging Face's format, which has 12 layers."""
+
+
+def test_ernie_3(tmp_path: Path) -> None:
+    """An old .bin of ERNIE 3.0, two layers of it, converted: its types of tasks and of tokens, beyond 512 tokens."""
+    model = seeded("ernie", "ErnieForMaskedLM", **ERNIE_3)
+    (tmp_path / "old").mkdir()
+    said = json.dumps({**ERNIE_3, "num_hidden_layers": 2})
+    (tmp_path / "old" / "config.json").write_text(said, encoding="utf-8")
+    torch.save(model.state_dict(), tmp_path / "old" / "pytorch_model.bin")
+    fastbert.convert(tmp_path / "old", tmp_path / "new")
+    base = fastbert.ErnieModel.from_pretrained(tmp_path / "new", add_pooling_layer=False).eval()
+    assert torch.equal(base.embeddings.task_type_embeddings.weight, model.ernie.embeddings.task_type_embeddings.weight)
+    mask = models.masks(2, 600)["right"]
+    shape = (2, 600)
+    call = {"input_ids": models.ids(*shape, high=40000), "attention_mask": mask}
+    call["token_type_ids"] = models.ids(*shape, high=4, seed=1)
+    found = []
+    for tasks in ({}, {"task_type_ids": models.ids(*shape, high=3, seed=2)}):
+        fused = compare(fastbert.unfuse(base), [({**call, **tasks}, mask.bool())], torch.float32, "packed")
+        assert fused_calls(fused) == {"packed": 1}
+        found.append(outputs(fused, {**call, **tasks}, mask.bool())["last_hidden_state"])
+    assert (found[0] - found[1]).abs().max() > 0.1  # they are read
 
 
 def test_distilbert_drops_one_thing_fewer() -> None:
