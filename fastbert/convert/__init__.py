@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TypedDict
 
 TASKS = {
     "pre-training": "ForPreTraining",
@@ -19,6 +19,28 @@ TASKS = {
 """What a model is for: how the names of its classes end. The first that fits is taken, where nothing else tells."""
 
 
+class Conversion(TypedDict):
+    """What came of a checkpoint; as JSON in `conversion.json` of the folder."""
+
+    source: str
+    """The name of its file."""
+    format: str
+    model: str
+    """The class."""
+    dtype: str
+    parameters: int
+    variables: dict[str, dict[str, object]]
+    """Of each that is used: "to", the parameter; "shape" and "dtype"; and whether it is "transposed"."""
+    left_out: dict[str, str]
+    """Of each other one the reason."""
+    tokenizer: dict[str, object] | None
+    notes: list[str]
+    """What was decided where nothing told, and why."""
+    files: list[str]
+    not_copied: list[str]
+    """What lies beside the checkpoint and may describe it, too."""
+
+
 def convert(
     path: str | os.PathLike[str],
     output: str | os.PathLike[str],
@@ -28,7 +50,7 @@ def convert(
     vocab: str | os.PathLike[str] | None = None,
     cased: bool | None = None,
     leave_out: Sequence[str] = (),
-) -> dict[str, Any]:
+) -> Conversion:
     """Turns a checkpoint into a folder of safetensors, config and tokenizer; the folder is there whole, or not at all.
 
     Every variable is used once, by name and shape, or told in the result with the reason why not; a parameter of the
@@ -47,9 +69,7 @@ def convert(
         leave_out: patterns of names of variables to do without, as a shell has them.
 
     Returns:
-        "source", "format", "class", "dtype", "parameters", "variables" (of each: "to", "shape", "dtype" and, where so,
-        "transposed"), "left_out" (of each the reason), "tokenizer", "notes", "files" and "not_copied": also written to
-        `conversion.json`.
+        What came of it, also written to `conversion.json`.
 
     Raises:
         UsageError: the checkpoint is not what it should be, or what is asked for can't be done.

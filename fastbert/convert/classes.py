@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import transformers
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..usage import UsageError, in_a_line
 from . import TASKS
@@ -18,6 +18,8 @@ from .sources import Source
 _UNTRAINED = ("pre-training", "masked-lm", "next-sentence", "base")
 """Tasks of pre-training: of one that has no place for all, another may be taken, and means the same."""
 
+Shapes = dict[str, tuple[int, ...]]
+
 _LABELS = re.compile(r"^(classifier|qa_outputs)(\.out_proj)?\.bias$")
 
 
@@ -25,8 +27,8 @@ _LABELS = re.compile(r"^(classifier|qa_outputs)(\.out_proj)?\.bias$")
 class Target:
     """A class, its parameters as they are stored, and every name of theirs."""
 
-    kind: Any
-    shapes: dict[str, tuple[int, ...]]
+    kind: type[PreTrainedModel]
+    shapes: Shapes
     """By the name that is stored: the first of those that are tied."""
     stored: dict[str, str]
     """The name that is stored, by every name, in the form of a model with a head."""
@@ -35,21 +37,21 @@ class Target:
     def name(self) -> str:
         return self.kind.__name__
 
-    def missing(self, has: dict[str, tuple[int, ...]]) -> list[str]:
+    def missing(self, has: Shapes) -> list[str]:
         """Parameters that nothing fills."""
         filled = {self.stored[name] for name in has if name in self.stored}
         return [name for name in self.shapes if name not in filled]
 
-    def extra(self, has: dict[str, tuple[int, ...]]) -> list[str]:
+    def extra(self, has: Shapes) -> list[str]:
         """Names without a place."""
         return [name for name in has if name not in self.stored]
 
-    def fits(self, has: dict[str, tuple[int, ...]]) -> bool:
+    def fits(self, has: Shapes) -> bool:
         """Whether the shapes are right, where names are."""
         return all(self.shapes[self.stored[name]] == shape for name, shape in has.items() if name in self.stored)
 
 
-def _target(kind: Any, settings: Any) -> Target:
+def _target(kind: type[PreTrainedModel], settings: PretrainedConfig) -> Target:
     """Raises UsageError: the settings don't fit each other."""
     try:
         with torch.device("meta"):
@@ -65,7 +67,7 @@ def _target(kind: Any, settings: Any) -> Target:
     return Target(kind, shapes, stored)
 
 
-def choose(source: Source, config: Config, task: str | None) -> tuple[Any, Target]:
+def choose(source: Source, config: Config, task: str | None) -> tuple[PretrainedConfig, Target]:
     """The settings and the class; variables that it has no place for are left out, with the reason.
 
     Raises:
@@ -139,7 +141,7 @@ def some(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _set_labels(source: Source, config: Config, settings: Any, has: dict[str, tuple[int, ...]]) -> None:
+def _set_labels(source: Source, config: Config, settings: PretrainedConfig, has: Shapes) -> None:
     """As many labels as the head has, where the config doesn't say."""
     (number,) = next((shape for name, shape in has.items() if _LABELS.match(name) and len(shape) == 1), (0,))
     told = config.says("num_labels", "_num_labels", "id2label", "label2id")
@@ -149,7 +151,7 @@ def _set_labels(source: Source, config: Config, settings: Any, has: dict[str, tu
 
 
 def _named(
-    source: Source, config: Config, targets: dict[str, Target], settings: Any, has: dict[str, tuple[int, ...]]
+    source: Source, config: Config, targets: dict[str, Target], settings: PretrainedConfig, has: Shapes
 ) -> Target:
     """The class that the config names; or, where both are of pre-training, another that has a place for all."""
     name = config.architecture
@@ -166,7 +168,7 @@ def _named(
     return target
 
 
-def _fitting(source: Source, targets: dict[str, Target], has: dict[str, tuple[int, ...]]) -> Target:
+def _fitting(source: Source, targets: dict[str, Target], has: Shapes) -> Target:
     """The first class that takes all variables; else, of those that are filled, the one that leaves out fewest."""
     filled = [name for name, target in targets.items() if not target.missing(has)]
     filled = [name for name in filled if targets[name].fits(has)] or filled

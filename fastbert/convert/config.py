@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import transformers
+from transformers import PretrainedConfig
 
 from ..usage import UsageError, in_a_line
 from .sources import Source
@@ -61,7 +61,7 @@ class Config:
         named = said.pop("architectures", None)
         self.architecture = str(named[0]).removeprefix("TF") if isinstance(named, list) and named else None
         self.said = {name: value for name, value in said.items() if name not in ("torch_dtype", "dtype")}
-        self.kind: Any = transformers.CONFIG_MAPPING[self._model_type(source)]
+        self.kind: type[PretrainedConfig] = transformers.CONFIG_MAPPING[self._model_type(source)]
         self._google = source.format == "tensorflow"
 
     def wrong(self, told: str) -> UsageError:
@@ -89,7 +89,7 @@ class Config:
     def says(self, *names: str) -> bool:
         return bool(self.said.keys() & set(names))
 
-    def settings(self) -> Any:
+    def settings(self) -> PretrainedConfig:
         """An instance of transformers' class."""
         try:
             return self.kind.from_dict({**(_GOOGLE if self._google else {}), **self.said})
@@ -97,7 +97,7 @@ class Config:
             raise self.wrong(in_a_line(error)) from error
 
 
-def stem(kind: Any) -> str:
+def stem(kind: type[PretrainedConfig]) -> str:
     """What the names of the classes of a config's models begin with: "Bert"."""
     return kind.__name__.removesuffix("Config")
 

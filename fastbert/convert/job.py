@@ -7,13 +7,12 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers.utils import logging
 
 from ..usage import UsageError
-from . import TASKS
+from . import TASKS, Conversion
 from .classes import Target, choose
 from .config import Config
 from .folder import new_folder
@@ -31,7 +30,7 @@ def run(
     vocab: str | os.PathLike[str] | None,
     cased: bool | None,
     leave_out: Sequence[str],
-) -> dict[str, Any]:
+) -> Conversion:
     """See `fastbert.convert`."""
     if task is not None and task not in TASKS:
         raise UsageError(f"is {task}; expected one of {', '.join(TASKS)}", "task")
@@ -46,10 +45,10 @@ def run(
         settings.architectures, settings.dtype = [target.name], dtype
         settings.save_pretrained(folder)
         _check_loads(target, dtype, folder)
-        report = {
+        report: Conversion = {
             "source": source.file.name,
             "format": FORMATS[source.format],
-            "class": target.name,
+            "model": target.name,
             "dtype": str(dtype).removeprefix("torch."),
             "parameters": sum(map(size, target.shapes.values())),
             "variables": variables,

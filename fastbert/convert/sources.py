@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,6 +19,10 @@ from torch import Tensor
 from ..usage import UsageError, in_a_line
 from ..version import install
 from . import names
+
+if TYPE_CHECKING:
+    import h5py
+    from tensorflow.train import CheckpointReader
 
 FORMATS = {"tensorflow": "a TensorFlow checkpoint", "h5": "weights of Keras", "bin": "a PyTorch state dict"}
 
@@ -125,7 +129,7 @@ def load(source: Source) -> None:
         raise UsageError(f"{source.file}: holds no variables")
 
 
-def _reading(file: Path, name: str, read: Callable[[], Any]) -> Callable[[], Tensor]:
+def _reading(file: Path, name: str, read: Callable[[], object]) -> Callable[[], Tensor]:
     """`read`, with an error that names the variable, and a tensor of the array or number that it returns."""
 
     def values() -> Tensor:
@@ -172,7 +176,7 @@ def _tensorflow(source: Source) -> Iterator[Variable]:
         yield variable
 
 
-def _full_names(reader: Any) -> dict[str, str]:
+def _full_names(reader: CheckpointReader) -> dict[str, str]:
     """The variables' own names, by their keys in a checkpoint of objects (`tf.train.Checkpoint`)."""
     from tensorflow.core.protobuf.trackable_object_graph_pb2 import TrackableObjectGraph
 
@@ -230,7 +234,7 @@ def _keras(source: Source) -> Iterator[Variable]:
             yield Variable(name, tuple(dataset.shape), kind, read, to, transposed)
 
 
-def _keras_weights(file: Any) -> Iterator[tuple[str, str, Any]]:
+def _keras_weights(file: h5py.File) -> Iterator[tuple[str, str, h5py.Dataset]]:
     """(what comes before its name, name, dataset) of each weight, in the order that the file tells."""
     import h5py
 
@@ -250,7 +254,7 @@ def _keras_weights(file: Any) -> Iterator[tuple[str, str, Any]]:
         yield level, name, dataset
 
 
-def _strings(group: Any, name: str) -> list[str]:
+def _strings(group: h5py.Group, name: str) -> list[str]:
     """An attribute of names; Keras cuts long ones into name0, name1, ..."""
     if name in group.attrs:
         found = list(group.attrs[name])

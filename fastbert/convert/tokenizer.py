@@ -6,9 +6,8 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PretrainedConfig
 
 from ..usage import UsageError, in_a_line
 from .sources import Source
@@ -24,8 +23,8 @@ _UPPER_SHARE = 0.01
 
 
 def write_tokenizer(
-    source: Source, folder: Path, settings: Any, vocab: Path | None, cased: bool | None
-) -> dict[str, Any] | None:
+    source: Source, folder: Path, settings: PretrainedConfig, vocab: Path | None, cased: bool | None
+) -> dict[str, object] | None:
     """Writes the tokenizer's files, and its padding token into `settings`; what is told of it, None: there is none.
 
     Raises:

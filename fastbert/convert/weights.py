@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from ..usage import UsageError
 from .classes import Target
@@ -24,7 +24,9 @@ _SIZES = (
 )
 
 
-def write_weights(source: Source, target: Target, folder: Path, settings: Any) -> tuple[dict[str, Any], torch.dtype]:
+def write_weights(
+    source: Source, target: Target, folder: Path, settings: PretrainedConfig
+) -> tuple[dict[str, object], torch.dtype]:
     """Fills every parameter, file by file. Returns what came of each variable, and the dtype: the widest there is.
 
     Raises:
@@ -57,8 +59,8 @@ def size(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
 
-def _about(variable: Variable, name: str) -> dict[str, Any]:
-    told: dict[str, Any] = {"to": name, "shape": list(variable.shape), "dtype": variable.kind}
+def _about(variable: Variable, name: str) -> dict[str, object]:
+    told: dict[str, object] = {"to": name, "shape": list(variable.shape), "dtype": variable.kind}
     return {**told, "transposed": True} if variable.transposed else told
 
 
@@ -73,7 +75,7 @@ def _split(sizes: dict[str, int]) -> Iterator[list[str]]:
     yield members
 
 
-def _check_shape(source: Source, variable: Variable, shape: tuple[int, ...], settings: Any) -> None:
+def _check_shape(source: Source, variable: Variable, shape: tuple[int, ...], settings: PretrainedConfig) -> None:
     there = variable.stored_shape
     if there == shape:
         return
