@@ -27,7 +27,7 @@ PAGES = [
     ROOT / "benchmarks" / "GPU.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-# Names on the hub, or of folders, that the pages use, and what stands in for them here: a checkpoint from the package index.
+# Names on the hub, or of folders, that the pages use; a checkpoint from the package index stands in for them here.
 CHECKPOINTS = ("sentence-transformers/all-MiniLM-L6-v2", "BAAI/bge-large-en-v1.5", "my-classifier-torch")
 
 

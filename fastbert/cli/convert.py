@@ -60,14 +60,14 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(found))
         return 0
     used, tokenizer = found["variables"], found["tokenizer"]
-    print(f"{found['class']}, {found['parameters']:,} parameters of {found['dtype']}, from {found['format']}")
+    print(f"{found['model']}, {found['parameters']:,} parameters of {found['dtype']}, from {found['format']}")
     print(f"{len(used):,} variables used, by name and shape")
     reasons = Counter(found["left_out"].values())
     for reason, number in reasons.most_common():
         names = [name for name, told in found["left_out"].items() if told == reason]
         print(f"  left out: {names[0] if number == 1 else f'{number:,}, as {names[0]}'}: {reason}")
     if tokenizer:
-        print(f"tokenizer: {tokenizer['class']}, {tokenizer['tokens']:,} tokens")
+        print(f"tokenizer: {tokenizer['class']}, {tokenizer['tokens']} tokens")
     for note in found["notes"]:
         print(f"note: {note}")
     if found["not_copied"]:

@@ -156,7 +156,7 @@ def _named(
     """The class that the config names; or, where both are of pre-training, another that has a place for all."""
     name = config.architecture
     kind = getattr(transformers, f"{name}", None)
-    if getattr(kind, "config_class", None) is not config.kind:
+    if kind is None or getattr(kind, "config_class", None) is not config.kind:
         raise config.wrong(f"says {name} in architectures; expected a class of {config.kind.__name__}, or a task")
     target = next((each for each in targets.values() if each.name == name), None) or _target(kind, settings)
     extra = target.extra(has)

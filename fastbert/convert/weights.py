@@ -26,7 +26,7 @@ _SIZES = (
 
 def write_weights(
     source: Source, target: Target, folder: Path, settings: PretrainedConfig
-) -> tuple[dict[str, object], torch.dtype]:
+) -> tuple[dict[str, dict[str, object]], torch.dtype]:
     """Fills every parameter, file by file. Returns what came of each variable, and the dtype: the widest there is.
 
     Raises:

@@ -96,13 +96,13 @@ def refused(path: Path, output: Path, match: str, **options: Any) -> None:
 def assert_same(model: nn.Module, output: Path) -> Any:
     """That what was converted has the weights of `model`, bit by bit, and answers as it does; what was converted."""
     report = json.loads((output / "conversion.json").read_text())
-    found = getattr(transformers, report["class"]).from_pretrained(output).eval()
+    found = getattr(transformers, report["model"]).from_pretrained(output).eval()
     assert type(found).__name__ == type(model).__name__
     assert found.state_dict().keys() == model.state_dict().keys()
     for name, value in model.state_dict().items():
         assert torch.equal(found.state_dict()[name], value), name
     call = {"input_ids": models.ids(3, 17, high=99)}
-    call = {name: each[:, None] for name, each in call.items()} if "MultipleChoice" in report["class"] else call
+    call = {name: each[:, None] for name, each in call.items()} if "MultipleChoice" in report["model"] else call
     with torch.no_grad():
         ours, theirs = (each(**call).to_tuple() for each in (found, model))
     assert len(ours) == len(theirs) > 0
@@ -270,7 +270,7 @@ def test_the_task_that_is_asked_for(task: str, kind: Any, left: int, tmp_path: P
     old = write_old(models.seeded(hf.BertForPreTraining), tmp_path / "old")
     report = fastbert.convert(old, tmp_path / "new", task=task)
     reasons = [told for told in report["left_out"].values() if told.startswith(f"{kind.__name__} has no ")]
-    assert (report["class"], len(reasons), len(report["left_out"])) == (kind.__name__, left, left + 1)
+    assert (report["model"], len(reasons), len(report["left_out"])) == (kind.__name__, left, left + 1)
     loaded, told = kind.from_pretrained(tmp_path / "new", output_loading_info=True)
     assert not any(told.values())
     truth = models.seeded(hf.BertForPreTraining).state_dict()
@@ -837,7 +837,7 @@ def test_the_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["convert", str(checkpoint), "--output", str(tmp_path / "other"), "--json", "--task", "base"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads((tmp_path / "other" / "conversion.json").read_text())
-    assert report["class"] == "BertModel" and "classifier.bias" in report["left_out"]
+    assert report["model"] == "BertModel" and "classifier.bias" in report["left_out"]
 
 
 def test_the_command_refuses(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

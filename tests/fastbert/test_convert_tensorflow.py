@@ -322,12 +322,12 @@ def test_what_transformers_4_wrote(case: str, tmp_path: Path) -> None:
         (tmp_path / "words").write_text("\n".join(vocabulary(99)))
         given = {"vocab": tmp_path / "words"}
     report = fastbert.convert(WRITTEN / case, tmp_path / "new", **given)
-    assert report["class"] == case.partition("-")[0]
-    poolers = {f"{report['class']} has no mpnet.pooler.dense.{name}" for name in ("weight", "bias")}
+    assert report["model"] == case.partition("-")[0]
+    poolers = {f"{report['model']} has no mpnet.pooler.dense.{name}" for name in ("weight", "bias")}
     slots = {"names of objects", "count of checkpoints"}
     assert set(report["left_out"].values()) <= (poolers | slots if case != "MPNetModel" else set())
     outputs = np.load(WRITTEN / case / "outputs.npz")
-    model = getattr(transformers, report["class"]).from_pretrained(tmp_path / "new").eval()
+    model = getattr(transformers, report["model"]).from_pretrained(tmp_path / "new").eval()
     with torch.no_grad():
         ids = torch.from_numpy(outputs["input_ids"])
         stock, truth = model(ids), model.double()(ids)
