@@ -22,6 +22,8 @@ class _Made(NamedTuple):
     """What else it was made of: an object, which is kept, so that no other is the same."""
     prints: list[Tensor]
     """`_prints`, where writes that leave no version are looked for."""
+    seen: dict[int, Tensor]
+    """What GEMMs of so many rows made of `directions`, with the same parameters."""
     value: Any
 
 
@@ -31,14 +33,34 @@ def _prints(parameters: Sequence[Tensor | None]) -> list[Tensor]:
     for p in parameters:
         if p is not None:
             rows = p.detach().view(-1, p.shape[-1]).float()
-            found.append(torch.mv(rows, _directions(rows.shape[1])))
+            found.append(torch.mv(rows, directions(rows.shape[1])))
     return found
 
 
 @functools.lru_cache(16)
-def _directions(length: int) -> Tensor:
+def directions(length: int) -> Tensor:
+    """A random vector, always the same."""
     with torch.inference_mode(False):
         return torch.randn(length, generator=torch.Generator().manual_seed(0))
+
+
+_SEEN = 16
+"""Of each place, so many of `_Made.seen` are kept: 2 KB each of a base model."""
+
+
+def _is_as_seen(made: _Made, parameters: Sequence[Tensor | None], seen: tuple[int, Tensor] | None) -> bool:
+    """Whether `parameters` hold what they held: by `seen`, or else by reading them."""
+    if seen is not None:
+        before = made.seen.get(seen[0])
+        if before is not None and torch.equal(before, seen[1]):
+            return True
+    if not all(map(torch.equal, made.prints, _prints(parameters))):
+        return False
+    if seen is not None:  # a GEMM of another number of rows may round otherwise
+        if len(made.seen) >= _SEEN:
+            made.seen.clear()
+        made.seen[seen[0]] = seen[1].clone()
+    return True
 
 
 class Derived:
@@ -61,6 +83,7 @@ class Derived:
         make: Callable[[], T],
         source: object = None,
         watched: bool = False,
+        seen: tuple[int, Tensor] | None = None,
     ) -> T:
         """What `make` returns: from before, if none of `parameters` is another one or has been written to since.
 
@@ -71,21 +94,23 @@ class Derived:
             source: what else it is made of, the same or equal.
             watched: whether writes that leave no version, by `weight.data`, are to be seen, too: on a CPU, where
                 parameters are read for it, and not on a GPU, which the host would have to wait for.
+            seen: how many rows a GEMM by the first two of `parameters` had, weight and bias, and what it made of one of
+                them, `directions`. The same bits as before: the parameters need not be read.
         """
         if any(p is not None and p.is_inference() for p in parameters):  # writing to it leaves no trace
             return make()
         watched = watched and all(p is None or p.device.type == "cpu" for p in parameters)
-        prints = _prints(parameters) if watched else []
         key = tuple(None if p is None else (p.data_ptr(), p._version) for p in parameters)
         made = self.made.get(place)
         if made is not None and made.key == key and not any(storage.expired() for storage in made.storages):
             same = made.source is source or (isinstance(source, tuple) and made.source == source)
-            if same and all(map(torch.equal, made.prints, prints)):
+            if same and (not watched or _is_as_seen(made, parameters, seen)):
                 found: T = made.value
                 return found
+        prints = _prints(parameters) if watched else []
         value = make()
         # What a CUDA graph makes as it is captured is the graph's own, made again at each replay.
         if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             storages = tuple(StorageWeakRef(p.untyped_storage()) for p in parameters if p is not None)
-            self.made[place] = _Made(key, storages, source, prints, value)
+            self.made[place] = _Made(key, storages, source, prints, {}, value)
         return value

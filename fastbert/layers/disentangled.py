@@ -18,8 +18,8 @@ from .. import ops
 from ..runtime.support import is_plain, is_readable, is_rowwise, named, oddity
 from .attention import Attention
 from .context import Context
-from .derived import Derived
-from .gemm import Called, Gemm, Norm, Path, Precision, Quantized, child, plain
+from .derived import Derived, directions
+from .gemm import Called, Gemm, Linear, Norm, Path, Precision, Quantized, Stacked, child, plain
 from .norm import dropouts_at, norm_of
 
 
@@ -170,9 +170,14 @@ class BoundDisentangled(NamedTuple):
 
     def infer(self, x: Tensor, quantized: Quantized | None, context: Context) -> tuple[Tensor, Quantized | None]:
         """x (T, H) -> what the last GEMM multiplies, (T, heads * head_dim)."""
-        qkv = self.first(x, quantized).view(x.shape[0], 3, -1, self.head_dim)
-        del quantized
         relative = None if self.relative is None else context.tables[self.relative]
+        shows = relative is not None and self._shows(x, relative)
+        rows = torch.cat((x, directions(x.shape[1])[None])) if shows else x
+        qkv = self.first(rows, quantized).view(rows.shape[0], 3, -1, self.head_dim)
+        seen: list[tuple[int, Tensor] | None] = [None, None]
+        if shows:  # of keys, which c2p has, and of queries
+            seen, qkv = [(len(qkv), qkv[-1, 1]), (len(qkv), qkv[-1, 0])], qkv[:-1]
+        del quantized, rows
         if context.map is not None:
             context.map.found = self._map(qkv, relative, context, context.map.heads)
         if relative is None:
@@ -181,7 +186,7 @@ class BoundDisentangled(NamedTuple):
                 return self.last.attention(*arguments)
             attended = ops.attention(*arguments)
         else:
-            c2p, p2c = (self._made(each, relative) for each in self.positions)
+            c2p, p2c = (self._made(each, relative, own) for each, own in zip(self.positions, seen, strict=True))
             given = relative.slots, *context.sequences(), self.scale, 0.0, None, context.packing.tiles
             attended, _ = ops.disentangled_attention(qkv, c2p, p2c, *given)
         return _spread(attended, qkv[:, 2], context).flatten(1), None
@@ -201,8 +206,21 @@ class BoundDisentangled(NamedTuple):
         mask = context.packing.key_mask
         return found if mask is None else found.masked_fill_(~mask[:, None, :, None], 1 / mask.shape[1])
 
-    def _made(self, gemm: Gemm | None, relative: Relative) -> Tensor | None:
-        """(P, heads, head_dim): keys or queries of positions, in inference."""
+    def _shows(self, x: Tensor, relative: Relative) -> bool:
+        """Whether queries and keys are made of one row more, by which a write to their weights is seen, on a CPU.
+
+        Positions are then made by the same weights, which need not be read once more for it.
+        """
+        if relative.derived is None or x.device.type != "cpu" or x.dtype is not torch.float32:
+            return False
+        if x.shape[0] > x.shape[1] or not isinstance(self.first, Stacked):  # so many rows cost more to copy
+            return False
+        query, _, key, *_ = self.first.parameters
+        own = zip(self.positions, (key, query), strict=True)
+        return all(gemm is None or (isinstance(gemm, Linear) and gemm.weight is weight) for gemm, weight in own)
+
+    def _made(self, gemm: Gemm | None, relative: Relative, seen: tuple[int, Tensor] | None = None) -> Tensor | None:
+        """(P, heads, head_dim): keys or queries of positions, in inference; `seen` as `Derived.get` has it."""
         if gemm is None:
             return None
 
@@ -218,7 +236,7 @@ class BoundDisentangled(NamedTuple):
             return make()
         linear: Any = gemm
         place, parameters = id(linear.weight), (linear.weight, linear.bias)  # whatever its data
-        return relative.derived.get(place, parameters, make_to_keep, relative.embeddings, watched=True)
+        return relative.derived.get(place, parameters, make_to_keep, relative.embeddings, True, seen)
 
     def train(self, x: Tensor, context: Context, rate: float, seed: Tensor | None) -> Tensor:
         """x (T, H) -> (T, H), the last GEMM's result; differentiable, with dropout of probabilities and positions."""

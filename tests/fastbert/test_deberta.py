@@ -14,7 +14,7 @@ from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
 
 import fastbert
 from fastbert import numerics, ops
-from fastbert.layers import disentangled, gemm
+from fastbert.layers import derived, disentangled, gemm
 from fastbert.layers.context import Context
 from fastbert.models import deberta_v2, probe
 from fastbert.runtime.packing import Packing
@@ -660,6 +660,29 @@ def test_replaced_code_runs_and_leaves_nothing(what: str, kind: Any, monkeypatch
             patch.setattr(owner, name, twice(getattr(owner, name)))
             torch.testing.assert_close(fused(ids).last_hidden_state, stock(ids).last_hidden_state)
         torch.testing.assert_close(fused(ids).last_hidden_state, plain)
+
+
+def test_weights_that_positions_share_need_not_be_read_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GEMM of queries and keys shows a write to them, be it to one element, through `.data`."""
+    fused, stock = pair()
+    read: list[int] = []
+    prints = derived._prints
+    monkeypatch.setattr(derived, "_prints", lambda some: [read.append(len(some)), prints(some)][1])
+    kept = fused.encoder.fastbert.coverage.derived
+    with torch.no_grad():
+        for length in (9, 17):  # a GEMM of another number of rows may round otherwise: read once more
+            ids = models.ids(2, length, high=100)
+            fused(ids)
+            fused(ids)
+            read.clear()
+            fused(ids)
+            assert read == [3]  # rel_embeddings and their LayerNorm; in no layer
+        for name in ("query_proj", "key_proj"):
+            for model in (fused, stock):
+                getattr(attention(model), name).weight.data[3, 5] += 0.5
+            before = dict(kept.made)
+            torch.testing.assert_close(fused(ids)[0], stock(ids)[0], rtol=1e-5, atol=1e-5)
+            assert sum(kept.made[place] is not made for place, made in before.items()) == 1
 
 
 def test_what_is_kept_does_not_grow() -> None:
