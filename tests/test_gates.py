@@ -382,11 +382,13 @@ def test_a_row_needs_the_gates_it_uses() -> None:
     assert state("fused", linear_in_any=NOT_RUN) == GREEN
     assert state("fused", dtype=torch.float16).startswith("not run: embedding.float16, ")
     assert state("fused", what="BertModel training step").startswith("not run: embedding_training.bfloat16, ")
-    assert state("fused", what="DebertaV2Model forward", attention_in_bfloat16=RED) == "not run: disentangled.bfloat16"
-    seen = {"disentangled_in_bfloat16": GREEN, "embedding_in_bfloat16": RED}
+    assert state("fused", what="DebertaV2Model forward", attention_in_bfloat16=RED) == (
+        "not run: disentangled.bfloat16, deberta.bfloat16"
+    )
+    seen = {"disentangled_in_bfloat16": GREEN, "deberta_in_bfloat16": GREEN, "embedding_in_bfloat16": RED}
     assert state("fused", what="DebertaV2Model forward", **seen) == GREEN
     steps = state("fused", what="DebertaV2Model training step", **seen)
-    assert steps.startswith("not run: linear_training.bfloat16, disentangled_training.bfloat16, ")
+    assert steps.startswith("not run: linear_training.bfloat16, disentangled_training.bfloat16, deberta_")
     assert state("fused", what="operator disentangled_attention", **seen) == GREEN
     assert state("stock", attention_in_bfloat16=RED) == GREEN
     assert state("fused", what="operator linear_gelu_backward", linear_training_in_bfloat16=RED).startswith("red: ")

@@ -18,7 +18,8 @@ BACKWARD = ("embedding_training", "linear_training", "attention_training", "laye
 # DeBERTa's in place of those; it has the stock embeddings.
 DEBERTA = {
     "attention": ("disentangled",),
-    "attention_training": ("disentangled_training",),
+    "attention_training": ("disentangled_training", "deberta_training"),
+    "model": ("deberta",),
     **dict.fromkeys(("embedding", "embedding_training"), ()),
 }
 GREEN, RED, NOT_RUN = "green", "red", "not run"

@@ -4,6 +4,7 @@ that is read, and what people train and run it with."""
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -296,9 +297,10 @@ def gradients(model: Any, masks: list[Tensor], everywhere: bool = False) -> dict
     found: dict[str, list[Tensor]] = {}
     for seed, mask in enumerate(masks):
         model.zero_grad()
-        hidden = model(models.ids(*mask.shape, seed=seed, high=100), attention_mask=mask.long()).last_hidden_state
+        ids = models.ids(*mask.shape, seed=seed, high=100).to(mask.device)
+        hidden = model(ids, attention_mask=mask.long()).last_hidden_state
         weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        (hidden * weights.to(hidden.dtype))[mask.bool() | everywhere].sum().backward()
+        (hidden * weights.to(hidden))[mask.bool() | everywhere].sum().backward()
         for name, parameter in model.named_parameters():
             # Those of biases, which softmax all but ignores, are judged with the weights'.
             found.setdefault(name.replace("proj.bias", "proj.weight"), []).append(parameter.grad.flatten().clone())
@@ -345,11 +347,70 @@ def test_gradients(kind: Any, shared: bool, padding: str) -> None:
 @pytest.mark.parametrize("seqlen", LENGTHS)
 @pytest.mark.parametrize("kind", [hf.DebertaV2Model, v1.DebertaModel])
 def test_gradients_at_every_length(kind: Any, seqlen: int, dtype: torch.dtype, padding: str) -> None:
-    lengths = [torch.tensor([[seqlen], [1 + seqlen // (3 + seed)]]) for seed in range(4)]
-    masks = [torch.arange(seqlen) < each for each in lengths]
-    if seqlen == 1:  # which has no padding, and no layout but one
-        padding, masks = "dense", [mask.expand(16, -1) if len(mask) == 1 else mask.repeat(8, 1) for mask in masks]
-    judge(seeded(kind, **QUIET), dtype, padding, masks, f"{kind.__name__} {seqlen} {dtype} {padding}")
+    judge_at((seqlen,) * 4, seeded(kind, **QUIET), dtype, padding)
+
+
+def judge_at(lengths: tuple[int, ...], model: Any, dtype: torch.dtype, padding: str) -> None:
+    """`judge`, by a batch of each length."""
+    device = next(model.parameters()).device
+    masks = []
+    for seed, seqlen in enumerate(lengths):
+        if seqlen == 1:  # which has no padding, and no layout but one
+            padding, rows = "dense", torch.ones(16, 1, dtype=torch.bool)
+        else:
+            rows = torch.arange(seqlen) < torch.tensor([[seqlen], [1 + seqlen // (3 + seed)]])
+        masks.append(rows.to(device))
+    judge(model, dtype, padding, masks, f"{type(model).__name__} {lengths} {dtype} {padding}")
+
+
+LARGE: dict[str, Any] = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 512}
+"""With heads of 64, as checkpoints have them."""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padding", ["packed", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [hf.DebertaV2Model, v1.DebertaModel])
+def test_on_a_gpu(kind: Any, dtype: torch.dtype, padding: str) -> None:
+    """Every length, and kinds of masks in turn; where rows of padding are computed, these, too."""
+    fused, stock, truth = models.three(seeded(kind, **LARGE).cuda(), dtype)
+    fastbert.fuse(fused, padding=padding)
+    for seqlen, name in zip((*LENGTHS, 37, 129), itertools.cycle(models.MASKS), strict=False):
+        mask = models.masks(5, seqlen)[name]
+        call = {"input_ids": models.ids(5, seqlen, high=100).cuda()}
+        if mask is not None:
+            call["attention_mask"] = mask.cuda()
+        real = torch.ones_like(call["input_ids"]) if mask is None or padding == "dense" else mask.cuda()
+        with torch.no_grad():
+            found = [each(**call).last_hidden_state[real.bool()] for each in (fused, stock, truth)]
+        numerics.assert_within_policy(*found, f"{kind.__name__} {seqlen} {name} {dtype} {padding}")
+    assert not stock_calls(fused)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [(1,), (37, 128, 129), (511, 512, 700)], ids=str)
+@pytest.mark.parametrize("padding", ["packed", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [hf.DebertaV2Model, v1.DebertaModel])
+def test_gradients_on_a_gpu(kind: Any, dtype: torch.dtype, padding: str, lengths: tuple[int, ...]) -> None:
+    judge_at(lengths, seeded(kind, **LARGE, **QUIET).cuda(), dtype, padding)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_convolution_on_a_gpu(dtype: torch.dtype) -> None:
+    """Packed and dense, and flattened; no sequence sees another."""
+    model = seeded(**LARGE, **CONFIGS["a convolution"]).cuda()
+    for padding in ("packed", "dense"):
+        fused, stock, truth = models.three(model, dtype)
+        fastbert.fuse(fused, padding=padding)
+        for seqlen in (37, 128, 129):
+            mask = models.masks(5, seqlen)["right"].cuda()  # type: ignore[union-attr]
+            call = {"input_ids": models.ids(5, seqlen, high=100).cuda(), "attention_mask": mask}
+            with torch.no_grad():
+                found = [each(**call).last_hidden_state[mask.bool()] for each in (fused, stock, truth)]
+            numerics.assert_within_policy(*found, f"{padding} {seqlen} {dtype}")
+        assert fused_calls(fused) == {padding: 3}
 
 
 @pytest.mark.slow

@@ -184,14 +184,27 @@ def test_kernels(family: str, name: str, monkeypatch: pytest.MonkeyPatch) -> Non
         compare(seeded(family, name, **shape), given, torch.float32, padding)
 
 
+DEBERTA_HEADS = [
+    pytest.param(*pair, id=pair[1]) for pair in heads("deberta", "deberta_v2") if not pair[1].endswith("Model")
+]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("family", "name"), BASES)
+@pytest.mark.parametrize(("family", "name"), BASES + DEBERTA_HEADS)
 def test_on_a_gpu(family: str, name: str, dtype: torch.dtype) -> None:
     given = [
         ({k: v if v is None else v.cuda() for k, v in call.items()}, real.cuda()) for call, real in calls(family, name)
     ]
     compare(seeded(family, name).cuda(), given, dtype, "packed")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padding", ["auto", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("family", "name"), DEBERTA_HEADS)
+def test_gradients_on_a_gpu(family: str, name: str, dtype: torch.dtype, padding: str) -> None:
+    compare_gradients(seeded(family, name, **NO_DROPOUT).cuda(), family, name, dtype, padding)
 
 
 def labelled(family: str, name: str, real: Tensor, seed: int) -> dict[str, Any]:
@@ -236,20 +249,22 @@ def judged_with(name: str) -> str:
 def gradients(model: Any, family: str, name: str, batches: int = 8) -> dict[str, Tensor]:
     """Each parameter's gradients of several batches, one after the other."""
     found: dict[str, list[Tensor]] = {}
+    device = next(model.parameters()).device
     for seed in range(batches):
         # Of several lengths: how a vendor's GEMM splits its sum hangs on them, and so does its error.
         mask = models.masks(12, 19 + 4 * seed)["right"]
         assert mask is not None
         model.zero_grad()
-        call = {"input_ids": padded(family, mask, seed), "attention_mask": mask}
+        call = {"input_ids": padded(family, mask, seed).to(device), "attention_mask": mask.to(device)}
         if "Model" in name:
             hidden = model(**call).last_hidden_state
             weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-            loss = (hidden * weights.to(hidden.dtype))[mask.bool()].sum()
+            loss = (hidden * weights.to(hidden))[call["attention_mask"].bool()].sum()
         else:
             if name.endswith("MultipleChoice"):
                 call = {k: v.view(4, 3, -1) for k, v in call.items()}
-            loss = model(**call, **labelled(family, name, mask.bool(), seed)).loss
+            labels = labelled(family, name, mask.bool(), seed)
+            loss = model(**call, **{k: v.to(device) for k, v in labels.items()}).loss
         loss.backward()
         for parameter, p in model.named_parameters():
             if p.grad is not None:
@@ -283,7 +298,11 @@ def each_head_once(cases: list[Any]) -> list[Any]:
 )
 def test_gradients(family: str, name: str, dtype: torch.dtype, padding: str) -> None:
     """In the dense layout padding has gradients of its own, and the rows of the padding in the tables get none."""
-    trio = [model.train() for model in models.three(seeded(family, name, **NO_DROPOUT), dtype)]
+    compare_gradients(seeded(family, name, **NO_DROPOUT), family, name, dtype, padding)
+
+
+def compare_gradients(model: Any, family: str, name: str, dtype: torch.dtype, padding: str) -> None:
+    trio = [each.train() for each in models.three(model, dtype)]
     fastbert.fuse(trio[0], padding=padding)
     found = [gradients(model, family, name) for model in trio]
     models.assert_all_within_policy(*found, f"{name} {padding}")
