@@ -76,8 +76,9 @@ class Attention:
             place = ".".join((name, *path))
             if reason := part_is_replaced(place, module, kind):
                 return reason
-            if module.__dict__.get("is_causal"):
-                return f"{place} is causal"
+            for flag in ("is_causal", "is_cross_attention"):
+                if module.__dict__.get(flag):
+                    return f"{place}.{flag} is set"
             implementation = getattr(module.__dict__.get("config"), "_attn_implementation", None)
             if implementation not in PLAIN_ATTENTION:
                 return f"{place} has a config of its own, of attention {implementation!r}"

@@ -119,6 +119,7 @@ class FusedEmbeddings(Mixin):
         odd = len(call) < len(args) + len(kwargs) or any(name not in names for name in kwargs)
         cached = call.get("past_key_values_length") or call.get("cache_length")  # before transformers 5.24; since
         odd = odd or not isinstance(input_ids, Tensor) or input_ids.dim() != 2
+        odd = odd or (token_type_ids is None and "token_type_ids" not in self.__dict__["_buffers"])
         if not (odd or known.are_vouched_for(self)):
             odd = known.foreign(family.name, None) is not None or own_method(self, called) is not None
             odd = odd or embeddings_are_unsupported(self) is not None

@@ -16,8 +16,8 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from gc import get_referents
-from operator import attrgetter
-from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from operator import attrgetter, is_, itemgetter
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodDescriptorType, ModuleType
 from typing import Any
 
 import torch
@@ -42,9 +42,16 @@ _FUNCTIONS = {
         "softmax",
     ),
     "torch": ("matmul", "pow", "tanh"),
+    "math": (),
 }
-# And what of this a family's code reads besides: of torch's operators, and of the built-in methods of tensors.
-_OPERATORS = {"__add__", "__getitem__", "__invert__", "__matmul__", "__mul__", "__sub__", "__truediv__"}
+# And what of these the code reads besides, a family's and fastbert's own; and of methods of tensors. Operators of
+# Python are methods that no code names.
+_BINARY = ("add", "and", "floordiv", "matmul", "mod", "mul", "or", "pow", "sub", "truediv", "xor")
+_OPERATORS = {f"__{kind}{name}__" for kind in ("", "r", "i") for name in _BINARY}
+_OPERATORS |= {f"__{name}__" for name in ("bool", "eq", "ge", "getitem", "gt", "invert", "le", "lt", "ne", "neg")}
+_OPERATORS |= {"__rdiv__", "__setitem__"}
+# Modules of fastbert that compute.
+_OURS = (".kernels.cpu", ".kernels.reference", ".layers.", ".models.", ".ops.", ".runtime.encoder", ".runtime.packing")
 # What decides how any module is called. torch.fx and torch.export put their own in its place as they trace.
 _CALLS = ("__call__", "__getattr__", "__getattribute__", "_call_impl", "_wrapped_call_impl")
 # Methods that take no part in a forward.
@@ -52,6 +59,7 @@ _ASIDE = {"__init__", "__repr__", "__setstate__", "extra_repr", "reset_parameter
 
 # torch's activations that work element by element, as all of transformers' own do.
 ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Tanh, nn.Sigmoid)
+_KINDS_OF_FUNCTIONS = (BuiltinFunctionType, FunctionType)
 _PLAIN = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding, *ELEMENTWISE)
 
 
@@ -88,6 +96,20 @@ def _is_theirs(function: object) -> bool:
     return all(_is_owned(_defined_in(f)) for f in _layers_of(function))
 
 
+def _is_theirs_by_name(function: object, name: str) -> bool:
+    """Whether a function is one of theirs, wherever it was defined, or a built-in one, and called so."""
+    function = getattr(function, "fget", function)
+    if isinstance(function, (BuiltinFunctionType, MethodDescriptorType)):
+        return function.__name__ == name
+    return _is_theirs(function) and getattr([None, *_layers_of(function)][-1], "__name__", None) == name
+
+
+def _made_of(function: FunctionType) -> list[object]:
+    """What decides what a function computes: its code, its defaults, and what is in the cells of its closure."""
+    named, cells = function.__kwdefaults__ or {}, function.__closure__ or ()
+    return [function.__code__, *(function.__defaults__ or ()), *named, *named.values(), *get_referents(*cells)]
+
+
 def is_own_act(act: object) -> bool:
     """Whether what an activation of transformers calls is one of torch's functions, or a method of its own."""
     act = act.func if isinstance(act, functools.partial) else getattr(act, "__func__", act)
@@ -99,15 +121,21 @@ def is_stock_class(kind: type[object], owner: str) -> bool:
     return kind.__module__ == owner and _foreign_method(kind) is None
 
 
-def _foreign_method(kind: type[object]) -> str | None:
-    """The name of a method of `kind` that takes part in a forward and is not its own."""
+def _methods_that_count(kind: type[object]) -> Iterator[tuple[str, Any]]:
+    """The methods of `kind` itself that may take part in a forward."""
     for name, value in vars(kind).items():
         function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
-        if name in _CALLS:
-            return name
         aside = name in _ASIDE or (name.startswith(("get_", "set_")) and name not in methods_used(kind))
-        counts = name == "forward" or (not aside and callable(function) and not isinstance(function, type))
-        if counts and not _is_own(function, kind.__module__, f"{kind.__qualname__}.{name}"):
+        if name == "forward" or (not aside and callable(function) and not isinstance(function, type)):
+            yield name, function
+
+
+def _foreign_method(kind: type[object]) -> str | None:
+    """The name of a method of `kind` that takes part in a forward and is not its own."""
+    if called := next((name for name in vars(kind) if name in _CALLS), None):
+        return called
+    for name, function in _methods_that_count(kind):
+        if not _is_own(function, kind.__module__, f"{kind.__qualname__}.{name}"):
             return name
     return None
 
@@ -124,6 +152,19 @@ def _read(module: ModuleType, functions: Iterable[object]) -> set[str]:
     """The names that those of `functions` read which a module defines, without what is wrapped around them."""
     inner = [list(_layers_of(getattr(f, "__func__", f)))[-1:] for f in functions]
     return {n for (f,) in filter(None, inner) if _defined_in(f) == module.__name__ for n in _names(f.__code__)}
+
+
+@functools.cache
+def _read_by_us() -> set[str]:
+    """The names that fastbert's own code reads where it computes."""
+    package, found = str(__package__).partition(".")[0], set()
+    for name, module in list(sys.modules.items()):
+        if module is not None and f"{name}.".startswith(tuple(package + each for each in _OURS)):
+            values = [*vars(module).values()]
+            values += [each for kind in values if isinstance(kind, type) for each in vars(kind).values()]
+            values = [getattr(each, "__func__", getattr(each, "fget", each)) for each in values]
+            found |= _read(module, [each for each in values if isinstance(each, FunctionType)])
+    return found
 
 
 def methods_used(kind: object) -> list[str]:
@@ -224,15 +265,21 @@ class Code:
         # Those that they are derived from, of which what decides how they are called is looked at.
         self._bases = {base for kind in self._kinds for base in kind.__mro__ if _is_theirs_class(base)} - {*self._kinds}
         # A class shows its dictionary through a proxy; that refers to nothing else.
-        self._dictionaries = [get_referents(vars(kind))[0] for kind in self._kinds]
+        dictionaries = [get_referents(vars(kind))[0] for kind in (*self._kinds, Tensor)]
         names, read = self._globals()
         self._names: dict[ModuleType, tuple[str, ...]] = {module: names, masking_utils: _masking()}
-        self._names |= {importlib.import_module(owner): names for owner, names in _FUNCTIONS.items()}
-        built_in = {name for name in read if isinstance(vars(torch).get(name), BuiltinFunctionType)}
-        self._names[torch] = tuple(sorted(built_in.union(self._names[torch])))
-        built_in = {n for n in read | _OPERATORS if callable(getattr(Tensor, n, None))}
-        self._methods = tuple(sorted(n for n in built_in if not _is_theirs(vars(Tensor).get(n, 0))))
-        self._kept = {f: f.__code__ for f in self._functions()}
+        read |= _read_by_us()
+        owners = {importlib.import_module(owner): names for owner, names in _FUNCTIONS.items()}
+        for owner, names in owners.items():
+            more = {name for name in read if isinstance(vars(owner).get(name), _KINDS_OF_FUNCTIONS)}
+            self._names[owner] = tuple(sorted({*names, *more}))
+        self._methods = read | _OPERATORS
+        self._tensor = dict(vars(Tensor))
+        self._kept = {f: _made_of(f) for f in self._functions()}
+        cells = [cell for f in self._kept for cell in f.__closure__ or ()]
+        named = [f.__kwdefaults__ for f in self._kept if f.__kwdefaults__]
+        self._refers = [*dictionaries, *self._kept, *cells, *named]
+        self._picks = [(vars(m), itemgetter(*names, names[0])) for m, names in self._names.items() if names]
         self._last: tuple[list[object], str | None, bool] = ([], None, True)
         self._moment: object = None
 
@@ -244,29 +291,37 @@ class Code:
         moment = getattr(_THREAD, "moment", None)
         if moment is not None and moment is self._moment:
             return self._last[1:]
-        found = get_referents(*self._dictionaries)
+        found = get_referents(*self._refers)
         found += map(vars(nn.Module).get, _CALLS)
-        found.append(vars(Tensor).keys().isdisjoint(self._methods))
-        for module, names in self._names.items():
-            found += map(vars(module).get, names)
-        found += map(attrgetter("__code__"), self._kept)
+        try:
+            for space, pick in self._picks:
+                found += pick(space)
+        except KeyError:  # one that has been removed
+            found.append(None)
         found += map(attrgetter("__call__"), self._classes)  # of what they are derived from, too
         seen, reason, takes_plan = self._last
-        if found != seen:
+        if self._differ(found, seen):
             model = self._classes[0]
             reason, takes_plan = self._look(), is_stock_class(model, self._module.__name__)
             self._last = found, reason, takes_plan
         self._moment = moment
         return reason, takes_plan
 
+    @staticmethod
+    def _differ(found: list[object], seen: list[object]) -> bool:
+        try:
+            return found != seen
+        except Exception:  # two others, which can't say in one word whether they are equal: tensors, arrays
+            return True
+
     def _functions(self) -> Iterator[Any]:
-        """The Python functions that are stood in for, unwrapped."""
-        values = [value for kind in self._kinds for value in vars(kind).values()]
+        """The Python functions that are stood in for, and what is wrapped around them."""
+        values = [function for kind in self._kinds for _, function in _methods_that_count(kind)]
         values += [vars(module).get(name) for module, names in self._names.items() for name in names]
+        values += [vars(kind).get(name) for kind in (nn.Module, *self._bases) for name in _CALLS]
+        values += [ALL_ATTENTION_FUNCTIONS.get(name) for name in ALL_ATTENTION_FUNCTIONS.valid_keys()]
         for value in values:
-            value = inspect.unwrap(getattr(value, "__func__", value)) if callable(value) else value
-            if isinstance(value, FunctionType):
-                yield value
+            yield from (each for each in _layers_of(value) if isinstance(each, FunctionType))
 
     def _globals(self) -> tuple[tuple[str, ...], set[str]]:
         """Functions and modules that the code of the classes reads from its module; and all names that it reads."""
@@ -301,16 +356,22 @@ class Code:
                     own = own and value is sys.modules.get(value.__name__)
                 elif module in (self._module, masking_utils):  # defined there, or imported from elsewhere
                     own = _is_theirs(value) and getattr([None, *_layers_of(value)][-1], "__name__", None) == name
-                else:
+                elif name in _FUNCTIONS[module.__name__]:
                     own = _is_own(value, module.__name__, name)
+                else:
+                    own = _is_theirs_by_name(value, name)
                 if not own:
                     return f"{module.__name__}.{name} is {said(value)}"
-        for name in self._methods:  # that are built in: Tensor has none of its own
-            if name in vars(Tensor):
-                return f"Tensor.{name} is {said(vars(Tensor)[name])}"
-        for function, code in self._kept.items():
-            if function.__code__ is not code:
-                return f"the code of {said(function)} has been replaced"
+        for name in self._methods.intersection(vars(Tensor)):
+            value = vars(Tensor)[name]
+            layers = [each for each in _layers_of(value) if isinstance(each, FunctionType)]  # around built-in ones
+            kept = value is self._tensor.get(name) and all(_is_owned(_defined_in(each)) for each in layers)
+            if not kept and not _is_theirs_by_name(value, name):
+                return f"Tensor.{name} is {said(value)}"
+        for function, parts in self._kept.items():
+            made = _made_of(function)
+            if len(made) != len(parts) or not all(map(is_, made, parts)):
+                return f"the code of {said(function)}, its defaults or what its closure holds has been replaced"
         return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import pickle
 import weakref
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fastbert
+from fastbert.models import probe
 from fastbert.runtime import coverage
 from tests import models
 
@@ -106,6 +108,59 @@ def test_no_change_goes_unnoticed(change: Callable[[Any, Any], None], monkeypatc
     assert not torch.allclose(expected, before, atol=1e-3)  # the change is one that tells
     torch.testing.assert_close(last(fused), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(last(fused), last(stock), rtol=1e-4, atol=1e-5)
+
+
+def other(value: object) -> object:
+    """What an attribute may be instead; the same, where it is no number and no flag."""
+    if value is None or isinstance(value, bool):
+        return not value
+    return 2 * value + 1 if isinstance(value, (int, float)) else value
+
+
+FAMILIES = ("bert", "distilbert", "mpnet", "deberta", "deberta_v2")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_attribute_goes_unread(name: str) -> None:
+    """Each of each module of the first layer, and of what is beside the layers, is another for two calls."""
+    family: Any = importlib.import_module(f"fastbert.models.{name}").FAMILY
+    torch.manual_seed(0)
+    stock = probe._small(family, family.base)
+    for module in stock.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    fused = fastbert.fuse(copy.deepcopy(stock), padding="packed")
+    mask = models.masks(3, 11)["right"]
+    assert mask is not None
+    call = {"input_ids": models.ids(3, 11, high=16), "attention_mask": mask}
+
+    def answer(model: Any) -> Tensor | None:
+        with torch.no_grad():
+            try:
+                hidden: Tensor = model(**call)[0]
+            except Exception:  # it is for stock to say what it can't be
+                return None
+        return hidden[mask.bool()]
+
+    plain, told = answer(fused), 0
+    assert plain is not None
+    later = tuple(".".join((*family.stack, str(i))) for i in (1, 2))
+    for path, module in list(stock.named_modules()):
+        for attribute, value in [] if path.startswith(later) else list(vars(module).items()):
+            if other(value) is value or attribute == "max_norm":  # which writes to the weight
+                continue
+            pair, what = (module, fused.get_submodule(path)), f"{path}.{attribute} = {other(value)!r}"
+            for each in pair:
+                setattr(each, attribute, other(value))
+            expected, found = answer(stock), answer(fused)
+            if expected is not None:
+                assert found is not None, what
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, msg=what)
+                told += not torch.allclose(expected, plain, rtol=1e-3, atol=1e-3)
+            for each in pair:
+                setattr(each, attribute, value)
+    assert told >= 3  # scales and eps
+    assert torch.equal(answer(fused), plain)  # type: ignore[arg-type]
 
 
 def test_a_hook_that_moves_from_a_layer_into_it_is_seen() -> None:

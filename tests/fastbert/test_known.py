@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
+import math
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -24,6 +26,7 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert import modeling_bert as hf
+from transformers.models.mpnet import modeling_mpnet as mpnet
 
 import fastbert
 from tests import fresh, models
@@ -49,7 +52,9 @@ def halved(function: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(out, tuple):
             return (out[0] * 0.5, *out[1:])
         if isinstance(out, Tensor):
-            return out * 0.5
+            return out.mul(0.5)
+        if isinstance(out, float):
+            return 0.5 * out
         out.last_hidden_state = out.last_hidden_state * 0.5
         return out
 
@@ -62,7 +67,7 @@ def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def squared(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args: function(*args) ** 2
+    return lambda *args, **kwargs: function(*args, **kwargs) ** 2
 
 
 def strict(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -116,6 +121,9 @@ PATCHES: dict[str, tuple[Any, str, Callable[[Any], Any], str]] = {
     ),
     "torch.nn.functional.softmax": (nn.functional, "softmax", halved, "eager"),
     "torch.matmul": (torch, "matmul", halved, "eager"),
+    "torch.layer_norm": (torch, "layer_norm", halved, "sdpa"),  # which torch.nn.functional's calls
+    "torch.embedding": (torch, "embedding", squared, "sdpa"),
+    "Tensor.__add__": (Tensor, "__add__", halved, "eager"),
 }
 
 
@@ -212,6 +220,99 @@ def test_code_replaced_inside_a_function() -> None:
         function.__code__ = before
     last(fused)
     assert sum(said(fused).fused_calls.values()) == 2
+
+
+def other_defaults(**changes: Any) -> Any:
+    """Makes defaults of a function others, by the parameters' names."""
+
+    def change(function: Any, patch: pytest.MonkeyPatch) -> None:
+        names = list(inspect.signature(function).parameters)[-len(function.__defaults__) :]
+        values = [changes.get(name, x) for name, x in zip(names, function.__defaults__, strict=True)]
+        patch.setattr(function, "__defaults__", tuple(values))
+
+    return change
+
+
+def keyword_default(function: Any, patch: pytest.MonkeyPatch) -> None:
+    def forward(self: Any, hidden_states: Tensor, *, factor: float = 0.5) -> Tensor:
+        rows: Tensor = factor * self.intermediate_act_fn(self.dense(hidden_states))
+        return rows
+
+    patch.setattr(function, "__code__", forward.__code__)
+    patch.setattr(function, "__kwdefaults__", forward.__kwdefaults__)
+
+
+def what_a_decorator_holds(function: Any, patch: pytest.MonkeyPatch) -> None:
+    (cell,) = (each for each in function.__closure__ if each.cell_contents is function.__wrapped__)
+    patch.setattr(cell, "cell_contents", halved(cell.cell_contents))
+
+
+def values_alone(function: Any, patch: pytest.MonkeyPatch) -> None:
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+        return value.transpose(1, 2).contiguous(), None
+
+    patch.setattr(function, "__code__", attend.__code__)
+    patch.setattr(function, "__defaults__", None)
+
+
+# A function of stock code, and what is changed in it: it stays the same object.
+IN_PLACE: dict[str, tuple[Any, Any]] = {
+    "a default of a model's": (inspect.unwrap(MPNetModel.forward), other_defaults(output_hidden_states=True)),
+    "a keyword's default": (inspect.unwrap(mpnet.MPNetIntermediate.forward), keyword_default),
+    "what a decorator holds": (hf.BertModel.forward, what_a_decorator_holds),
+    "the code of an attention in its registry": (ALL_ATTENTION_FUNCTIONS["sdpa"], values_alone),
+}
+
+
+@pytest.mark.parametrize("what", IN_PLACE)
+def test_what_a_function_is_made_of(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, change = IN_PLACE[what]
+    of_mpnet = function.__module__ == mpnet.__name__
+    stock = MPNetModel(MPNetConfig(vocab_size=300, **SMALL)).eval() if of_mpnet else models.seeded(**SMALL)
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    ids = models.ids(3, 11)
+    with torch.no_grad():
+        before = stock(ids)
+        torch.testing.assert_close(fused(ids).to_tuple(), before.to_tuple(), rtol=1e-4, atol=1e-5)
+        with monkeypatch.context() as patch:
+            change(function, patch)
+            expected, found, during = stock(ids), fused(ids), said(fused)
+        after = fused(ids)
+    told = len(expected) != len(before) or not torch.allclose(expected[0], before[0], atol=1e-2)
+    assert told and found.keys() == expected.keys()
+    torch.testing.assert_close(found.to_tuple(), expected.to_tuple(), rtol=0, atol=0)
+    assert f".{function.__qualname__}, its defaults or" in during.reason
+    assert during.stock_calls == {during.reason: 1}
+    torch.testing.assert_close(after.to_tuple(), before.to_tuple(), rtol=1e-4, atol=1e-5)
+    assert sum(said(fused).fused_calls.values()) == 2
+
+
+@pytest.mark.parametrize("name", ["flatten", "view_as", "unbind", "to", "t"])
+def test_methods_of_tensors_that_fastbert_calls(name: str) -> None:
+    """Replaced by others, which stock code needn't call."""
+    stock = models.seeded(**SMALL)
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    before = last(fused)
+    method = getattr(Tensor, name)
+    with replaced(Tensor, name, lambda x, *args, **kwargs: method(x, *args, **kwargs)):
+        found, expected = last(fused), last(stock)
+        assert f"Tensor.{name} is" in said(fused).reason
+    assert torch.equal(found, expected)
+    with replaced(Tensor, "a_method_of_ones_own", method), replaced(Tensor, "__str__", method):
+        assert said(fused).reason is None
+    torch.testing.assert_close(last(fused), before)
+    assert sum(said(fused).fused_calls.values()) == 2
+
+
+def test_a_function_of_another_module() -> None:
+    """MPNet's scale is math.sqrt's."""
+    stock = MPNetModel(MPNetConfig(vocab_size=300, **SMALL)).eval()
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    before = last(fused)
+    with replaced(math, "sqrt", halved(math.sqrt)):
+        found, expected, reason = last(fused), last(stock), said(fused).reason
+    assert torch.equal(found, expected) and not torch.allclose(found, before)
+    assert reason.startswith("math.sqrt is")
 
 
 def test_what_an_activation_calls() -> None:
