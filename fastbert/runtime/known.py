@@ -96,12 +96,20 @@ def _is_theirs(function: object) -> bool:
     return all(_is_owned(_defined_in(f)) for f in _layers_of(function))
 
 
-def _is_theirs_by_name(function: object, name: str) -> bool:
-    """Whether a function is one of theirs, wherever it was defined, or a built-in one, and called so."""
-    function = getattr(function, "fget", function)
-    if isinstance(function, (BuiltinFunctionType, MethodDescriptorType)):
-        return function.__name__ == name
-    return _is_theirs(function) and getattr([None, *_layers_of(function)][-1], "__name__", None) == name
+def _is_left(function: object, name: str, first: object) -> bool:
+    """Whether what stands under a name in torch or Tensor is theirs; `first` is what stood there before.
+
+    Around what is built in there may be functions of Python's. Some, and some operators, have other names of their own.
+    """
+    function = function.fget if isinstance(function, property) else function
+    layers = list(_layers_of(function))
+    built_in = (BuiltinFunctionType, MethodDescriptorType)
+    theirs = [_is_owned(_defined_in(f)) if isinstance(f, FunctionType) else isinstance(f, built_in) for f in layers]
+    if not layers or not all(theirs):
+        return False
+    first = first.fget if isinstance(first, property) else first
+    named = getattr(layers[-1], "__name__", None) == name
+    return named or (function is first and (isinstance(layers[0], FunctionType) or name.startswith("__")))
 
 
 def _made_of(function: FunctionType) -> list[object]:
@@ -121,7 +129,7 @@ def is_stock_class(kind: type[object], owner: str) -> bool:
     return kind.__module__ == owner and _foreign_method(kind) is None
 
 
-def _methods_that_count(kind: type[object]) -> Iterator[tuple[str, Any]]:
+def _methods_that_count(kind: type[object]) -> Iterator[tuple[str, object]]:
     """The methods of `kind` itself that may take part in a forward."""
     for name, value in vars(kind).items():
         function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
@@ -274,7 +282,9 @@ class Code:
             more = {name for name in read if isinstance(vars(owner).get(name), _KINDS_OF_FUNCTIONS)}
             self._names[owner] = tuple(sorted({*names, *more}))
         self._methods = read | _OPERATORS
-        self._tensor = dict(vars(Tensor))
+        self._first: dict[tuple[object, str], object]
+        self._first = {(m, name): vars(m).get(name) for m, names in self._names.items() for name in names}
+        self._first |= {(Tensor, name): value for name, value in vars(Tensor).items()}
         self._kept = {f: _made_of(f) for f in self._functions()}
         cells = [cell for f in self._kept for cell in f.__closure__ or ()]
         named = [f.__kwdefaults__ for f in self._kept if f.__kwdefaults__]
@@ -359,15 +369,15 @@ class Code:
                 elif name in _FUNCTIONS[module.__name__]:
                     own = _is_own(value, module.__name__, name)
                 else:
-                    own = _is_theirs_by_name(value, name)
+                    own = _is_left(value, name, self._first[module, name])
                 if not own:
                     return f"{module.__name__}.{name} is {said(value)}"
-        for name in self._methods.intersection(vars(Tensor)):
-            value = vars(Tensor)[name]
-            layers = [each for each in _layers_of(value) if isinstance(each, FunctionType)]  # around built-in ones
-            kept = value is self._tensor.get(name) and all(_is_owned(_defined_in(each)) for each in layers)
-            if not kept and not _is_theirs_by_name(value, name):
-                return f"Tensor.{name} is {said(value)}"
+        methods = [
+            n for n, x in vars(Tensor).items() if n in self._methods and (callable(x) or isinstance(x, property))
+        ]
+        for name in methods:
+            if not _is_left(vars(Tensor)[name], name, self._first.get((Tensor, name))):
+                return f"Tensor.{name} is {said(vars(Tensor)[name])}"
         for function, parts in self._kept.items():
             made = _made_of(function)
             if len(made) != len(parts) or not all(map(is_, made, parts)):
