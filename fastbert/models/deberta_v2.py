@@ -21,7 +21,7 @@ from ..layers.layer import Layer
 from ..runtime.packing import Packing
 from ..runtime.plan import Plan
 from ..runtime.readers import FIRST, LABELS, SPANS
-from ..runtime.support import is_plain
+from ..runtime.support import is_hooked, is_plain
 from .classes import predictions, register
 from .family import Family
 from .heads import Vocabulary
@@ -127,6 +127,16 @@ def run(model: hf.DebertaV2Model, call: dict[str, object], plan: Plan) -> object
     return result if (model.config.return_dict if whole is None else whole) else result.to_tuple()
 
 
+def _reach(conv: Any) -> int | None:
+    """How many rows a convolution sees to each side, if it is stock's and nobody sees its arguments."""
+    if type(conv) is not hf.ConvLayer or any(map(is_hooked, conv.modules())) or not is_plain(conv.conv, nn.Conv1d):
+        return None
+    own = conv.conv
+    reach = own.dilation[0] * (own.kernel_size[0] - 1) // 2
+    as_made = own.stride == (1,) and own.padding == (reach,) and own.padding_mode == "zeros"
+    return reach if as_made and own.kernel_size[0] % 2 else None
+
+
 def _convolve(encoder: hf.DebertaV2Encoder, first: Tensor, hidden_states: Tensor, plan: Plan) -> Tensor:
     """The convolution after the first layer, in which every row sees its neighbours: zeros beyond a sequence's ends."""
     if encoder.conv is None:
@@ -137,6 +147,13 @@ def _convolve(encoder: hf.DebertaV2Encoder, first: Tensor, hidden_states: Tensor
     if starts is None:
         convolved: Tensor = encoder.conv(first, hidden_states, mask)
         return convolved
+    gap = _reach(encoder.conv)
+    if gap is not None:  # as many zeros between two sequences: nothing is read from the device
+        rows = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+        before = torch.bucketize(rows, starts[1:].to(rows), right=True)  # sequences
+        places, whole = rows + gap * before, len(rows) + gap * max(plan.packing.batch - 1, 0)
+        apart = (x.new_zeros(1, whole, *x.shape[2:]).index_copy(1, places, x) for x in (first, hidden_states, mask))
+        return encoder.conv(*apart).index_select(1, places)
     lengths = starts.diff().tolist()
     padded = (pad_sequence(list(rows[0].split(lengths)), batch_first=True) for rows in (first, hidden_states, mask))
     return torch.cat([row[:length] for row, length in zip(encoder.conv(*padded), lengths, strict=True)])[None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import types
 from typing import Any
 
 import pytest
@@ -219,6 +220,40 @@ def test_a_flattened_call_keeps_sequences_apart(changes: dict[str, Any]) -> None
     torch.testing.assert_close(found, expected)
 
 
+CONVOLUTIONS: dict[str, dict[str, Any]] = {
+    "of one row": {"conv_kernel_size": 1},
+    "of three": {"conv_kernel_size": 3, "conv_act": "gelu"},
+    "of five, in groups": {"conv_kernel_size": 5, "conv_groups": 3},
+}
+
+
+@pytest.mark.parametrize("seen", [False, True])
+@pytest.mark.parametrize("changes", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_packed_convolutions(changes: dict[str, Any], seen: bool) -> None:
+    """Also of sequences shorter than its reach, and without a token; one whose arguments somebody sees is given them
+    padded, as stock gives them."""
+    fused, stock = pair(**changes)
+    shapes = []
+    for model in (fused, stock) if seen else ():
+        model.encoder.conv.conv.register_forward_pre_hook(lambda _, given: shapes.append(tuple(given[0].shape)))
+    mask = torch.arange(9) < torch.tensor([[9], [1], [0], [2], [7], [0]])
+    call = {"input_ids": models.ids(6, 9, high=100), "attention_mask": mask.long()}
+    with torch.no_grad():
+        found, expected = (model(**call).last_hidden_state[mask] for model in (fused, stock))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert shapes == ([(6, 48, 9)] * 2 if seen else [])
+    assert fused_calls(fused) == {"packed": 1}
+
+
+def test_a_packed_convolution_reads_nothing_from_the_device() -> None:
+    with torch.device("meta"):
+        encoder = hf.DebertaV2Model(hf.DebertaV2Config(**{**deberta_v2.FAMILY.sizes, "conv_kernel_size": 3})).encoder
+        rows, mask = torch.empty(1, 15, 48), torch.ones(3, 9)
+        layout = Packing(3, 9, 9, torch.empty(4, dtype=torch.int32), None, torch.empty(15, dtype=torch.int64))
+        plan: Any = types.SimpleNamespace(mask=mask, packing=layout)
+        assert deberta_v2._convolve(encoder, rows, rows, plan).shape == (1, 15, 48)
+
+
 def test_a_flattened_call_that_runs_stock_is_refused() -> None:
     """Stock takes no mask that would keep its sequences apart."""
     fused, _ = pair()
@@ -411,6 +446,22 @@ def test_a_convolution_on_a_gpu(dtype: torch.dtype) -> None:
                 found = [each(**call).last_hidden_state[mask.bool()] for each in (fused, stock, truth)]
             numerics.assert_within_policy(*found, f"{padding} {seqlen} {dtype}")
         assert fused_calls(fused) == {padding: 3}
+
+
+@pytest.mark.gpu
+def test_a_convolution_waits_for_no_gpu() -> None:
+    """But once, for the layout."""
+    model = fastbert.fuse(seeded(**LARGE, **CONFIGS["a convolution"]).cuda(), padding="packed")
+    call = {k: v.cuda() for k, v in padded().items()}
+    with torch.no_grad():
+        model(**call)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with pytest.warns(UserWarning, match="synchronizing") as caught:
+                model(**call)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in caught if "synchronizing" in str(w.message)]) == 1
 
 
 @pytest.mark.slow
