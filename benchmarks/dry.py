@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
+import dataclasses
 import functools
 import importlib
 import json
@@ -488,8 +489,12 @@ def install(arch: str, compiles: bool, listed: str | None, layers: int | None, s
         for shape in cases.SHAPES.values():
             shape["num_hidden_layers"] = layers
         bench.run = lambda *args, **more: measure(*args, **{**more, "repeats": bench.LEAST_REPEATS})
+    def less(name: str, batch: int = 16) -> cases.Workload:
+        found = workload(name, min(batch, 4))
+        return dataclasses.replace(found, lengths=tuple(min(length, 1024) for length in found.lengths))
+
     if small:
-        cases.workload = lambda name, batch=16: workload(name, min(batch, 4))
+        cases.workload = less
 
     mm = torch.mm
 
@@ -657,7 +662,7 @@ def main() -> int:
     parser.add_argument("--compiles", action="store_true", help="Triton compiles what would be launched")
     parser.add_argument("--list", type=Path, metavar="FILE", help="append what would be compiled")
     parser.add_argument("--layers", type=int, metavar="N", help="of benchmarks' models, which repeat three times then")
-    parser.add_argument("--small", action="store_true", help="models of one layer, 4 sequences at most")
+    parser.add_argument("--small", action="store_true", help="models of one layer, 4 sequences of 1,024 tokens at most")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -134,6 +134,12 @@ ON_A_GPU = (
         rows=((DEBERTA_STEP, "fused", "bfloat16"),),
     ),
     Step(
+        "deberta long forward",
+        1.0,
+        f"{BENCH} bfloat16 --size deberta-v3-small --workload dense8192 --batch 2 --peers {DEBERTA_PEERS}",
+        rows=((DEBERTA, "fused", "bfloat16"),),
+    ),
+    Step(
         "deberta training",
         1.0,
         f"{BENCH} bfloat16 --train --size deberta-v3-large --workload squad --batch 64 --peers {DEBERTA_PEERS}",

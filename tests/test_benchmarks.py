@@ -185,6 +185,7 @@ def test_the_steps_of_a_gpu_run(suite: Any, tmp_path: Path) -> None:
             continue
         less = ["--dtype", "float32", *(["--lengths", "128"] if "--lengths" in words else ["--batch", "2"])]
         less += ["--size", "deberta-v3-xsmall" if "deberta" in step.name else "minilm", "--device", "cpu"]
+        less += ["--workload", "dense128"] if "dense8192" in words else []
         less += ["--repeats", "3"] if "bench" in words and "--cold" not in words else []
         if "--peers" in words:  # compiling takes minutes here
             less += ["--peers", "torch-varlen"]

@@ -438,6 +438,10 @@ def _disentangled(arch: str, full: bool) -> Iterator[Spec]:
     else:
         yield from family(torch.bfloat16, 64, both, "packed", True)
         yield from family(torch.float16, 32, "p2c", "masked", True)
+        yield from family(torch.float32, 64, both, "packed", True, "tf32")
+        for spec in family(torch.bfloat16, 64, both, "masked", True):
+            if spec.kernel.__name__.startswith("attention"):
+                yield spec
         yield from family(torch.float32, 64, "c2p", "dense")
         for head_dim in (64, 128):
             yield from family(torch.bfloat16, head_dim, both, "packed", backward=False)
