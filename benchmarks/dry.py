@@ -489,6 +489,7 @@ def install(arch: str, compiles: bool, listed: str | None, layers: int | None, s
         for shape in cases.SHAPES.values():
             shape["num_hidden_layers"] = layers
         bench.run = lambda *args, **more: measure(*args, **{**more, "repeats": bench.LEAST_REPEATS})
+
     def less(name: str, batch: int = 16) -> cases.Workload:
         found = workload(name, min(batch, 4))
         return dataclasses.replace(found, lengths=tuple(min(length, 1024) for length in found.lengths))
