@@ -127,7 +127,7 @@ def run(model: hf.DebertaV2Model, call: dict[str, object], plan: Plan) -> object
     return result if (model.config.return_dict if whole is None else whole) else result.to_tuple()
 
 
-def _reach(conv: Any) -> int | None:
+def _reach(conv: hf.ConvLayer) -> int | None:
     """How many rows a convolution sees to each side, if it is stock's and nobody sees its arguments."""
     if type(conv) is not hf.ConvLayer or any(map(is_hooked, conv.modules())) or not is_plain(conv.conv, nn.Conv1d):
         return None
