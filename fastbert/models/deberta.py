@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
+import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.deberta import modeling_deberta as hf
@@ -12,7 +15,7 @@ from ..layers.layer import Layer
 from ..runtime.packing import Packing
 from ..runtime.readers import FIRST, LABELS, SPANS
 from .classes import register
-from .deberta_v2 import SIZES, refuses, relative, run, vocabulary
+from .deberta_v2 import SIZES, made_in_a_graph, refuses, relative, run, vocabulary
 from .family import Family
 
 _LAYOUT = Layer(
@@ -39,6 +42,13 @@ def _tables(
     if not encoder.relative_attention:
         return {"relative": None}
     return {"relative": relative(encoder, -1, hidden_states.device, packing.max_seqlen)}
+
+
+def _graph_tables(
+    encoder: hf.DebertaEncoder, device: torch.device, longest: int
+) -> Callable[[], Mapping[str, object]] | None:
+    """`Family.graph_tables`."""
+    return made_in_a_graph(encoder, -1, device, longest)
 
 
 def _shared(encoder: hf.DebertaEncoder) -> dict[str, object]:
@@ -69,6 +79,7 @@ FAMILY = register(
         hf.DebertaConfig,
         output=BaseModelOutput,
         tables=_tables,
+        graph_tables=_graph_tables,
         shared=_shared,
         run=run,
         takes_square_mask=False,

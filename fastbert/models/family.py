@@ -61,6 +61,9 @@ class Family:
     hidden_states as the layout has them, (1, T, H) or (B, S, H). Without position_ids, `packing.positions` says where
     in its sequence every row is. Where there are tables, layers don't mix with stock ones, which are called otherwise.
     """
+    graph_tables: Callable[..., Callable[[], Mapping[str, object]] | None] | None = None
+    """(encoder, device, longest sequence) -> what makes `tables` as a CUDA graph is captured: of weights, anew at each
+    replay, and of what it holds itself. None: no graph is captured."""
     shared: Callable[..., Mapping[str, object]] | None = None
     """(encoder) -> attributes, with their values, that the attention of every layer must have: where stock code reads
     them of a layer and fastbert of the encoder, or the other way round. A layer that differs runs stock."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -80,12 +80,16 @@ def _version(parameter: Tensor) -> int:
 class Fingerprint:
     """What decides how layers compute, as it was: a `Snapshot`, and where parameters lie."""
 
-    def __init__(self, layers: nn.ModuleList, versions: bool) -> None:
+    def __init__(self, encoder: nn.Module, layers: nn.ModuleList, versions: bool) -> None:
         """`versions`: a parameter that has been written to is another one, too."""
         self._layers = layers
         self._kinds: tuple[Any, ...] = (Tensor.data_ptr, Tensor.size, Tensor.stride)
         self._kinds += (_version,) if versions else ()
-        self._snapshot = Snapshot([[layers], *(list(layer.modules()) for layer in layers)])
+        groups: list[list[nn.Module]] = [[layers], *(list(layer.modules()) for layer in layers)]
+        if type(encoder).family.tables is not None:  # type: ignore[attr-defined]  # which are made of it
+            others = (module for child in encoder.children() if child is not layers for module in child.modules())
+            groups.append([encoder, *others])
+        self._snapshot = Snapshot(groups)
         self._layouts = self._look()
         # Until `holds` has said no a graph may be replayed: the memory it reads stays.
         self._memory = [parameter.detach() for parameter in self._snapshot.parameters]
@@ -98,8 +102,22 @@ class Fingerprint:
         return [list(map(kind, self._snapshot.parameters)) for kind in self._kinds]
 
 
-def _is_open(layers: nn.ModuleList) -> str | None:
+_DOES_MORE = "its encoder does more than to call its layers"
+
+
+def _tables_of(encoder: nn.Module, device: torch.device, longest: int) -> Callable[[], Mapping[str, object]] | None:
+    """What makes the tables of a graph; None where none is captured."""
+    family = type(encoder).family  # type: ignore[attr-defined]
+    if family.tables is None:
+        return dict
+    made: Callable[[], Mapping[str, object]] | None = family.graph_tables(encoder, device, longest)
+    return made
+
+
+def _is_open(encoder: nn.Module, layers: nn.ModuleList) -> str | None:
     """Why more than parameters, as they are now, decides what layers compute; None where nothing does."""
+    if _tables_of(encoder, next(layers.parameters()).device, 1) is None:
+        return _DOES_MORE
     if not all(isinstance(layer, FusedLayer) for layer in layers):
         return "a layer is wrapped"
     for module in layers.modules():
@@ -197,6 +215,8 @@ class Graphs:
         self._fingerprint: Fingerprint | None = None
         self._graphs: OrderedDict[Bucket, Any] = OrderedDict()
         """By bucket, the least recently used first."""
+        self._tables: dict[Bucket, object] = {}
+        """What has made each one's tables, and holds the memory that it reads."""
         self._met: OrderedDict[Bucket, None] = OrderedDict()
         self._buffers: tuple[Tensor, Tensor, Tensor] | None = None
         """Rows (MAX_TOKENS, H); cu_seqlens; and multiples of FILLER, of which the end of cu_seqlens is made."""
@@ -220,13 +240,13 @@ class Graphs:
     def refuses(self, encoder: nn.Module) -> str | None:
         """Why an ordinary call at this moment would not be a graph's; None where it would."""
         layers = layers_in(encoder)
-        return self._refuses(encoder, next(layers.parameters())) or _is_open(layers)
+        return self._refuses(encoder, next(layers.parameters())) or _is_open(encoder, layers)
 
     def _refuses(self, encoder: Any, x: Tensor) -> str | None:
         """The same of calls with rows like `x`, whatever the layers are."""
         family = type(encoder).family
-        if family.tables is not None or family.final_norm is not None:
-            return "its encoder does more than to call its layers"
+        if (family.tables is not None and family.graph_tables is None) or family.final_norm is not None:
+            return _DOES_MORE
         return self._state() or self._broken or self._device.refuses(x)
 
     def _state(self) -> str | None:
@@ -280,12 +300,12 @@ class Graphs:
         with self._lock:
             fingerprint = self._fingerprint
             if reason is None and fingerprint is None and not plan.assumed:
-                reason = _is_open(layers)
+                reason = _is_open(encoder, layers)
                 if reason is None:
-                    fingerprint = self._fingerprint = Fingerprint(layers, fp8 is not None)
+                    fingerprint = self._fingerprint = Fingerprint(encoder, layers, fp8 is not None)
             if reason is None and fingerprint is not None:
                 with self._device.guard(x):
-                    result, reason = self._run(layers, x, plan.packing, fp8)
+                    result, reason = self._run(encoder, x, plan.packing, fp8)
         # The device is at work by now.
         if (result is not None or plan.assumed) and not (fingerprint is not None and fingerprint.holds(layers)):
             counts.add(counts.graphs, "dropped: the model has changed")
@@ -296,12 +316,14 @@ class Graphs:
         counts.add(counts.graphs, f"eager: {reason}" if result is None else str(reason))
         return result
 
-    def _run(self, layers: nn.ModuleList, x: Tensor, packing: Packing, fp8: Fp8 | None) -> tuple[Tensor | None, str]:
+    def _run(self, encoder: nn.Module, x: Tensor, packing: Packing, fp8: Fp8 | None) -> tuple[Tensor | None, str]:
         """The result, or None; and what there is to count."""
         bucket = bucket_of(x.shape[0] * x.shape[1], _sequences(packing), packing.max_seqlen)
         graph, what = self._graphs.get(bucket), "replayed"
         if graph is not None:
             self._graphs.move_to_end(bucket)
+        elif (tables := _tables_of(encoder, x.device, bucket.longest)) is None:
+            return None, "its sequences are too long for scores by position"
         elif bucket not in self._met:
             self._met[bucket] = None
             if len(self._met) > MAX_BUCKETS:
@@ -309,7 +331,7 @@ class Graphs:
             return None, "the first call of its size"
         else:
             try:
-                graph, what = self._capture(layers, x, packing, bucket, fp8), "captured"
+                graph, what = self._capture(layers_in(encoder), tables, x, packing, bucket, fp8), "captured"
             except RuntimeError as error:  # out of memory, or what the driver refuses to capture
                 self._device.finish()
                 self._forget()
@@ -345,7 +367,15 @@ class Graphs:
             rest.clamp_(max=bucket.tokens)
             self._written = same
 
-    def _capture(self, layers: nn.ModuleList, x: Tensor, packing: Packing, bucket: Bucket, fp8: Fp8 | None) -> Any:
+    def _capture(
+        self,
+        layers: nn.ModuleList,
+        tables: Callable[[], Mapping[str, object]],
+        x: Tensor,
+        packing: Packing,
+        bucket: Bucket,
+        fp8: Fp8 | None,
+    ) -> Any:
         with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode could not be written to later
             if self._buffers is None:
                 most = MAX_SEQUENCES + MAX_TOKENS // FILLER
@@ -363,22 +393,21 @@ class Graphs:
 
             def run() -> None:
                 hidden_states = whole[None]
-                context = Context(
-                    layout._replace(tiles=tiles_of(starts, bucket.tokens))
-                )  # at each replay: lengths differ
+                # At each replay: lengths differ, and weights may have been written to.
+                context = Context(layout._replace(tiles=tiles_of(starts, bucket.tokens)), tables())
                 for layer, own in zip(layers, bound, strict=True):
                     hidden_states = layer(hidden_states, context=context, bound=own)
                 whole.copy_(hidden_states[0])
 
             while len(self._graphs) >= MAX_GRAPHS:
                 self._device.finish()
-                self._graphs.popitem(last=False)
+                self._tables.pop(self._graphs.popitem(last=False)[0])
             if not self._graphs:  # a pool is gone with the last graph in it
                 self._pool = self._device.pool()
             self._write(x, packing, bucket)
             with _CAPTURING:
                 graph = self._device.capture(run, self._pool)
-            self._graphs[bucket] = graph
+            self._graphs[bucket], self._tables[bucket] = graph, tables
             return graph
 
 
