@@ -24,7 +24,7 @@ from ..version import VERSION, install
 
 COMMANDS = ("verify", "bench", "profile", "embed", "convert", "tune", "info")
 """Each a module of its name."""
-_PATHS = ("FILE", "DIR", "FOLDER", "PATH_OR_ID", ("OLD", "NEW"))
+_PATHS = ("FILE", "DIR", "FOLDER", "PATH", "PATH_OR_ID", ("OLD", "NEW"))
 _COMPLETE_FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
 
 

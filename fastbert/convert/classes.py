@@ -74,7 +74,7 @@ def choose(source: Source, config: Config, task: str | None) -> tuple[Pretrained
         UsageError: a parameter is not filled; a variable is of no class of the family.
     """
     _finish_names(source, config)
-    settings = config.settings()
+    settings = config.settings(source)
     refuse_unknown(source, [each.name for each in source.variables if not each.to and not each.reason])
     weights = {each.to: each for each in source.variables if each.to and not each.reason}
     has = {name: each.stored_shape for name, each in weights.items() if name}

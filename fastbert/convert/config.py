@@ -58,6 +58,8 @@ class Config:
                 raise self.wrong(f"says no {name}")
             if type(told) is not int or told < 1:
                 raise self.wrong(f"says {told!r} for {name}; expected a number from 1 up")
+        if not isinstance(said.get("hidden_act", said.get("activation")), str):
+            raise self.wrong("says no hidden_act")
         named = said.pop("architectures", None)
         self.architecture = str(named[0]).removeprefix("TF") if isinstance(named, list) and named else None
         self.said = {name: value for name, value in said.items() if name not in ("torch_dtype", "dtype")}
@@ -73,15 +75,17 @@ class Config:
         if found is None:
             stems = {each: stem(transformers.CONFIG_MAPPING[each]) for each in MODEL_TYPES}
             names = {variable.to.split(".")[0] for variable in source.variables if variable.to}
-            fits = [
-                each for each in MODEL_TYPES if re.match(f"{stems[each]}(Model|For|LMHead)", self.architecture or "")
-            ]
-            fits = fits or [each for each in _ROOTS if each in names]
-            fits = fits or ["bert"] * self.file.name.startswith("bert_config")  # as the first BERT in PyTorch had it
+            named = self.architecture or ""
+            ways = {
+                "the class it names": [n for n in MODEL_TYPES if re.match(f"{stems[n]}(Model|For|LMHead)", named)],
+                "the names of variables": [n for n in _ROOTS if n in names],
+                "its own name": ["bert"] * self.file.name.startswith("bert_config"),
+            }
+            how, fits = next(((how, fits) for how, fits in ways.items() if fits), ("", []))
             if len(fits) != 1:
                 raise self.wrong(f"says no model_type; {expected}")
-            found = fits[0]
-            source.notes.append(f"the config says no model_type; {found} by other names")
+            (found,) = fits
+            source.notes.append(f"the config says no model_type; {found} by {how}")
         if found not in MODEL_TYPES:
             raise self.wrong(f"says {found!r} for model_type; {expected}")
         return str(found)
@@ -89,12 +93,17 @@ class Config:
     def says(self, *names: str) -> bool:
         return bool(self.said.keys() & set(names))
 
-    def settings(self) -> PretrainedConfig:
+    def settings(self, source: Source) -> PretrainedConfig:
         """An instance of transformers' class."""
         try:
-            return self.kind.from_dict({**(_GOOGLE if self._google else {}), **self.said})
+            found = self.kind.from_dict({**(_GOOGLE if self._google else {}), **self.said})
         except Exception as error:  # it checks types, and has many ways to say so
             raise self.wrong(in_a_line(error)) from error
+        if not self._google and not self.says("layer_norm_eps") and hasattr(found, "layer_norm_eps"):
+            source.notes.append(
+                f"the config says no layer_norm_eps; {found.layer_norm_eps}, as {self.kind.__name__} has"
+            )
+        return found
 
 
 def stem(kind: type[PretrainedConfig]) -> str:

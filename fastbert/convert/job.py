@@ -83,5 +83,5 @@ def _not_copied(source: Source, folder: Path) -> list[str]:
     ours = {entry.name for entry in folder.iterdir()} | {"config.json", "bert_config.json"}
     others = [entry for entry in source.folder.iterdir() if entry.name not in ours]
     json_files = (entry.name for entry in others if entry.suffix == ".json" and entry.name != source.file.name)
-    modules = (f"{entry.name}/" for entry in others if (entry / "config.json").is_file() and entry != folder)
+    modules = (f"{entry.name}/" for entry in others if (entry / "config.json").is_file() and entry.resolve() != folder)
     return sorted([*json_files, *modules])

@@ -16,6 +16,7 @@ FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.txt", "vocab.json", "merges.txt", "sentencepiece.bpe.model", "spm.model"),
 )
+AS_FILES_SAY = "as its files say"
 _WORDPIECE = ("bert", "distilbert", "electra", "ernie")  # whose vocab.txt doesn't say whether it is cased
 _SPECIAL = ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]")
 _UPPER_SHARE = 0.01
@@ -47,7 +48,7 @@ def write_tokenizer(
             raise ValueError("tokenizer_config.json holds no settings by name")
     except (OSError, ValueError) as error:
         raise UsageError(f"{source.folder}: its tokenizer can't be read: {in_a_line(error)}") from error
-    how = "as its files say"
+    how = AS_FILES_SAY
     rows = settings.vocab_size
     if "tokenizer.json" not in names and "vocab.txt" in names and settings.model_type in _WORDPIECE:
         tokens = _read_vocabulary(vocab or source.folder / "vocab.txt", rows, source)
@@ -62,7 +63,7 @@ def write_tokenizer(
         raise UsageError(f"{source.folder}: its tokenizer files decide that; expected it not to be told", "cased")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, config=settings, trust_remote_code=False)
-        if "tokenizer.json" not in names:
+        if how != AS_FILES_SAY:  # made here: then it is made whole
             tokenizer.save_pretrained(folder)
     except Exception as error:  # whatever reading its files raises: to a user it is one thing
         raise UsageError(f"{source.folder}: its tokenizer can't be loaded: {in_a_line(error)}") from error

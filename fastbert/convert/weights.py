@@ -47,6 +47,7 @@ def write_weights(
     for i, members in enumerate(files, 1):
         file = "model.safetensors" if len(files) == 1 else f"model-{i:05d}-of-{len(files):05d}.safetensors"
         save_file({name: _fill(source, used[name], dtype) for name in members}, folder / file, {"format": "pt"})
+        (folder / file).chmod(folder.stat().st_mode & 0o666)  # as the umask has it; safetensors lets nobody else read
         index |= dict.fromkeys(members, file)
     if len(files) > 1:
         total = sum(map(size, target.shapes.values())) * dtype.itemsize

@@ -31,7 +31,7 @@ TESTS = {
     },
     "transformers": {
         "models": tuple(
-            f"tests/fastbert/test_{name}.py" for name in ("encoder", "families", "fuse", "models", "verify")
+            f"tests/fastbert/test_{name}.py" for name in ("convert", "encoder", "families", "fuse", "models", "verify")
         ),
         "training": ("tests/fastbert/test_training.py", "tests/fastbert/test_training_stacks.py"),
         "pipelines": ("tests/fastbert/test_pipelines.py",),

@@ -365,6 +365,7 @@ def test_a_variable_too_few(name: str, checkpoint: Path, tmp_path: Path) -> None
         ({"id2label": {"0": "a"}}, r"classifier.weight has shape \(32, 128\); expected \(1, 128\)"),
         ({"hidden_size": None}, r"config.json: says no hidden_size$"),
         ({"num_attention_heads": None}, r"config.json: says no num_attention_heads$"),
+        ({"hidden_act": None}, r"config.json: says no hidden_act$"),
         ({"vocab_size": "211"}, r"says '211' for vocab_size; expected a number from 1 up"),
         ({"hidden_size": True}, r"says True for hidden_size"),
         ({"hidden_act": "nonsense"}, r"^config "),
@@ -381,6 +382,12 @@ def test_a_variable_too_few(name: str, checkpoint: Path, tmp_path: Path) -> None
 def test_a_wrong_config(changes: dict[str, Any], match: str, checkpoint: Path, tmp_path: Path) -> None:
     change(checkpoint / "config.json", **changes)
     refused(checkpoint, tmp_path / "new", match)
+
+
+def test_an_epsilon_that_is_not_said(checkpoint: Path, tmp_path: Path) -> None:
+    change(checkpoint / "config.json", layer_norm_eps=None)
+    report = fastbert.convert(checkpoint, tmp_path / "new")
+    assert "the config says no layer_norm_eps; 1e-12, as BertConfig has" in report["notes"]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\xff", "[" * 100_000])
@@ -527,6 +534,7 @@ def test_outputs_that_are_made(name: str, checkpoint: Path, tmp_path: Path, monk
         (tmp_path / "link").symlink_to("there")
     report = fastbert.convert(checkpoint, name)
     assert {entry.name for entry in Path(name).iterdir()} == set(report["files"])
+    assert len({entry.stat().st_mode for entry in Path(name).iterdir()}) == 1
     assert Path(name).is_symlink() == (name == "link")
     assert not list(tmp_path.rglob("*.partial"))
 
@@ -636,6 +644,12 @@ def test_tokenizer_files_stay_as_they_are(checkpoint: Path, tmp_path: Path) -> N
         assert (tmp_path / "new" / name).read_bytes() == (checkpoint / name).read_bytes()
     refused(checkpoint, tmp_path / "other", r"^cased .*its tokenizer files decide that", cased=False)
     fastbert.convert(checkpoint, tmp_path / "agreed", cased=True)
+    (checkpoint / "tokenizer.json").unlink()
+    change(checkpoint / "tokenizer_config.json", added_by="somebody")
+    fastbert.convert(checkpoint, tmp_path / "older")
+    assert not (tmp_path / "older" / "tokenizer.json").exists()
+    for name in there[1:]:
+        assert (tmp_path / "older" / name).read_bytes() == (checkpoint / name).read_bytes()
     (checkpoint / "tokenizer.json").write_text("{")
     refused(checkpoint, tmp_path / "other", r"its tokenizer can't be loaded")
     (checkpoint / "tokenizer_config.json").write_text("{")
