@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LIFE = "tests/fastbert/test_life.py"
 KERNELS = "tests/kernels/test_properties.py"
 PROMISE = "tests/fastbert/test_promise.py"
+MAPS = "tests/fastbert/test_attention_maps.py"
 
 
 class Fault(NamedTuple):
@@ -33,6 +34,30 @@ class Fault(NamedTuple):
 
 
 FAULTS = {
+    "a map's heads with the bias of others": Fault(
+        "fastbert/layers/attention.py",
+        "None if bias is None else bias[heads]",
+        "None if bias is None else bias[: len(heads)]",
+        MAPS,
+    ),
+    "a map of padding as of other rows": Fault(
+        "fastbert/layers/disentangled.py",
+        "return found if mask is None else found.masked_fill_",
+        "return found if mask is None or heads is None else found.masked_fill_",
+        MAPS,
+    ),
+    "maps in the order of layers turned": Fault(
+        "fastbert/runtime/encoder.py",
+        "            self.kept.append(found)\n",
+        "            self.kept.insert(0, found)\n",
+        MAPS,
+    ),
+    "a map without its place": Fault(
+        "fastbert/layers/context.py",
+        "None if packing.cu_seqlens is None else packing.positions(device)",
+        "None",
+        MAPS,
+    ),
     "a dropped mask": Fault(
         "kernels/attention.py",
         "    if key_mask is None:\n        return batch, None, tiles\n",

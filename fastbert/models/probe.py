@@ -216,6 +216,7 @@ def try_family(family: Family) -> None:
                 raise ValueError(f"{family.base.__name__} was registered, and runs stock: {told}")
             _compare_sequences(stock, fused, family)
             _compare_gradients(stock, fused, calls[0], padding)
+        family.returns_maps = family.returns_maps and _returns_maps(copy.deepcopy(stock), calls[:4])
         _try_dropout(family, calls[0])
         for kind, reader in family.heads.items():
             _try_head(family, kind, labelled=reader.hook is tell_labels)
@@ -353,6 +354,25 @@ def _compare(stock: nn.Module, fused: nn.Module, call: _Call, layout: str) -> No
         if not error <= _TOLERANCE:
             name = "hidden states" if name in ("last_hidden_state", "output", "0") else name
             raise _departs(stock, f"its {name} by {error:.1e}, {where}", call.hint)
+
+
+def _returns_maps(stock: PreTrainedModel, calls: list[_Call]) -> bool:
+    """Whether a fused model, dense, returns the attention maps that `stock` does; where not, such calls run stock."""
+    stock.config._attn_implementation = "eager"  # all of its modules have this config
+    fused = fuse(copy.deepcopy(stock), padding="dense")
+    for call in calls:
+        tried = call._replace(arguments={**call.arguments, "output_attentions": True})
+        if not _stock_takes(stock, tried):
+            return False
+        with torch.no_grad():
+            expected = _tensors(stock(**tried.arguments))
+        if not any(name.startswith("attentions") for name in expected):
+            return False
+        try:
+            _compare(stock, fused, tried, "dense")
+        except ValueError:  # as it raises where they differ
+            return False
+    return True
 
 
 def _compare_sequences(stock: nn.Module, fused: nn.Module, family: Family) -> None:

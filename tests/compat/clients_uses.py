@@ -378,6 +378,17 @@ def captum_interpretable_embeddings(ready: Ready) -> dict[str, Any]:
         return {"attributions": found, "logits afterwards": model(**call).logits}
 
 
+@use("captum", runs="dense")
+def captum_saliency(ready: Ready) -> dict[str, Any]:
+    """By gradients of the embeddings of words."""
+    from captum.attr import Saliency
+
+    model, call = ready(classifier()), tokenized(TEXTS)
+    words = model.get_input_embeddings()(call["input_ids"]).detach().requires_grad_()
+    attribute = Saliency(lambda x, mask: model(inputs_embeds=x, attention_mask=mask).logits.softmax(1))
+    return {"attributions": attribute.attribute(words, 1, additional_forward_args=(call["attention_mask"],))}
+
+
 @use("captum")
 def captum_ablation(ready: Ready) -> dict[str, Any]:
     from captum.attr import FeatureAblation, LayerActivation

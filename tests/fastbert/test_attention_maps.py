@@ -18,7 +18,9 @@ from transformers.models.deberta_v2 import modeling_deberta_v2 as deberta_v2
 import fastbert
 from fastbert.fuse import FAMILIES
 from fastbert.measure import machine
+from fastbert.models import probe
 from fastbert.numerics import assert_within_policy
+from fastbert.runtime import encoder
 from tests import models
 from tests.fastbert import test_deberta, test_families
 
@@ -364,3 +366,23 @@ def test_maps_are_gone_once_they_are_reduced(reduce: str, monkeypatch: pytest.Mo
     monkeypatch.setitem(fastbert.ops.CPU_BACKEND, "attention_map", backend)
     fastbert.attention_maps(fastbert.fuse(models.seeded(num_hidden_layers=3)), call("bert", "right"), reduce=reduce)
     assert len(made) == 3
+
+
+@pytest.mark.parametrize("returned", [True, False])
+@pytest.mark.parametrize("name", ["mpnet", "distilbert"])
+def test_a_family_is_tried_for_maps(name: str, returned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One from outside fastbert may drop them, or return those of another layer: then such calls run stock."""
+    family = test_families.adapter(name)
+    stock = probe._small(family, family.base)
+    if not returned and family.run is not None:
+        own = family.run
+
+        def drop(model: Any, call: dict[str, Any], plan: Any) -> Any:
+            output = own(model, call, plan)
+            output.attentions = output.attentions and output.attentions[::-1]
+            return output
+
+        monkeypatch.setattr(family, "run", drop)
+    elif not returned:
+        monkeypatch.setattr(encoder, "is_capturing", lambda hook: False)
+    assert probe._returns_maps(stock, list(probe._calls(stock, family))[:4]) is returned

@@ -374,3 +374,22 @@ def test_families_that_come_with_fastbert_are_as_they_say(name: str) -> None:
     family = importlib.import_module(f"fastbert.models.{name}").FAMILY
     probe.check_description(family)
     probe.try_family(family)
+
+
+def test_attention_maps() -> None:
+    """Of rotated queries and keys; its stock code returns none, but drops elements of them."""
+    stock, seen = seeded(), []
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    for block in stock.stack.blocks:
+        block.attn.drop.register_forward_hook(lambda _, __, output: seen.append(output))
+    call, real = calls(3, 37)[2]
+    with torch.no_grad():
+        stock(**call)
+    found = fastbert.attention_maps(fused, call)
+    assert len(seen) == len(found) > 1
+    for one, other in zip(found.values(), seen, strict=True):
+        torch.testing.assert_close(one.transpose(1, 2)[real.bool()], other.transpose(1, 2)[real.bool()])
+    assert fastbert.explain(fused).encoders[0].fused_calls == {"packed": 1}
+    with torch.no_grad():
+        assert "attentions" not in fused(**call, output_attentions=True)
+    assert fastbert.explain(fused).encoders[0].stock_calls == {"output_attentions": 1}
