@@ -1,6 +1,6 @@
 """Attention maps, fused against stock: `python benchmarks/maps.py --size base --workload squad --batch 16`.
 
-Prints medians and ratios, of calls one after the other in random order: a fused forward without maps; that of one chosen
+Prints medians and ratios, of calls one after the other in random order: a fused forward without maps; that of one
 layer's, the last by default, at which nothing is left out; its rollout; all maps by `output_attentions`, and stock's.
 Maps are held to the numerical policy first, in rows of real tokens. No record is written.
 """

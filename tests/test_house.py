@@ -198,6 +198,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "verify",
         "version",
     },
+    "seeing": {"attention_maps", "usage"},
     "measure": {
         "calibration",
         "checkpoints",
@@ -224,6 +225,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "layers.embeddings",
         "measure",
         "runtime.support",
+        "seeing",
         "tune",
         "tuned",
         "usage",

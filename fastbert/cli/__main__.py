@@ -22,7 +22,7 @@ from typing import Any
 from ..usage import UsageError, in_a_line
 from ..version import VERSION, install
 
-COMMANDS = ("verify", "bench", "profile", "embed", "convert", "tune", "info")
+COMMANDS = ("verify", "bench", "profile", "explain", "embed", "convert", "tune", "info")
 """Each a module of its name."""
 _PATHS = ("FILE", "DIR", "FOLDER", "PATH", "PATH_OR_ID", ("OLD", "NEW"))
 _COMPLETE_FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}

@@ -14,7 +14,9 @@ from ..runtime.packing import Packing
 class Map:
     """Where a layer leaves its attention map: an object, which copies of a context (FSDP's, of arguments) share."""
 
-    def __init__(self, heads: list[int] | None) -> None:
+    def __init__(self, heads: list[int] | None, ends: bool) -> None:
+        self.ends = ends
+        """Whether nothing that comes after it is wanted."""
         self.heads = heads
         """Those whose maps are wanted, in that order; None: all."""
         self.found: Tensor | None = None

@@ -178,20 +178,30 @@ class BoundDisentangled(NamedTuple):
         if shows:  # of keys, which c2p has, and of queries
             seen, qkv = [(len(qkv), qkv[-1, 1]), (len(qkv), qkv[-1, 0])], qkv[:-1]
         del quantized, rows
+        tables: tuple[Tensor | None, ...] = ()
+        if relative is not None:
+            tables = tuple([self._made(each, relative, own) for each, own in zip(self.positions, seen, strict=True)])
         if context.map is not None:
-            context.map.found = self._map(qkv, relative, context, context.map.heads)
+            context.map.found = self._map(qkv, relative, tables, context, context.map.heads)
         if relative is None:
             arguments: Any = *qkv.unbind(1), *context.sequences(), self.scale, None, context.packing.tiles
             if context.packing.key_mask is None:
                 return self.last.attention(*arguments)
             attended = ops.attention(*arguments)
         else:
-            c2p, p2c = (self._made(each, relative, own) for each, own in zip(self.positions, seen, strict=True))
+            c2p, p2c = tables
             given = relative.slots, *context.sequences(), self.scale, 0.0, None, context.packing.tiles
             attended, _ = ops.disentangled_attention(qkv, c2p, p2c, *given)
         return _spread(attended, qkv[:, 2], context).flatten(1), None
 
-    def _map(self, qkv: Tensor, relative: Relative | None, context: Context, heads: list[int] | None) -> Tensor:
+    def _map(
+        self,
+        qkv: Tensor,
+        relative: Relative | None,
+        tables: tuple[Tensor | None, ...],
+        context: Context,
+        heads: list[int] | None,
+    ) -> Tensor:
         """The map of some heads, (B, heads, S, S); a row of padding gives the same to every row, of padding, too."""
         some = slice(None) if heads is None else heads
         layout = *context.sequences(), self.scale, *context.places(qkv.device)
@@ -199,7 +209,6 @@ class BoundDisentangled(NamedTuple):
             q, k, _ = qkv[:, :, some].unbind(1)
             found = ops.attention_map(q, k, *layout, None, context.packing.tiles)
         else:
-            tables = (self._made(each, relative) for each in self.positions)
             c2p, p2c = (None if table is None else table[:, some] for table in tables)
             given = relative.slots, *layout, context.packing.tiles
             found = ops.disentangled_attention_map(qkv[:, :, some], c2p, p2c, *given)

@@ -162,8 +162,12 @@ class _Maps:
 
     def context(self, layer: int, context: Context) -> Context:
         """That of a layer, which says whether its map is wanted."""
-        self.map = Map(self.wanted.heads) if layer in self.wanted.layers else None
+        self.map = Map(self.wanted.heads, self._ends(layer)) if layer in self.wanted.layers else None
         return context if self.map is None else context._replace(map=self.map)
+
+    def _ends(self, layer: int) -> bool:
+        """Whether nothing is wanted of what comes after the map of a layer."""
+        return self.wanted.alone and layer == max(self.wanted.layers)
 
     def take(self, number: int, layer: nn.Module) -> bool:
         """Hands on the map that a layer has left, if it was to; returns whether no layer after it need run."""
@@ -181,7 +185,7 @@ class _Maps:
             for hook in module._forward_hooks.values():
                 if is_capturing(hook):
                     hook(module, (), (None, found))
-        return self.wanted.alone and number == max(self.wanted.layers)
+        return self._ends(number)
 
 
 _UNFUSED_MEANWHILE = (

@@ -378,7 +378,7 @@ def captum_interpretable_embeddings(ready: Ready) -> dict[str, Any]:
         return {"attributions": found, "logits afterwards": model(**call).logits}
 
 
-@use("captum", runs="dense")
+@use("captum")
 def captum_saliency(ready: Ready) -> dict[str, Any]:
     """By gradients of the embeddings of words."""
     from captum.attr import Saliency
