@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +84,7 @@ def _integrated_gradients(
 ) -> tuple[Tensor, str]:
     """Of a logit, (S,), along a straight path from padding in place of all tokens that aren't special."""
     ids, others = call["input_ids"], {name: value for name, value in call.items() if name != "input_ids"}
-    words: Any = model.get_input_embeddings()
+    words = model.get_input_embeddings()
     empty = torch.full_like(ids, tokenizer.pad_token_id or 0)
     with torch.no_grad():
         end = words(ids)

@@ -10,7 +10,7 @@ import string
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,6 +105,15 @@ _WIDTH = 9.0  # inches
 _COLUMNS = 6
 
 
+class _Style(NamedTuple):
+    """How a piece of text is drawn in an image."""
+
+    size: float
+    weight: str = "normal"
+    color: str = "black"
+    behind: tuple[int, int, int] | None = None
+
+
 def image(title: str, seen: Sequence[Seen], file: Path) -> None:
     """Writes a PNG, 1,350 pixels wide: tokens, and of every layer the mean over heads. Takes matplotlib.
 
@@ -122,26 +131,24 @@ def image(title: str, seen: Sequence[Seen], file: Path) -> None:
         found, _, _ = renderer.get_text_width_height_descent(text, FontProperties(size=size), ismath=False)
         return float(found) / figure.dpi
 
-    placed: list[tuple[float, float, str, dict[str, Any]]] = []
+    placed: list[tuple[float, float, str, _Style]] = []
     maps: list[tuple[float, float, float, str, Tensor]] = []
     top = 0.35
-    placed.append((left, top, title, {"fontsize": 12, "weight": "bold"}))
+    placed.append((left, top, title, _Style(12, "bold")))
     for number, each in enumerate(seen):
         largest, x = _largest(each), left
         top += 1.6 * line
-        placed.append((left, top, f"Text {number + 1}", {"fontsize": 10, "weight": "bold"}))
+        placed.append((left, top, f"Text {number + 1}", _Style(10, "bold")))
         for words in textwrap.wrap(each.method, 120):
             top += 0.8 * line
-            placed.append((left, top, words, {"fontsize": 8, "color": "dimgrey"}))
+            placed.append((left, top, words, _Style(8, color="dimgrey")))
         top += 1.3 * line
         for (before, piece), score in zip(each.pieces, each.scores, strict=True):
             x += width(" ", 9) if before else 0.0
             wide = width(piece, 9)
             if x + wide > right:
                 x, top = left, top + line
-            red, green, blue = (part / 255 for part in color(score, largest))
-            box = {"facecolor": (red, green, blue), "edgecolor": "none", "pad": 1.5}
-            placed.append((x, top, piece, {"fontsize": 9, "bbox": box}))
+            placed.append((x, top, piece, _Style(9, behind=color(score, largest))))
             x += wide + 0.03
         side = (right - left) / _COLUMNS - 0.12
         for i, (layer, found) in enumerate(each.maps.items()):
@@ -152,7 +159,11 @@ def image(title: str, seen: Sequence[Seen], file: Path) -> None:
     height = top + 0.15
     figure.set_size_inches(_WIDTH, height)
     for x, y, text, style in placed:
-        figure.text(x / _WIDTH, 1 - y / height, text, parse_math=False, va="baseline", **style)
+        shown = figure.text(x / _WIDTH, 1 - y / height, text, parse_math=False, va="baseline")
+        shown.set(fontsize=style.size, fontweight=style.weight, color=style.color)
+        if style.behind is not None:
+            red, green, blue = (part / 255 for part in style.behind)
+            shown.set_bbox({"facecolor": (red, green, blue), "edgecolor": "none", "pad": 1.5})
     for x, y, side, name, mean in maps:
         axes = figure.add_axes((x / _WIDTH, 1 - (y + side) / height, side / _WIDTH, side / height))
         axes.imshow(mean.sqrt().numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
