@@ -77,10 +77,30 @@ def test_encode(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     found = records.load(next(tmp_path.rglob("*.json")))
-    ways = [("corpus", "stock"), ("corpus", "fused"), ("calls", "stock"), ("calls", "fused")]
+    ways = [("corpus", "stock"), ("corpus", "fused"), ("corpus", "fused, fastbert.encode")]
+    ways += [("calls", "stock"), ("calls", "fused")]
     assert [(r["what"].split(", ")[1], r["candidate"]) for r in found] == ways
     assert all(r["ideal_ratio"] > 1 and r["repeats"] == 3 for r in found)
-    assert found[0]["ideal_ratio"] < found[2]["ideal_ratio"]  # sorted by length there is less padding
+    assert found[0]["ideal_ratio"] < found[3]["ideal_ratio"]  # sorted by length there is less padding
+
+
+@pytest.mark.slow
+def test_encode_of_all_kinds_and_peers(tmp_path: Path) -> None:
+    """Where the time went adds up; other runtimes answer for an embedder and for a head."""
+    ways = ["query 16", "queries", "rerank", "tag", "late queries", "late documents", "sparse"]
+    command = [sys.executable, "benchmarks/encode.py", "--batch", "2", "--repeats", "1", "--output", str(tmp_path)]
+    command += ["--peers", "openvino", "--what", *ways]
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    found = records.load(next(tmp_path.rglob("*.json")))
+    runs = {(r["what"].removeprefix("encode, "), r["candidate"]) for r in found}
+    assert runs >= {(way, candidate) for way in ways for candidate in ("stock", "fused")}
+    assert runs >= {(way, "OpenVINO") for way in ("query 16", "queries", "rerank", "late documents")}
+    for record in found:
+        if record["candidate"] in ("stock", "fused"):
+            assert min(record["stages"].values()) > 0
+            assert record["stages"]["model"] > record["stages"]["rest"]
 
 
 def test_texts_that_are_made_up_are_words_the_tokenizer_knows(tmp_path: Path) -> None:
