@@ -250,4 +250,40 @@ def _is_unsupported(layer: nn.Module, name: str, shared: Mapping[str, object]) -
     for weight in weights:
         if weight.dtype is not dtype or weight.device != device:
             return f"the parameters of {name} differ in dtype or device"
+    return _widths_are_unsupported(layout, layer, name)
+
+
+def _widths_are_unsupported(layout: Layer, layer: nn.Module, name: str) -> str | None:
+    """Which linear layer or norm is not of the shape that kernels take it to have; stock code may broadcast."""
+    attention, feed_forward = layout.halves()
+    norms = {path: tuple(getattr(norm, "normalized_shape", norm.weight.shape)) for path, norm in layout.norms(layer)}
+    hidden = norms[attention.norm][-1]
+    for path, shape in norms.items():
+        if shape != (hidden,):
+            return f"{'.'.join((name, *path))} normalises over {shape}; expected ({hidden},)"
+    attended, raised = (_shape(child(layer, *path))[1] for path in (attention.output, feed_forward.down))
+    head_dim = getattr(child(layer, *attention.module), attention.head_dim)
+    if attended % head_dim:
+        return f"{name} attends to {attended} columns in heads of {head_dim}"
+    expected = {
+        **dict.fromkeys((attention.query, attention.key, attention.value), (attended, hidden)),
+        **({} if attention.qkv is None else {attention.qkv: (3 * attended, hidden)}),
+        attention.output: (hidden, attended),
+        feed_forward.up: (raised * (2 if feed_forward.is_gated else 1), hidden),
+        feed_forward.down: (hidden, raised),
+        **({} if feed_forward.gate is None else {feed_forward.gate: (raised, hidden)}),
+    }
+    for path, linear in layout.linears(layer):
+        if (shape := _shape(linear)) != expected[path]:
+            return f"{'.'.join((name, *path))} is of shape {shape}; expected {expected[path]}"
     return None
+
+
+def _shape(linear: Any) -> tuple[int, int]:
+    """(columns that a linear layer gives, columns it takes): by its weight where that is whole, and by what it says."""
+    linear = getattr(linear, "base_layer", linear)
+    weight, bias = linear.weight, linear.bias
+    if weight.dim() != 2:  # a shard
+        return linear.out_features, linear.in_features
+    columns = -1 if bias is not None and tuple(bias.shape) != (weight.shape[0],) else weight.shape[0]
+    return columns, weight.shape[1]

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 import fastbert
 from fastbert.models import probe
 from fastbert.runtime import coverage
+from fastbert.runtime.registry import layers_of
 from tests import models
 
+from .test_families import seeded as of_family
 from .test_graphs import CHANGES, SMALL
 
 
@@ -279,3 +281,68 @@ def test_modules_of_torch_jit_are_looked_at_each_time() -> None:
     for _ in range(2):
         torch.testing.assert_close(last(fused), expected)
     assert "output.dense" in fastbert.explain(fused).encoders[0].layers[0]
+
+
+# Shapes: stock code broadcasts where kernels take columns to be there.
+
+NARROW = {
+    "BertModel": ["attention.self.key", "attention.self.value", "attention.self.key attention.self.value"],
+    "DistilBertModel": ["attention.k_lin attention.v_lin"],
+    "MPNetModel": ["attention.attn.k attention.attn.v"],
+}
+
+
+def narrowed(layer: Any, paths: str, columns: int) -> None:
+    for path in paths.split():
+        linear = layer.get_submodule(path)
+        holder, _, name = path.rpartition(".")
+        torch.manual_seed(0)
+        setattr(layer.get_submodule(holder), name, nn.Linear(linear.in_features, columns))
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize(("name", "paths"), [(name, paths) for name in NARROW for paths in NARROW[name]])
+def test_one_head_of_keys_for_all_queries(name: str, paths: str, after: bool) -> None:
+    stock = of_family(name.removesuffix("Model").lower(), name)
+    fused = fastbert.fuse(copy.deepcopy(stock)) if after else stock
+    for model in {id(m): m for m in (stock, fused)}.values():
+        narrowed(layers_of(model)[0], paths, 32)
+    if not after:
+        fused = fastbert.fuse(copy.deepcopy(stock))
+    torch.testing.assert_close(last(fused), last(stock), rtol=0, atol=0)
+    (encoder,) = fastbert.explain(fused).encoders
+    assert f"{paths.split()[0]} is of shape (32, 128); expected (128, 128)" in str(encoder.layers | {9: encoder.reason})
+
+
+@pytest.mark.parametrize("path", ["attention.output.dense", "output.dense", "intermediate.dense"])
+def test_a_result_of_one_column(path: str) -> None:
+    stock = models.seeded()
+    narrowed(stock.encoder.layer[1], path, 1)
+    if path == "intermediate.dense":
+        stock.encoder.layer[1].output.dense = nn.Linear(1, 128)  # fewer, but as many: this one is fused
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    torch.testing.assert_close(last(fused), last(stock), rtol=1e-4, atol=1e-5)
+    found = fastbert.explain(fused).encoders[0].layers
+    expected = {} if path == "intermediate.dense" else {1: f"{path} is of shape (1, "}
+    assert list(found) == list(expected)
+    assert all(told in found[i] for i, told in expected.items())
+
+
+def test_a_bias_of_one_value() -> None:
+    stock = models.seeded()
+    stock.encoder.layer[0].output.dense.bias = nn.Parameter(torch.ones(1))
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    torch.testing.assert_close(last(fused), last(stock), rtol=1e-4, atol=1e-5)
+    assert list(fastbert.explain(fused).encoders[0].layers) == [0]
+
+
+def test_pruned_heads_run_fused() -> None:
+    stock = models.seeded()
+    for layer in stock.encoder.layer:
+        for name in ("query", "key", "value"):
+            narrowed(layer, f"attention.self.{name}", 64)
+        layer.attention.output.dense = nn.Linear(64, 128)
+        layer.attention.self.all_head_size = 64
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    torch.testing.assert_close(last(fused), last(stock), rtol=1e-4, atol=1e-5)
+    assert fastbert.explain(fused).encoders[0].layers == {}
