@@ -279,11 +279,11 @@ def _widths_are_unsupported(layout: Layer, layer: nn.Module, name: str) -> str |
     return None
 
 
-def _shape(linear: Any) -> tuple[int, int]:
+def _shape(linear: nn.Module) -> tuple[int, int]:
     """(columns that a linear layer gives, columns it takes): by its weight where that is whole, and by what it says."""
-    linear = getattr(linear, "base_layer", linear)
-    weight, bias = linear.weight, linear.bias
+    base = getattr(linear, "base_layer", linear)
+    weight, bias = base.weight, base.bias
     if weight.dim() != 2:  # a shard
-        return linear.out_features, linear.in_features
+        return base.out_features, base.in_features
     columns = -1 if bias is not None and tuple(bias.shape) != (weight.shape[0],) else weight.shape[0]
     return columns, weight.shape[1]

@@ -70,7 +70,7 @@ class Snapshot:
         return get_referents(*self._pick(inner))
 
     def _look_at_parameters(self) -> tuple[list[Any], ...]:
-        return tuple([list(map(kind, self.parameters)) for kind in (type, _dtype, Tensor.get_device)])
+        return tuple([list(map(kind, self.parameters)) for kind in (type, _dtype, Tensor.get_device, Tensor.numel)])
 
 
 _ASIDE = vars(nn.Module()).keys()

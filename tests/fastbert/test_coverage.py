@@ -346,3 +346,14 @@ def test_pruned_heads_run_fused() -> None:
     fused = fastbert.fuse(copy.deepcopy(stock))
     torch.testing.assert_close(last(fused), last(stock), rtol=1e-4, atol=1e-5)
     assert fastbert.explain(fused).encoders[0].layers == {}
+
+
+def test_data_of_another_shape_is_seen() -> None:
+    stock = models.seeded()
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    last(fused)
+    for model in (fused, stock):
+        key = model.encoder.layer[0].attention.self.key
+        key.weight.data, key.bias.data = key.weight.data[:32], key.bias.data[:32]
+    torch.testing.assert_close(last(fused), last(stock), rtol=1e-4, atol=1e-5)
+    assert "key is of shape (32, 128)" in fastbert.explain(fused).encoders[0].layers[0]
