@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -281,7 +281,7 @@ def _widths_are_unsupported(layout: Layer, layer: nn.Module, name: str) -> str |
 
 def _shape(linear: nn.Module) -> tuple[int, int]:
     """(columns that a linear layer gives, columns it takes): by its weight where that is whole, and by what it says."""
-    base = getattr(linear, "base_layer", linear)
+    base = cast(nn.Linear, getattr(linear, "base_layer", linear))
     weight, bias = base.weight, base.bias
     if weight.dim() != 2:  # a shard
         return base.out_features, base.in_features
