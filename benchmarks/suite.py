@@ -140,6 +140,12 @@ ON_A_GPU = (
         rows=((DEBERTA, "fused", "bfloat16"),),
     ),
     Step(
+        "deberta latency",
+        1.0,
+        f"{BENCH} bfloat16 --size deberta-v3-large --workload dense128 --batch 1 8 --peers graphs {DEBERTA_PEERS}",
+        rows=((DEBERTA, "fused", "bfloat16"), (DEBERTA, "fused + CUDA graphs", "bfloat16")),
+    ),
+    Step(
         "deberta training",
         1.0,
         f"{BENCH} bfloat16 --train --size deberta-v3-large --workload squad --batch 64 --peers {DEBERTA_PEERS}",
