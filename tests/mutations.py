@@ -194,6 +194,24 @@ FAULTS = {
         'for flag in ("is_causal",):',
         "tests/fastbert/test_coverage.py -k unread",
     ),
+    "D: a table that somebody sees": Fault(
+        "fastbert/models/mpnet.py",
+        "        refuses=_refuses,\n",
+        "",
+        "tests/fastbert/test_changed_calls.py -k beside",
+    ),
+    "D: a convolution that somebody sees": Fault(
+        "fastbert/models/deberta_v2.py",
+        'part_is_replaced("encoder.conv", conv, hf.ConvLayer)',
+        "None",
+        "tests/fastbert/test_changed_calls.py -k beside",
+    ),
+    "B: embeddings that a convolution reads": Fault(
+        "fastbert/runtime/plan.py",
+        "watched or (foreign and family_of(model).after_first is not None)",
+        "watched",
+        "tests/fastbert/test_changed_calls.py -k beside",
+    ),
     "E: exported for other tools": Fault(
         "fastbert/runtime/support.py",
         "if torch.compiler.is_exporting() and not exporting.FUSED:",

@@ -18,9 +18,11 @@ from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
 from ..layers.disentangled import Disentangled, Relative
 from ..layers.feed_forward import FeedForward
 from ..layers.layer import Layer
+from ..layers.norm import part_is_replaced
 from ..runtime.packing import Packing
 from ..runtime.plan import Plan
 from ..runtime.readers import FIRST, LABELS, SPANS
+from ..runtime.registry import encoder_of
 from ..runtime.support import is_hooked, is_plain
 from .classes import predictions, register
 from .family import Family
@@ -211,9 +213,23 @@ def vocabulary(model: hf.DebertaV2ForMaskedLM) -> Vocabulary:
     return predictions(model)
 
 
+_CONVOLUTION = hf.ConvLayer.forward
+_PARTS = {"conv": nn.Conv1d, "LayerNorm": nn.LayerNorm, "dropout": nn.Dropout}
+
+
 def refuses(model: hf.DebertaV2Model) -> str | None:
-    """`Family.refuses`."""
-    return f"z_steps is {model.z_steps}" if model.z_steps > 1 else None
+    """`Family.refuses`. Rows of a convolution lie otherwise than stock's, packed: it must be the family's own."""
+    if model.z_steps > 1:
+        return f"z_steps is {model.z_steps}"
+    conv = encoder_of(model).__dict__["_modules"].get("conv")
+    if conv is None:
+        return None
+    if hf.ConvLayer.forward is not _CONVOLUTION:
+        return "the forward of ConvLayer has been replaced"
+    reason = part_is_replaced("encoder.conv", conv, hf.ConvLayer)
+    for name, kind in _PARTS.items() if reason is None else ():
+        reason = reason or part_is_replaced(f"encoder.conv.{name}", conv.__dict__["_modules"].get(name), kind)
+    return reason
 
 
 SIZES = {

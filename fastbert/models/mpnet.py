@@ -18,7 +18,8 @@ from ..layers.layer import Layer
 from ..runtime.packing import Packing
 from ..runtime.plan import Plan
 from ..runtime.readers import FIRST, LABELS, REAL, SPANS
-from ..runtime.support import is_plain
+from ..runtime.registry import encoder_of
+from ..runtime.support import is_plain, named, oddity
 from .classes import lm_head, register
 from .family import Family
 
@@ -44,7 +45,7 @@ def _tables(encoder: Any, hidden_states: Tensor, packing: Packing, position_ids:
     distances = torch.arange(1 - packing.max_seqlen, packing.max_seqlen)
     buckets = encoder.relative_position_bucket(distances)  # of 32, whatever the config says: so has stock
     buckets = buckets.to(hidden_states.device)
-    if is_plain(table, nn.Embedding) and table.max_norm is None:  # gradients of a bucket are summed up in float32
+    if is_plain(table, nn.Embedding):  # gradients of a bucket are summed up in float32
         bias = nn.functional.embedding(buckets, table.weight.float())
     else:
         bias = table(buckets).float()
@@ -62,6 +63,15 @@ def _run(model: Any, call: dict[str, Any], plan: Plan) -> Any:
     return BaseModelOutputWithPooling(hidden_states, pooled, output.hidden_states, output.attentions)
 
 
+def _refuses(model: Any) -> str | None:
+    """Stock looks up a table of queries and keys, fastbert one of distances: who sees the two sees the difference."""
+    table = encoder_of(model).__dict__["_modules"].get("relative_attention_bias")
+    if not is_plain(table, nn.Embedding, sharded=True):
+        return f"relative_attention_bias of the encoder is a {named(table)}{oddity(table)}, not a plain nn.Embedding"
+    own = table.max_norm is not None or table.padding_idx is not None or table.scale_grad_by_freq or table.sparse
+    return "relative_attention_bias of the encoder renormalises its rows, or scales their gradients" if own else None
+
+
 FAMILY = register(
     Family(
         hf,
@@ -74,6 +84,7 @@ FAMILY = register(
         output=BaseModelOutput,
         tables=_tables,
         run=_run,
+        refuses=_refuses,
         heads={
             hf.MPNetForMaskedLM: LABELS,
             hf.MPNetForMultipleChoice: REAL,

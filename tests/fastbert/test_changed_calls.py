@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import masking_utils, modeling_layers
+from transformers import DebertaV2Model, MPNetModel, masking_utils, modeling_layers
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert import modeling_bert as hf
@@ -451,3 +451,95 @@ def test_a_tensor_subclass_that_changes_functions(where: str) -> None:
     with torch.no_grad():
         found, expected = (model(**call).last_hidden_state.as_subclass(Tensor) for model in (fused, stock))
     torch.testing.assert_close(found[mask.bool()], expected[mask.bool()])
+
+
+# What an encoder has beside its layers, and makes of rows that lie otherwise than stock's: a table of distances, a
+# convolution. And embeddings in front of one, which stock has read padding.
+
+
+class Summing(nn.Embedding):
+    """Over what it looks up."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids).cumsum(0)
+
+
+class Raised(nn.Module):
+    """Around embeddings: rows at padding aren't zeros."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner, self.word_embeddings = inner, inner.word_embeddings
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs) + 1
+
+
+def over_rows(module: Any, args: Any, out: Tensor) -> Tensor:
+    return out * (1 + 9 * out.abs().mean((0, 1), keepdim=True))
+
+
+def table_derived(encoder: Any) -> None:
+    encoder.relative_attention_bias.__class__ = Summing
+
+
+def gradients_scaled(encoder: Any) -> None:
+    encoder.relative_attention_bias.scale_grad_by_freq = True
+
+
+def method_of_a_convolution(encoder: Any) -> None:
+    inner = encoder.conv.forward
+    encoder.conv.forward = lambda first, *args: inner(first, *args) + first.mean(1, keepdim=True)
+
+
+def over_tokens(encoder: Any) -> None:
+    encoder.conv.conv.register_forward_pre_hook(lambda _, args: (args[0] - args[0].mean(2, keepdim=True),))
+
+
+BESIDE: dict[str, tuple[Any, Change]] = {
+    "a hook on a table": (MPNetModel, lambda m: m.encoder.relative_attention_bias.register_forward_hook(over_rows)),
+    "a table derived": (MPNetModel, lambda m: table_derived(m.encoder)),
+    "gradients of a table": (MPNetModel, lambda m: gradients_scaled(m.encoder)),
+    "a hook on a convolution": (DebertaV2Model, lambda m: m.encoder.conv.register_forward_hook(over_rows)),
+    "a hook in a convolution": (DebertaV2Model, lambda m: over_tokens(m.encoder)),
+    "a convolution's forward": (DebertaV2Model, lambda m: method_of_a_convolution(m.encoder)),
+    "embeddings before a convolution": (DebertaV2Model, lambda m: setattr(m, "embeddings", Raised(m.embeddings))),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("what", BESIDE)
+def test_what_stands_beside_the_layers(what: str, when: str) -> None:
+    kind, change = BESIDE[what]
+    sizes = {**SMALL, "vocab_size": 300, "num_hidden_layers": 2, "attention_probs_dropout_prob": 0.0}
+    if kind is DebertaV2Model:
+        sizes |= {"conv_kernel_size": 3, "conv_act": "gelu", "relative_attention": True, "pos_att_type": ["c2p"]}
+    torch.manual_seed(0)
+    stock = kind(kind.config_class(**sizes)).eval()
+    for parameter in stock.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape)
+    fused, plain, found = copy.deepcopy(stock), copy.deepcopy(stock), []
+    if when == "after":
+        fastbert.fuse(fused, padding="packed")(**CALL)
+    for model in (stock, fused):
+        change(model)
+    fastbert.fuse(fused, padding="packed")
+    before, reason = ran(fused)[0], fastbert.explain(fused).encoders[0].reason
+    for model in (fused, stock, plain):
+        model.zero_grad()
+        rows = model(**CALL)[0][REAL]
+        rows.square().sum().backward()
+        found.append([rows, *(p.grad for p in model.parameters() if p.grad is not None)])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+    assert any(not torch.allclose(a, b, rtol=1e-2, atol=1e-2) for a, b in zip(found[1], found[2], strict=True))
+    if what.startswith("embeddings"):
+        assert reason is None and ran(fused)[0]["dense"] == 1
+    else:
+        assert reason is not None and ran(fused) == (before, {reason: 1})
+
+
+def test_a_convolution_packs() -> None:
+    config = DebertaV2Model.config_class(vocab_size=300, num_hidden_layers=2, conv_kernel_size=3, **SMALL)
+    fused = fastbert.fuse(DebertaV2Model(config).eval())
+    fused(**CALL)
+    assert ran(fused) == ({"packed": 1}, {})
