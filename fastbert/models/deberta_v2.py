@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
 
@@ -23,7 +22,7 @@ from ..runtime.packing import Packing
 from ..runtime.plan import Plan
 from ..runtime.readers import FIRST, LABELS, SPANS
 from ..runtime.registry import encoder_of
-from ..runtime.support import is_hooked, is_plain
+from ..runtime.support import is_plain
 from .classes import predictions, register
 from .family import Family
 from .heads import Vocabulary
@@ -174,9 +173,7 @@ def run(model: hf.DebertaV2Model, call: dict[str, object], plan: Plan) -> object
 
 
 def _reach(conv: hf.ConvLayer) -> int | None:
-    """How many rows a convolution sees to each side, if it is stock's and nobody sees its arguments."""
-    if type(conv) is not hf.ConvLayer or any(map(is_hooked, conv.modules())) or not is_plain(conv.conv, nn.Conv1d):
-        return None
+    """How many rows a convolution sees to each side, zeros beyond the ends; None: it is another than stock makes."""
     own = conv.conv
     reach = own.dilation[0] * (own.kernel_size[0] - 1) // 2
     as_made = own.stride == (1,) and own.padding == (reach,) and own.padding_mode == "zeros"
@@ -194,15 +191,14 @@ def _convolve(encoder: hf.DebertaV2Encoder, first: Tensor, hidden_states: Tensor
         convolved: Tensor = encoder.conv(first, hidden_states, mask)
         return convolved
     gap = _reach(encoder.conv)
-    if gap is not None:  # as many zeros between two sequences: nothing is read from the device
-        rows = torch.arange(hidden_states.shape[1], device=hidden_states.device)
-        before = torch.bucketize(rows, starts[1:].to(rows), right=True)  # sequences
-        places, whole = rows + gap * before, len(rows) + gap * max(plan.packing.batch - 1, 0)
-        apart = (x.new_zeros(1, whole, *x.shape[2:]).index_copy(1, places, x) for x in (first, hidden_states, mask))
-        return encoder.conv(*apart).index_select(1, places)
-    lengths = starts.diff().tolist()
-    padded = (pad_sequence(list(rows[0].split(lengths)), batch_first=True) for rows in (first, hidden_states, mask))
-    return torch.cat([row[:length] for row, length in zip(encoder.conv(*padded), lengths, strict=True)])[None]
+    assert gap is not None  # else the call is refused
+    # As many zeros between two sequences: nothing is read from the device.
+    rows = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+    before = torch.bucketize(rows, starts[1:].to(rows), right=True)  # sequences
+    places, whole = rows + gap * before, len(rows) + gap * max(plan.packing.batch - 1, 0)
+    apart = (x.new_zeros(1, whole, *x.shape[2:]).index_copy(1, places, x) for x in (first, hidden_states, mask))
+    rows_apart: Tensor = encoder.conv(*apart)
+    return rows_apart.index_select(1, places)
 
 
 def vocabulary(model: hf.DebertaV2ForMaskedLM) -> Vocabulary:
@@ -229,7 +225,7 @@ def refuses(model: hf.DebertaV2Model) -> str | None:
     reason = part_is_replaced("encoder.conv", conv, hf.ConvLayer)
     for name, kind in _PARTS.items() if reason is None else ():
         reason = reason or part_is_replaced(f"encoder.conv.{name}", conv.__dict__["_modules"].get(name), kind)
-    return reason
+    return reason or (None if _reach(conv) is not None else "encoder.conv.conv is not as stock makes it")
 
 
 SIZES = {

@@ -63,7 +63,7 @@ def _run(model: Any, call: dict[str, Any], plan: Plan) -> Any:
     return BaseModelOutputWithPooling(hidden_states, pooled, output.hidden_states, output.attentions)
 
 
-def _refuses(model: Any) -> str | None:
+def _refuses(model: hf.MPNetModel) -> str | None:
     """Stock looks up a table of queries and keys, fastbert one of distances: who sees the two sees the difference."""
     table = encoder_of(model).__dict__["_modules"].get("relative_attention_bias")
     if not is_plain(table, nn.Embedding, sharded=True):

@@ -503,6 +503,7 @@ BESIDE: dict[str, tuple[Any, Change]] = {
     "a hook on a convolution": (DebertaV2Model, lambda m: m.encoder.conv.register_forward_hook(over_rows)),
     "a hook in a convolution": (DebertaV2Model, lambda m: over_tokens(m.encoder)),
     "a convolution's forward": (DebertaV2Model, lambda m: method_of_a_convolution(m.encoder)),
+    "a convolution in a circle": (DebertaV2Model, lambda m: setattr(m.encoder.conv.conv, "padding_mode", "circular")),
     "embeddings before a convolution": (DebertaV2Model, lambda m: setattr(m, "embeddings", Raised(m.embeddings))),
 }
 
