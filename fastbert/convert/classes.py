@@ -16,7 +16,7 @@ from .config import Config, stem
 from .sources import Source
 
 _UNTRAINED = ("pre-training", "masked-lm", "next-sentence", "base")
-"""Tasks of pre-training: of one that has no place for all, another may be taken, and means the same."""
+"""Tasks of pre-training, whose heads mean the same in each: where one has no place for all, another may be taken."""
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -153,14 +153,14 @@ def _set_labels(source: Source, config: Config, settings: PretrainedConfig, has:
 def _named(
     source: Source, config: Config, targets: dict[str, Target], settings: PretrainedConfig, has: Shapes
 ) -> Target:
-    """The class that the config names; or, where both are of pre-training, another that has a place for all."""
+    """The class that the config names; or one of pre-training that has a place for all, where that one has not."""
     name = config.architecture
     kind = getattr(transformers, f"{name}", None)
     if kind is None or getattr(kind, "config_class", None) is not config.kind:
         raise config.wrong(f"says {name} in architectures; expected a class of {config.kind.__name__}, or a task")
     target = next((each for each in targets.values() if each.name == name), None) or _target(kind, settings)
     extra = target.extra(has)
-    if extra and not target.missing(has) and name in [targets[each].name for each in _UNTRAINED if each in targets]:
+    if extra and not target.missing(has):
         for other in (targets[each] for each in _UNTRAINED if each in targets):
             if not other.missing(has) and not other.extra(has):
                 source.notes.append(f"{name}, which the config names, has no {some(extra, 1)}: {other.name} has all")
