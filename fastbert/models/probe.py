@@ -23,7 +23,7 @@ from ..layers.layer import Layer
 from ..numerics import relative_error
 from ..runtime import known
 from ..runtime.packing import Packing
-from ..runtime.readers import parameter_names, tell_labels
+from ..runtime.readers import parameter_names
 from ..runtime.registry import encoder_of, layers_of
 from ..runtime.support import is_plain
 from .family import Family
@@ -206,6 +206,7 @@ def try_family(family: Family) -> None:
         stock = _small(family, family.base)
         calls = list(_calls(stock, family))
         _check_tables(stock, family, calls[0])
+        _check_activation(stock, family, calls[0])
         for padding in ("packed", "dense"):
             fused = fuse(copy.deepcopy(stock), padding=padding)
             for call in calls:
@@ -213,13 +214,13 @@ def try_family(family: Family) -> None:
             (encoder,) = explain(fused).encoders
             if not encoder.fused_calls:
                 told = encoder.stock_calls or encoder.reason
-                raise ValueError(f"{family.base.__name__} was registered, and runs stock: {told}")
+                raise ValueError(f"{family.base.__name__} is not registered: a small model of it runs stock: {told}")
             _compare_sequences(stock, fused, family)
             _compare_gradients(stock, fused, calls[0], padding)
         family.returns_maps = family.returns_maps and _returns_maps(copy.deepcopy(stock), calls[:4])
         _try_dropout(family, calls[0])
-        for kind, reader in family.heads.items():
-            _try_head(family, kind, labelled=reader.hook is tell_labels)
+        for kind in family.heads:
+            _try_head(family, kind)
 
 
 def _small(family: Family, kind: Callable[..., PreTrainedModel], **changes: object) -> PreTrainedModel:
@@ -233,7 +234,7 @@ def _small(family: Family, kind: Callable[..., PreTrainedModel], **changes: obje
 
 def _departs(model: nn.Module, what: str, hint: str = "") -> ValueError:
     name = type(model).__name__
-    return ValueError(f"{name} was registered, and departs from stock: {what}{hint and f'; {hint}'}")
+    return ValueError(f"{name} is not registered: fused, it departs from stock: {what}{hint and f'; {hint}'}")
 
 
 _MASKS = {
@@ -457,6 +458,42 @@ def _check_tables(stock: nn.Module, family: Family, call: _Call) -> None:
         family.tables = made
 
 
+def _check_activation(stock: nn.Module, family: Family, call: _Call) -> None:
+    """Looks at what every layer makes of its first linear layer for its last one.
+
+    Two kinds of GELU differ by less than what rounding may add up to in hidden states.
+    """
+    half, seen = family.layout.feed_forward, {}
+    for layer in layers_of(stock):
+        first, last = half.up if half.gate is None else half.gate, half.down
+        hooks = [
+            child(layer, *path).register_forward_hook(
+                lambda _, args, out, path=path: seen.update({path: (args[0], out)})
+            )
+            for path in {first, half.up, last}
+        ]
+        with torch.no_grad():
+            stock(**call.arguments)
+        for hook in hooks:
+            hook.remove()
+        if len(seen) < len(hooks):  # whose weights it reads without calling them
+            return
+        expected, factor = seen[first][1], seen[half.up][1]
+        if half.is_gated:
+            expected, factor = expected.chunk(2, -1)
+        with torch.no_grad():
+            expected = half.activation_of(layer)(expected)
+        expected = expected * factor if half.is_gated or half.gate is not None else expected
+        taken = seen[last][0]
+        error = relative_error(taken, expected.double()) if taken.shape == expected.shape else float("inf")
+        if not error <= _TOLERANCE / 10:
+            name = type(layer).__name__
+            raise ValueError(
+                f"FeedForward.activation is {'.'.join(half.activation)}; what {name} hands to {'.'.join(last)} is "
+                f"off by {error:.1e} from what that makes of {'.'.join(first)}"
+            )
+
+
 class _Dropped(TorchFunctionMode):
     """Notes what is dropped, and drops nothing."""
 
@@ -571,7 +608,7 @@ def _try_dropout(family: Family, call: _Call) -> None:
         _set_rate(stock, path, 0.0)
 
 
-def _try_head(family: Family, kind: type[PreTrainedModel], labelled: bool) -> None:
+def _try_head(family: Family, kind: type[PreTrainedModel]) -> None:
     try:
         stock = _small(family, kind)
     except Exception as error:  # whatever it needs of its config
@@ -582,8 +619,14 @@ def _try_head(family: Family, kind: type[PreTrainedModel], labelled: bool) -> No
         real = torch.tensor(mask)
         ids = torch.where(real.bool(), torch.randint(1, _rows(stock.base_model, family, words), real.shape), 0)
         call = _Call(what, {words: ids, "attention_mask": real}, real.bool(), hint)
-        labels = torch.where(real.bool(), torch.randint(2, real.shape), -100) if labelled else real[:, 0] * 0
-        for arguments in ({}, {"labels": labels}):
-            tried = call._replace(arguments={**call.arguments, **arguments})
+        first, all_labelled = real[:, 0] * 0, torch.randint(2, real.shape)
+        for told, more in (
+            ("", {}),
+            (" and labels", {"labels": first}),
+            (" and labels of real tokens", {"labels": torch.where(real.bool(), all_labelled, -100)}),
+            (" and labels of all tokens", {"labels": all_labelled}),
+            (" and a span", {"start_positions": first, "end_positions": first}),
+        ):
+            tried = call._replace(what=what + told, arguments={**call.arguments, **more})
             if _stock_takes(stock, tried):
                 _compare(stock, fused, tried, "auto")

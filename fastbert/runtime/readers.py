@@ -423,17 +423,24 @@ def _listed(names: list[str]) -> str:
 
 
 def _is_original(kind: type, name: str) -> bool:
-    """Whether a method of a class, and all that it wraps, was written in the package of who defines it, or in torch."""
+    """Whether a method of a class, and all that it wraps, was written in the package of who defines it, or in torch.
+
+    Decorators of transformers are its heads' own, whoever wrote them.
+    """
     definer = next((each for each in kind.__mro__ if name in vars(each)), kind)
-    packages = (sys.modules.get(package) for package in (definer.__module__.partition(".")[0], "torch"))
-    folders = tuple(os.path.dirname(str(package.__file__)) + os.sep for package in packages if package is not None)
-    folders += (contextlib.__file__,)  # its decorators
+
+    def folders(*names: str) -> tuple[str, ...]:
+        packages = (sys.modules.get(package) for package in names)
+        return tuple(os.path.dirname(str(package.__file__)) + os.sep for package in packages if package is not None)
+
+    own = (*folders(definer.__module__.partition(".")[0], "torch"), contextlib.__file__)  # its decorators
+    around = own + folders("transformers")
     function = getattr(kind, name)
     while function is not None:
-        code = getattr(function, "__code__", None)
-        if code is None or not code.co_filename.startswith(folders):
+        code, inner = getattr(function, "__code__", None), getattr(function, "__wrapped__", None)
+        if code is None or not code.co_filename.startswith(own if inner is None else around):
             return False
-        function = getattr(function, "__wrapped__", None)
+        function = inner
     return True
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,7 +19,7 @@ from fastbert.models import classes, probe
 from fastbert.models.classes import register
 from fastbert.models.family import Family
 from fastbert.runtime import registry
-from fastbert.runtime.readers import REAL
+from fastbert.runtime.readers import FIRST, REAL
 from tests import models
 from tests.fastbert.quill import adapter
 from tests.fastbert.quill import modeling_quill as code
@@ -102,6 +103,36 @@ def test_heads_pack() -> None:
     with torch.no_grad():
         torch.testing.assert_close(fused(**call), stock(**call))
     assert dict(fastbert.explain(fused).encoders[0].fused_calls) == {"packed": 1}
+
+
+def test_a_head_in_a_decorator_of_transformers_packs() -> None:
+    """`can_return_tuple`, as transformers' own heads have it; and labels at padding are what its loss counts, too."""
+    stock = seeded(code.QuillForTagging)
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    call = {"input_ids": models.ids(4, 23, high=100), "attention_mask": models.masks(4, 23)["right"]}
+    labels = models.ids(4, 23, seed=1, high=5)
+    with torch.no_grad():
+        real = call["attention_mask"].bool()
+        torch.testing.assert_close(fused(**call).logits[real], stock(**call).logits[real])
+        losses = [model(**call, labels=labels).loss for model in (fused, stock)]
+        of_real = stock(**call, labels=labels.where(real, -100)).loss
+    torch.testing.assert_close(*losses)
+    assert not torch.isclose(losses[1], of_real)
+    (encoder,) = fastbert.explain(fused).encoders
+    assert (encoder.dense, encoder.fused_calls) == (None, {"packed": 1, "dense": 1})
+
+
+def test_a_head_that_somebody_has_wrapped_does_not_pack(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = code.QuillForTagging.forward
+
+    @functools.wraps(forward)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    wrapper.__code__ = wrapper.__code__.replace(co_filename="/elsewhere/tool.py")
+    monkeypatch.setattr(code.QuillForTagging, "forward", wrapper)
+    fused = fastbert.fuse(seeded(code.QuillForTagging))
+    assert "QuillForTagging, whose forward has been replaced" in str(fastbert.explain(fused).encoders[0].dense)
 
 
 def test_dropout_is_drawn_by_the_seed() -> None:
@@ -261,7 +292,7 @@ def short(encoder: Any, x: Tensor, packing: Any, ids: Tensor | None) -> dict[str
     return {"rotation": encoder.rotation(torch.arange(x.shape[1]))}
 
 
-DEPARTS = "QuillModel was registered, and departs from stock: its hidden"
+DEPARTS = "QuillModel is not registered: fused, it departs from stock: its hidden"
 WRONG: dict[str, tuple[Callable[[Family], dict[str, Any]], str]] = {
     "the norm after": (lambda f: {"layout": dataclasses.replace(f.layout, pre_norm=False)}, DEPARTS),
     "no final norm": (lambda f: {"final_norm": None}, DEPARTS),
@@ -303,7 +334,19 @@ WRONG: dict[str, tuple[Callable[[Family], dict[str, Any]], str]] = {
     "no table of words": (lambda f: {"ids": {"input_ids": "words"}}, "Family.ids names 'words' as the table of words"),
     "another final norm": (lambda f: {"final_norm": "blocks"}, "Family.final_norm is 'blocks'; a QuillEncoder has no"),
     "a head of real tokens": (lambda f: {"heads": {code.QuillForRanking: REAL}}, "left; Family.heads says which rows"),
-    "a head of all rows": (quirk("a mean over all rows"), "QuillForRanking was registered, and departs"),
+    "a head of all rows": (quirk("a mean over all rows"), "QuillForRanking is not registered: fused, it departs"),
+    "a loss over real tokens": (
+        lambda f: {"heads": {code.QuillForTagging: REAL}},
+        "QuillForTagging is not registered: .* its loss by .* padding and labels of all tokens; Family.heads says",
+    ),
+    "a loss of the first row": (
+        lambda f: {"heads": {code.QuillForTagging: FIRST}},
+        "QuillForTagging is not registered: .* its loss by .* padding and labels of all tokens; Family.heads says",
+    ),
+    "another activation": (
+        quirk("a GELU by tanh"),
+        r"FeedForward.activation is mlp.act; what QuillBlock hands to mlp.wo is off by .* makes of mlp.wi",
+    ),
     "a qkv by heads": (quirk("queries, keys and values of each head side by side"), DEPARTS),
     "a scale of its own": (quirk("a scale"), DEPARTS),
     "a window": (quirk("a window"), f"{DEPARTS} .* of 300 tokens a sequence"),

@@ -13,7 +13,7 @@ from fastbert.layers.layer import Layer
 from fastbert.models.classes import register
 from fastbert.models.family import Family
 from fastbert.runtime.packing import Packing
-from fastbert.runtime.readers import FIRST
+from fastbert.runtime.readers import FIRST, LABELS
 
 from . import modeling_quill as code
 
@@ -64,7 +64,7 @@ FAMILY = register(
         output=BaseModelOutput,
         tables=tables,
         spreads_empty=True,
-        heads={code.QuillForRanking: FIRST},
+        heads={code.QuillForRanking: FIRST, code.QuillForTagging: LABELS},
     ),
     __name__,
 )

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, TokenClassifierOutput
+from transformers.utils.generic import can_return_tuple
 
 
 class QuillConfig(PretrainedConfig):
@@ -92,11 +93,14 @@ class QuillGate(nn.Module):
     def __init__(self, config: QuillConfig) -> None:
         super().__init__()
         self.wi = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.act = nn.SiLU()
+        self.act = nn.GELU() if config.quirk == "a GELU by tanh" else nn.SiLU()
+        self.quirk = config.quirk
         self.wo = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         activated, factor = self.wi(x).chunk(2, -1)
+        if self.quirk == "a GELU by tanh":
+            return self.wo(nn.functional.gelu(activated, approximate="tanh") * factor)
         return self.wo(self.act(activated) * factor)
 
 
@@ -125,7 +129,7 @@ class QuillEncoder(nn.Module):
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         rates = 10000.0 ** -(torch.arange(0, self.width, 2, device=positions.device) / self.width)
         angles = positions[..., None].float() * rates
-        angles = torch.cat((angles, angles), -1)
+        angles = torch.cat((angles, angles), -1).detach()
         return angles.cos(), angles.sin()
 
     def forward(
@@ -193,3 +197,20 @@ class QuillForRanking(PreTrainedModel):
         rows = self.quill(input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
         row = rows.mean(1) if self.config.quirk == "a mean over all rows" else rows[:, 0]
         return self.score(row.to(self.score.weight.dtype))
+
+
+class QuillForTagging(PreTrainedModel):
+    config_class = QuillConfig
+    base_model_prefix = "quill"
+
+    def __init__(self, config: QuillConfig) -> None:
+        super().__init__(config)
+        self.quill = QuillModel(config)
+        self.tags = nn.Linear(config.hidden_size, 5)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> TokenClassifierOutput:
+        logits = self.tags(self.quill(input_ids, **kwargs).last_hidden_state)
+        loss = None if labels is None else nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return TokenClassifierOutput(loss=loss, logits=logits)
