@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 import re
 import shlex
@@ -89,7 +90,7 @@ def added() -> Iterator[ModuleType]:
     module = ModuleType("an_adapter_for_splinter")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, module.__name__, module)
-        (source,) = blocks(FAMILY, "python")
+        source, *_ = blocks(FAMILY, "python")
         exec(compile(source, str(FAMILY), "exec"), module.__dict__)
         yield module
 
@@ -118,6 +119,33 @@ def test_the_family_that_is_added(name: str, added: ModuleType) -> None:
     (encoder,) = fastbert.explain(trio[0]).encoders
     layout = "packed" if name == "SplinterModel" else "dense"
     assert (encoder.fused_calls, encoder.stock_calls, encoder.embeddings) == ({layout: 1}, {}, None)
+
+
+@pytest.fixture(scope="module")
+def thistle(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The adapter of the family with layers of its own, and that family's code, from files."""
+    folder = tmp_path_factory.mktemp("thistle")
+    _, *sources = blocks(FAMILY, "python")
+    for name, source in zip(("modeling_thistle", "thistle"), sources, strict=True):
+        (folder / f"{name}.py").write_text(source, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        return importlib.import_module("thistle")
+
+
+@pytest.mark.parametrize("name", ["ThistleModel", "ThistleForRanking"])
+def test_the_family_with_layers_of_its_own(name: str, thistle: Any) -> None:
+    trio = models.three(getattr(thistle.hf, name)(thistle.hf.ThistleConfig()).eval(), torch.float32)
+    fastbert.fuse(trio[0])
+    mask, ids = models.masks(7, 19)["right"], models.ids(7, 19, high=100)
+    assert mask is not None
+    with torch.no_grad():
+        found = [each(ids, attention_mask=mask) for each in trio]
+        if name == "ThistleModel":
+            found = [each.last_hidden_state[mask.bool()] for each in found]
+    numerics.assert_within_policy(*found)
+    (encoder,) = fastbert.explain(trio[0]).encoders
+    assert (encoder.fused_calls, encoder.stock_calls) == ({"packed": 1}, {})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
