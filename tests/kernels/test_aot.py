@@ -87,7 +87,7 @@ def test_compiles_without_spills_within_shared_memory() -> None:
     """
     rows = compile_all("--few")
     plain, fp8 = operations()
-    matrices = {"attention", "disentangled", "linear"}
+    matrices = {"attention", "attention_map", "disentangled", "linear"}
     for arch in ARCHITECTURES:
         ops = {row["op"] for row in rows if row["arch"] == arch}
         found = {*matrices} if arch != "sm_89" else set()
