@@ -127,7 +127,9 @@ def _base_of(model: nn.Module) -> PreTrainedModel:
 def _arguments(base: PreTrainedModel, inputs: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     """Those that are given; raises as `attention_maps` says of its inputs."""
     if not isinstance(inputs, Mapping):
-        raise TypeError(f"inputs is a {type(inputs).__name__}; expected a mapping from arguments' names to tensors")
+        raise TypeError(
+            f"inputs is of type {type(inputs).__name__}; expected a mapping from arguments' names to tensors"
+        )
     call = {name: value for name, value in inputs.items() if value is not None}
     names = [*family_of(base).ids, "inputs_embeds", "attention_mask"]
     taken = [name for name in names if name in parameter_names(family_of(base).base)]

@@ -9,7 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import transformers
 from torch import nn
@@ -18,7 +18,7 @@ from .layers.fp8 import GEMMS, Fp8, calibrated
 from .layers.layer import STOCK, Mixin
 from .runtime.readers import HOLDS, HOOKS, Holder, reader_of
 from .runtime.registry import REGISTERED, encoder_of, layers_of
-from .runtime.settings import PADDINGS, Running, Settings
+from .runtime.settings import PADDINGS, Padding, Running, Settings
 from .runtime.support import (
     fp8_is_unsupported,
     model_is_unsupported,
@@ -78,8 +78,13 @@ _GONE: set[str] = set()
 
 def base_models(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
     """Every base model of a registered family inside `model`: (name, module, family)."""
+    if isinstance(model, type):
+        given = model.__name__
+        raise TypeError(f"model is the class {given}; expected an instance, as {given}.from_pretrained(...) makes one")
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module that holds a BERT encoder")
+        raise TypeError(
+            f"model is of type {type(model).__name__}; expected a torch.nn.Module that holds a BERT encoder"
+        )
     found, families = [], _families()
     for name, module in model.named_modules():
         family = next((f for f in families if isinstance(module, f.base)), None)
@@ -94,10 +99,10 @@ PRECISIONS = (None, "fp8")
 def fuse(
     model: Model,
     *,
-    padding: str = "auto",
+    padding: Padding = "auto",
     loss_only: bool = False,
     cuda_graphs: bool = False,
-    precision: str | None = None,
+    precision: Literal["fp8"] | None = None,
 ) -> Model:
     """Makes every supported encoder inside `model` run fused, in place.
 

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from .fuse import fuse, unfuse
 from .layers.embeddings import first_position, longest_sequence
 from .quality import Measure, Quality
 from .runtime.registry import REGISTERED, embeddings_of, encoder_of, layers_in, layers_of, widen
+from .runtime.settings import Padding
 from .sensitivity import Sensitivity, sensitivity
 
 LAYOUTS = ("packed", "dense")
@@ -236,7 +237,7 @@ def verify(
     device: torch.device | str | None = None,
     layouts: Sequence[str] = LAYOUTS,
     batch_size: int = 8,
-    precision: str | None = None,
+    precision: Literal["fp8"] | None = None,
 ) -> Report:
     """Compares the fused forward of `model` with stock in float64 and stock in the same dtype, on copies of it.
 
@@ -313,7 +314,9 @@ def verify(
             stock_errors.add(_outputs(bounding, batch, real), expected)
             plain = {} if precision is None else _outputs(working, batch, real)
             for layout in layouts:
-                asked = "auto" if layout == "packed" and padding.reads else layout  # then dense where it must be
+                asked: Padding = "packed" if layout == "packed" else "dense"
+                if asked == "packed" and padding.reads:
+                    asked = "auto"  # dense where it must be
                 fuse(working, padding=asked, precision=precision)
                 found = _outputs(working, batch, real)
                 fused_errors[layout].add(found, expected)
@@ -374,10 +377,10 @@ def stock_in_fp8(inner: PreTrainedModel, device: torch.device, dtype: torch.dtyp
 def inner_model(model: nn.Module) -> PreTrainedModel:
     """The outermost Hugging Face model in `model` that is built on one encoder."""
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+        raise ValueError(f"model is of type {type(model).__name__}; expected a torch.nn.Module")
     found = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     if not found:
-        raise ValueError(f"model is a {type(model).__name__} that holds no Hugging Face model")
+        raise ValueError(f"model is of type {type(model).__name__}, which holds no Hugging Face model")
     inner = next((module for module in found if hasattr(module.base_model, "embeddings")), found[0])
     for name, parameter in inner.named_parameters():
         if parameter.is_meta:
@@ -409,7 +412,7 @@ def batches_of(
     if isinstance(inputs, Mapping):
         inputs = [inputs]
     if isinstance(inputs, str) or not isinstance(inputs, Sequence):
-        raise ValueError(f"inputs is a {type(inputs).__name__}; expected texts, a mapping or a list of mappings")
+        raise ValueError(f"inputs is of type {type(inputs).__name__}; expected texts, a mapping or a list of mappings")
     if not inputs:
         raise ValueError("inputs is empty; expected at least one text or mapping")
     if all(isinstance(item, str) for item in inputs):
@@ -441,7 +444,7 @@ def _checked(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Tens
         if name not in _ARGUMENTS:
             raise ValueError(f"inputs: {name!r} is not compared; expected {', '.join(_ARGUMENTS)}")
         if not isinstance(tensor, Tensor):
-            raise ValueError(f"inputs: {name!r} is a {type(tensor).__name__}; expected a tensor")
+            raise ValueError(f"inputs: {name!r} is of type {type(tensor).__name__}; expected a tensor")
         if not tensor.numel():
             raise ValueError(f"inputs: {name!r} is empty, of shape {tuple(tensor.shape)}")
     if ("input_ids" in batch) == ("inputs_embeds" in batch):

@@ -55,7 +55,7 @@ def encode(
     """
     if not hasattr(model, "preprocess") or not hasattr(model, "is_singular_input"):
         raise TypeError(
-            f"model is a {type(model).__name__}; expected a SentenceTransformer, CrossEncoder, SparseEncoder or "
+            f"model is of type {type(model).__name__}; expected a SentenceTransformer, CrossEncoder, SparseEncoder or "
             "MultiVectorEncoder of a sentence-transformers that has `preprocess`"
         )
     call = call or ("predict" if hasattr(model, "predict") else "encode")

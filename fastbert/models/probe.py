@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
 
 from ..explain import explain
 from ..fuse import fuse
@@ -23,7 +26,7 @@ from ..layers.layer import Layer
 from ..numerics import relative_error
 from ..runtime import known
 from ..runtime.packing import Packing
-from ..runtime.readers import parameter_names
+from ..runtime.readers import a, parameter_names
 from ..runtime.registry import encoder_of, layers_of
 from ..runtime.support import is_plain
 from .family import Family
@@ -66,6 +69,7 @@ def check_description(family: Family) -> None:
         ValueError: they don't fit; the field of `Family` is named, or of the half of its layout.
     """
     base: Any = family.base
+    _check_fields(family)
     with torch.device("meta"):
         model = base(family.config(**family.sizes))
     if len(family.stack) < 2:
@@ -91,6 +95,11 @@ def check_description(family: Family) -> None:
     words = next(iter(family.ids.values()))
     if not isinstance(embeddings._modules.get(words or ""), nn.Embedding):
         raise ValueError(f"Family.ids names {words!r} as the table of words; {_a(embeddings)} has no such nn.Embedding")
+    for name, table in family.ids.items():
+        found = embeddings._modules.get(table or "")
+        # Whether there is one may hang on the config.
+        if table is not None and not (isinstance(found, nn.Embedding) or (found is None and _reads(embeddings, table))):
+            raise ValueError(f"Family.ids names {table!r} as the table of {name}; {_a(embeddings)} has none there")
     if family.final_norm is not None and not is_plain(
         encoder._modules.get(family.final_norm) or nn.Identity(), nn.LayerNorm
     ):
@@ -98,8 +107,34 @@ def check_description(family: Family) -> None:
     _check_layout(family.layout, layers[0])
 
 
+def _check_fields(family: Family) -> None:
+    """Whether fields have the types that they are given as."""
+    paths: dict[str, object] = {f"Family.{name}": getattr(family, name) for name in ("embeddings_at", "stack")}
+    for half in family.layout.halves():
+        for field, (_, value) in zip(fields(half), vars(half).items(), strict=True):
+            if "Path" in str(field.type) and field.name != "kinds":
+                paths[f"{type(half).__name__}.{field.name}"] = value
+        paths.update({f"a path in {type(half).__name__}.kinds": path for path in half.kinds})
+    for name, path in paths.items():
+        if path is not None and not (isinstance(path, tuple) and all(isinstance(each, str) for each in path)):
+            example = f"({path!r},)" if isinstance(path, str) else "('attention', 'output')"
+            raise ValueError(f"{name} is {path!r}; expected a tuple of names, as {example}")
+    for name in ("heads", "others", "parts"):
+        for kind in getattr(family, name):
+            if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+                raise ValueError(f"Family.{name} has {kind!r}; expected classes of modules")
+    if not (isinstance(family.output, type) and issubclass(family.output, ModelOutput)):
+        raise ValueError(f"Family.output is {family.output!r}; expected a class derived from transformers' ModelOutput")
+
+
+def _reads(module: nn.Module, name: str) -> bool:
+    """Whether the code of a module's class, or of those that it is derived from, reads or sets an attribute."""
+    functions = (each for kind in type(module).__mro__ for each in vars(kind).values())
+    return any(name in each.__code__.co_names for each in functions if isinstance(each, FunctionType))
+
+
 def _a(module: nn.Module) -> str:
-    return f"a {type(module).__name__}"
+    return a(type(module))
 
 
 def _at(module: nn.Module, path: Path, field: str, owner: str) -> Any:
@@ -133,7 +168,7 @@ def _check_layout(layout: Layer, layer: nn.Module) -> None:
             paths.append(path)
         norm = _at(layer, half.norm, f"{name}.norm", owner)
         if not isinstance(norm, layout.norm) or norm.weight is None:
-            raise ValueError(f"{name}.norm is {_a(norm)}; expected a {layout.norm.__name__} with a weight")
+            raise ValueError(f"{name}.norm is {_a(norm)}; expected {a(layout.norm)} with a weight")
         known_parameters |= {id(p) for p in norm.parameters()}
         paths.append(half.norm)
         for path in filter(None, half.dropout_paths()):
@@ -288,8 +323,16 @@ def _calls(stock: nn.Module, family: Family) -> Iterator[_Call]:
         embeds = torch.randn(*padded.real.shape, _width(stock, family))
         arguments = {name: value for name, value in padded.arguments.items() if name != words}
         found.append(_Call("with inputs_embeds", {**arguments, "inputs_embeds": embeds}, padded.real))
-    for i, call in enumerate(found):
-        if not i or _stock_takes(stock, call):
+    try:
+        with torch.no_grad():
+            stock(**padded.arguments)
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        given = ", ".join(padded.arguments)
+        what = f"{base.__name__} can't be called with {given}"
+        raise ValueError(f"{what}: {error}; see Family.ids, and Family.sizes") from error
+    yield padded
+    for call in found[1:]:
+        if _stock_takes(stock, call):
             yield call
 
 
@@ -613,6 +656,8 @@ def _try_head(family: Family, kind: type[PreTrainedModel]) -> None:
         stock = _small(family, kind)
     except Exception as error:  # whatever it needs of its config
         raise ValueError(f"Family.sizes make no {kind.__name__}: {error}") from error
+    if not any(isinstance(module, family.base) for module in stock.modules()):
+        raise ValueError(f"Family.heads has {kind.__name__}, which holds no {family.base.__name__}")
     fused, words = fuse(copy.deepcopy(stock)), next(iter(family.ids))
     hint = "Family.heads says which rows it reads"
     for what, mask in list(_MASKS.items())[:3]:

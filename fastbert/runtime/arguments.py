@@ -36,7 +36,7 @@ def check_arguments(model: nn.Module, call: Mapping[str, Any], foreign: bool) ->
     given = "input_ids" if ids is not None else "inputs_embeds"
     values = call[given]
     if not isinstance(values, Tensor):
-        raise ValueError(f"{given} is a {type(values).__name__}; expected a torch.Tensor")
+        raise ValueError(f"{given} is of type {type(values).__name__}; expected a torch.Tensor")
     if values.dim() != (2 if ids is not None else 3):
         expected = "(batch, tokens)" if ids is not None else "(batch, tokens, hidden)"
         raise ValueError(f"{given} has shape {tuple(values.shape)}; expected {expected}")
@@ -79,7 +79,7 @@ def _is_readable(ids: Tensor) -> bool:
 
 def _check_ids(name: str, ids: Tensor, shape: tuple[int, int], table: Any) -> None:
     if not isinstance(ids, Tensor):
-        raise ValueError(f"{name} is a {type(ids).__name__}; expected a torch.Tensor")
+        raise ValueError(f"{name} is of type {type(ids).__name__}; expected a torch.Tensor")
     if ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{name} has dtype {ids.dtype}; expected torch.int64 or torch.int32")
     sizes = (1,) * (2 - ids.dim()) + tuple(ids.shape)

@@ -255,7 +255,7 @@ def _decoder(module: nn.Module) -> str | None:
     kind = type(module.decoder)
     if kind.__module__.startswith("transformers.models.") and _is_original(kind, "forward"):
         return None
-    return f"its decoder is {_a(kind)}"
+    return f"its decoder is {a(kind)}"
 
 
 def _layer_norm(module: Any) -> str | None:
@@ -382,7 +382,7 @@ def reader_of(kind: type[nn.Module]) -> Reader | str:
     else:
         changed = [name for own in kind.__mro__[: kind.__mro__.index(known)] for name in _overridden(own, known)]
     if changed:
-        return f"{_a(known)} with {_listed(changed)} of its own, which may read padding"
+        return f"{a(known)} with {_listed(changed)} of its own, which may read padding"
     used = methods_used(known)
     made = "family" in vars(known)  # a fused class, whose forward is fastbert's
     replaced = [] if made else [name for name in used if not _is_original(known, name)]
@@ -414,7 +414,8 @@ def _overridden(own: type, known: type) -> list[str]:
     return [name for name in names if isinstance(inspect.getattr_static(known, name, None), kinds)]
 
 
-def _a(kind: type) -> str:
+def a(kind: type) -> str:
+    """The name of a class with its article."""
     return f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}"
 
 
@@ -466,7 +467,7 @@ def readings(root: nn.Module) -> Readings:
         if row is None or kind.forward is not row.forward:
             judged = reader_of(kind)
             if isinstance(judged, str):
-                return Readings((module, f"{_a(kind)}, {judged}"))
+                return Readings((module, f"{a(kind)}, {judged}"))
             row = judged
         attributes = module.__dict__
         if attributes["_forward_hooks"] or attributes["_backward_hooks"] or attributes["_backward_pre_hooks"]:
@@ -488,7 +489,7 @@ def readings(root: nn.Module) -> Readings:
         if own := sorted(row.methods.keys() & attributes.keys()):
             return Readings((module, f"given {_listed(own)} of its own, which may read padding"))
         if row.unless is not None and (why := row.unless(module)) is not None:
-            return Readings((module, f"{_a(kind)}: {why}"))
+            return Readings((module, f"{a(kind)}: {why}"))
         first = first or (row.first is not None and row.first(module))
         tells = module if row.hook is not None and tells is None else tells
         children = attributes["_modules"]

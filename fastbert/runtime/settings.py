@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
+from typing import Literal, get_args
 
 import torch
 
@@ -13,7 +14,8 @@ from .coverage import Coverage
 from .graphs import Graphs
 from .readers import Held
 
-PADDINGS = ("auto", "packed", "dense")
+Padding = Literal["auto", "packed", "dense"]
+PADDINGS: tuple[Padding, ...] = get_args(Padding)
 
 
 # Of all counts: held for an addition. A process that is forked meanwhile would wait for it forever.

@@ -203,7 +203,7 @@ def test_what_there_is_not_is_told_before_anything_runs(what: str, monkeypatch: 
     monkeypatch.setitem(fastbert.ops.CPU_BACKEND, "qkv_linear", lambda *_: pytest.fail("ran"))
     with pytest.raises(ValueError, match=error):
         fastbert.attention_maps(model, **{"inputs": call("bert", "right"), **arguments})
-    with pytest.raises(TypeError, match="inputs is a list; expected a mapping"):
+    with pytest.raises(TypeError, match="inputs is of type list; expected a mapping"):
         fastbert.attention_maps(fastbert.fuse(models.seeded()), [1])  # type: ignore[call-overload]
 
 

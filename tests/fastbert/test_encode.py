@@ -204,7 +204,7 @@ def test_refused(embedder: Any, given: Any, options: Any, error: type[Exception]
 
 
 def test_another_library_is_refused() -> None:
-    with pytest.raises(TypeError, match="model is a BertModel; expected a SentenceTransformer"):
+    with pytest.raises(TypeError, match="model is of type BertModel; expected a SentenceTransformer"):
         fastbert.encode(models.seeded(), ["a", "b"])
 
 

@@ -7,7 +7,7 @@ import inspect
 import pickle
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -568,12 +568,23 @@ def test_unsupported_models_are_refused_unchanged() -> None:
         fastbert.fuse(models.seeded(hidden_size=32))
     with pytest.raises(fastbert.UnsupportedModelError, match="no encoder of a supported family"):
         fastbert.fuse(nn.Linear(2, 2))
-    with pytest.raises(TypeError, match="model is a str"):
+    with pytest.raises(TypeError, match="model is the class BertModel; expected an instance, as"):
+        fastbert.fuse(hf.BertModel)  # type: ignore[type-var]
+    with pytest.raises(TypeError, match="model is of type str"):
         fastbert.fuse("bert-large-uncased")  # type: ignore[type-var]
     model = models.seeded()
     with pytest.raises(ValueError, match="padding is 'none'; expected one of 'auto', 'packed', 'dense'"):
-        fastbert.fuse(model, padding="none")
+        fastbert.fuse(model, padding="none")  # type: ignore[arg-type]
     assert type(model.encoder) is hf.BertEncoder
+
+
+def test_types_say_what_is_expected() -> None:
+    """So that a type checker finds padding="packd"."""
+    hints = get_type_hints(fastbert.fuse)
+    paddings, precisions = get_args(hints["padding"]), get_args(get_args(hints["precision"])[0])
+    assert (paddings, precisions) == (("auto", "packed", "dense"), ("fp8",))
+    for padding in paddings:
+        assert fastbert.explain(fastbert.fuse(models.seeded(), padding=padding)).encoders[0].padding == padding
 
 
 def test_the_kill_switch(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -646,8 +657,8 @@ BAD = {
         "cu_seq_lens_q": torch.tensor([0, 2, 5]),
         "cu_seq_lens_k": torch.tensor([0, 3, 5]),
     },
-    "input_ids is a list; expected a torch.Tensor": {"input_ids": [[1, 2]]},
-    "position_ids is a list; expected a torch.Tensor": {"input_ids": models.ids(1, 2), "position_ids": [0, 1]},
+    "input_ids is of type list; expected a torch.Tensor": {"input_ids": [[1, 2]]},
+    "position_ids is of type list; expected a torch.Tensor": {"input_ids": models.ids(1, 2), "position_ids": [0, 1]},
     "exactly one of input_ids or inputs_embeds": {},
 }
 

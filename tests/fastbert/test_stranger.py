@@ -333,6 +333,30 @@ WRONG: dict[str, tuple[Callable[[Family], dict[str, Any]], str]] = {
     ),
     "no table of words": (lambda f: {"ids": {"input_ids": "words"}}, "Family.ids names 'words' as the table of words"),
     "another final norm": (lambda f: {"final_norm": "blocks"}, "Family.final_norm is 'blocks'; a QuillEncoder has no"),
+    "a table that isn't there": (
+        lambda f: {"ids": {"input_ids": "tokens", "place_ids": "nosuch"}},
+        "Family.ids names 'nosuch' as the table of place_ids; a QuillEmbeddings has none there",
+    ),
+    "a table that is none": (
+        lambda f: {"ids": {"input_ids": "tokens", "position_ids": "norm"}},
+        "Family.ids names 'norm' as the table of position_ids; a QuillEmbeddings has none there",
+    ),
+    "an argument that isn't there": (
+        lambda f: {"ids": {"input_ids": "tokens", "extra_rows": "tokens"}},
+        "QuillModel can't be called with input_ids, extra_rows, attention_mask: .*; see Family.ids",
+    ),
+    "a path of one name": (feed_forward(up="wi"), r"FeedForward.up is 'wi'; expected a tuple of names, as \('wi',\)"),
+    "a path of letters": (
+        lambda f: {"embeddings_at": "embed"},
+        r"Family.embeddings_at is 'embed'; expected a tuple of names, as \('embed',\)",
+    ),
+    "kinds by name": (feed_forward(kinds={"mlp": code.QuillGate}), "a path in FeedForward.kinds is 'mlp'; expected"),
+    "a head by name": (
+        lambda f: {"heads": {"QuillForRanking": FIRST}},
+        "Family.heads has 'QuillForRanking'; expected classes of modules",
+    ),
+    "a head of nothing": (lambda f: {"heads": {code.QuillEncoder: FIRST}}, "QuillEncoder, which holds no QuillModel"),
+    "another output": (lambda f: {"output": dict}, "Family.output is <class 'dict'>; expected a class derived from"),
     "a head of real tokens": (lambda f: {"heads": {code.QuillForRanking: REAL}}, "left; Family.heads says which rows"),
     "a head of all rows": (quirk("a mean over all rows"), "QuillForRanking is not registered: fused, it departs"),
     "a loss over real tokens": (
