@@ -27,7 +27,6 @@ from .fuse import fuse, unfuse
 from .layers.embeddings import first_position, longest_sequence
 from .quality import Measure, Quality
 from .runtime.registry import REGISTERED, embeddings_of, encoder_of, layers_in, layers_of, widen
-from .runtime.settings import Padding
 from .sensitivity import Sensitivity, sensitivity
 
 LAYOUTS = ("packed", "dense")
@@ -314,10 +313,12 @@ def verify(
             stock_errors.add(_outputs(bounding, batch, real), expected)
             plain = {} if precision is None else _outputs(working, batch, real)
             for layout in layouts:
-                asked: Padding = "packed" if layout == "packed" else "dense"
-                if asked == "packed" and padding.reads:
-                    asked = "auto"  # dense where it must be
-                fuse(working, padding=asked, precision=precision)
+                # Where padding is read, packed is auto: dense where it must be.
+                fuse(
+                    working,
+                    padding="dense" if layout == "dense" else "auto" if padding.reads else "packed",
+                    precision=precision,
+                )
                 found = _outputs(working, batch, real)
                 fused_errors[layout].add(found, expected)
                 if precision is not None and layout == layouts[0]:
