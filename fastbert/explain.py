@@ -10,7 +10,7 @@ from torch import nn
 from .fuse import base_models
 from .layers.embeddings import embeddings_are_foreign
 from .layers.fp8 import GEMMS
-from .runtime.plan import ASKED, UNKNOWN, decide, why_dense
+from .runtime.plan import ASKED, KEEPS, UNKNOWN, decide, what_keeps, why_dense
 from .runtime.readers import Maps, Reads, outermost, unknown_reader
 from .runtime.registry import embeddings_of, encoder_of, family_of, layers_of
 from .runtime.settings import Settings
@@ -60,6 +60,8 @@ class EncoderExplanation:
     """There, GEMMs of layers that don't run in FP8, by name ("layer 0 down"), each with the reason."""
     dense: str | None = None
     """Why calls with padding run in the dense layout; None where they are packed, if what they ask for allows it."""
+    loss_only: str | None = None
+    """Why `loss_only`, where it was asked of `fuse`, changes nothing; else None."""
     outside: str | None = None
     """What in the model explained, outside of what `fuse` was given, may read padding; None where nothing does."""
 
@@ -82,6 +84,8 @@ class Explanation:
             lines += [f"  layer {i}: stock: {reason}" for i, reason in e.layers.items() if not e.reason]
             if e.dense and e.dense != ASKED and not e.reason:
                 lines.append(f"  dense, not packed: {e.dense}")
+            if e.loss_only and not e.reason:
+                lines.append(f"  loss_only: {e.loss_only}")
             if e.outside and not e.reason:
                 lines.append(f"  outside of what fuse was given: {e.outside}")
             if e.fp8 is not None and not e.reason:
@@ -121,6 +125,8 @@ def _explain_base(model: nn.Module, name: str, base: Any, family: Any) -> Encode
     fp8, not_fp8 = _explain_fp8(base, settings)
     maps = Maps(frozenset()) if is_asked(base, {}, "output_attentions") else None
     dense, _ = why_dense(base, settings, Reads(told=True, maps=maps), bool(layers) or watched)
+    if dense == KEEPS:
+        dense = what_keeps(base, seen)
     if dense == UNKNOWN:
         around = outermost(base, settings.holders)
         dense = f"{unknown_reader(around)}; if it does not, fuse the model with padding='packed'"
@@ -140,8 +146,18 @@ def _explain_base(model: nn.Module, name: str, base: Any, family: Any) -> Encode
         fp8,
         not_fp8,
         dense,
+        _explain_loss(base, settings),
         _explain_outside(model, base, settings),
     )
+
+
+def _explain_loss(base: nn.Module, settings: Settings) -> str | None:
+    """`EncoderExplanation.loss_only` of a fused base model."""
+    kinds = tuple(family_of(base).loss_heads.values())
+    around = (module for each in outermost(base, settings.holders) for module in each.modules())
+    if not settings.loss_only or any(isinstance(module, kinds) for module in around):
+        return None
+    return "no effect: around this model is no head of those that can return their loss alone"
 
 
 def _explain_outside(model: nn.Module, base: nn.Module, settings: Settings) -> str | None:

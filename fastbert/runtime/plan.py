@@ -92,6 +92,8 @@ def _encoder_is_unsupported(model: nn.Module) -> str | None:
 
 UNKNOWN = "a module may read padding"
 """`why_dense`, where `fastbert.runtime.readers` is to be asked which."""
+KEEPS = "a layer runs stock, or something sees hidden states"
+"""`why_dense`, where `what_keeps` is to be asked which."""
 ASKED = "padding='dense' was asked of fuse"
 """`why_dense`, where that is all."""
 
@@ -137,7 +139,7 @@ def decide(
     if reason is None and asks and seen.drops:
         reason = "output_attentions in training, of what dropout leaves"
     if reason is None:
-        reason = is_unmixable(model, call, seen.hooked or any(seen.stock))
+        reason = is_unmixable(model, call, next(filter(None, seen.reasons), None), seen.hooked)
     # What foreign embeddings are given, and what comes of them, has stock's shape anyway.
     watched = seen.hooked or (seen.watched and not foreign)
     # At padding, they may give what the second layer's rows take up.
@@ -159,7 +161,7 @@ def why_dense(model: nn.Module, settings: Settings, reads: Reads, keeps: bool) -
     if settings.padding == "dense":
         return ASKED, nobody
     if keeps:
-        return "a layer runs stock, or something sees hidden states", nobody
+        return KEEPS, nobody
     if reads.maps is not None:
         whole = reads.maps.take is None and settings.padding == "auto"
         return "attention maps are asked for, with their rows of padding" if whole else None, nobody
@@ -174,6 +176,17 @@ def why_dense(model: nn.Module, settings: Settings, reads: Reads, keeps: bool) -
         if around.tells is not None and not reads.told:
             return "it came past the hooks that tell what is read", around
     return None, around
+
+
+def what_keeps(model: nn.Module, seen: Seen) -> str:
+    """What needs the padded shape in an ordinary call, for a reader to read."""
+    if any(seen.stock):
+        return f"layer {seen.stock.index(True)} runs stock, which takes padded rows"
+    inner = {id(each) for first in before_layers(model) for each in first.modules()} | set(map(id, layers_of(model)))
+    for name, module in model.named_modules():
+        if id(module) in inner and is_hooked(module, called=True):
+            return f"{name} has a hook, which sees hidden states"
+    return "hidden states are asked for"
 
 
 def plan_call(model: Any, names: tuple[str, ...], args: Args, kwargs: Kwargs, assumes: bool = True) -> Call:

@@ -390,18 +390,21 @@ def no_maps_now(model: nn.Module, call: Mapping[str, object]) -> str | None:
     return None
 
 
-def is_unmixable(model: nn.Module, call: Mapping[str, object], mixed: bool) -> str | None:
+def is_unmixable(model: nn.Module, call: Mapping[str, object], stock: str | None, hooked: bool) -> str | None:
     """Why a call runs stock of a base model whose encoder has more to do than to call its layers, by its family.
 
-    It collects hidden states itself, or a layer is called with more than others know: `mixed` says that one of them
-    runs stock, or has a hook.
+    It collects hidden states itself, or a layer is called with more than others know: `stock` says why one of them runs
+    stock, `hooked` whether one has a hook.
     """
     family = family_of(model)
     if not family.records_hidden_states and family.run is None and is_asked(model, call, "output_hidden_states"):
         return "output_hidden_states"
-    if mixed and (family.run is not None or family.tables is not None):
-        return "a layer that runs stock, or has a hook, takes what only its own encoder gives"
-    return None
+    if family.run is None and family.tables is None:
+        return None
+    if hooked and stock is None:
+        i = [any(is_hooked(each, called=True) for each in wrapped(layer)) for layer in layers_of(model)].index(True)
+        stock = f"{'.'.join(family.stack)}.{i} has a hook"
+    return stock and f"{stock}, and layers take what only their own encoder gives: all run stock"
 
 
 def first_parameter(module: nn.Module) -> Any:
@@ -511,6 +514,9 @@ def call_is_unsupported(model: nn.Module, call: Mapping[str, Any]) -> str | None
     if reason := needs_stock(parameter) or forward_is_replaced(model) or method_is_replaced(model):
         return reason
     if is_hooked(encoder, called=True):
+        hooks = encoder._forward_pre_hooks or encoder._forward_hooks or encoder._backward_hooks
+        if "forward" in encoder.__dict__ and not (hooks or encoder._backward_pre_hooks):
+            return f"forward of its {type(encoder).__name__} is {known.said(encoder.__dict__['forward'])}"
         return "the encoder has hooks"
     if family.final_norm is not None:
         norm = encoder.__dict__["_modules"].get(family.final_norm)

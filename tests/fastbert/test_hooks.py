@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.bert import modeling_bert as hf
 
 import fastbert
 from fastbert.numerics import assert_within_policy
@@ -165,3 +166,39 @@ def test_a_flattened_call_with_hooks_on_a_layer() -> None:
             assert sum(found.stock_calls.values()) == kinds.get("stock", 0)
             mask = shown[0][1] if how == "before" else shown[0][0][1]
             assert mask is None if how == "after" else mask.shape == (1, 1, 17, 17)
+
+
+def explained(change: Callable[[Any], object]) -> Any:
+    model = fastbert.fuse(models.seeded())
+    change(model)
+    with torch.no_grad():
+        return fastbert.explain(model).encoders[0]
+
+
+def test_explain_names_what_sees_hidden_states() -> None:
+    def does_nothing(module: object, args: object, out: object) -> None:
+        return None
+
+    found = explained(lambda model: model.embeddings.LayerNorm.register_forward_hook(does_nothing))
+    assert found.dense == "embeddings.LayerNorm has a hook, which sees hidden states"
+    found = explained(lambda model: model.encoder.layer[1].register_forward_hook(does_nothing))
+    assert found.dense == "encoder.layer.1 has a hook, which sees hidden states"
+    found = explained(lambda model: model.encoder.layer[1].output.register_forward_hook(does_nothing))
+    assert found.dense == "layer 1 runs stock, which takes padded rows"
+
+
+def test_explain_tells_a_forward_of_the_encoder_from_a_hook() -> None:
+    def forward(*args: object, **kwargs: object) -> None:
+        return None
+
+    found = explained(lambda model: setattr(model.encoder, "forward", forward))
+    assert found.reason.startswith("forward of its BertEncoder is ") and found.reason.endswith(".forward")
+
+
+@pytest.mark.parametrize("kind", [hf.BertModel, hf.BertForSequenceClassification, hf.BertForMaskedLM])
+def test_explain_says_where_loss_only_changes_nothing(kind: Any) -> None:
+    model = fastbert.fuse(models.seeded(kind), loss_only=True)
+    (found,) = fastbert.explain(model).encoders
+    assert (found.loss_only is None) is (kind is hf.BertForMaskedLM)
+    assert ("loss_only: no effect" in str(fastbert.explain(model))) is (kind is not hf.BertForMaskedLM)
+    assert fastbert.explain(fastbert.fuse(model)).encoders[0].loss_only is None

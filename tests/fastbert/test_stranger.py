@@ -155,7 +155,11 @@ def test_a_layer_that_runs_stock_takes_the_call_with_it() -> None:
     with torch.no_grad():
         assert torch.equal(fused(ids).last_hidden_state, model(ids).last_hidden_state)
     (reason,) = fastbert.explain(fused).encoders[0].stock_calls
-    assert "takes what only its own encoder gives" in reason
+    more = "and layers take what only their own encoder gives: all run stock"
+    assert reason.startswith("stack.blocks.1.mlp ") and reason.endswith(more)
+    fused = fastbert.fuse(seeded())
+    fused.stack.blocks[1].register_forward_hook(lambda module, args, out: None)
+    assert fastbert.explain(fused).encoders[0].reason == f"stack.blocks.1 has a hook, {more}"
 
 
 @pytest.mark.parametrize("shape", [(1, 9), (2, 9)], ids=["for all", "for each"])
