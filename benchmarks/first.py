@@ -16,7 +16,7 @@ A process that never touches the device starts another that does, and ends it wh
 in a CUDA call or not; the next goes on behind that step. So it is after a crash. What was found is appended to
 OUTPUT/first.jsonl as it goes: gates to OUTPUT/gates.jsonl, which tests add to (benchmarks/gates.py); records, of the
 form of `fastbert bench`, to OUTPUT/<device>/<date>-<commit>.json, too. A red gate closes the rows that need it and no
-others. The same command goes on where it was stopped; where sources or the device changed it starts over.
+others. The same command resumes where it was stopped; where sources or the device changed it starts over.
 
 With OUT in the environment, OUTPUT is packed into that folder as it goes (benchmarks/archive.py); archives that lie
 there, or in build/gpu-cache, are unpacked first: of an earlier call, or kernels compiled before, by

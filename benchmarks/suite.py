@@ -9,7 +9,7 @@ and the other tests. Checks and tests note what they found in OUTPUT/gates.jsonl
 row is timed unless one of its gates is red: red fp8 closes the rows of fp8 alone. Rows measured before their tests ran
 say so, are judged again when these have, and are published once their gates are green.
 
-The same command goes on where it was stopped, killed at any moment or not, on another machine too: tests by what
+The same command resumes where it was stopped, killed at any moment or not, on another machine too: tests by what
 passed, one by one, steps by OUTPUT/progress.json. Each starts over where sources it depends on changed; --only repeats
 a step. A step that outlasts the time left is interrupted and keeps what it wrote. With --archive, or OUT in the
 environment, OUTPUT is packed into two files in that folder, as it goes and at the end (archive.py); archives that lie

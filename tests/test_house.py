@@ -24,7 +24,7 @@ from tests.mutations import FAULTS, plant
 ROOT = Path(__file__).resolve().parent.parent
 INFO = f"{DISTRIBUTION.replace('-', '_')}-{VERSION}.dist-info"
 
-# Who may import whom inside the library: each room, and the rooms it may reach for.
+# Who may import whom inside the library: each package or module, and those that it may import.
 MAY_IMPORT: dict[str, set[str]] = {
     "exporting": set(),
     "kernels": set(),
@@ -291,7 +291,9 @@ def test_every_permission_is_used_and_none_leads_in_a_circle() -> None:
 def test_only_the_shell_runs_the_command_line(folder: str) -> None:
     for path in (ROOT / folder).rglob("*.py"):
         for target in imports("", path):
-            assert not target.startswith("fastbert.cli"), f"{path} imports {target}; what commands do is in other rooms"
+            assert not target.startswith("fastbert.cli"), (
+                f"{path} imports {target}; what commands do is in other packages"
+            )
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)

@@ -1,1 +1,1 @@
-"""The command line, `fastbert COMMAND`: a module each, with its arguments. What commands do is in other rooms."""
+"""The command line, `fastbert COMMAND`: a module each, with its arguments. What commands do is in other packages."""

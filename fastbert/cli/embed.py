@@ -7,10 +7,10 @@ import json
 
 from ..measure.names import DTYPES
 
-HELP = "embed a corpus, in shards; goes on where it was stopped"
+HELP = "embed a corpus, in shards; resumes a run that was stopped"
 DESCRIPTION = (
     "Embeds the texts of files and writes shards of ids and embeddings into a folder. Rows that can't "
-    "be embedded, or were cut, are counted and written aside. The same command goes on where one was stopped; "
+    "be embedded, or were cut, are counted and listed in a file of their own. The same command resumes one that was stopped; "
     "under torchrun, ranks share the shards. Exit status: 0 done, 2 bad usage, 130 interrupted."
 )
 EXAMPLES = (

@@ -228,7 +228,7 @@ def embed(
     shard_rows: int = 8192,
     workers: int = 1,
 ) -> dict[str, Any]:
-    """Embeds the texts of files into shards in a folder; goes on where it was stopped.
+    """Embeds the texts of files into shards in a folder; resumes a run that was stopped.
 
     Args:
         files: .txt .jsonl .csv .tsv (also .gz) .parquet; "-" is standard input.
@@ -290,7 +290,7 @@ def embed(
                 summary = shards.finish(count)
         except BrokenProcessPool as error:
             raise UsageError(
-                "a process that tokenises has died: killed, or out of memory? The same call goes on where it stopped"
+                "a process that tokenises has died: killed, or out of memory? The same call resumes"
             ) from error
         except torch.OutOfMemoryError as error:
             raise UsageError(f"is {batch_tokens}: {where} is out of memory; expected fewer", "batch_tokens") from error

@@ -476,7 +476,7 @@ def call_is_unsupported(model: nn.Module, call: Mapping[str, Any]) -> str | None
     family, encoder = family_of(model), encoder_of(model)
     for name in family.unknown_arguments:
         if call.get(name) is not None:
-            return f"{name}, which its family says nothing of"
+            return f"{name}, which its adapter does not name"
     cu_seqlens = call.get("cu_seq_lens_q")
     if first is not None and (first.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1) > MAX_SEQUENCES:
         return f"more than {MAX_SEQUENCES} sequences"

@@ -217,7 +217,7 @@ def test_embeddings_that_are_not_finite_are_told(tiny: Path, tmp_path: Path, mon
             job,
             "tokenise",
             BrokenProcessPool(),
-            "a process that tokenises has died: killed, or out of memory? The same call goes on where it stopped",
+            "a process that tokenises has died: killed, or out of memory? The same call resumes",
         ),
         (
             encoder,

@@ -193,7 +193,7 @@ def test_hidden_states_that_an_encoder_collects_itself() -> None:
     assert dict(fastbert.explain(fused).encoders[0].stock_calls) == {"output_hidden_states": 1}
 
 
-def test_an_argument_that_the_adapter_says_nothing_of() -> None:
+def test_an_argument_that_the_adapter_does_not_name() -> None:
     stock = seeded()
     fused = fastbert.fuse(copy.deepcopy(stock), padding="packed")
     call = {"attention_mask": torch.tensor([[1] * 9, [1] * 4 + [0] * 5]), "extra_rows": torch.randn(2, 9, 64)}
@@ -201,7 +201,7 @@ def test_an_argument_that_the_adapter_says_nothing_of() -> None:
     with torch.no_grad():
         assert torch.equal(fused(ids, **call).last_hidden_state, stock(ids, **call).last_hidden_state)
     (reason,) = fastbert.explain(fused).encoders[0].stock_calls
-    assert reason == "extra_rows, which its family says nothing of"
+    assert reason == "extra_rows, which its adapter does not name"
 
 
 class Mixing(nn.LayerNorm):
