@@ -10,8 +10,8 @@ from ..measure.names import DTYPES
 HELP = "embed a corpus, in shards; resumes a run that was stopped"
 DESCRIPTION = (
     "Embeds the texts of files and writes shards of ids and embeddings into a folder. Rows that can't "
-    "be embedded, or were cut, are counted and listed in a file of their own. The same command resumes one that was stopped; "
-    "under torchrun, ranks share the shards. Exit status: 0 done, 2 bad usage, 130 interrupted."
+    "be embedded, or were cut, are counted and listed in a file of their own. The same command resumes one "
+    "that was stopped; under torchrun, ranks share the shards. Exit status: 0 done, 2 bad usage, 130 interrupted."
 )
 EXAMPLES = (
     "fastbert embed --model BAAI/bge-large-en-v1.5 --pooling cls --normalize --output out docs.jsonl more.parquet",
