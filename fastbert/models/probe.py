@@ -29,7 +29,7 @@ from ..runtime.packing import Packing
 from ..runtime.readers import a, parameter_names
 from ..runtime.registry import encoder_of, layers_of
 from ..runtime.support import is_plain
-from .family import Family
+from .family import IDS, Family
 
 _TOLERANCE = 1e-4
 """Relative, in float32, where a wrong layer is off by tenths."""
@@ -97,8 +97,11 @@ def check_description(family: Family) -> None:
         raise ValueError(f"Family.ids names {words!r} as the table of words; {_a(embeddings)} has no such nn.Embedding")
     for name, table in family.ids.items():
         found = embeddings._modules.get(table or "")
-        # Whether there is one may hang on the config.
-        if table is not None and not (isinstance(found, nn.Embedding) or (found is None and _reads(embeddings, table))):
+        if (
+            table is None or table == IDS.get(name) or isinstance(found, nn.Embedding)
+        ):  # what is left as it was may miss
+            continue
+        if found is not None or not _reads(embeddings, table):  # whether there is one may hang on the config
             raise ValueError(f"Family.ids names {table!r} as the table of {name}; {_a(embeddings)} has none there")
     if family.final_norm is not None and not is_plain(
         encoder._modules.get(family.final_norm) or nn.Identity(), nn.LayerNorm
