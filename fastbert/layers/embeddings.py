@@ -84,6 +84,8 @@ def embeddings_are_foreign(model: Any) -> str | None:
             return f"{name} of the embeddings is a {type(part).__name__}"
         if part.__dict__.get("max_norm") is not None:
             return f"{name} of the embeddings renormalises the rows that are looked up"
+        if isinstance(part, nn.LayerNorm) and len(part.normalized_shape) != 1:
+            return f"{name} of the embeddings normalises over more than a row"
     for name in family.between:
         part = model.__dict__["_modules"].get(name)
         if part is not None and (type(part).forward is not _LINEAR or _is_replaced(part)):

@@ -276,14 +276,15 @@ def _widths_are_unsupported(layout: Layer, layer: nn.Module, name: str) -> str |
     for path, linear in layout.linears(layer):
         if (shape := _shape(linear)) != expected[path]:
             return f"{'.'.join((name, *path))} is of shape {shape}; expected {expected[path]}"
+        bias = getattr(linear, "base_layer", linear).bias
+        if bias is not None and bias.dim() == 1 and bias.numel() == 1 < shape[0]:
+            return f"{'.'.join((name, *path))} has a bias of one value for {shape[0]} columns"
     return None
 
 
 def _shape(linear: nn.Module) -> tuple[int, int]:
     """(columns that a linear layer gives, columns it takes): by its weight where that is whole, and by what it says."""
     base = cast(nn.Linear, getattr(linear, "base_layer", linear))
-    weight, bias = base.weight, base.bias
-    if weight.dim() != 2:  # a shard
+    if base.weight.dim() != 2:  # a shard
         return base.out_features, base.in_features
-    columns = -1 if bias is not None and tuple(bias.shape) != (weight.shape[0],) else weight.shape[0]
-    return columns, weight.shape[1]
+    return base.weight.shape[0], base.weight.shape[1]

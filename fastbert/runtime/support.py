@@ -284,6 +284,11 @@ def tables_are_unsupported(embeddings: nn.Module, sharded: bool = False) -> str 
     weights = [table.weight for table in tables] + [embeddings.LayerNorm.weight]
     if any(w.dtype != weights[0].dtype or w.device != weights[0].device for w in weights):
         return "its parameters differ in dtype or device"
+    if {(table.embedding_dim,) for table in tables} != {tuple(norm.normalized_shape)} or any(
+        w.dim() == 2 and w.shape[1:] != norm.normalized_shape
+        for w in weights[:-1]  # else a shard
+    ):
+        return "its tables and its LayerNorm differ in width"
     return None
 
 

@@ -333,7 +333,27 @@ def test_a_bias_of_one_value() -> None:
     stock.encoder.layer[0].output.dense.bias = nn.Parameter(torch.ones(1))
     fused = fastbert.fuse(copy.deepcopy(stock))
     torch.testing.assert_close(last(fused), last(stock), rtol=1e-4, atol=1e-5)
-    assert list(fastbert.explain(fused).encoders[0].layers) == [0]
+    assert fastbert.explain(fused).encoders[0].layers == {
+        0: "encoder.layer.0.output.dense has a bias of one value for 128 columns"
+    }
+
+
+@pytest.mark.parametrize("name", ["token_type_embeddings", "position_embeddings", "LayerNorm"])
+def test_embeddings_of_another_width(name: str) -> None:
+    """Tables of one column are broadcast by stock; a LayerNorm may take in all tokens of a sequence."""
+    stock = models.seeded()
+    torch.manual_seed(0)
+    part = nn.LayerNorm((11, 128)) if name == "LayerNorm" else nn.Embedding(160, 1)
+    setattr(stock.embeddings, name, part)
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    mask = models.masks(3, 11)["right"]
+    assert mask is not None
+    ours, theirs = (last(model, attention_mask=mask)[mask.bool()] for model in (fused, stock))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    (encoder,) = fastbert.explain(fused).encoders
+    whole = "LayerNorm of the embeddings normalises over more than a row"
+    assert encoder.embeddings == (whole if name == "LayerNorm" else "its tables and its LayerNorm differ in width")
+    assert encoder.fused_calls == {"packed": 1}
 
 
 def test_pruned_heads_run_fused() -> None:
