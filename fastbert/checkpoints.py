@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.utils import cached_file
 
 from .usage import UsageError, in_a_line
+
+if TYPE_CHECKING:
+    from sentence_transformers.base.model import BaseModel
 
 
 def check_folder(path: str) -> None:
@@ -74,6 +81,42 @@ def load_model(path: str) -> tuple[Any, Any]:
     except Exception as error:  # whatever reading files and checking repositories raises: to a user it is one thing
         raise UsageError(f"{path}: {in_a_line(error)}", "model") from error
     return model, load_tokenizer(path)
+
+
+def pipeline_kind(path: str) -> str:
+    """The class of sentence-transformers that a checkpoint is of: as it says, else by the head that its config names.
+
+    Raises:
+        UsageError: there is no such checkpoint.
+    """
+    config = load_config(path)
+    try:
+        file = cached_file(path, "config_sentence_transformers.json", _raise_exceptions_for_missing_entries=False)
+        told = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: {in_a_line(error)}", "model") from error
+    heads = [name for name in config.architectures or () if name.endswith("ForSequenceClassification")]
+    return str(told.get("model_type") or ("CrossEncoder" if heads and not told else "SentenceTransformer"))
+
+
+def load_pipeline(path: str, dtype: str | None, device: torch.device) -> BaseModel:
+    """A checkpoint as a model of sentence-transformers, of the class that it is for, in evaluation mode.
+
+    Raises:
+        UsageError: there is no such checkpoint, or sentence-transformers is not installed or can't load it.
+    """
+    if importlib.util.find_spec("sentence_transformers") is None:
+        raise UsageError("sentence-transformers is not installed: pip install sentence-transformers")
+    import sentence_transformers
+
+    kind = pipeline_kind(path)
+    try:
+        made: BaseModel = getattr(sentence_transformers, kind)(
+            path, device=str(device), model_kwargs={"dtype": "auto" if dtype is None else getattr(torch, dtype)}
+        )
+    except Exception as error:  # as above
+        raise UsageError(f"{path}: {in_a_line(error)}", "model") from error
+    return made.eval()
 
 
 def load_tokenizer(path: str) -> Any:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..measure.names import DTYPES, SHAPES, WORKLOADS
 from ..usage import UsageError, check_file, in_a_line, write_text
@@ -14,18 +15,22 @@ from ..version import install
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from ..measure.cases import Workload
+    from ..measure.profile import Profile
 
 HELP = "where the time of a forward or a training step goes, by operator"
 DESCRIPTION = (
-    "Traces the fused model and tells for every operator its calls, time, share, FLOPs and bytes a "
-    "second and % of roofline, by ceilings measured in the same run; and host gaps, host "
-    "synchronisations, tokens a second and peak memory. Exit status: 0 done, 2 bad usage, 130 interrupted."
+    "Traces the fused model several times and tells for every operator its calls, median time, share, FLOPs and bytes "
+    "a second and % of roofline, by ceilings measured in the same run; and host gaps, host "
+    "synchronisations, tokens a second and peak memory; of a pipeline from strings also its stages. "
+    "Exit status: 0 done, 2 bad usage, 130 interrupted."
 )
 EXAMPLES = (
     "fastbert profile --size base --lengths 12,40,128 --compare stock",
     "fastbert profile --model ./checkpoint --train --trace trace.json --plot plots",
+    "fastbert profile --model ./sentence-transformer --texts lines.txt --batch 64 --compare stock",
 )
 
 
@@ -36,8 +41,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     batch = parser.add_mutually_exclusive_group()
     batch.add_argument("--lengths", metavar="N[,N...]", help="a batch of sequences of so many tokens, as 12,40,128")
     batch.add_argument("--workload", choices=WORKLOADS, help="a batch as `fastbert bench` has it; default: squad")
+    batch.add_argument(
+        "--texts",
+        metavar="FILE",
+        help="a text a line, through the model's own encode, or a query, a tab and a passage, through predict; takes "
+        "--model and sentence-transformers",
+    )
     parser.add_argument(
-        "--batch", type=int, metavar="N", help="so many sequences, of the workload or of the one length of --lengths"
+        "--batch",
+        type=int,
+        metavar="N",
+        help="so many sequences, of the workload or of the one length of --lengths; of --texts in a forward: 32",
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, help="default: the checkpoint's; of --size, float32 on a CPU, bfloat16 on a GPU"
@@ -111,19 +125,63 @@ def _models(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
     return {"fused": fused, **({"stock": stock} if arguments.compare else {})}
 
 
-def run(arguments: argparse.Namespace) -> int:
-    from transformers.utils import logging
+class _Case(NamedTuple):
+    """What is profiled."""
 
-    from ..checkpoints import default_device, load_config
+    what: str
+    """ "forward", "training step" or the name of a method."""
+    workload: str
+    lengths: tuple[int, ...]
+    padded_tokens: int
+    base: PreTrainedModel
+    """The fused base model."""
+    measure: Callable[[], list[Profile]]
+
+
+def _of_texts(arguments: argparse.Namespace, device: torch.device) -> _Case:
+    """Raises UsageError."""
+    from ..checkpoints import load_pipeline
+    from ..fuse import fuse
+    from ..measure import profile
+    from ..measure.cases import check_batch
+    from ..measure.peers import share
+    from ..measure.pipeline import Staged, base_of, method_of, read_texts
+
+    batch = 32 if arguments.batch is None else arguments.batch
+    check_batch(batch)
+    if arguments.train:
+        raise UsageError("--texts is given with --train; expected one of them")
+    if arguments.model is None:
+        raise UsageError("--texts is given without --model, whose tokenizer it takes")
+    stock = load_pipeline(arguments.model, arguments.dtype, device)
+    what = method_of(stock)
+    texts = read_texts(arguments.texts, what == "predict")
+    try:
+        fused = fuse(share(stock))
+    except ValueError as error:  # UnsupportedModelError is one
+        raise UsageError(f"--model {arguments.model}: {in_a_line(error)}") from error
+    models = {"fused": fused, **({"stock": stock} if arguments.compare else {})}
+    ran = Staged(fused)
+    ran(texts, batch)
+    trace = arguments.trace and Path(arguments.trace)
+    return _Case(
+        what,
+        f"{Path(arguments.texts).name} b{batch}",
+        tuple(ran.lengths),
+        ran.padded,
+        base_of(fused),
+        lambda: profile.measure_texts(models, texts, batch, trace),
+    )
+
+
+def _of_ids(arguments: argparse.Namespace, device: torch.device) -> _Case:
+    """Raises UsageError."""
+    from ..checkpoints import load_config
     from ..layers.embeddings import longest_sequence
-    from ..measure import counts, profile, tables
+    from ..measure import profile
     from ..measure.cases import config_of
-    from ..measure.machine import Machine, backend, device_name, environment
 
-    logging.disable_progress_bar()
     given, item = _item(arguments)
-    device = default_device(arguments.device)
-    _check_outputs(arguments)
     size, path = arguments.size or "large", arguments.model
     config = config_of(size) if path is None else load_config(path)
     placed = getattr(config, "position_biased_input", True)  # not so of a DeBERTa that has no table of positions
@@ -134,25 +192,47 @@ def run(arguments: argparse.Namespace) -> int:
     longest = longest_sequence(models["fused"])
     if longest is not None and max(item.lengths) > longest:  # a family whose first positions are that of padding
         raise UsageError(f"{given}: holds {max(item.lengths)}; the model has positions for {longest}")
-    dtype, config = models["fused"].dtype, models["fused"].config
+    trace = arguments.trace and Path(arguments.trace)
+    return _Case(
+        "training step" if arguments.train else "forward",
+        item.name,
+        item.lengths,
+        item.padded_tokens,
+        models["fused"],
+        lambda: profile.measure(models, item, arguments.train, trace),
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from transformers.utils import logging
+
+    from ..checkpoints import default_device
+    from ..measure import counts, tables
+    from ..measure.machine import Machine, backend, device_name, environment
+
+    logging.disable_progress_bar()
+    if arguments.texts is None:
+        _item(arguments)
+    device = default_device(arguments.device)
+    _check_outputs(arguments)
+    case = (_of_ids if arguments.texts is None else _of_texts)(arguments, device)
+    dtype, real_tokens = case.base.dtype, sum(case.lengths)
     rates = Machine(device).rates(dtype)
-    what = "training step" if arguments.train else "forward"
-    model = path or size
-    short = f"{Path(model).name}, {str(dtype).removeprefix('torch.')}, {item.name}, {item.real_tokens} tokens"
-    print(f"{device_name(device)}, fused by {backend(device)}; {what} of {short}")
+    model = arguments.model or arguments.size or "large"
+    short = f"{Path(model).name}, {str(dtype).removeprefix('torch.')}, {case.workload}, {real_tokens} tokens"
+    print(f"{device_name(device)}, fused by {backend(device)}; {case.what} of {short}")
     print(f"measured ceilings: {rates.flops_per_s / 1e12:.3g} TFLOP/s, {rates.bytes_per_s / 1e12:.3g} TB/s")
 
-    least = counts.encoder(config, item.lengths, dtype, arguments.train)
-    profiles = profile.measure(models, item, arguments.train, arguments.trace and Path(arguments.trace))
-    runs = [each.to_dict(item.real_tokens, rates.floor(least), rates) for each in profiles]
+    least = counts.encoder(case.base.config, case.lengths, dtype, arguments.train)
+    runs = [each.to_dict(real_tokens, rates.floor(least), rates) for each in case.measure()]
     record = {
-        "what": f"{type(models['fused']).__name__} {what}",
+        "what": f"{type(case.base).__name__} {case.what}",
         "model": model,
-        "workload": item.name,
-        "lengths": item.lengths,
+        "workload": case.workload,
+        "lengths": case.lengths,
         "dtype": str(dtype).removeprefix("torch."),
-        "real_tokens": item.real_tokens,
-        "padded_tokens": item.padded_tokens,
+        "real_tokens": real_tokens,
+        "padded_tokens": case.padded_tokens,
         "machine": rates._asdict(),
         "encoder": least._asdict(),
         "runs": runs,
@@ -160,7 +240,7 @@ def run(arguments: argparse.Namespace) -> int:
         **environment(device),
     }
     for run in runs:
-        print(f"\n{run['run']}\n{tables.table(run, what)}")
+        print(f"\n{run['run']}\n{tables.table(run, case.what)}")
     if arguments.compare:
         print(f"\nx stock                {record['ratio_to_stock']:.2f}")
     if arguments.json is not None:
@@ -168,5 +248,5 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None:
         for run in runs:
             prefix = "" if run["run"] == "fused" else f"{run['run']}-"
-            tables.plot(run, f"{run['run']} {what}: {short}", rates, Path(arguments.plot), prefix)
+            tables.plot(run, f"{run['run']} {case.what}: {short}", rates, Path(arguments.plot), prefix)
     return 0

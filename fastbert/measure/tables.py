@@ -52,7 +52,7 @@ def table(run: Mapping[str, Any], what: str) -> str:
     waits, memory = run["host_synchronisations"], run["peak_memory_bytes"]
     lines += [
         "",
-        f"wall time              {1000 * run['wall_s']:.3f} ms a {what}, median of {run['repeats']}, "
+        f"wall time              {1000 * run['wall_s']:.3f} ms per {what}, median of {run['repeats']}, "
         f"{1000 * run['p20_s']:.3f} to {1000 * run['p80_s']:.3f}; {1000 * run['profiled_s']:.3f} under the profiler",
         f"tokens/s               {run['tokens_per_s']:,.0f}, {run['fraction_of_floor']:.0%} of the layers' roofline",
         f"host gaps              {1000 * run['gap_s']:.3f} ms, {run['gap_s'] / run['profiled_s']:.1%} of the profiled",
@@ -64,6 +64,15 @@ def table(run: Mapping[str, Any], what: str) -> str:
         ),
         f"peak memory            {'unknown' if memory is None else f'{memory / 2**20:,.1f} MiB'}",
     ]
+    if run["stages"] is not None:
+        parts = (f"{n} {1000 * s:.3f} ms ({s / run['wall_s']:.0%})" for n, s in run["stages"].items())
+        lines.append(f"stages                 {', '.join(parts)}")
+    if run["disturbed"]:
+        times = f"{run['profiled_s'] / run['wall_s']:.2f} times as long"
+        lines.append(
+            f"warning                under the profiler it takes {times}: what operators take misleads; "
+            "other load, or a call too short to be traced?"
+        )
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,8 @@ from .counts import Cost
 
 RUN = "fastbert profile: run"
 _BACKWARD_OF_REST = "backward of the rest"
+Event = Mapping[str, Any]
+"""Of a Chrome trace, as JSON has it."""
 _WAITS = re.compile(r"(cuda|hip)((Stream|Device|Event)Synchronize|Memcpy|MemcpyWithStream)")
 
 
@@ -36,36 +39,51 @@ class Row:
     cost: Cost
     """0, where nothing is known of it."""
     calls: float = 0
-    seconds: float = 0.0
     layers: dict[int | None, float] = field(default_factory=dict)
     """Seconds by layer; None: outside of the layers."""
     kernels: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Launches and seconds by kernel; on a GPU."""
 
+    @property
+    def seconds(self) -> float:
+        return sum(self.layers.values())
+
     def took(self, microseconds: float, layer: int | None, kernel: str | None = None) -> None:
         """Adds the time of one call, or of one kernel."""
         seconds = microseconds / 1e6
-        self.seconds += seconds
         self.layers[layer] = self.layers.get(layer, 0.0) + seconds
         if kernel is not None:
             launches, before = self.kernels.get(kernel, (0, 0.0))
             self.kernels[kernel] = launches + 1, before + seconds
 
-    def divided(self, runs: int) -> Row:
-        """Of one run, what was added up over some."""
-        layers = {layer: seconds / runs for layer, seconds in self.layers.items()}
-        kernels = {kernel: (n / runs, seconds / runs) for kernel, (n, seconds) in self.kernels.items()}
-        return Row(self.operator, self.cost, self.calls / runs, self.seconds / runs, layers, kernels)
+
+def _median_row(rows: Sequence[Row]) -> Row:
+    """Of one operator in several runs: medians by layer, and by kernel.
+
+    By layer, as load beside the run that holds up one layer of each run would be in the median of whole rows.
+    """
+    layers = {layer: median(row.layers.get(layer, 0.0) for row in rows) for row in rows for layer in row.layers}
+    kernels = {
+        kernel: (
+            median(row.kernels.get(kernel, (0, 0.0))[0] for row in rows),
+            median(row.kernels.get(kernel, (0, 0.0))[1] for row in rows),
+        )
+        for row in rows
+        for kernel in row.kernels
+    }
+    return Row(rows[0].operator, rows[0].cost, median(row.calls for row in rows), layers, kernels)
 
 
 class Trace(NamedTuple):
-    """What a trace says of one run."""
+    """What a trace says of a run: each figure the median of all that it holds."""
 
     rows: list[Row]
     """The longest first."""
     run_s: float
     """Under the profiler."""
     gap_s: float
+    busy_s: float
+    """While at least one operator ran; on a GPU a kernel."""
     synchronisations: float | None
     """None on a CPU, for which nothing waits."""
     copies_to_host: float | None
@@ -156,7 +174,7 @@ def _covered(spans: Iterable[tuple[float, float]]) -> float:
 class _Timeline:
     """The runs of a trace, what each thread called in them, and the layers they went through."""
 
-    def __init__(self, events: Iterable[Mapping[str, Any]], names: Iterable[str]) -> None:
+    def __init__(self, events: Iterable[Event], names: Iterable[str]) -> None:
         known = set(names)
         threads: dict[Any, list[_Span]] = defaultdict(list)
         runs: list[_Span] = []
@@ -187,8 +205,30 @@ class _Timeline:
         return self.entered[bisect.bisect_right(self.entered, moment, key=lambda each: each[0]) - 1][1]
 
 
-def read(events: Iterable[Mapping[str, Any]], costs: Mapping[str, Cost], device: torch.device) -> Trace:
-    """What a trace says of its runs, on average.
+class _Run:
+    """What is found of one run."""
+
+    def __init__(self, span: _Span, costs: Mapping[str, Cost]) -> None:
+        self.span, self.costs = span, costs
+        self.rows: dict[str, Row] = {}
+        self.busy: list[tuple[float, float]] = []
+        self.waits = self.copies = 0
+
+    def row(self, name: str) -> Row:
+        return self.rows.setdefault(name, Row(name, self.costs.get(name, Cost(0, 0))))
+
+    def times(self, device: torch.device) -> tuple[float, float, float]:
+        """Its time, of which gaps, and busy, in seconds."""
+        busy, took = _covered(self.busy), self.span.end - self.span.start
+        if device.type == "cpu":
+            return took / 1e6, (took - busy) / 1e6, busy / 1e6
+        first, last = min(start for start, _ in self.busy), max(end for _, end in self.busy)
+        took += max(0.0, last - self.span.end)  # the host is done before the device is
+        return took / 1e6, (last - first - busy) / 1e6, busy / 1e6
+
+
+def read(events: Iterable[Event], costs: Mapping[str, Cost], device: torch.device) -> Trace:
+    """What a trace says of its runs: medians.
 
     Args:
         events: "traceEvents" of a Chrome trace by torch.profiler, of `annotated` runs in ranges named RUN.
@@ -196,60 +236,59 @@ def read(events: Iterable[Mapping[str, Any]], costs: Mapping[str, Cost], device:
         device: where it ran.
 
     Raises:
-        UsageError: on a GPU no kernel was seen.
+        UsageError: on a GPU a run has no kernel.
     """
     events = [event for event in events if event["ph"] == "X"]
     timeline = _Timeline(events, costs)
-    rows: dict[str, Row] = {}
+    runs = {span: _Run(span, costs) for span in timeline.runs}
 
-    def row(name: str) -> Row:
-        return rows.setdefault(name, Row(name, costs.get(name, Cost(0, 0))))
+    def run_of(moment: float) -> _Run | None:
+        span = _within(timeline.runs, moment)
+        return None if span is None else runs[span]
 
     for span in chain.from_iterable(timeline.operators.values()):
-        row(span.name).calls += 1
-    run_us = sum(run.end - run.start for run in timeline.runs)
-    if device.type == "cpu":
-        waits = copies = None
-        spans = list(chain.from_iterable(timeline.operators.values()))
-        for span in spans:
-            row(span.name).took(span.end - span.start, timeline.layer(span.start))
-        gap_us = run_us - _covered((span.start, span.end) for span in spans)
-    else:
-        waits = copies = 0
-        launches: dict[int | None, tuple[_Span, Mapping[str, Any]]] = {}
-        for event in events:
-            if event["cat"] in ("cuda_runtime", "cuda_driver") and (run := _within(timeline.runs, event["ts"])):
-                launches[event["args"].get("correlation")] = run, event
-                waits += _WAITS.fullmatch(event["name"]) is not None
-        busy: dict[_Span, list[tuple[float, float]]] = defaultdict(list)
-        for event in events:
-            if event["cat"] not in ("kernel", "gpu_memcpy", "gpu_memset"):
-                continue
-            if event["args"]["correlation"] not in launches:
-                continue  # launched in no run
-            run, launch = launches[event["args"]["correlation"]]
-            busy[run].append((event["ts"], event["ts"] + event["dur"]))
-            copies += "DtoH" in event["name"]
-            caller = _within(timeline.operators.get(launch["tid"], []), launch["ts"])
-            found = row(event["name"] if caller is None else caller.name)
-            found.calls += caller is None
-            found.took(event["dur"], timeline.layer(launch["ts"]), event["name"])
-        gap_us = 0.0
-        for run, spans_on_device in busy.items():
-            last = max(end for _, end in spans_on_device)
-            gap_us += last - min(spans_on_device)[0] - _covered(spans_on_device)
-            run_us += max(0.0, last - run.end)  # the host is done before the device is
-        if not busy:
+        if run := run_of(span.start):
+            run.row(span.name).calls += 1
+            if device.type == "cpu":
+                run.row(span.name).took(span.end - span.start, timeline.layer(span.start))
+                run.busy.append((span.start, span.end))
+    if device.type != "cpu":
+        _read_kernels(events, timeline, run_of)
+        if not all(run.busy for run in runs.values()):
             raise UsageError(
                 "the profiler saw no kernel; its library, CUPTI, may lack the permission to watch this GPU, "
                 "which the driver grants to root, or to all with NVreg_RestrictProfilingToAdminUsers=0"
             )
-    n = len(timeline.runs)
-    ranked = sorted((each.divided(n) for each in rows.values() if each.seconds), key=lambda each: -each.seconds)
+    found = list(runs.values())
+    names = {name: None for run in found for name in run.rows}
+    rows = [_median_row([run.row(name) for run in found]) for name in names]
+    run_s, gap_s, busy_s = (median(times) for times in zip(*(run.times(device) for run in found), strict=True))
     return Trace(
-        ranked,
-        run_us / 1e6 / n,
-        gap_us / 1e6 / n,
-        None if waits is None else waits / n,
-        None if copies is None else copies / n,
+        sorted((row for row in rows if row.seconds), key=lambda row: -row.seconds),
+        run_s,
+        gap_s,
+        busy_s,
+        None if device.type == "cpu" else median(run.waits for run in found),
+        None if device.type == "cpu" else median(run.copies for run in found),
     )
+
+
+def _read_kernels(events: Sequence[Event], timeline: _Timeline, run_of: Callable[[float], _Run | None]) -> None:
+    """Puts kernels, copies and waits into the runs that launched them."""
+    launches: dict[int | None, tuple[_Run, Event]] = {}
+    for event in events:
+        if event["cat"] in ("cuda_runtime", "cuda_driver") and (run := run_of(event["ts"])):
+            launches[event["args"].get("correlation")] = run, event
+            run.waits += _WAITS.fullmatch(event["name"]) is not None
+    for event in events:
+        if event["cat"] not in ("kernel", "gpu_memcpy", "gpu_memset"):
+            continue
+        if event["args"]["correlation"] not in launches:
+            continue  # launched in no run
+        run, launch = launches[event["args"]["correlation"]]
+        run.busy.append((event["ts"], event["ts"] + event["dur"]))
+        run.copies += "DtoH" in event["name"]
+        caller = _within(timeline.operators.get(launch["tid"], []), launch["ts"])
+        found = run.row(event["name"] if caller is None else caller.name)
+        found.calls += caller is None
+        found.took(event["dur"], timeline.layer(launch["ts"]), event["name"])

@@ -1,0 +1,112 @@
+"""A pipeline from strings: a model of sentence-transformers, its texts, and where the time of a call goes."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..usage import UsageError, in_a_line
+
+if TYPE_CHECKING:
+    from sentence_transformers.base.model import BaseModel
+
+Model: TypeAlias = "BaseModel"
+Text = str | tuple[str, str]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def base_of(model: Model) -> PreTrainedModel:
+    """The base model inside, of transformers."""
+    inner = cast(PreTrainedModel, model[0].model)
+    base: PreTrainedModel = getattr(inner, inner.base_model_prefix, inner)
+    return base
+
+
+def method_of(model: Model) -> str:
+    """The method of `model` that texts, or pairs of them, go through."""
+    return "predict" if hasattr(model, "predict") else "encode"
+
+
+def read_texts(file: str, pairs: bool) -> list[Text]:
+    """The lines of a file, each a text or a pair with a tab between.
+
+    Raises:
+        UsageError: it can't be read, holds none, or a line that is no pair.
+    """
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file}: {in_a_line(error)}; expected a file of a text a line", "texts") from error
+    if not lines:
+        raise UsageError(f"{file}: holds no line; expected a text a line", "texts")
+    if not pairs:
+        return list(lines)
+    found: list[Text] = []
+    for number, line in enumerate(lines, 1):
+        query, tab, passage = line.partition("\t")
+        if not tab:
+            raise UsageError(f"{file}, line {number}: has no tab; expected a query, a tab and a passage", "texts")
+        found.append((query, passage))
+    return found
+
+
+class Staged:
+    """A view of a model, the same modules, that takes the time of tokenising and of forwards; called, it runs texts."""
+
+    def __init__(self, model: Model) -> None:
+        self.spent: list[dict[str, float]] = []
+        """Of each call: seconds of "tokenise" and "forward"."""
+        self.lengths: list[int] = []
+        """Tokens of each text of the last call, in the order in which they ran."""
+        self.padded = 0
+        self._method = method_of(model)
+        self._on_gpu = base_of(model).device.type == "cuda"
+        preprocess: Callable[..., dict[str, Tensor]] = self._timed("tokenise", model.preprocess)
+
+        def counted(*args: object, **kwargs: object) -> dict[str, Tensor]:
+            features = preprocess(*args, **kwargs)
+            mask = features["attention_mask"]
+            self.lengths += mask.sum(1).tolist()
+            self.padded += mask.numel()
+            return features
+
+        self.model = copy.copy(model)
+        vars(self.model).update(preprocess=counted, forward=self._timed("forward", model.forward))
+
+    def __call__(self, texts: list[Text], batch: int) -> None:
+        self.spent.append({"tokenise": 0.0, "forward": 0.0})
+        self.lengths, self.padded = [], 0
+        getattr(self.model, self._method)(texts, batch_size=batch, show_progress_bar=False)
+
+    def _timed(self, name: str, call: Callable[P, R]) -> Callable[P, R]:
+        def timed(*args: P.args, **kwargs: P.kwargs) -> R:
+            begun = time.perf_counter()
+            found = call(*args, **kwargs)
+            if self._on_gpu:
+                torch.cuda.synchronize()
+            self.spent[-1][name] += time.perf_counter() - begun
+            return found
+
+        return timed
+
+    def stages(self, samples: list[float], busy_s: float) -> dict[str, float]:
+        """Seconds of each stage: medians of the calls that `samples` are of, which come after two others.
+
+        Args:
+            samples: seconds of whole calls.
+            busy_s: of a call, while an operator, on a GPU a kernel, ran.
+        """
+        timed = self.spent[2 : 2 + len(samples)]
+        tokenise, forward = (median(each[name] for each in timed) for name in ("tokenise", "forward"))
+        device = min(busy_s, forward)
+        rest = median(whole - sum(each.values()) for whole, each in zip(samples, timed, strict=True))
+        return {"tokenise": tokenise, "host": forward - device, "device": device, "rest": rest}
