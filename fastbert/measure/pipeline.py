@@ -6,7 +6,6 @@ import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar, cast
 
 import torch
@@ -99,14 +98,18 @@ class Staged:
         return timed
 
     def stages(self, samples: list[float], busy_s: float) -> dict[str, float]:
-        """Seconds of each stage: medians of the calls that `samples` are of, which come after two others.
+        """Seconds of each stage of one call, that whose time is the median: they add up to it.
 
         Args:
-            samples: seconds of whole calls.
+            samples: seconds of whole calls, which come after two others.
             busy_s: of a call, while an operator, on a GPU a kernel, ran.
         """
-        timed = self.spent[2 : 2 + len(samples)]
-        tokenise, forward = (median(each[name] for each in timed) for name in ("tokenise", "forward"))
-        device = min(busy_s, forward)
-        rest = median(whole - sum(each.values()) for whole, each in zip(samples, timed, strict=True))
-        return {"tokenise": tokenise, "host": forward - device, "device": device, "rest": rest}
+        timed = zip(samples, self.spent[2:], strict=False)
+        whole, spent = sorted(timed, key=lambda each: each[0])[(len(samples) - 1) // 2]
+        device = min(busy_s, spent["forward"])
+        return {
+            "tokenise": spent["tokenise"],
+            "host": spent["forward"] - device,
+            "device": device,
+            "rest": whole - sum(spent.values()),
+        }

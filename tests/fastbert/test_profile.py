@@ -310,7 +310,7 @@ def test_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert list(run["stages"]) == ["tokenise", "host", "device", "rest"]
         assert all(seconds >= 0 for seconds in run["stages"].values())
         assert run["stages"]["tokenise"] > 0 < run["stages"]["device"]
-        assert sum(run["stages"].values()) == pytest.approx(run["wall_s"], rel=0.5)
+        assert sum(run["stages"].values()) == pytest.approx(run["wall_s"])
     fused, stock = map(rows, record["runs"])
     assert fused["fastbert::qkv_linear"]["calls"] == 2 * 2  # of two layers in two forwards
     assert not any(name.startswith("fastbert::") for name in stock)
@@ -332,9 +332,9 @@ def test_time_of_a_pipeline_is_found_where_it_is_spent(tmp_path: Path, monkeypat
     stages = found.stages
     assert stages is not None
     # Of two batches. Nothing is counted twice, so that time in another's place would be missing in its own.
-    assert sum(stages.values()) == pytest.approx(found.wall_s, rel=0.1)
+    assert sum(stages.values()) == pytest.approx(found.wall_s)
     assert stages["tokenise"] > 0.06
-    assert stages["host"] > 0.12
+    assert stages["host"] > 0.09  # operators took more while they were traced
     assert stages["rest"] > 0.09
 
 
