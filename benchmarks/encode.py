@@ -2,9 +2,9 @@
 
 What sentence-transformers' users call, and a tagger as a pipeline: `--what` of WAYS. Texts are of a made-up vocabulary,
 of as many tokens as questions and passages of SQuAD have. Times include tokenising; a line says where they went. In one
-process: stock, fused by the model's own method, `fastbert.encode`, and with `--peers` other runtimes in the place of
-the base model; on a GPU with flash-attn sentence-transformers' own unpadding, too. Results are held to the numerical
-policy first.
+process: stock, fused by the model's own method, `fastbert.encode`, with `--peers` other runtimes in the place of
+the base model, and with `--backends` sentence-transformers' own, where optimum runs with this transformers; on a GPU
+with flash-attn sentence-transformers' own unpadding, too. Results are held to the numerical policy first.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import transformers
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer, SparseEncoder
+from sentence_transformers.backend import export_dynamic_quantized_onnx_model
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from sentence_transformers.sentence_transformer.modules import Pooling
@@ -40,6 +41,8 @@ from fastbert.measure.machine import Machine, environment
 from fastbert.measure.peers import PEERS, Unavailable, share
 
 WORDS = 1000
+LEAST = 3
+"""Repeats, where --minutes asks for fewer."""
 QUERY = 12
 """Words of the query that passages are ranked for."""
 AHEAD = "fused, fastbert.encode"
@@ -61,6 +64,8 @@ class Way:
     """Of all texts at once; else a call for every `batch` of them, as they come."""
     ahead: bool = True
     """Whether `fastbert.encode` is run, too."""
+    alone: bool = False
+    """Stock and fused alone: long, and of the same forwards as another way with all."""
 
 
 def _search(batch: int) -> Workload:
@@ -75,9 +80,9 @@ WAYS = {
     **{f"query {tokens}": _query(tokens) for tokens in (8, 16, 32, 64, 128)},
     "queries": Way("embedder", "encode", lambda batch: Workload("questions", draw(("squad_questions", batch)))),
     "corpus": Way("embedder", "encode", _search),
-    "calls": Way("embedder", "encode", _search, one_call=False, ahead=False),
+    "calls": Way("embedder", "encode", _search, one_call=False, ahead=False, alone=True),
     "rerank": Way("ranker", "predict", lambda _: workload("squad", 100)),
-    "tag": Way("tagger", "__call__", _search, ahead=False),
+    "tag": Way("tagger", "__call__", lambda batch: workload("search", 4 * batch), ahead=False, alone=True),
     "late queries": Way("late", "encode_query", lambda batch: Workload("questions", draw(("squad_questions", batch)))),
     "late documents": Way(
         "late", "encode_document", lambda batch: Workload("passages", draw(("squad_passages", batch)))
@@ -107,9 +112,10 @@ def pairs_of(item: Workload) -> list[tuple[str, str]]:
     return [(query, passage) for passage in passages]
 
 
-def save_tokenizer(folder: Path) -> None:
-    """One that knows the words of `texts_of`."""
+def save_tokenizer(folder: Path, pad: int = 0) -> None:
+    """One that knows the words of `texts_of`, with that id for padding: 0 or 1."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(WORDS))]
+    words[0], words[pad] = words[pad], words[0]
     vocabulary = {word: i for i, word in enumerate(words)}
     BertTokenizer(vocab=vocabulary, model_max_length=512).save_pretrained(folder)
 
@@ -133,7 +139,7 @@ def encoder(
     task, inner = HEADS[head][0], inner_model(head, size, dtype, device)
     inner.set_attn_implementation(attention)
     with tempfile.TemporaryDirectory() as folder:
-        save_tokenizer(Path(folder))
+        save_tokenizer(Path(folder), inner.config.pad_token_id)
         if head == "tagger":
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
             return transformers.pipeline(task, model=inner, tokenizer=tokenizer, device=device)
@@ -204,7 +210,41 @@ def peers(stock: Any, names: list[str]) -> dict[str, Any]:
     return found
 
 
-def candidates(head: str, size: str, dtype: torch.dtype, device: torch.device, others: list[str]) -> dict[str, Any]:
+BACKENDS = ("onnx", "onnx-int8", "openvino", "openvino-int8")
+INT8 = "avx512_vnni" if "avx512_vnni" in Path("/proc/cpuinfo").read_text(encoding="utf-8") else "avx2"
+
+
+def backends(stock: Any, names: list[str]) -> dict[str, Any]:
+    """`stock` on sentence-transformers' own backends; those that can't run here are told."""
+    found: dict[str, Any] = {}
+    if not isinstance(stock, nn.Module) or inside(stock).dtype != torch.float32 or inside(stock).device.type != "cpu":
+        return found
+    for name in names:
+        backend, _, int8 = name.partition("-")
+        told = f"sentence-transformers, {backend}{' int8' if int8 else ''}"
+        options: dict[str, Any] = {"backend": backend, "device": "cpu"}
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                stock.save_pretrained(folder)
+                if backend == "onnx":
+                    options["model_kwargs"] = {"provider": "CPUExecutionProvider"}
+                if name == "onnx-int8":  # quantised as it runs, as their page on speed advises
+                    export_dynamic_quantized_onnx_model(type(stock)(folder, **options), INT8, folder)
+                    options["model_kwargs"]["file_name"] = f"onnx/model_qint8_{INT8}.onnx"
+                elif name == "openvino-int8":  # weights: activations take a data set to calibrate on
+                    options["model_kwargs"] = {"load_in_8bit": True}
+                made = type(stock)(folder, **options)
+            except Exception as error:  # of three packages, of any kind; a peer less
+                print(f"{told}: {' '.join(str(error).split())[:200]}", flush=True)
+                continue
+        made[0].max_seq_length = stock[0].max_seq_length
+        found[told] = made
+    return found
+
+
+def candidates(
+    head: str, size: str, dtype: torch.dtype, device: torch.device, others: list[str], own: list[str]
+) -> dict[str, Any]:
     """Models by the name of a run; `fastbert.encode` takes the fused one."""
     stock = encoder(size, dtype, device, head=head)
     fused = with_model(stock, share(inside(stock)))
@@ -218,7 +258,7 @@ def candidates(head: str, size: str, dtype: torch.dtype, device: torch.device, o
             found["stock, its own unpadding"] = encoder(size, dtype, device, "flash_attention_2")
         except ImportError as error:
             print(f"stock, its own unpadding: {error}", flush=True)
-    return {**found, **peers(stock, others)}
+    return {**found, **peers(stock, others), **backends(stock, own)}
 
 
 def values(head: str, model: Any, texts: list[Any]) -> Tensor:
@@ -291,10 +331,12 @@ def _call(way: Way, texts: list[Any], batch: int) -> Callable[[str, Any], None]:
 
 
 def run(
-    name: str, found: dict[str, Any], size: str, dtype: torch.dtype, batch: int, repeats: int
+    name: str, found: dict[str, Any], size: str, dtype: torch.dtype, batch: int, repeats: int, seconds: float
 ) -> list[dict[str, Any]]:
-    """The records of one way to call, of all candidates."""
+    """The records of one way to call, of all candidates, in about so many seconds, of three repeats at least."""
     way = WAYS[name]
+    if way.alone:
+        found = {each: model for each, model in found.items() if each in CHECKED}
     item = way.lengths(batch)
     texts: list[Any] = pairs_of(item) if way.head == "ranker" else texts_of(item)
     stock = found["stock"]
@@ -308,7 +350,7 @@ def run(
     if way.ahead:
         found = {**found, AHEAD: found["fused"]}
     call = _call(way, texts, batch)
-    samples = _timed(found, call, repeats)
+    samples = _timed(found, call, repeats, seconds)
     chunks = [item.lengths[i : i + batch] for i in range(0, len(texts), batch)]
     if way.one_call and way.head != "tagger":  # a pipeline takes texts as they come
         ordered = sorted(item.lengths, reverse=True)
@@ -342,10 +384,15 @@ def run(
     return result
 
 
-def _timed(found: dict[str, Any], call: Callable[[str, Any], None], repeats: int) -> dict[str, list[float]]:
+def _timed(
+    found: dict[str, Any], call: Callable[[str, Any], None], repeats: int, seconds: float
+) -> dict[str, list[float]]:
     samples: dict[str, list[float]] = {name: [] for name in found}
     chance = random.Random(SEED)
+    first = time.perf_counter()
     for repeat in range(repeats + 1):
+        if repeat > LEAST and time.perf_counter() - first > seconds:
+            break
         for name in chance.sample(list(found), len(found)):
             begun = time.perf_counter()
             call(name, found[name])
@@ -367,6 +414,8 @@ def main() -> int:
     parser.add_argument("--batch", type=int, help="default: 32 on a CPU, 128 on a GPU")
     parser.add_argument("--repeats", type=int, default=5, help="of one query 20 times as many")
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=[])
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=[], help="of sentence-transformers")
+    parser.add_argument("--minutes", type=float, default=60.0, help="fewer repeats to end about then; default: 60")
     parser.add_argument("--threads", type=int, help="of a CPU")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
@@ -377,14 +426,18 @@ def main() -> int:
     chosen = list(WAYS) if given.all else given.what
     print(records.HEADER)
     found: list[dict[str, Any]] = []
-    for size in given.size or [usual]:
+    sizes = given.size or [usual]
+    left, end = len(sizes) * len(given.dtype) * len(chosen), time.perf_counter() + 60 * given.minutes
+    for size in sizes:
         for name in given.dtype:
             dtype = getattr(torch, name)
             for head in dict.fromkeys(WAYS[way].head for way in chosen):
-                models = candidates(head, size, dtype, device, given.peers)
+                models = candidates(head, size, dtype, device, given.peers, given.backends)
                 for way in (way for way in chosen if WAYS[way].head == head):
                     times = 20 if way.startswith("query ") else 1
-                    found += run(way, models, size, dtype, given.batch or batch, times * given.repeats)
+                    seconds = (end - time.perf_counter()) / left
+                    found += run(way, models, size, dtype, given.batch or batch, times * given.repeats, seconds)
+                    left -= 1
                     if given.output is not None:
                         records.write(records.path_in(given.output, found[0]), found)
     return 0

@@ -1,6 +1,7 @@
 """The README's table, docs/measured.md and docs/<device>.svg, from records: `python benchmarks/report.py FILES`.
 
-Of every case the latest run counts, of those whose gates are green. The README has the headlines of one device;
+Of every case the latest run counts, of those whose gates are green. The README has the headlines of one device, and
+what begins with strings, of one model;
 docs/measured.md has all candidates of all devices with their spread, operators and cold starts; the plots, forwards and
 training steps.
 """
@@ -34,6 +35,10 @@ HEADLINES = (
 MODEL = "BertModel "
 """What the README and the charts are of."""
 OF_A_MODEL = re.compile(r"\w+Model ")
+TEXTS = "encode, "
+"""What begins with strings: benchmarks/encode.py."""
+SHOWN = ("query 16", "query 128", "queries", "corpus", "rerank", "tag", "late queries", "late documents", "sparse")
+"""Of those, what the README shows."""
 Runs = dict[tuple[str, ...], dict[str, dict[str, Any]]]
 
 
@@ -53,6 +58,13 @@ def _table(header: Sequence[str], left: int, rows: Iterable[Sequence[str]]) -> l
     return ["| " + " | ".join(header) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)]
 
 
+def _device(runs: Runs) -> str:
+    """A GPU before a CPU, then the one with most cases."""
+    devices = [case[0] for case in runs]
+    on_gpu = {case[0]: next(iter(run.values()))["backend"].startswith("triton") for case, run in runs.items()}
+    return max(sorted(set(devices)), key=lambda name: (on_gpu[name], devices.count(name)))
+
+
 def _headlines(records: Iterable[dict[str, Any]]) -> tuple[str, Runs]:
     """The device that the README shows, a GPU before a CPU, then the one with most cases; and its cases.
 
@@ -61,9 +73,7 @@ def _headlines(records: Iterable[dict[str, Any]]) -> tuple[str, Runs]:
     runs = {case: run for case, run in latest(records).items() if case[1].startswith(MODEL)}
     if not runs:
         return "", {}
-    devices = [case[0] for case in runs]
-    on_gpu = {case[0]: next(iter(run.values()))["backend"].startswith("triton") for case, run in runs.items()}
-    device = max(sorted(set(devices)), key=lambda name: (on_gpu[name], devices.count(name)))
+    device = _device(runs)
     ours = {case: run for case, run in runs.items() if case[0] == device}
 
     def rank(case: tuple[str, ...]) -> tuple[int, int]:
@@ -116,6 +126,42 @@ def readme(records: Iterable[dict[str, Any]]) -> str:
     return "\n".join(_table(header, 4, rows))
 
 
+def texts(records: Iterable[dict[str, Any]]) -> str:
+    """The table of what begins with strings: on one device the model and dtype that most was measured of.
+
+    Of two ways to run fused, the model's own method and `fastbert.encode`, the faster; others of the same precision.
+    """
+    runs = {case: run for case, run in latest(records).items() if case[1].startswith(TEXTS)}
+    header = ["what", "model", "dtype", "workload", "padded / real rows", "stock, ms", "fused, ms", "x stock"]
+    header.append("best other, x stock")
+    if not runs:
+        return "\n".join(_table(header, 4, []))
+    device = _device(runs)
+    kinds = [case[2:4] for case in runs if case[0] == device]
+    kind = max(sorted(set(kinds)), key=kinds.count)
+    rows = []
+    for what in SHOWN:
+        for (where, name, *case), run in runs.items():
+            if (where, name, tuple(case[:2])) != (device, TEXTS + what, kind):
+                continue
+            good = [record for record in run.values() if record["ratio_to_stock"] is not None]
+            ours = [record for record in good if record["candidate"].startswith("fused")]
+            others = [r for r in good if r["candidate"] != "stock" and r not in ours and "int8" not in r["candidate"]]
+            fused = max(ours, key=lambda record: record["ratio_to_stock"], default=None)
+            best = max(others, key=lambda record: record["ratio_to_stock"], default=None)
+            rows.append(
+                [
+                    *(what, *case),
+                    f"{max(record['ideal_ratio'] for record in run.values()):.2f}",
+                    figure(run.get("stock"), "median_s", ",.1f", 1e-3),
+                    figure(fused, "median_s", ",.1f", 1e-3),
+                    figure(fused, "ratio_to_stock", ".2f"),
+                    "-" if best is None else f"{best['ratio_to_stock']:.2f} {best['candidate']}",
+                ]
+            )
+    return "\n".join(_table(header, 4, rows))
+
+
 def measured(records: Iterable[dict[str, Any]]) -> str:
     """docs/measured.md."""
     runs = latest(records)
@@ -133,7 +179,7 @@ def measured(records: Iterable[dict[str, Any]]) -> str:
             lines += ["", f"![tokens/s and memory]({device_folder(device)}.svg)"]
         for title, chosen in (
             ("Models", {c: run for c, run in ours.items() if OF_A_MODEL.match(c[0])}),
-            ("sentence-transformers", {c: run for c, run in ours.items() if c[0].startswith("encode, ")}),
+            ("sentence-transformers", {c: run for c, run in ours.items() if c[0].startswith(TEXTS)}),
             ("Cold starts", {c: run for c, run in ours.items() if c[0].startswith("cold start: ")}),
             ("Operators", {c: run for c, run in ours.items() if c[0].startswith("operator ")}),
             ("Launch configurations", {c: run for c, run in ours.items() if c[0].startswith("variant ")}),
@@ -301,6 +347,7 @@ def render(files: Sequence[str | Path], document: str | Path) -> None:
     try:
         text = splice(path.read_text(encoding="utf-8"), readme(records))
         text = splice(text, figures(records), "figures")
+        text = splice(text, texts(records), "texts")
         docs = path.parent / "docs"
         docs.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8")

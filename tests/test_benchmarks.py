@@ -117,6 +117,22 @@ def test_texts_that_are_made_up_are_words_the_tokenizer_knows(tmp_path: Path) ->
     assert len({each for ids in found for each in ids}) > 50
 
 
+def test_padding_is_what_the_model_takes_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """XLM-R's is token 1, by which it numbers positions: a short text beside a long one is as it is alone."""
+    pytest.importorskip("sentence_transformers")
+    from benchmarks import encode
+
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    monkeypatch.setitem(cases.SHAPES, "xlm-r-large", {**cases.SHAPES["xlm-r-large"], **shape, "vocab_size": 2000})
+    model = encode.encoder("xlm-r-large", torch.float32, torch.device("cpu"))
+    texts = encode.texts_of(cases.Workload("", (9, 30)))
+    features = model.preprocess(texts)
+    assert features["input_ids"][0, 9:].tolist() == [1] * 21
+    assert features["attention_mask"].sum(1).tolist() == [9, 30]
+    beside, alone = encode.values("embedder", model, texts)[0], encode.values("embedder", model, texts[:1])[0]
+    torch.testing.assert_close(beside, alone, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_embed() -> None:
     """The command and its bare encoder take turns, to the end; a run this short says nothing about their ratio."""

@@ -568,12 +568,22 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         measured("flash-attn", status="UNAVAILABLE: not here", ratio_to_stock=None, median_s=None),
     ]
     cold = [measured(name, what="cold start: first result") for name in ("stock", "fused")]
+    strings = {"what": "encode, corpus", "size": "minilm"}
+    ways = {
+        "stock": (1.0, 2.0),
+        "fused": (1.6, 1.25),
+        "fused, fastbert.encode": (1.8, 1.111),
+        "OpenVINO": (1.5, 1.333),
+        "sentence-transformers, onnx int8": (2.5, 0.8),
+    }
     run = [measured("stock"), measured(), *other]
+    run += [measured(name, **strings, ratio_to_stock=x, median_s=s) for name, (x, s) in ways.items()]
     date = run[0]["date"]
     file, readme = tmp_path / "records.json", tmp_path / "README.md"
     records.write(file, [{**record, "date": date} for record in (*run, *cold)] + [older])
-    marked = "<!-- figures:begin -->\n<!-- figures:end -->\n<!-- table:begin -->\nold\n<!-- table:end -->\nafter\n"
-    readme.write_text(f"before\n{marked}")
+    parts = {"figures": "", "texts": "old\n", "table": "old\n"}
+    marked = "".join(f"<!-- {name}:begin -->\n{was}<!-- {name}:end -->\n" for name, was in parts.items())
+    readme.write_text(f"before\n{marked}after\n")
     for _ in range(2):
         assert report.main([str(file), "--readme", str(readme)]) == 0
     text = readme.read_text()
@@ -585,7 +595,8 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert text.startswith("before\n<!-- figures:begin -->\n- **2.00 x")
     assert text.endswith("<!-- table:end -->\nafter\n")
     assert "old" not in text
-    assert text.count("squad b16") == 2
+    assert "| corpus | minilm | float32 | squad b16 | 1.97 | 2,000.0 | 1,111.0 | 1.80 | 1.50 OpenVINO |\n" in text
+    assert text.count("squad b16") == 3
     whole = (tmp_path / "docs" / "measured.md").read_text()
     assert (
         "| forward | large | float32 | squad b16 | fused | 2,000.0 (1,400 to 2,600) | 1,316 | 2.00 | 100% | - |"
