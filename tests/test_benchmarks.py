@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import archive as suite_archive
 from fastbert.measure import cases, machine, records
