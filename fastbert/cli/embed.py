@@ -16,6 +16,7 @@ DESCRIPTION = (
 EXAMPLES = (
     "fastbert embed --model BAAI/bge-large-en-v1.5 --pooling cls --normalize --output out docs.jsonl more.parquet",
     "fastbert embed --model ./sentence-transformer --column body --id-column key --output out table.csv.gz",
+    "fastbert embed --model cross-encoder/ms-marco-MiniLM-L6-v2 --query-column query --output scores pairs.jsonl",
     "torchrun --nproc-per-node 8 -m fastbert.cli embed --model ./sentence-transformer --output out docs.jsonl",
 )
 
@@ -28,6 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="where the shards go")
     parser.add_argument("--column", default="text", help="the field that holds the text; default: text")
     parser.add_argument("--id-column", metavar="COLUMN", help="the field that holds the id; default: rows are numbered")
+    parser.add_argument(
+        "--query-column",
+        metavar="COLUMN",
+        help="the field that holds a query: --model is a CrossEncoder, and rows are scored",
+    )
     parser.add_argument("--format", choices=("parquet", "npy"), default="parquet", help="default: parquet")
     parser.add_argument(
         "--pooling",

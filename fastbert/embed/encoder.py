@@ -8,19 +8,25 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints import load_base
+from ..checkpoints import load_base, load_pipeline, pipeline_kind
 from ..explain import explain
-from ..fuse import fuse
+from ..fuse import base_models, fuse
 from ..layers.embeddings import first_position, longest_sequence
 from ..usage import UsageError, in_a_line
 from .batches import batches_of
+from .encode import encode
+from .rows import Text
 from .tokens import Tokens
+
+if TYPE_CHECKING:
+    from sentence_transformers import CrossEncoder
+    from transformers import PreTrainedTokenizerBase
 
 POOLINGS = ("mean", "cls", "max", "mean_sqrt_len", "lasttoken")
 # As sentence-transformers has them in the config of its pooling.
@@ -108,16 +114,19 @@ def pool(rows: Tensor, cu_seqlens: Tensor, how: str) -> Tensor:
 class Encoder:
     """A fused base model that embeds texts laid end to end."""
 
+    makes = "embedding"
+
     def __init__(self, model: Any, recipe: Recipe, batch_tokens: int) -> None:
         self.model, self.recipe, self.batch_tokens = model, recipe, batch_tokens
+        self.prompt, self.dtype = recipe.prompt, model.dtype
         self.first = first_position(model.embeddings)
 
     def batches(self, lengths: np.ndarray) -> Iterator[np.ndarray]:
         return batches_of(lengths, self.batch_tokens)
 
     @torch.inference_mode()
-    def __call__(self, tokens: Tokens) -> np.ndarray:
-        """(texts, H) float32."""
+    def __call__(self, tokens: Tokens, texts: list[Text]) -> np.ndarray:
+        """(texts, H) float32, from their tokens."""
         begins = np.concatenate([[0], tokens.lengths.cumsum()])
         result = np.empty((len(tokens.lengths), self.model.config.hidden_size), np.float32)
         device = self.model.device
@@ -144,6 +153,41 @@ class Encoder:
                 pooled = nn.functional.normalize(pooled, dim=1)
             result[chosen] = pooled.cpu().numpy()
         return result
+
+
+class Ranker:
+    """A fused CrossEncoder that scores pairs, as its own `predict` does."""
+
+    makes, prompt = "score", ""
+
+    def __init__(self, model: CrossEncoder, batch_tokens: int) -> None:
+        self.model, self.batch_tokens, self.dtype = model, batch_tokens, model.dtype
+
+    def __call__(self, tokens: Tokens, texts: list[Text]) -> np.ndarray:
+        """(pairs,) float32, or (pairs, labels) where there are several."""
+        if not texts:
+            return np.empty((0,) if self.model.num_labels == 1 else (0, self.model.num_labels), np.float32)
+        found: Tensor = encode(self.model, texts, batch_tokens=self.batch_tokens, convert_to_tensor=True)
+        scores: np.ndarray = found.float().cpu().numpy()
+        return scores
+
+
+def load_ranker(
+    path: str, tokenizer: PreTrainedTokenizerBase, device: torch.device, dtype: str | None, max_length: int | None
+) -> tuple[CrossEncoder, int]:
+    """The fused CrossEncoder of a checkpoint, and the most tokens of a pair.
+
+    Raises:
+        UsageError: it is none, can't be loaded, would run stock, or doesn't go with what else is given.
+    """
+    if (kind := pipeline_kind(path)) != "CrossEncoder":
+        raise UsageError(f"is given with {path}, a {kind}; expected a CrossEncoder", "query_column")
+    model = cast("CrossEncoder", load_pipeline(path, dtype, device))
+    _fused(model, path)
+    ((_, base, _),) = base_models(model)
+    limit = _limit(longest_sequence(base), model.max_seq_length, max_length, tokenizer.num_special_tokens_to_add(True))
+    model.max_seq_length = limit
+    return model, limit
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -192,25 +236,34 @@ def load(
     given: dict[str, Any] = {"pooling": pooling, "normalize": normalize, "prompt": prompt, "max_length": max_length}
     recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
     model = load_base(path, dtype, device)
+    _fused(model, path)
+    if tokenizer.cls_token_id is None and recipe.pooling == "cls":
+        raise UsageError("cls: the tokenizer has no such token; expected another pooling", "pooling")
+    own = recipe.max_length if max_length is None else None
+    limit = _limit(longest_sequence(model), own, max_length, tokenizer.num_special_tokens_to_add())
+    return model, recipe, limit
+
+
+def _fused(model: nn.Module, path: str) -> None:
+    """Fuses the model of a checkpoint. Raises UsageError where it can't be, or would run stock."""
     try:
-        model = fuse(model)
+        fuse(model)
     except ValueError as error:  # UnsupportedModelError is one
         raise UsageError(f"{path}: {in_a_line(error)}", "model") from error
     with torch.inference_mode():
         if reason := explain(model).encoders[0].reason:
             raise UsageError(f"{path}: runs stock ({reason}); expected a model that runs fused", "model")
-    if tokenizer.cls_token_id is None and recipe.pooling == "cls":
-        raise UsageError("cls: the tokenizer has no such token; expected another pooling", "pooling")
-    longest = longest_sequence(model)
-    limits = [each for each in (longest, recipe.max_length) if each is not None]
+
+
+def _limit(longest: int | None, own: int | None, given: int | None, special: int) -> int:
+    """The most tokens of a text, by the model's positions, what the folder says, or `given`. Raises UsageError."""
+    limits = [each for each in (longest, own if given is None else given) if each is not None]
     if not limits:
         raise UsageError("expected a number of tokens; the model itself has no limit", "max_length")
-    limit = min(limits)
-    least = tokenizer.num_special_tokens_to_add() + 1
-    if limit < least:
+    if min(limits) <= special:
         raise UsageError(
-            f"is {limit}; expected at least {least}, of which {least - 1} are special tokens", "max_length"
+            f"is {min(limits)}; expected at least {special + 1}, of which {special} are special tokens", "max_length"
         )
-    if max_length is not None and longest is not None and max_length > longest:
-        raise UsageError(f"is {max_length}; the model has positions for {longest}", "max_length")
-    return model, recipe, limit
+    if given is not None and longest is not None and given > longest:
+        raise UsageError(f"is {given}; the model has positions for {longest}", "max_length")
+    return min(limits)

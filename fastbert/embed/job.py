@@ -31,8 +31,8 @@ from transformers.utils import logging
 from ..checkpoints import default_device, load_tokenizer
 from ..usage import UsageError
 from .batches import batch_tokens_on
-from .encoder import Encoder, load, tokenizer_digest, weights_digest
-from .rows import Input, Row
+from .encoder import Encoder, Ranker, load, load_ranker, tokenizer_digest, weights_digest
+from .rows import Input, Row, Text
 from .shards import Shards
 from .tokens import Tokens, begin_worker, tokenise
 
@@ -84,7 +84,7 @@ def _digest(rows: Sequence[Row]) -> str:
 
 
 def _read(
-    source: Input, shards: Shards, shard_rows: int, submit: Callable[[list[str]], _Making]
+    source: Input, shards: Shards, shard_rows: int, submit: Callable[[list[Text]], _Making]
 ) -> Iterator[_Shard | None]:
     """The shards to be made here, in order, each being tokenised; None for every other one."""
     rows = source.rows(lambda number: shards.is_own(number // shard_rows))
@@ -123,17 +123,18 @@ def _one_ahead(items: Iterator[object], pool: concurrent.futures.Executor) -> It
 def _run(
     source: Input,
     shards: Shards,
-    encoder: Encoder,
+    encoder: Encoder | Ranker,
     pool: ProcessPoolExecutor,
     workers: int,
     max_length: int,
     shard_rows: int,
 ) -> int:
     """Makes the shards that are not there; returns how many there are to be in all."""
-    prompt = encoder.recipe.prompt
+    prompt = encoder.prompt
 
-    def submit(texts: list[str]) -> _Making:
-        return pool.submit(tokenise, [prompt + text for text in texts], max_length)
+    def submit(texts: list[Text]) -> _Making:
+        made: list[Text] = [prompt + text if isinstance(text, str) else text for text in texts]
+        return pool.submit(tokenise, made, max_length)
 
     progress = Progress()
     ahead: deque[_Shard] = deque()
@@ -170,7 +171,7 @@ def _run(
     return count
 
 
-def _make(shard: _Shard, encoder: Encoder, max_length: int) -> tuple[tuple[Any, ...], int]:
+def _make(shard: _Shard, encoder: Encoder | Ranker, max_length: int) -> tuple[tuple[Any, ...], int]:
     """The arguments of `Shards.commit` for a shard, and how many tokens it has."""
     tokens = shard.tokens.result()
     good = [row for row in shard.rows if row.text is not None]
@@ -182,10 +183,10 @@ def _make(shard: _Shard, encoder: Encoder, max_length: int) -> tuple[tuple[Any, 
     for i, length in tokens.cut.items():
         told = f"{length} tokens, cut to {max_length}"
         problems[good[i].number] = {"row": good[i].number, "id": good[i].key, "problem": told, "embedded": True}
-    embeddings = encoder(tokens)
-    finite = np.isfinite(embeddings).all(1)
+    embeddings = encoder(tokens, [row.text for row in good if row.text is not None])
+    finite = np.isfinite(embeddings.reshape(len(good), -1)).all(1) if good else np.ones(0, bool)
     for i in np.flatnonzero(~finite).tolist():
-        told = f"NaN or infinity in its embedding, in {encoder.model.dtype}"
+        told = f"NaN or infinity in its {encoder.makes}, in {encoder.dtype}"
         problems[good[i].number] = {"row": good[i].number, "id": good[i].key, "problem": told, "embedded": False}
     keys = [row.key for row, right in zip(good, finite, strict=True) if right]
     total = int(tokens.lengths.sum())
@@ -217,6 +218,7 @@ def embed(
     model: str,
     column: str = "text",
     id_column: str | None = None,
+    query_column: str | None = None,
     format: str = "parquet",
     pooling: str | None = None,
     normalize: bool | None = None,
@@ -235,6 +237,8 @@ def embed(
         output: the folder.
         model: a checkpoint: a folder, or a name on the hub.
         column, id_column: the fields that hold the text and the id; without one, rows are numbered.
+        query_column: the field that holds a query; then `model` is a CrossEncoder, and rows get the score of query and
+            text, as its own `predict` has them.
         format: "parquet" or "npy".
         pooling: one of POOLINGS; this, `normalize`, `prompt` and `max_length` are by default as the folder says.
         dtype: its name; default: the checkpoint's.
@@ -256,7 +260,12 @@ def embed(
             raise UsageError(f"is {value}; expected at least 1", name)
     if os.path.exists(output) and not os.path.isdir(output):
         raise UsageError(f"{output}: is a file; expected a folder", "output")
-    source = Input(files, column, id_column)
+    given: dict[str, Any] = {"pooling": pooling, "normalize": normalize, "prompt": prompt}
+    if query_column is not None:
+        for name, value in given.items():
+            if value is not None:
+                raise UsageError("is given with query_column; expected none, as nothing is pooled", name)
+    source = Input(files, column, id_column, query_column)
     rank, world, local = _place()
     if world > 1 and "-" in files:
         raise UsageError(f"- is given to {world} ranks; each would read a part of standard input, expected files")
@@ -269,14 +278,19 @@ def embed(
     ) as pool:
         try:
             pool.submit(tokenise, [""], 1 << 30)  # it starts while the model loads
-            given: dict[str, Any] = {"pooling": pooling, "normalize": normalize, "prompt": prompt}
-            loaded, recipe, longest = load(model, tokenizer, where, dtype=dtype, max_length=max_length, **given)
+            encoder: Encoder | Ranker
+            if query_column is None:
+                loaded, recipe, longest = load(model, tokenizer, where, dtype=dtype, max_length=max_length, **given)
+                encoder = Encoder(loaded, recipe, batch_tokens)
+                own = {"pooling": recipe.pooling, "normalize": recipe.normalize, "prompt": recipe.prompt}
+            else:
+                ranker, longest = load_ranker(model, tokenizer, where, dtype, max_length)
+                encoder = Ranker(ranker, batch_tokens)
+                own = {"query_column": query_column, "activation": str(ranker.activation_fn)}
             settings = {
-                "weights": weights_digest(loaded),
+                "weights": weights_digest(encoder.model),
                 "tokenizer": tokenizer_digest(tokenizer),
-                "pooling": recipe.pooling,
-                "normalize": recipe.normalize,
-                "prompt": recipe.prompt,
+                **own,
                 "max_length": longest,
                 "batch_tokens": batch_tokens,
                 "shard_rows": shard_rows,
@@ -285,8 +299,10 @@ def embed(
                 "id_column": id_column,
             }
             begun = time.monotonic()
-            with contextlib.closing(Shards(Path(output), format, id_column is None, settings, rank, world)) as shards:
-                count = _run(source, shards, Encoder(loaded, recipe, batch_tokens), pool, workers, longest, shard_rows)
+            with contextlib.closing(
+                Shards(Path(output), format, id_column is None, settings, rank, world, encoder.makes)
+            ) as shards:
+                count = _run(source, shards, encoder, pool, workers, longest, shard_rows)
                 summary = shards.finish(count)
         except BrokenProcessPool as error:
             raise UsageError(

@@ -28,6 +28,8 @@ KINDS = {".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".
 _PARQUET_ROWS = 4096
 
 
+Text = str | tuple[str, str]
+"""A text, or a query and a text that is scored for it."""
 Fields = tuple[object, Any]
 """What a row has for an id and for a text."""
 
@@ -39,7 +41,7 @@ class Row(NamedTuple):
     """Its place in all input, from 0."""
     key: object
     """Its id: what the id column holds, or its number."""
-    text: str | None
+    text: Text | None
     """None where there is a problem."""
     problem: str | None
 
@@ -51,19 +53,24 @@ class Input:
         paths: files, or "-".
         column: the field that holds the text, of all formats but txt.
         key_column: the field that holds the id; None: rows are numbered.
+        query_column: the field that holds a query, where rows are pairs.
 
     Raises:
         UsageError: a file isn't there, is of an unknown kind, or has no such column.
     """
 
-    def __init__(self, paths: Sequence[str], column: str, key_column: str | None = None) -> None:
-        self.column, self.key_column = column, key_column
+    def __init__(
+        self, paths: Sequence[str], column: str, key_column: str | None = None, query_column: str | None = None
+    ) -> None:
+        self.column, self.key_column, self.query_column = column, key_column, query_column
+        self._named = {"column": column, "id_column": key_column, "query_column": query_column}
         self._files = [(path, _kind(path)) for path in paths]
         if list(paths).count("-") > 1:
             raise UsageError("- is given twice; standard input can be read once")
         for path, kind in self._files:
-            if kind == "txt" and key_column is not None:
-                raise UsageError(f"is given with {path}, which has no columns", "id_column")
+            for name in ("id_column", "query_column"):
+                if kind == "txt" and self._named[name] is not None:
+                    raise UsageError(f"is given with {path}, which has no columns", name)
         self.is_stream = "-" in paths
         self._sizes = [0 if path == "-" else os.path.getsize(path) for path, _ in self._files]
         self._done = 0
@@ -163,7 +170,7 @@ class Input:
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 self._need(path, file.schema_arrow.names)
-                columns = [self.column] + ([self.key_column] if self.key_column else [])
+                columns = [column for column in self._named.values() if column]
                 rows = 0
                 for batch in file.iter_batches(_PARQUET_ROWS, columns=columns):
                     for i in range(len(batch)):
@@ -175,15 +182,18 @@ class Input:
             raise UsageError(f"{path}: {error}") from error
 
     def _need(self, path: str, names: Sequence[str]) -> None:
-        for name, column in (("column", self.column), ("id_column", self.key_column)):
+        for name, column in self._named.items():
             if column is not None and column not in names:
                 raise UsageError(f"{column}: {path} has no such column; it has {', '.join(names) or 'none'}", name)
 
     def _fields(self, found: dict[str, object]) -> Fields:
         key = found.get(self.key_column) if self.key_column else None
-        if self.column not in found:
-            return key, ValueError(f"no field {self.column!r}")
-        return key, found[self.column]
+        for column in (self.column, self.query_column):
+            if column and column not in found:
+                return key, ValueError(f"no field {column!r}")
+        if self.query_column is None:
+            return key, found[self.column]
+        return key, (found[self.query_column], found[self.column])
 
 
 def _kind(path: str) -> str:
@@ -211,6 +221,8 @@ def _bounded(lines: io.TextIOWrapper) -> Iterator[str]:
 
 def _problem(value: object) -> str | None:
     """What keeps `value` from being embedded, or None."""
+    if isinstance(value, tuple):  # of a pair, which is never read as one text
+        return _problem(value[0]) or _problem(value[1])
     if value is None:
         return "null"
     if not isinstance(value, str):

@@ -1,7 +1,7 @@
 """The folder `fastbert embed` writes: shards that are there whole or not at all, and a manifest.
 
-`part-00000.parquet` (columns id and embedding), or `part-00000.npy` with `part-00000.ids.json`, and, where rows of the
-shard have problems, `part-00000.problems.jsonl`. Each is written beside its place and moved there; last comes
+`part-00000.parquet` (columns id and embedding, or id and score), or `part-00000.npy` with `part-00000.ids.json`, and,
+where rows have problems, `part-00000.problems.jsonl`. Each is written beside its place and moved there; last comes
 `part-00000.json`, with what is in the shard and hashes of its files and of the texts it was made of. A shard without
 that file counts as not there. `manifest.json` holds the settings all shards share, and at the end the totals. While a
 rank writes it holds `rank-0.lock`.
@@ -36,6 +36,7 @@ class Shards:
         form: one of FORMATS.
         numbered: whether ids are numbers, not texts.
         settings: plain data that decides what the shards hold.
+        makes: the name of the column of what is made.
         rank, world: of all shards those are written here whose index, modulo `world`, is `rank`.
 
     Raises:
@@ -43,9 +44,16 @@ class Shards:
     """
 
     def __init__(
-        self, folder: Path, form: str, numbered: bool, settings: dict[str, object], rank: int = 0, world: int = 1
+        self,
+        folder: Path,
+        form: str,
+        numbered: bool,
+        settings: dict[str, object],
+        rank: int = 0,
+        world: int = 1,
+        makes: str = "embedding",
     ) -> None:
-        self.folder, self.form, self.rank, self.world = folder, form, rank, world
+        self.folder, self.form, self.rank, self.world, self.makes = folder, form, rank, world, makes
         self._numbered = numbered
         self._lock_path = folder / f"rank-{rank}.lock"
         self._settings = json.loads(json.dumps(settings))
@@ -135,13 +143,13 @@ class Shards:
         problems: Sequence[dict[str, object]],
         about: dict[str, object],
     ) -> None:
-        """Writes a shard: `embeddings` (n, width) of the rows `keys`; `about` goes into its record."""
+        """Writes a shard: `embeddings` (n, width), or (n,), of the rows `keys`; `about` goes into its record."""
         name = f"part-{index:05d}"
         keys = list(keys) if self._numbered else [str(key) for key in keys]
         files = {}
         try:
             if self.form == "parquet":
-                files[f"{name}.parquet"] = _parquet(keys, self._numbered, embeddings)
+                files[f"{name}.parquet"] = _parquet(keys, self._numbered, embeddings, self.makes)
             else:
                 buffer = io.BytesIO()
                 np.save(buffer, embeddings)
@@ -204,14 +212,14 @@ def _json(value: object) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
-def _parquet(keys: list[object], numbered: bool, embeddings: np.ndarray) -> bytes:
+def _parquet(keys: list[object], numbered: bool, embeddings: np.ndarray, makes: str) -> bytes:
     import pyarrow
     import pyarrow.parquet
 
     ids = pyarrow.array(keys, pyarrow.int64() if numbered else pyarrow.string())
     values = pyarrow.array(embeddings.reshape(-1))
-    rows = pyarrow.FixedSizeListArray.from_arrays(values, embeddings.shape[1])
+    rows = values if embeddings.ndim == 1 else pyarrow.FixedSizeListArray.from_arrays(values, embeddings.shape[1])
     sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.table({"id": ids, "embedding": rows}), sink, compression="none")
+    pyarrow.parquet.write_table(pyarrow.table({"id": ids, makes: rows}), sink, compression="none")
     data: bytes = sink.getvalue().to_pybytes()
     return data

@@ -13,6 +13,8 @@ import numpy as np
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
+from .rows import Text
+
 
 class Tokens(NamedTuple):
     """Texts of a shard as tokens."""
@@ -44,14 +46,19 @@ def begin_worker(path: str) -> None:
     _tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
-def tokenise(texts: list[str], max_length: int) -> Tokens:
+def _parts(text: Text) -> tuple[str, ...]:
+    return text if isinstance(text, tuple) else (text,)
+
+
+def tokenise(texts: list[Text], max_length: int) -> Tokens:
     rows: list[list[int]] = []
     if texts:  # a tokenizer refuses none: where every row of a shard has a problem
-        found = _tokenizer(texts, add_special_tokens=True, return_attention_mask=False, return_token_type_ids=False)
+        columns = [list(each) for each in zip(*map(_parts, texts), strict=True)]
+        found = _tokenizer(*columns, add_special_tokens=True, return_attention_mask=False, return_token_type_ids=False)
         rows = found["input_ids"]
     cut = {i: len(row) for i, row in enumerate(rows) if len(row) > max_length}
     for i in cut:
-        rows[i] = _tokenizer(texts[i], truncation=True, max_length=max_length)["input_ids"]
+        rows[i] = _tokenizer(*_parts(texts[i]), truncation=True, max_length=max_length)["input_ids"]
     lengths = np.fromiter(map(len, rows), np.int32, len(rows))
     ids = np.fromiter((token for row in rows for token in row), np.int32, int(lengths.sum()))
     return Tokens(ids, lengths, cut)

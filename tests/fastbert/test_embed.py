@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import importlib.util
 import json
@@ -102,6 +103,112 @@ def test_embeddings_are_those_of_sentence_transformers(dtype: str, tmp_path: Pat
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert (manifest["rows"], manifest["rejected"], manifest["truncated"], manifest["shards"]) == (71, 0, 1, 3)
     assert (manifest["settings"]["pooling"], manifest["settings"]["normalize"]) == ("mean", True)
+
+
+def ranker(folder: Path, **changes: Any) -> Path:
+    """A small classifier with a real tokenizer, which sentence-transformers loads as a CrossEncoder."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint())
+    kind = modeling_bert.BertForSequenceClassification
+    models.seeded(kind, vocab_size=len(tokenizer), **changes).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def pairs(count: int) -> list[tuple[str, str]]:
+    return list(zip(sentences(count, 1), sentences(count, 2), strict=True))
+
+
+def write_pairs(file: Path, given: list[tuple[str, str]]) -> None:
+    lines = [json.dumps({"query": query, "text": text, "key": f"k{i}"}) for i, (query, text) in enumerate(given)]
+    file.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("labels", "form"), [(1, "parquet"), (1, "npy"), (3, "parquet")])
+def test_scores_are_those_of_a_cross_encoder(labels: int, form: str, tmp_path: Path) -> None:
+    """Segment ids, activation and truncation are its own; what was cut is told."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    folder = ranker(tmp_path / "model", num_labels=labels)
+    given = [*pairs(50), ("a planet", "word " * 400)]
+    write_pairs(tmp_path / "in.jsonl", given)
+    arguments = ["--query-column", "query", "--id-column", "key", "--shard-rows", "32", "--format", form]
+    run(folder, tmp_path / "out", str(tmp_path / "in.jsonl"), "--max-length", "100", *arguments)
+    stock = sentence_transformers.CrossEncoder(str(folder), device="cpu", max_length=100)
+    expected, exact = (
+        model.predict(given, batch_size=8, convert_to_tensor=True) for model in (stock, copy.deepcopy(stock).double())
+    )
+    ids: list[str] = []
+    found = []
+    for i in range(2):
+        name = tmp_path / "out" / f"part-{i:05d}"
+        if form == "npy":
+            ids += json.loads(name.with_suffix(".ids.json").read_text())
+            found.append(np.load(name.with_suffix(".npy")))
+        else:
+            table = pytest.importorskip("pyarrow.parquet").read_table(name.with_suffix(".parquet"))
+            assert table.column_names == ["id", "score"]
+            ids += table["id"].to_pylist()
+            found.append(np.array(table["score"].to_pylist(), np.float32))
+    assert ids == [f"k{i}" for i in range(51)]
+    numerics.assert_within_policy(torch.from_numpy(np.concatenate(found)), expected, exact)
+    (problem,) = map(json.loads, (tmp_path / "out" / "part-00001.problems.jsonl").read_text().splitlines())
+    assert problem == {"row": 50, "id": "k50", "problem": "405 tokens, cut to 100", "embedded": True}
+
+
+@pytest.mark.usefixtures("here")
+def test_scoring_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A shard that is missing is made again, the same; another query column, or another kind of work, is refused."""
+    pytest.importorskip("sentence_transformers")
+    folder, given = ranker(tmp_path / "model", num_labels=1), pairs(40)
+    file = tmp_path / "in.jsonl"
+    write_pairs(file, given)
+    arguments = [str(file), "--shard-rows", "16", "--format", "npy"]
+    run(folder, tmp_path / "out", *arguments, "--query-column", "query")
+    before = contents(tmp_path / "out")
+    (tmp_path / "out" / "part-00001.json").unlink()
+    (tmp_path / "out" / "part-00001.npy").write_bytes(b"half")
+    run(folder, tmp_path / "out", *arguments, "--query-column", "query")
+    assert contents(tmp_path / "out") == before
+    for other in (["--query-column", "text"], []):
+        run(folder, tmp_path / "out", *arguments, *other, code=2)
+        assert "holds shards made with " in capsys.readouterr().err
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.usefixtures("here")
+def test_pairs_with_problems_are_told(tmp_path: Path) -> None:
+    pytest.importorskip("sentence_transformers")
+    lines = ['{"text": "no query"}', '{"query": "q", "text": null}', '{"query": 3, "text": "a"}']
+    (tmp_path / "in.jsonl").write_text("\n".join([*lines, '{"query": "q", "text": "a"}']) + "\n")
+    folder = ranker(tmp_path / "model", num_labels=1)
+    run(folder, tmp_path / "out", str(tmp_path / "in.jsonl"), "--query-column", "query", "--format", "npy")
+    told = [json.loads(line) for line in (tmp_path / "out" / "part-00000.problems.jsonl").read_text().splitlines()]
+    assert [each["problem"] for each in told] == ["no field 'query'", "null", "not text but int"]
+    assert np.load(tmp_path / "out" / "part-00000.npy").shape == (1,)
+    (tmp_path / "bad.jsonl").write_text(lines[0] + "\n")
+    run(folder, tmp_path / "none", str(tmp_path / "bad.jsonl"), "--query-column", "query", "--format", "npy")
+    assert np.load(tmp_path / "none" / "part-00000.npy").shape == (0,)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["{tiny}", "in.txt"], "--query-column is given with {in}/in.txt, which has no columns"),
+        (["{tiny}", "in.jsonl"], "--query-column is given with {tiny}, a SentenceTransformer; expected a CrossEncoder"),
+        (["{tiny}", "in.csv"], "--query-column query: {in}/in.csv has no such column; it has text"),
+        (["{tiny}", "in.jsonl", "--pooling", "cls"], "--pooling is given with query_column"),
+    ],
+)
+def test_pairs_that_are_refused(
+    arguments: list[str], told: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sentence_transformers")
+    for name, text in (("in.txt", "a\n"), ("in.jsonl", '{"query": "q", "text": "a"}\n'), ("in.csv", "text\na\n")):
+        (tmp_path / name).write_text(text)
+    model = ranker(tmp_path / "model", num_labels=1) if arguments[1] == "in.csv" else tiny
+    run(model, tmp_path / "out", str(tmp_path / arguments[1]), "--query-column", "query", *arguments[2:], code=2)
+    assert told.format(**{"in": tmp_path, "tiny": tiny}) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", encoder.POOLINGS)
