@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -125,8 +125,8 @@ class Encoder:
         return batches_of(lengths, self.batch_tokens)
 
     @torch.inference_mode()
-    def __call__(self, tokens: Tokens, texts: list[Text]) -> np.ndarray:
-        """(texts, H) float32, from their tokens."""
+    def __call__(self, tokens: Tokens, texts: Sequence[Text] = ()) -> np.ndarray:
+        """(texts, H) float32, from their tokens alone."""
         begins = np.concatenate([[0], tokens.lengths.cumsum()])
         result = np.empty((len(tokens.lengths), self.model.config.hidden_size), np.float32)
         device = self.model.device
@@ -163,7 +163,7 @@ class Ranker:
     def __init__(self, model: CrossEncoder, batch_tokens: int) -> None:
         self.model, self.batch_tokens, self.dtype = model, batch_tokens, model.dtype
 
-    def __call__(self, tokens: Tokens, texts: list[Text]) -> np.ndarray:
+    def __call__(self, tokens: Tokens, texts: Sequence[Text]) -> np.ndarray:
         """(pairs,) float32, or (pairs, labels) where there are several."""
         if not texts:
             return np.empty((0,) if self.model.num_labels == 1 else (0, self.model.num_labels), np.float32)

@@ -301,8 +301,8 @@ def test_embeddings_that_are_not_finite_are_told(tiny: Path, tmp_path: Path, mon
     (tmp_path / "in.txt").write_text("one\ntwo lazy dogs\nthree\n")
     right = encoder.Encoder.__call__
 
-    def overflows(self: Any, tokens: tokens.Tokens) -> np.ndarray:
-        found = right(self, tokens)
+    def overflows(self: Any, tokens: tokens.Tokens, texts: list[str]) -> np.ndarray:
+        found = right(self, tokens, texts)
         found[1, 3] = np.inf
         return found
 
