@@ -16,7 +16,7 @@ from .layer import Mixin, stock_forward
 
 def first_position(embeddings: nn.Module) -> int:
     """The position of the first token: after the padding's, where the family has one (RoBERTa and its kin), or 0."""
-    padding_idx = getattr(embeddings, "padding_idx", None)
+    padding_idx = embeddings.__dict__.get("padding_idx")  # a module takes its time to say that it has none
     return 0 if padding_idx is None else int(padding_idx) + 1
 
 

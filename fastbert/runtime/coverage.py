@@ -43,8 +43,9 @@ class Snapshot:
         alternating = self._outer[::2]
         self._alternates = len(alternating) == len(attributes) and all(map(is_, alternating, attributes))
         self._inner = get_referents(*attributes)
-        configs = {id(x): vars(x) for x in self._inner if isinstance(x, PreTrainedConfig)}
-        self._more = [_MARK, *configs.values()]
+        self.configs = list({id(x): x for x in self._inner if isinstance(x, PreTrainedConfig)}.values())
+        """Those that the modules have."""
+        self._more = [_MARK, *map(vars, self.configs)]
         end = len(self._inner)
         self._pick = itemgetter(*_positions(groups, end), *range(end + 1, end + len(self._more)))
         self._held = self._holds_what(list(self._inner))
@@ -139,8 +140,16 @@ UNSEEN = "not looked at"
 
 
 def _roots(model: nn.Module) -> tuple[Any, ...]:
-    """The layers of a base model, and what comes before them."""
-    return layers_of(model), *before_layers(model)
+    """The layers of a base model, and what its encoder has beside them; then what comes before them."""
+    family = family_of(model)
+    modules = encoder_of(model).__dict__["_modules"]
+    beside = [each for name, each in modules.items() if each is not None and name != family.stack[-1]]
+    return layers_of(model), *beside, *before_layers(model)
+
+
+def _are(these: tuple[object, ...], those: tuple[object, ...]) -> bool:
+    """Whether two tuples hold the same objects."""
+    return len(these) == len(those) and all(map(is_, these, those))
 
 
 def _shared(model: nn.Module) -> Mapping[str, object]:
@@ -185,6 +194,8 @@ class Coverage:
     def __init__(self) -> None:
         self._last: tuple[tuple[object, ...], Mapping[str, object], Snapshot, Seen] | None = None
         self.derived = Derived()
+        self.calls: dict[object, tuple[Seen, object]] = {}
+        """What was decided of calls, by what their arguments are, each with what was found then; see `plan`."""
         self._misses = self._rest = 0
 
     def __reduce__(self) -> tuple[type[Coverage], tuple[()]]:
@@ -193,7 +204,13 @@ class Coverage:
     def drop(self) -> None:
         """Forgets, and with it what it keeps alive."""
         self._last = None
+        self.calls = {}
         self.derived.drop()
+
+    def watches(self, config: object) -> bool:
+        """Whether a config that changes is found to have changed."""
+        last = self._last
+        return last is not None and any(config is each for each in last[2].configs)
 
     def look(self, model: nn.Module) -> Seen:
         """What is to be found of a base model, at this moment."""
@@ -201,7 +218,7 @@ class Coverage:
             return look(model)
         last = self._last
         roots, said = _roots(model), _shared(model)
-        if last is not None and all(map(is_, roots, last[0])) and said == last[1] and last[2].holds():
+        if last is not None and _are(roots, last[0]) and said == last[1] and last[2].holds():
             self._misses = 0
             return last[3]
         self.drop()

@@ -7,7 +7,7 @@ encoder as a keyword argument of the call itself, never as state, so threads can
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +18,29 @@ from .arguments import check_arguments, shape_of
 from .coverage import UNSEEN, Seen
 from .packing import Packing, flattened, has_values, host_integers, isolating_mask, pack_mask
 from .readers import Args, Call, Kwargs, Maps, Readings, Reads, outermost, readings_of, told_aside
-from .registry import before_layers, embeddings_of, encoder_of, family_of, has_fused_encoder, layers_of
+from .registry import (
+    before_layers,
+    embeddings_of,
+    encoder_of,
+    family_of,
+    has_fused_encoder,
+    layers_of,
+    wrapped_encoder_of,
+)
 from .settings import Settings
 from .support import (
     DISABLED,
     call_is_unsupported,
+    first_parameter,
     foreign_code,
     is_asked,
     is_disabled,
     is_flash,
     is_hooked,
     is_unmixable,
+    judged_implementation,
     named,
+    needs_stock,
     no_maps_now,
 )
 
@@ -189,6 +200,85 @@ def what_keeps(model: nn.Module, seen: Seen) -> str:
     return "hidden states are asked for"
 
 
+class _Kept(NamedTuple):
+    """What was decided of a call that runs fused, and of what it came besides the layers that were looked at."""
+
+    decision: Decision
+    config: object
+    implementation: str | None
+    parameter: Tensor
+
+
+_CALLS = 32
+"""Kinds of calls at most that are kept of one model."""
+
+
+def _arguments_alike(call: Mapping[str, object]) -> tuple[object, ...] | None:
+    """What `decide` reads of a call's arguments; None: they are not so plain that it is known what it reads."""
+    if torch.compiler.is_compiling():
+        return None
+    found: list[object] = []
+    for name, value in call.items():
+        kind = type(value)
+        if kind is Tensor:
+            assert isinstance(value, Tensor)
+            found += (name, value.dtype, value.dim(), *value.shape[:1])
+        elif kind is bool or kind is int:
+            found += (name, kind, kind is bool and value)
+        elif value is not None:
+            return None
+    return tuple(found)
+
+
+def _is_bare(model: nn.Module) -> bool:
+    """Whether a base model and its encoder are called as their classes are, and nothing watches the encoder."""
+    encoder, attributes = encoder_of(model), model.__dict__
+    own = encoder.__dict__
+    if "forward" in attributes or "forward" in own or wrapped_encoder_of(model) is not encoder:
+        return False
+    if own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return False
+    kind, encoder_kind = cast(Any, type(model)), cast(Any, type(encoder))
+    stock, forward, *_ = kind.own_embeddings
+    return (
+        stock.forward is forward
+        and attributes.keys().isdisjoint(kind.called)
+        and own.keys().isdisjoint(encoder_kind.called)
+        and type(layers_of(model)) is nn.ModuleList
+    )
+
+
+def _decided_before(model: Any, settings: Settings, alike: tuple[object, ...]) -> Decision | None:
+    """What was decided of a call with such arguments, where nothing that counts has changed; else None.
+
+    Layers, embeddings and configs are looked at by `Coverage`, the code of classes by `known`; the rest is asked here.
+    """
+    found = settings.coverage.calls.get(alike)
+    if found is None or not _is_bare(model):
+        return None
+    seen, kept = found
+    family = family_of(model)
+    if not isinstance(kept, _Kept) or model.__dict__.get("config") is not kept.config:
+        return None
+    if settings.coverage.look(model) is not seen or known.foreign(family.name, kept.implementation) is not None:
+        return None
+    if needs_stock(kept.parameter) is not None or (family.refuses is not None and family.refuses(model) is not None):
+        return None
+    return kept.decision
+
+
+def _keep_decision(
+    model: Any, settings: Settings, alike: tuple[object, ...], decision: Decision, call: Mapping[str, object]
+) -> None:
+    """Keeps what was decided of a call that runs fused, of a model of which all that counts is looked at."""
+    coverage, config = settings.coverage, model.__dict__.get("config")
+    if decision.stock is not None or settings.graphs is not None or is_asked(model, call, "output_attentions"):
+        return
+    judged, parameter = judged_implementation(model), first_parameter(encoder_of(model))
+    if coverage.watches(config) and _is_bare(model) and isinstance(parameter, Tensor) and len(coverage.calls) < _CALLS:
+        coverage.calls[alike] = decision.seen, _Kept(decision, config, judged, parameter)
+
+
 def plan_call(model: Any, names: tuple[str, ...], args: Args, kwargs: Kwargs, assumes: bool = True) -> Call:
     """Checks the arguments of a call of a base model, chooses the layout, and adds what tells the encoder.
 
@@ -228,16 +318,22 @@ def plan_call(model: Any, names: tuple[str, ...], args: Args, kwargs: Kwargs, as
         call["plan"] = DISABLED
         _isolate(model, call, DISABLED)
         return (), call
-    foreign = embeddings_are_foreign(model) is not None
+    alike = None if reads.maps is not None else _arguments_alike(call)
+    decided = before = None if alike is None else _decided_before(model, settings, alike)
+    foreign = decided is None and embeddings_are_foreign(model) is not None
     check_arguments(model, call, foreign)
-    reason, seen, assumed, watched = decide(model, settings, call, foreign, assumes and reads.maps is None)
+    if decided is None:
+        decided = decide(model, settings, call, foreign, assumes and reads.maps is None)
+        if alike is not None and not foreign:
+            _keep_decision(model, settings, alike, decided, call)
+    reason, seen, assumed, watched = decided
     mixed = any(seen.stock)
     if reads.maps is not None:
         reason = reason or no_maps_now(model, call)
         reason = reason or next((seen.reasons[i] for i in sorted(reads.maps.layers) if seen.stock[i]), None)
         if reason is not None:
             raise RuntimeError(f"attention maps can't be computed of this call, which runs stock: {reason}")
-    elif reason is None and is_asked(model, call, "output_attentions"):
+    elif reason is None and before is None and is_asked(model, call, "output_attentions"):
         layers = frozenset(i for i, stock in enumerate(seen.stock) if not stock)
         reads = reads._replace(maps=Maps(layers))
     cu_seqlens = call.get("cu_seq_lens_q")
@@ -341,9 +437,11 @@ def _has_empty_sequence(model: Any, mask: Tensor | None) -> bool:
 
     Eager attention spreads such a sequence evenly over all its keys, padding too; sdpa, and the kernels, give zeros.
     """
+    if mask is None:
+        return False
     family = family_of(model)
     spreads = family.spreads_empty or model.config._attn_implementation in ("eager", None)
-    if mask is None or not spreads or family.layout.attention.spreads_padding or not has_values(mask):
+    if not spreads or family.layout.attention.spreads_padding or not has_values(mask):
         return False
     if mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return False

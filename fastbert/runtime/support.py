@@ -450,12 +450,18 @@ def method_is_replaced(model: nn.Module) -> str | None:
     return None
 
 
+def judged_implementation(model: Any) -> str | None:
+    """The attention implementation of a base model, where the code of it is to be torch's or transformers' own.
+
+    A kernel of the Hub brings a function of its own; one that isn't known is a reason by itself.
+    """
+    implementation: str | None = model.config._attn_implementation
+    return implementation if implementation in PLAIN_ATTENTION - _FLASH_ATTENTION else None
+
+
 def foreign_code(model: nn.Module) -> str | None:
     """What of the code that a fused base model stands in for is not torch's or transformers' own."""
-    implementation = model.config._attn_implementation
-    # A kernel of the Hub brings a function of its own; one that isn't known is a reason by itself.
-    judged = implementation in PLAIN_ATTENTION - _FLASH_ATTENTION
-    return known.foreign(family_of(model).name, implementation if judged else None)
+    return known.foreign(family_of(model).name, judged_implementation(model))
 
 
 def call_is_unsupported(model: nn.Module, call: Mapping[str, Any]) -> str | None:

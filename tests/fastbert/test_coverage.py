@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad as fwAD
+from torch.overrides import TorchFunctionMode
+from transformers.models.bert import modeling_bert as hf
 
 import fastbert
 from fastbert.models import probe
-from fastbert.runtime import coverage
+from fastbert.runtime import coverage, plan
 from fastbert.runtime.registry import layers_of
 from tests import models
 
@@ -377,3 +380,106 @@ def test_data_of_another_shape_is_seen() -> None:
         key.weight.data, key.bias.data = key.weight.data[:32], key.bias.data[:32]
     torch.testing.assert_close(last(fused), last(stock), rtol=1e-4, atol=1e-5)
     assert "key is of shape (32, 128)" in fastbert.explain(fused).encoders[0].layers[0]
+
+
+# What was decided of a call is kept, and holds for others like it until something changes.
+
+TURNS: dict[str, Callable[[Any, pytest.MonkeyPatch], None]] = {
+    "config": lambda m, _: setattr(m, "config", type(m.config)(**{**m.config.to_dict(), "is_decoder": True})),
+    "config, in place": lambda m, _: setattr(m.config, "is_decoder", True),
+    "implementation": lambda m, _: setattr(m.config, "_attn_implementation", "paged|sdpa"),
+    "hidden states": lambda m, _: setattr(m.config, "output_hidden_states", True),
+    "attentions": lambda m, _: m.set_attn_implementation("eager") or setattr(m.config, "output_attentions", True),
+    "hook of the encoder": lambda m, _: m.encoder.register_forward_hook(lambda module, args, out: None) and None,
+    "pre-hook of the encoder": lambda m, _: m.encoder.register_forward_pre_hook(lambda module, args: None) and None,
+    "forward": lambda m, _: setattr(m, "forward", lambda **call: type(m).forward(m, **call)),
+    "forward of the encoder": lambda m, _: setattr(m.encoder, "forward", lambda *args, **kwargs: args[0]),
+    "method": lambda m, _: setattr(m, "_create_attention_masks", lambda **k: type(m)._create_attention_masks(m, **k)),
+    "switch": lambda m, patch: patch.setenv("FASTBERT_DISABLE", "1"),
+    "code": lambda m, patch: patch.setattr(nn.LayerNorm, "forward", lambda self, x: x),
+    "code of embeddings": lambda m, patch: patch.setattr(hf.BertEmbeddings, "forward", lambda self, *a, **k: None),
+    "layers": lambda m, _: setattr(m.encoder, "layer", m.encoder.layer[:1]),
+    "embeddings": lambda m, _: setattr(m.embeddings, "word_embeddings", nn.Embedding(2000, 64, max_norm=1.0)),
+    "dropout": lambda m, _: m.train() and None,
+}
+
+
+def planned(model: Any) -> object:
+    """What becomes of a call of three sequences."""
+    mask = torch.ones(3, 11, dtype=torch.int64)
+    _, call = plan.plan_call(model, ("input_ids",), (models.ids(3, 11),), {"attention_mask": mask})
+    found = call["plan"]
+    if not isinstance(found, plan.Plan):
+        return found
+    names = ("stock_layers", "watched", "hooked", "foreign", "collects", "maps")
+    return [found.seeds is None, *(getattr(found, name) for name in names)]
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_a_decision_that_is_kept_is_what_would_be_decided(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fastbert.fuse(models.seeded(**SMALL))
+    before = planned(model)
+    assert planned(model) == before
+    kept = model.encoder.fastbert.coverage.calls
+    assert len(kept) == 1
+    monkeypatch.setattr(plan, "decide", lambda *_: pytest.fail("decided anew, of the same call"))
+    planned(model)
+    monkeypatch.undo()
+    TURNS[name](model, monkeypatch)
+    found = planned(model)
+    model.encoder.fastbert.coverage.drop()
+    assert found == planned(model) != before
+
+
+class Mode(TorchFunctionMode):
+    """Does nothing, which nobody can know."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("state", [Mode, fwAD.dual_level], ids=str)
+def test_a_decision_holds_in_the_state_of_torch_it_was_made_in(state: Callable[[], Any]) -> None:
+    model = fastbert.fuse(models.seeded(**SMALL))
+    before = planned(model)
+    assert planned(model) == before
+    with state():
+        found = planned(model)
+        model.encoder.fastbert.coverage.drop()
+        assert found == planned(model) != before
+    assert planned(model) == before
+
+
+def test_calls_of_other_arguments_are_decided_for_themselves() -> None:
+    model = fastbert.fuse(models.seeded(**SMALL))
+    ids, names = models.ids(3, 11), ("input_ids",)
+    square = torch.ones(3, 1, 11, 11, dtype=torch.bool)
+    calls: list[dict[str, Any]] = [
+        {},
+        {"attention_mask": torch.ones(3, 11)},
+        {"attention_mask": torch.ones(1, 11)},
+        {"attention_mask": square},
+        {"output_hidden_states": True},
+        {"output_hidden_states": False},
+        {"is_causal": True},
+        {"is_causal": False},
+        {"encoder_hidden_states": torch.ones(3, 4, 64)},
+        {"past_key_values": (1, 2)},
+    ]
+    found = []
+    for _ in range(2):
+        for call in calls:
+            made = plan.plan_call(model, names, (ids,), dict(call))[1]["plan"]
+            found.append(made.watched if isinstance(made, plan.Plan) else made)
+    assert found[: len(calls)] == found[len(calls) :]
+    stock = "an attention_mask of one row for more sequences", "an attention_mask that is not 2-D"
+    expected = [False, False, *stock, True, False, "is_causal", False, "encoder_hidden_states", "past_key_values"]
+    assert found[: len(calls)] == expected
+
+
+def test_so_many_kinds_of_calls_are_kept() -> None:
+    model = fastbert.fuse(models.seeded(**SMALL))
+    for batch in range(1, 50):
+        last(model, token_type_ids=torch.zeros(1, 11, dtype=torch.int64), output_hidden_states=batch % 2 == 0)
+        plan.plan_call(model, ("input_ids",), (models.ids(batch, 5),), {})
+    assert len(model.encoder.fastbert.coverage.calls) == plan._CALLS
