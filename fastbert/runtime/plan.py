@@ -30,6 +30,7 @@ from .registry import (
 from .settings import Settings
 from .support import (
     DISABLED,
+    MAX_SEQUENCES,
     call_is_unsupported,
     first_parameter,
     foreign_code,
@@ -222,7 +223,8 @@ def _arguments_alike(call: Mapping[str, object]) -> tuple[object, ...] | None:
         kind = type(value)
         if kind is Tensor:
             assert isinstance(value, Tensor)
-            found += (name, value.dtype, value.dim(), *value.shape[:1])
+            rows = value.shape[0] if value.dim() else 0
+            found += (name, value.dtype, value.dim(), min(rows, 2) if rows <= MAX_SEQUENCES else rows)
         elif kind is bool or kind is int:
             found += (name, kind, kind is bool and value)
         elif value is not None:
