@@ -250,7 +250,7 @@ def _is_bare(model: nn.Module) -> bool:
     )
 
 
-def _decided_before(model: Any, settings: Settings, alike: tuple[object, ...]) -> Decision | None:
+def _decided_before(model: nn.Module, settings: Settings, alike: tuple[object, ...]) -> Decision | None:
     """What was decided of a call with such arguments, where nothing that counts has changed; else None.
 
     Layers, embeddings and configs are looked at by `Coverage`, the code of classes by `known`; the rest is asked here.
@@ -270,7 +270,7 @@ def _decided_before(model: Any, settings: Settings, alike: tuple[object, ...]) -
 
 
 def _keep_decision(
-    model: Any, settings: Settings, alike: tuple[object, ...], decision: Decision, call: Mapping[str, object]
+    model: nn.Module, settings: Settings, alike: tuple[object, ...], decision: Decision, call: Mapping[str, object]
 ) -> None:
     """Keeps what was decided of a call that runs fused, of a model of which all that counts is looked at."""
     coverage, config = settings.coverage, model.__dict__.get("config")
