@@ -90,7 +90,7 @@ def register(family: Family, module: str) -> Family:
     stood_in_for = (*kinds, *(kind for half in family.layout.halves() for kind in half.kinds.values()))
     if family.layout.norm is not nn.LayerNorm:
         stood_in_for += (family.layout.norm,)
-    known.keep(family.name, family.code, stood_in_for)
+    known.keep(family.name, family.code, stood_in_for, (*heads, *family.parts))
     before = (family.embeddings_at[0], family.stack[0], *family.between)
     know((family.base, kinds[family.base]), before, family.heads, family.parts, family.loss_heads)
     REGISTERED[family.base] = family
@@ -275,4 +275,5 @@ def predictions(model: Any) -> Vocabulary:
 def lm_head(model: Any) -> Vocabulary:
     """The vocabulary head of RoBERTa and its kin, and of MPNet."""
     found = model.lm_head
-    return Vocabulary(lambda x: found.layer_norm(nn.functional.gelu(found.dense(x))), found.decoder, (found,))
+    code = sys.modules[type(found).__module__]  # which has a function of its own
+    return Vocabulary(lambda x: found.layer_norm(code.gelu(found.dense(x))), found.decoder, (found,))

@@ -38,9 +38,8 @@ _LAYOUT = Layer(
 
 
 def _vocabulary(model: Any) -> Vocabulary:
-    return Vocabulary(
-        lambda x: model.vocab_layer_norm(model.activation(model.vocab_transform(x))), model.vocab_projector
-    )
+    parts = model.vocab_transform, model.activation, model.vocab_layer_norm
+    return Vocabulary(lambda x: parts[2](parts[1](parts[0](x))), model.vocab_projector, parts, model.mlm_loss_fct)
 
 
 FAMILY = register(

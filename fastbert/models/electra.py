@@ -12,7 +12,7 @@ from .heads import Vocabulary
 
 
 def _generator(model: Any) -> Vocabulary:
-    return Vocabulary(model.generator_predictions, model.generator_lm_head)
+    return Vocabulary(model.generator_predictions, model.generator_lm_head, (model.generator_predictions,))
 
 
 FAMILY = register(

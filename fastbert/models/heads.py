@@ -12,7 +12,7 @@ from .. import ops
 from ..runtime import known
 from ..runtime.readers import readings
 from ..runtime.registry import encoder_of, family_of
-from ..runtime.support import is_asked, is_hooked, is_plain, needs_stock
+from ..runtime.support import foreign_code, is_asked, is_hooked, is_plain, needs_stock
 
 
 class Vocabulary(NamedTuple):
@@ -21,7 +21,9 @@ class Vocabulary(NamedTuple):
     transform: Callable[[Tensor], Tensor]
     decoder: nn.Module
     modules: tuple[nn.Module, ...] = ()
-    """Those in between, which are not called where the loss is taken alone."""
+    """Those in between, which are not called where the loss is taken alone, or with labelled rows."""
+    loss: nn.Module | None = None
+    """What the head takes its loss by, where that is a module of its own."""
 
 
 def takes_labelled_rows(model: Any, vocabulary: Vocabulary, call: Mapping[str, object]) -> bool:
@@ -37,8 +39,10 @@ def takes_labelled_rows(model: Any, vocabulary: Vocabulary, call: Mapping[str, o
         return False
     code = family_of(model.base_model).code.__name__
     stock = next(kind for kind in type(model).__mro__ if kind.__module__ == code)
-    if not all(known.is_stock_class(kind, stock.__module__) for kind in (stock, *map(type, vocabulary.modules))):
-        return False  # somebody has replaced code of the head
+    if not known.is_stock_class(stock, stock.__module__) or foreign_code(model.base_model) is not None:
+        return False  # somebody has replaced code of the head, or what it calls
+    if vocabulary.loss is not None and not _is_the_mean(vocabulary.loss):
+        return False
     if any(readings(module).unknown is not None for module in vocabulary.modules):
         return False  # something in there may need every row
     if any(map(is_hooked, vocabulary.modules)) or not is_plain(vocabulary.decoder, nn.Linear):
@@ -46,6 +50,13 @@ def takes_labelled_rows(model: Any, vocabulary: Vocabulary, call: Mapping[str, o
     if needs_stock(vocabulary.decoder.weight):  # type: ignore[arg-type]
         return False
     return not is_asked(model, call, "output_attentions")
+
+
+def _is_the_mean(loss: nn.Module) -> bool:
+    """Whether a loss is that of `labelled_loss`."""
+    if type(loss) is not nn.CrossEntropyLoss or is_hooked(loss):
+        return False
+    return (loss.weight, loss.ignore_index, loss.reduction, loss.label_smoothing) == (None, -100, "mean", 0.0)
 
 
 def labelled_loss(vocabulary: Vocabulary, hidden_states: Tensor, labels: Tensor) -> Tensor:

@@ -243,3 +243,8 @@ class Coverage:
             seen = seen._replace(bound=tuple([b if b is not None and b.is_static() else None for b in bound]))
         self._last = roots, said, snapshot, seen
         return seen
+
+    def holds(self) -> bool:
+        """Whether all is as it was last found."""
+        last = self._last
+        return last is not None and last[2].holds()

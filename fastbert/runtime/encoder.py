@@ -10,14 +10,14 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import ModelOutput
 
 from ..layers.context import Context, Map
-from ..layers.layer import FusedLayer, Mixin, stock_forward
+from ..layers.layer import FusedLayer, Mixin, layer_is_unsupported, stock_forward
 from . import known
 from .packing import Packing
 from .plan import Plan
 from .readers import Maps
 from .registry import layers_in
 from .settings import Settings
-from .support import is_capturing, is_custom, named
+from .support import is_capturing, is_custom, is_hooked, named
 from .wrappers import unwrapped
 
 
@@ -64,6 +64,10 @@ class FusedEncoder(Mixin):
                 "fastbert.unfuse(model) runs the stock code"
             )
         packing = plan.packing
+        # Code of others has run since it was planned, and may have changed layers: a hook that adds another, say.
+        looks = (plan.watched or plan.foreign) and not torch.compiler.is_compiling() and not settings.coverage.holds()
+        if looks:
+            plan = plan._replace(bound=None)
         if fp8 is not None and (plan.seeds is not None or not fp8.runs(layers, hidden_states)):
             fp8 = None
         result = None
@@ -78,14 +82,9 @@ class FusedEncoder(Mixin):
         else:
             context = Context(packing, family.tables(self, hidden_states, packing, plan.position_ids))
         shown: tuple[Any, ...] = ()
+        handed: dict[str, Any] = {}
         if plan.hooked or any(plan.stock_layers):  # they are called as stock code calls them
-            for name in ("attention_mask", "use_cache"):  # the one replaced here, the other the encoder's alone
-                kwargs.pop(name, None)
-            shown = (_stock_mask(hidden_states, plan),)
-            if "encoder_hidden_states" in kwargs:  # by position, too, but for DistilBERT, which has none
-                shown += (kwargs.pop("encoder_hidden_states"),)
-        else:
-            kwargs = {}
+            shown, handed = _as_stock(hidden_states, plan, kwargs)
         seeds = (None,) * len(plan.stock_layers) if plan.seeds is None else plan.seeds.unbind(0)
         found: Any = plan.bound or (None,) * len(seeds)
         if fp8 is not None:
@@ -105,12 +104,17 @@ class FusedEncoder(Mixin):
             hidden_states, layers = x.view_as(hidden_states), ()
         each = zip(layers, plan.stock_layers, seeds, found, strict=False)
         for i, (layer, stock, own_seeds, bound) in enumerate(each):
+            if looks and not stock:
+                stock, bound = self._is_changed(i, layer, packing), None
+                if stock and not shown:
+                    shown, handed = _as_stock(hidden_states, plan, kwargs)
             if stock or (shown and is_custom(hidden_states)):  # a layer that runs stock has made it
-                hidden_states = layer(hidden_states, *shown, **kwargs)
+                hidden_states = layer(hidden_states, *shown, **handed)
             else:
                 mask = shown or ((_FUSED_ALONE,) if _runs_again(layer) else ())
                 own = context if maps is None else maps.context(i, context)
-                hidden_states = layer(hidden_states, *mask, context=own, seeds=own_seeds, bound=bound, **kwargs)
+                hidden_states = layer(hidden_states, *mask, context=own, seeds=own_seeds, bound=bound, **handed)
+            looks = looks or ((stock or plan.hooked) and not torch.compiler.is_compiling())
             if after is not None:
                 hidden_states, after = after(self, first, hidden_states, plan), None
             if plan.collects:
@@ -125,6 +129,24 @@ class FusedEncoder(Mixin):
         if maps is not None and family.run is not None:
             more["attentions"] = tuple(maps.kept)
         return family.output(last_hidden_state=packing.unpack(hidden_states), **more)
+
+    def _is_changed(self, i: int, layer: nn.Module, packing: Packing) -> bool:
+        """Whether layer `i`, which was to run fused, runs stock, by what was done to it since this forward began.
+
+        Raises:
+            RuntimeError: it would have to, and can't: its rows are packed, or it takes what only stock's encoder gives.
+        """
+        family = type(self).family
+        shared = {} if family.shared is None else family.shared(self)
+        why = layer_is_unsupported(layer, f"{'.'.join(family.stack)}.{i}", shared)
+        if family.run is not None and why is None and is_hooked(self, called=True):
+            why = "the encoder has hooks"
+        if why is not None and (family.run is not None or packing.cu_seqlens is not None):
+            raise RuntimeError(
+                f"{why}, since this forward began, which then can't run stock; change a model between its forwards, or "
+                "call fastbert.unfuse on it"
+            )
+        return why is not None
 
     def _apply(self, *args: object, **kwargs: object) -> Any:
         """As torch's `.to`, `.half` and others call it. Graphs and FP8 weights would keep the old memory."""
@@ -250,6 +272,15 @@ def _only_infers(layers: Any, bound: tuple[Any, ...], sample: Tensor) -> bool:
     if any(kind.forward is not FusedLayer.forward or kind.__call__ is not _called_as(kind) for kind in kinds):
         return False
     return not any(layer.training for layer in layers)
+
+
+def _as_stock(hidden_states: Tensor, plan: Plan, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What stock code gives its layers after hidden states: by position, and by name; `kwargs` are the encoder's."""
+    handed = {name: value for name, value in kwargs.items() if name not in ("attention_mask", "use_cache")}
+    shown: tuple[Any, ...] = (_stock_mask(hidden_states, plan),)
+    if "encoder_hidden_states" in handed:  # by position, too, but for DistilBERT, which has none
+        shown += (handed.pop("encoder_hidden_states"),)
+    return shown, handed
 
 
 def _stock_mask(hidden_states: Tensor, plan: Plan, square: bool = True) -> Any:

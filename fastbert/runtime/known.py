@@ -42,6 +42,7 @@ _FUNCTIONS = {
         "softmax",
     ),
     "torch": ("matmul", "pow", "tanh"),
+    "torch.nn": ("CrossEntropyLoss",),  # which heads read as they are called
     "math": (),
 }
 # And what of these the code reads besides, a family's and fastbert's own; and of methods of tensors. Operators of
@@ -146,6 +147,13 @@ def _foreign_method(kind: type[object]) -> str | None:
         if not _is_own(function, kind.__module__, f"{kind.__qualname__}.{name}"):
             return name
     return None
+
+
+def _is_called(value: object) -> bool:
+    """Whether code may call what a module has under a name: a function, what is in another module, a loss."""
+    if isinstance(value, type):
+        return issubclass(value, nn.Module)
+    return isinstance(value, (FunctionType, ModuleType, torch.jit.ScriptFunction, nn.Module))
 
 
 def _names(code: CodeType) -> Iterator[str]:
@@ -263,18 +271,23 @@ def looking_once() -> Iterator[None]:
 class Code:
     """What fused classes of one family stand in for."""
 
-    def __init__(self, module: ModuleType, classes: Iterable[type[object]]) -> None:
-        """`module` is transformers' of the family, `classes` those whose code is stood in for, the model's first."""
+    def __init__(
+        self, module: ModuleType, classes: Iterable[type[object]], readers: Iterable[type[object]] = ()
+    ) -> None:
+        """`module` is transformers' of the family, `classes` those whose code is stood in for, the model's first.
+
+        `readers` are those that read what the model returns: of them counts what they call, as a loss.
+        """
         self._module = module
         self._classes = tuple(dict.fromkeys(classes))
         own = activations.__name__
         theirs = [x for x in vars(activations).values() if isinstance(x, type) and x.__module__ == own]
-        self._kinds = (*self._classes, *_PLAIN, *dict.fromkeys(theirs))
+        self._kinds = (*self._classes, *_PLAIN, nn.CrossEntropyLoss, *dict.fromkeys(theirs))
         # Those that they are derived from, of which what decides how they are called is looked at.
         self._bases = {base for kind in self._kinds for base in kind.__mro__ if _is_theirs_class(base)} - {*self._kinds}
         # A class shows its dictionary through a proxy; that refers to nothing else.
         dictionaries = [get_referents(vars(kind))[0] for kind in (*self._kinds, Tensor)]
-        names, read = self._globals()
+        names, read = self._globals(readers)
         self._names: dict[ModuleType, tuple[str, ...]] = {module: names, masking_utils: _masking()}
         read |= _read_by_us()
         owners = {importlib.import_module(owner): names for owner, names in _FUNCTIONS.items()}
@@ -333,16 +346,16 @@ class Code:
         for value in values:
             yield from (each for each in _layers_of(value) if isinstance(each, FunctionType))
 
-    def _globals(self) -> tuple[tuple[str, ...], set[str]]:
-        """Functions and modules that the code of the classes reads from its module; and all names that it reads."""
+    def _globals(self, readers: Iterable[type[object]]) -> tuple[tuple[str, ...], set[str]]:
+        """What the code of the classes and of `readers` calls of its module, by name; and all names that it reads."""
         space, found = vars(self._module), {"eager_attention_forward"}
-        used = [inspect.getattr_static(kind, name) for kind in self._classes for name in methods_used(kind)]
+        kinds = (*self._classes, *readers)
+        used = [inspect.getattr_static(kind, name) for kind in kinds for name in methods_used(kind)]
         read = _read(self._module, [*used, space.get("eager_attention_forward")])
         while todo := (read & space.keys()) - found:
             found |= todo
             read |= _read(self._module, map(space.get, todo))
-        kinds = (FunctionType, ModuleType, torch.jit.ScriptFunction)
-        return tuple(sorted(name for name in found if isinstance(space.get(name), kinds))), read
+        return tuple(sorted(name for name in found if _is_called(space.get(name)))), read
 
     def _look(self) -> str | None:
         owner = self._module.__name__
@@ -364,6 +377,10 @@ class Code:
                 if isinstance(value, ModuleType):
                     own = value.__name__ == name or value.__name__.partition(".")[0] in _OWNERS
                     own = own and value is sys.modules.get(value.__name__)
+                elif isinstance(value, type):
+                    own = _is_owned(value.__module__) and value.__name__ == name
+                elif isinstance(value, nn.Module):
+                    own = type(value).__module__ == activations.__name__
                 elif module in (self._module, masking_utils):  # defined there, or imported from elsewhere
                     own = _is_theirs(value) and getattr([None, *_layers_of(value)][-1], "__name__", None) == name
                 elif name in _FUNCTIONS[module.__name__]:
@@ -388,14 +405,16 @@ class Code:
 _CODES: dict[str, Code] = {}
 
 
-def keep(family: str, module: ModuleType, classes: Iterable[type[object]]) -> None:
+def keep(
+    family: str, module: ModuleType, classes: Iterable[type[object]], readers: Iterable[type[object]] = ()
+) -> None:
     """Introduces the code of a family, by its name; as `Code` has it."""
     if not module.__name__.startswith("transformers."):
         _MODULES.add(module.__name__)
         _is_theirs.cache_clear()
     classes = tuple(classes)
     _CALLED.update({kind: methods_called(kind) for kind in classes})
-    _CODES[family] = Code(module, classes)
+    _CODES[family] = Code(module, classes, readers)
 
 
 @torch.compiler.assume_constant_result

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import MPNetConfig, MPNetModel
 from transformers.models.bert import modeling_bert as hf
 
 import fastbert
@@ -136,6 +137,67 @@ def test_hooks_of_layers_are_shown_what_stock_shows_them(family: str, how: str, 
     else:
         assert all(why.endswith(f"{i} has a hook that sees its arguments") for i, why in explanation.layers.items())
         assert explanation.stock_calls == {explanation.reason: 1}
+
+
+def halve_attention(layer: Any) -> None:
+    layer.attention.self.register_forward_hook(lambda module, args, output: (0.5 * output[0], *output[1:]))
+
+
+def replace_a_linear(layer: Any) -> None:
+    torch.manual_seed(0)
+    layer.output.dense = nn.Sequential(nn.Linear(256, 128), nn.Tanh())
+
+
+def replace_a_weight(layer: Any) -> None:
+    layer.output.dense.weight = nn.Parameter(0.3 * layer.output.dense.weight)
+
+
+@pytest.mark.parametrize("where", ["embeddings", "encoder.layer.0", "encoder.layer.0.output.dense"])
+@pytest.mark.parametrize("change", [halve_attention, replace_a_linear, replace_a_weight])
+def test_what_a_hook_changes_of_a_later_layer(where: str, change: Callable[[Any], None]) -> None:
+    def run(model: Any) -> Tensor:
+        def once(module: Any, args: Any, output: Any) -> None:
+            change(model.encoder.layer[1])
+            handle.remove()
+
+        handle = model.get_submodule(where).register_forward_hook(once)
+        return hidden(model, call())
+
+    stock = models.seeded()
+    before, fused = hidden(stock, call()), fastbert.fuse(copy.deepcopy(stock))
+    expected, ours = run(stock), run(fused)
+    assert (expected - before).abs().max() > 0.01
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+class Planting(nn.Module):
+    """Embeddings that have a later layer changed as they are called."""
+
+    def __init__(self, inner: nn.Module, change: Callable[[], object]) -> None:
+        super().__init__()
+        self.inner, self.change = inner, change
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.change()
+        return self.inner(*args, **kwargs)
+
+
+def test_a_later_layer_that_can_no_longer_run_stock_is_told() -> None:
+    """Of packed rows, and of a family whose layers take what only stock's encoder gives."""
+    packed = fastbert.fuse(models.seeded())
+    packed.embeddings = Planting(packed.embeddings, lambda: halve_attention(packed.encoder.layer[1]))
+    mpnet = fastbert.fuse(MPNetModel(MPNetConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=2)).eval())
+    attention, shown = mpnet.encoder.layer[1].attention.attn, list[Any]()
+
+    def plant(module: Any, args: Any, output: Any) -> None:
+        attention.register_forward_hook(lambda module, args, output: shown.append(output))
+
+    mpnet.embeddings.register_forward_hook(plant)
+    for model, part in ((packed, "self"), (mpnet, "attn")):
+        with pytest.raises(
+            RuntimeError, match=rf"encoder.layer.1.attention.{part} has hooks, since this forward began"
+        ):
+            hidden(model, call())
 
 
 def test_backward_hooks_of_layers_are_given_as_much_as_stock_gives_them() -> None:

@@ -18,20 +18,25 @@ import transformers.activations
 from torch import Tensor, nn
 from transformers import (
     DistilBertConfig,
+    DistilBertForMaskedLM,
     DistilBertModel,
+    ElectraForMaskedLM,
     MPNetConfig,
     MPNetModel,
     RobertaConfig,
+    RobertaForMaskedLM,
     RobertaModel,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert import modeling_bert as hf
 from transformers.models.mpnet import modeling_mpnet as mpnet
+from transformers.models.roberta import modeling_roberta as roberta
 
 import fastbert
 from tests import fresh, models
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+TINY = {"dim": 32, "n_heads": 2, "hidden_dim": 64, "n_layers": 2}
 
 
 def last(model: Any, **arguments: Any) -> Tensor:
@@ -186,6 +191,73 @@ def test_a_replaced_head_gives_its_own_loss(owner: Any) -> None:
         torch.testing.assert_close(found.loss, expected.loss)
         torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
         assert fused(**call).logits is None
+
+
+class OfAllRows(nn.CrossEntropyLoss):
+    """A loss that takes in padding."""
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return logits.pow(2).mean()
+
+
+def mixing(rows: Tensor) -> Tensor:
+    return rows.tanh() + rows.mean(-2, keepdim=True)
+
+
+# (head, owner, name, what is put in its place)
+LOSSES: dict[str, tuple[Any, Any, str, Any]] = {
+    "modeling_bert.CrossEntropyLoss": (hf.BertForMaskedLM, hf, "CrossEntropyLoss", OfAllRows),
+    "CrossEntropyLoss.forward": (hf.BertForMaskedLM, nn.CrossEntropyLoss, "forward", OfAllRows.forward),
+    "torch.nn.CrossEntropyLoss": (ElectraForMaskedLM, nn, "CrossEntropyLoss", OfAllRows),
+    "cross_entropy": (DistilBertForMaskedLM, nn.functional, "cross_entropy", lambda x, labels, **_: x.pow(2).mean()),
+    "modeling_roberta.gelu": (RobertaForMaskedLM, roberta, "gelu", mixing),
+}
+
+
+@pytest.mark.parametrize("loss_only", [True, False])
+@pytest.mark.parametrize("what", LOSSES)
+def test_a_replaced_loss_is_taken(what: str, loss_only: bool) -> None:
+    """It, or what comes before it, may read padding, and rows without a label."""
+    kind, owner, name, other = LOSSES[what]
+    torch.manual_seed(0)
+    stock = kind(kind.config_class(vocab_size=models.VOCABULARY, **(TINY if kind is DistilBertForMaskedLM else SMALL)))
+    stock.eval()
+    fused = fastbert.fuse(copy.deepcopy(stock), loss_only=loss_only)
+    mask = models.masks(3, 11)["right"]
+    call = {"input_ids": models.ids(3, 11), "attention_mask": mask, "labels": models.ids(3, 11).where(mask > 0, -100)}
+    with torch.no_grad():
+        plain = fused(**call)
+        with replaced(owner, name, other):
+            expected, found = stock(**call).loss, fused(**call).loss
+        assert (expected - plain.loss).abs() > 1e-3
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(fused(**call).loss, plain.loss)
+    assert said(fused).fused_calls == {"packed": 2}
+    assert (plain.logits is None) is loss_only
+
+
+OWN_LOSSES: dict[str, Callable[[Any], object]] = {
+    "a loss": lambda model: setattr(model, "mlm_loss_fct", nn.CrossEntropyLoss(label_smoothing=0.3)),
+    "a hook": lambda model: model.mlm_loss_fct.register_forward_hook(lambda loss, args, output: 2 * output),
+    "rows": lambda model: model.vocab_transform.register_forward_hook(lambda part, args, output: mixing(output)),
+}
+
+
+@pytest.mark.parametrize("what", OWN_LOSSES)
+def test_a_loss_that_is_a_module_is_taken_as_it_is(what: str) -> None:
+    stock = DistilBertForMaskedLM(DistilBertConfig(vocab_size=models.VOCABULARY, **TINY)).eval()
+    fused = fastbert.fuse(copy.deepcopy(stock), loss_only=True)
+    labels = models.ids(3, 11)
+    labels[:, ::2] = -100
+    call = {"input_ids": models.ids(3, 11), "labels": labels}
+    with torch.no_grad():
+        assert fused(**call).logits is None
+        plain = stock(**call).loss
+        for model in (stock, fused):
+            OWN_LOSSES[what](model)
+        expected, found = stock(**call).loss, fused(**call).loss
+    assert (expected - plain).abs() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_an_attention_function_registered_anew() -> None:
