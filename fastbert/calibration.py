@@ -1,9 +1,9 @@
-"""Scales for FP8 inference, and which GEMMs it is not for, by measurement on your own texts."""
+"""Scales for FP8, factors for int8, and which GEMMs they are not for, by measurement on your own texts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,13 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from . import numerics
-from .fuse import fuse, unfuse
-from .layers.fp8 import GEMMS, Fp8, Key, calibrated
+from .fuse import PRECISIONS, Precision, fuse, unfuse
+from .layers.int8 import written
+from .layers.low_precision import GEMMS, Found, Key
 from .runtime.registry import encoder_of, layers_in
 from .verify import at_real_tokens, batches_of, inner_model, real_tokens, twin
 
 ROOM = (8, 4, 2, 1)
 """How much larger than what was seen a scale may leave room for; a floating-point format has it to spare."""
+
+
+TOLERANCE: dict[Precision, float] = {"fp8": 0.1, "int8": 0.05}
+"""int8 costs all-MiniLM-L6-v2 0.036, and on CPUs without VNNI and AMX, where weights have 7 bits, 0.057."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +34,10 @@ class CalibratedGemm:
     name: str
     largest: float
     """Magnitude among what it multiplies by its weight, at real tokens."""
-    scale: float
+    found: Found
+    """In FP8 the scale of that; in int8 the factors of its columns, see `layers.int8.factors_of`, or none: ""."""
     error: float
-    """Of the last hidden states, relative, with this GEMM alone in FP8."""
+    """Of the last hidden states, relative, with this GEMM alone in the precision."""
     kept: bool
     """Whether it stays in the model's dtype."""
 
@@ -42,16 +48,18 @@ class Calibration:
 
     gemms: Sequence[CalibratedGemm]
     error: float
-    """Of the last hidden states, relative to the model's dtype, with all GEMMs in FP8 but those kept."""
+    """Of the last hidden states, relative to the model's dtype, with all GEMMs in the precision but those kept."""
     texts: int
     tokens: int
+    precision: Precision = "fp8"
 
     def __str__(self) -> str:
+        title = PRECISIONS[self.precision].title
         kept = [f"layer {p.layer} {p.name}" for p in self.gemms if p.kept]
         lines = [
             f"{self.texts} texts, {self.tokens} tokens: last hidden states within {self.error:.1%}",
             f"in the model's dtype: {', '.join(kept) or 'no GEMM'}",
-            "layer  " + "  ".join(f"{name:>8}" for name in GEMMS) + "   error with one GEMM in FP8; *: kept",
+            "layer  " + "  ".join(f"{name:>8}" for name in GEMMS) + f"   error with one GEMM in {title}; *: kept",
         ]
         for layer in sorted({p.layer for p in self.gemms}):
             cells = {p.name: f"{p.error:.2%}" + ("*" if p.kept else " ") for p in self.gemms if p.layer == layer}
@@ -65,13 +73,15 @@ def calibrate(
     *,
     tokenizer: object = None,
     batch_size: int = 8,
-    tolerance: float = 0.1,
+    tolerance: float | None = None,
+    precision: Precision = "fp8",
 ) -> Calibration:
-    """Finds static scales for `fuse(model, precision="fp8")` and the GEMMs to leave out of it.
+    """Finds static scales for `fuse(model, precision="fp8")`, or factors for "int8", and the GEMMs to leave out of it.
 
     What it finds goes into the model's config, as config.fastbert, and with it into config.json: `fuse` reads it there.
-    A model that is fused in FP8 already goes on by it. Scales leave room for eight times what was seen, where that
-    costs no precision. After training further, calibrate again.
+    A model that is fused so already goes on by it. Scales leave room for eight times what was seen, where that
+    costs no precision. Factors share outliers of a column out between activations and weight, where that costs less
+    than none. After training further, calibrate again.
 
     Args:
         model: a Hugging Face model with any head, fused or not, or a module that holds one.
@@ -79,8 +89,9 @@ def calibrate(
         tokenizer: for texts; default: the one `model` carries, as a SentenceTransformer does.
         batch_size: how many texts go into one forward. On the first batch every GEMM is tried alone.
         tolerance: the largest relative error (Frobenius norm) of the last hidden states, on the first batch, that
-            FP8 may cause. The GEMMs that cost most for their share of FLOPs stay in the model's dtype until it
-            holds.
+            the precision may cause. The GEMMs that cost most for their share of FLOPs stay in the model's dtype until
+            it holds. Default: 0.1 in FP8, 0.05 in int8.
+        precision: as `fuse` takes it.
 
     Returns:
         What was found; str() renders it.
@@ -88,8 +99,11 @@ def calibrate(
     Raises:
         ValueError: an argument is out of range, empty, or lacks what it needs; ids are not of the model; what the model
             computes isn't finite.
-        UnsupportedModelError: the model can't run in FP8 on its device.
+        UnsupportedModelError: the model can't run in the precision on its device.
     """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; expected one of {', '.join(map(repr, PRECISIONS))}")
+    tolerance = TOLERANCE[precision] if tolerance is None else tolerance
     if not 0 < tolerance < math.inf:
         raise ValueError(f"tolerance is {tolerance}; expected a positive number")
     if batch_size < 1:
@@ -102,29 +116,44 @@ def calibrate(
     working = twin(inner, inner.device)  # shares its weights
     working.config.fastbert = None
     base = working.base_model
-    fuse(working, precision="fp8")  # refused before anything is computed, where it can't be
-    encoder = encoder_of(base)
-    gemms = encoder.fastbert.fp8.groups(layers_in(encoder))
+    fuse(working, precision=precision)  # refused before anything is computed, where it can't be
+    encoder, kind = encoder_of(base), PRECISIONS[precision]
+    gemms = encoder.fastbert.precision.groups(layers_in(encoder))
     unfuse(working)
 
-    def scales_of(chosen: Iterable[Key]) -> list[dict[str, float | None]]:
+    def found_of(chosen: Iterable[Key]) -> list[dict[str, Found | None]]:
         wanted, layers = set(chosen), len(layers_in(encoder))
-        return [{n: scales[i, n] if (i, n) in wanted else None for n in GEMMS} for i in range(layers)]
+        return [{n: found[i, n] if (i, n) in wanted else None for n in GEMMS} for i in range(layers)]
 
     def error(chosen: Iterable[Key]) -> float:
-        encoder.fastbert.fp8 = Fp8(scales_of(chosen))
+        encoder.fastbert.precision = kind(found_of(chosen))
         return numerics.relative_error(_last(base, first, real), truth)
 
+    def best(key: Key) -> float:
+        """The error with one GEMM alone, by the option that costs least, which is kept."""
+        tried: list[tuple[float, Found]] = []
+        for option in options[key]:
+            found[key] = option
+            tried.append((error([key]), option))
+        least, found[key] = min(tried, key=lambda each: each[0])
+        return least
+
     with torch.inference_mode():
-        largest = _observe(base, batches, gemms, {})
-        smallest = {key: _least_scale(value) for key, value in largest.items()}
-        errors = _observe(base, batches, gemms, smallest)
-        scales = {key: smallest[key] * _room(errors, key) for key in smallest}
+        columns = _observe(base, batches, gemms)
+        largest = {key: float(column.max()) for key, column in columns.items()}
+        options: dict[Key, tuple[Found, ...]] = {}
+        if precision == "fp8":
+            smallest = {key: _least_scale(value) for key, value in largest.items()}
+            errors = _errors(base, batches, gemms, smallest)
+            options.update({key: (smallest[key] * _room(errors, key),) for key in smallest})
+        else:  # factors, or none
+            options.update({key: (written(_smooth(columns[key], gemms[key])), "") for key in columns})
+        found = {key: each[0] for key, each in options.items()}
 
         fuse(working, padding="packed")
         first, real = batches[0], real_tokens(batches[0])
         truth = _last(base, first, real).double()
-        alone = {key: error([key]) for key in gemms}
+        alone = {key: best(key) for key in gemms}
         chosen = dict(alone)
         # Errors of GEMMs add up as independent ones do, about; whether it was so is looked at in the end.
         while chosen and math.hypot(*chosen.values()) > tolerance:
@@ -135,18 +164,21 @@ def calibrate(
         raise ValueError("inputs: the model's last hidden states on the first batch are not finite")
 
     config = inner.base_model.config
-    config.fastbert = {"fp8": {"layers": scales_of(chosen), "error": total}}
+    before = getattr(config, "fastbert", None)
+    others = {name: kept for name, kept in before.items() if name in PRECISIONS} if isinstance(before, Mapping) else {}
+    config.fastbert = {**others, precision: {"layers": found_of(chosen), "error": total}}
     settings = getattr(encoder_of(inner.base_model), "fastbert", None)
-    if settings is not None and settings.fp8 is not None:
-        settings.fp8 = Fp8(calibrated(config))
+    if settings is not None and isinstance(settings.precision, kind):
+        settings.precision = kind.of(config)
         if settings.graphs is not None:
             settings.graphs.drop()
     tokens = [real_tokens(batch) for batch in batches]
     return Calibration(
-        [CalibratedGemm(key[0], key[1], largest[key], scales[key], alone[key], key not in chosen) for key in gemms],
+        [CalibratedGemm(key[0], key[1], largest[key], found[key], alone[key], key not in chosen) for key in gemms],
         total,
         sum(mask.shape[0] for mask in tokens),
         sum(int(mask.sum()) for mask in tokens),
+        precision,
     )
 
 
@@ -166,48 +198,71 @@ def _last(base: nn.Module, batch: Mapping[str, Tensor], real: Tensor) -> Tensor:
     return at_real_tokens(base(**_call(base, batch)).last_hidden_state, real).float()
 
 
-def _observe(
-    base: Any,
-    batches: Sequence[Mapping[str, Tensor]],
-    gemms: Mapping[Key, Sequence[Any]],
-    smallest: Mapping[Key, float],
-) -> dict[Any, float]:
-    """Looks at what the GEMMs of a stock model multiply, at real tokens, over all batches.
+Look = Callable[[Tensor, Key], None]
 
-    Returns:
-        Without `smallest`, the largest magnitude by layer and GEMM. With it, by layer, GEMM and factor of ROOM,
-        the squared error of rounding to e4m3 in a scale of factor times `smallest`.
-    """
-    found: dict[Any, Tensor] = {}
 
-    def add(key: Any, value: Tensor, join: Any) -> None:
-        found[key] = value if key not in found else join(found[key], value)
+def _look(
+    base: Any, batches: Sequence[Mapping[str, Tensor]], gemms: Mapping[Key, Sequence[nn.Module]], look: Look
+) -> None:
+    """Shows what the GEMMs of a stock model multiply, (rows, K) float32 at real tokens, over all batches."""
 
-    def look(module: nn.Module, args: tuple[Tensor, ...], key: Key) -> None:
-        x = at_real_tokens(args[0], real).float()
-        if not smallest:
-            add(key, x.abs().amax(), torch.maximum)
-            return
-        for factor in ROOM:
-            scale = smallest[key] * factor
-            rounded = (x / scale).clamp_(-448, 448).to(torch.float8_e4m3fn).float() * scale
-            add((key, factor), (rounded - x).square().sum(dtype=torch.float64), torch.add)
+    def hook(module: nn.Module, args: tuple[Tensor, ...], key: Key) -> None:
+        look(at_real_tokens(args[0], real).float(), key)
 
-    hooks = [group[0].register_forward_pre_hook(partial(look, key=key)) for key, group in gemms.items()]
+    hooks = [group[0].register_forward_pre_hook(partial(hook, key=key)) for key, group in gemms.items()]
     try:
         for batch in batches:
             real = real_tokens(batch)
             base(**_call(base, batch))
     finally:
-        for hook in hooks:
-            hook.remove()
-    values = dict(zip(found, torch.stack([x.double() for x in found.values()]).tolist(), strict=True))
-    if not all(map(math.isfinite, values.values())):
+        for each in hooks:
+            each.remove()
+
+
+def _observe(
+    base: Any, batches: Sequence[Mapping[str, Tensor]], gemms: Mapping[Key, Sequence[nn.Module]]
+) -> dict[Key, Tensor]:
+    """The largest magnitude in each column (K,) of what is multiplied, by layer and GEMM."""
+    found: dict[Key, Tensor] = {}
+
+    def look(x: Tensor, key: Key) -> None:
+        column = x.abs().amax(0)
+        found[key] = column if key not in found else torch.maximum(found[key], column)
+
+    _look(base, batches, gemms, look)
+    if not all(bool(column.isfinite().all()) for column in found.values()):
         raise ValueError("inputs: what the model multiplies on them is not finite")
-    return values
+    return found
 
 
-def _room(errors: Mapping[object, float], key: Key) -> int:
+def _errors(
+    base: Any,
+    batches: Sequence[Mapping[str, Tensor]],
+    gemms: Mapping[Key, Sequence[nn.Module]],
+    smallest: Mapping[Key, float],
+) -> dict[tuple[Key, int], float]:
+    """The squared error of rounding to e4m3 in a scale of factor times `smallest`, by GEMM and factor of ROOM."""
+    found: dict[tuple[Key, int], Tensor] = {}
+
+    def look(x: Tensor, key: Key) -> None:
+        for factor in ROOM:
+            scale = smallest[key] * factor
+            rounded = (x / scale).clamp_(-448, 448).to(torch.float8_e4m3fn).float() * scale
+            error = (rounded - x).square().sum(dtype=torch.float64)
+            found[key, factor] = error + found.get((key, factor), 0.0)
+
+    _look(base, batches, gemms, look)
+    return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
+
+
+def _smooth(columns: Tensor, group: Sequence[nn.Linear]) -> Tensor:
+    """Factors (K,) of the columns of what is multiplied: SmoothQuant's, with as much left to the weight, around 1."""
+    weights = torch.stack([linear.weight.float().abs().amax(0) for linear in group]).amax(0)
+    factors = (weights.clamp(min=1e-5) / columns.clamp(min=1e-5)).sqrt()
+    return factors / factors.log().mean().exp()
+
+
+def _room(errors: Mapping[tuple[Key, int], float], key: Key) -> int:
     """The most of ROOM that costs less than 2 % of the rounding error."""
     own = {factor: errors[key, factor] for factor in ROOM}
     return next(factor for factor in ROOM if own[factor] <= 1.02**2 * min(own.values()))

@@ -9,14 +9,13 @@ from torch import nn
 
 from .fuse import base_models
 from .layers.embeddings import embeddings_are_foreign
-from .layers.fp8 import GEMMS
+from .layers.low_precision import GEMMS
 from .runtime.plan import ASKED, KEEPS, UNKNOWN, decide, what_keeps, why_dense
 from .runtime.readers import Maps, Reads, outermost, unknown_reader
 from .runtime.registry import embeddings_of, encoder_of, family_of, layers_of
 from .runtime.settings import Settings
 from .runtime.support import (
     embeddings_are_unsupported,
-    fp8_is_unsupported,
     is_asked,
     model_is_unsupported,
 )
@@ -54,10 +53,10 @@ class EncoderExplanation:
     """What came of CUDA graphs so far: "replayed", "captured", too, "eager: " and why, "dropped: " and why."""
     precision: str | None = None
     """The precision asked of `fuse`."""
-    fp8: str | None = None
-    """Where that is "fp8": what an ordinary call at this moment would make of it, in a line."""
-    not_fp8: dict[str, str] = field(default_factory=dict)
-    """There, GEMMs of layers that don't run in FP8, by name ("layer 0 down"), each with the reason."""
+    quantized: str | None = None
+    """Where there is one: what an ordinary call at this moment would make of it, in a line."""
+    not_quantized: dict[str, str] = field(default_factory=dict)
+    """There, GEMMs of layers that stay in the model's dtype, by name ("layer 0 down"), each with the reason."""
     dense: str | None = None
     """Why calls with padding run in the dense layout; None where they are packed, if what they ask for allows it."""
     loss_only: str | None = None
@@ -88,8 +87,9 @@ class Explanation:
                 lines.append(f"  loss_only: {e.loss_only}")
             if e.outside and not e.reason:
                 lines.append(f"  outside of what fuse was given: {e.outside}")
-            if e.fp8 is not None and not e.reason:
-                lines += [f"  fp8: {e.fp8}", *(f"    {name}: {reason}" for name, reason in e.not_fp8.items())]
+            if e.quantized is not None and not e.reason:
+                lines.append(f"  {e.precision}: {e.quantized}")
+                lines += [f"    {name}: {reason}" for name, reason in e.not_quantized.items()]
             lines += [f"  ran fused, {layout}: {n}" for layout, n in e.fused_calls.items()]
             lines += [f"  ran stock, {reason}: {n}" for reason, n in e.stock_calls.items()]
             if e.cuda_graphs:
@@ -122,7 +122,7 @@ def _explain_base(model: nn.Module, name: str, base: Any, family: Any) -> Encode
         eager = reason
     else:
         eager = "a layer runs stock" if layers else graphs.refuses(encoder)
-    fp8, not_fp8 = _explain_fp8(base, settings)
+    quantized, not_quantized = _explain_precision(base, settings)
     maps = Maps(frozenset()) if is_asked(base, {}, "output_attentions") else None
     dense, _ = why_dense(base, settings, Reads(told=True, maps=maps), bool(layers) or watched)
     if dense == KEEPS:
@@ -142,9 +142,9 @@ def _explain_base(model: nn.Module, name: str, base: Any, family: Any) -> Encode
         graphs is not None,
         None if graphs is None else eager,
         dict(counts.graphs),
-        None if settings.fp8 is None else "fp8",
-        fp8,
-        not_fp8,
+        None if settings.precision is None else settings.precision.name,
+        quantized,
+        not_quantized,
         dense,
         _explain_loss(base, settings),
         _explain_outside(model, base, settings),
@@ -171,18 +171,17 @@ def _explain_outside(model: nn.Module, base: nn.Module, settings: Settings) -> s
     return f"{why}; fuse the whole {type(model).__name__}, to have it looked at"
 
 
-def _explain_fp8(base: nn.Module, settings: Settings) -> tuple[str | None, dict[str, str]]:
-    """`EncoderExplanation.fp8` and `.not_fp8` of a fused base model."""
-    layers, family = layers_of(base), family_of(base)
-    if settings.fp8 is None:
+def _explain_precision(base: nn.Module, settings: Settings) -> tuple[str | None, dict[str, str]]:
+    """`EncoderExplanation.quantized` and `.not_quantized` of a fused base model."""
+    layers, family, precision = layers_of(base), family_of(base), settings.precision
+    if precision is None:
         return None, {}
     sample = next(layers.parameters())
-    if not settings.fp8.runs(layers, sample):
-        why = fp8_is_unsupported(sample.device) or "gradients are enabled, or it is training, autocast or torch.compile"
-        return f"off: {why}", {}
-    reasons = settings.fp8.reasons(layers, family.fused)
-    gemms = len(GEMMS) * len(layers)
-    how = "a scale of each row's own" if settings.fp8.scales is None else "scales from calibration"
-    simulated = ", simulated" if sample.device.type == "cpu" else ""
-    line = f"{gemms - len(reasons)} of {gemms} GEMMs, {how}{simulated}"
+    if not precision.runs(layers, sample):
+        off = "gradients are enabled, or it is training, autocast or torch.compile"
+        return f"off: {precision.unsupported(sample.device) or off}", {}
+    reasons = precision.reasons(layers, family.fused)
+    gemms, held = len(GEMMS) * len(layers), precision.memory()
+    line = f"{gemms - len(reasons)} of {gemms} GEMMs, {precision.told(sample.device)}"
+    line += f"; {held / 1e6:,.1f} MB beside the model" if held else ""
     return line, {f"layer {i} {name}": why for (i, name), why in reasons.items()}

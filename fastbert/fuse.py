@@ -14,15 +14,14 @@ from typing import Any, Literal, TypeVar
 import transformers
 from torch import nn
 
-from .layers.fp8 import GEMMS, Fp8, calibrated
+from .layers.fp8 import Fp8
+from .layers.int8 import Int8
 from .layers.layer import STOCK, Mixin
+from .layers.low_precision import GEMMS, LowPrecision
 from .runtime.readers import HOLDS, HOOKS, Holder, reader_of
 from .runtime.registry import REGISTERED, encoder_of, layers_of
 from .runtime.settings import PADDINGS, Padding, Running, Settings
-from .runtime.support import (
-    fp8_is_unsupported,
-    model_is_unsupported,
-)
+from .runtime.support import model_is_unsupported
 from .runtime.wrappers import redirect
 from .version import is_newer
 
@@ -93,7 +92,9 @@ def base_models(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
     return found
 
 
-PRECISIONS = (None, "fp8")
+Precision = Literal["fp8", "int8"]
+PRECISIONS: dict[str, type[LowPrecision]] = {kind.name: kind for kind in (Fp8, Int8)}
+"""By what `fuse` takes, beside None."""
 
 
 def fuse(
@@ -102,7 +103,7 @@ def fuse(
     padding: Padding = "auto",
     loss_only: bool = False,
     cuda_graphs: bool = False,
-    precision: Literal["fp8"] | None = None,
+    precision: Precision | None = None,
 ) -> Model:
     """Makes every supported encoder inside `model` run fused, in place.
 
@@ -125,8 +126,9 @@ def fuse(
         cuda_graphs: whether inference on a GPU launches the layers of small batches as one CUDA graph, by buckets of
             their sizes: see docs/latency.md. Elsewhere it changes nothing; `explain` says why.
         precision: None: that of the model's dtype. "fp8": inference multiplies weights and activations of FP8
-            (e4m3), by the scales that `calibrate` left in the model's config, or else one of each row's own; outside
-            the numerical policy, see docs/fp8.md. It takes compute capability 8.9; on a CPU it is simulated. Training,
+            (e4m3), by the scales that `calibrate` left in the model's config, or else one of each row's own; see
+            docs/fp8.md. It takes compute capability 8.9; on a CPU it is simulated. "int8": of int8, for CPUs and
+            GPUs of compute capability 8.0 to 9.0; see docs/int8.md. Both are outside the numerical policy. Training,
             calls with gradients enabled, autocast and torch.compile run in the model's dtype.
 
     Returns:
@@ -135,15 +137,15 @@ def fuse(
     Raises:
         UnsupportedModelError: nothing in `model` could be fused, or not in this `precision`; nothing was changed:
             whatever fails, or is interrupted, leaves the model as it was.
-        ValueError: `padding` or `precision` is none of those; what the config says of FP8 doesn't fit the model.
+        ValueError: `padding` or `precision` is none of those; what the config says of it doesn't fit the model.
         TypeError: `model` is not a torch.nn.Module, or `cuda_graphs` not a bool.
     """
     if not isinstance(cuda_graphs, bool):
         raise TypeError(f"cuda_graphs is {cuda_graphs!r}; expected True or False")
     if padding not in PADDINGS:
         raise ValueError(f"padding is {padding!r}; expected one of {', '.join(map(repr, PADDINGS))}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; expected one of {', '.join(map(repr, PRECISIONS))}")
+    if precision not in (None, *PRECISIONS):
+        raise ValueError(f"precision is {precision!r}; expected one of {', '.join(map(repr, (None, *PRECISIONS)))}")
     found = base_models(model)
     reasons = [model_is_unsupported(base) for _, base, _ in found]
     if all(reasons):
@@ -154,8 +156,8 @@ def fuse(
     supported = []
     for (name, base, family), reason in zip(found, reasons, strict=True):
         if reason is None:
-            fp8 = _fp8(name, base, family) if precision == "fp8" else None
-            supported.append((base, family, Settings(padding, loss_only, cuda_graphs, fp8)))
+            low = None if precision is None else _low_precision(precision, name, base, family)
+            supported.append((base, family, Settings(padding, loss_only, cuda_graphs, low)))
     with _all_or_nothing(model):
         _fuse(model, supported, loss_only)
     return model
@@ -220,17 +222,16 @@ def _fuse(model: nn.Module, supported: list[tuple[Any, Any, Settings]], loss_onl
         encoder.fastbert = settings
 
 
-def _fp8(name: str, base: Any, family: Any) -> Fp8:
-    """What inference of a base model in FP8 needs; raises where there can be none."""
-    if reason := fp8_is_unsupported(next(encoder_of(base).parameters()).device):
-        raise UnsupportedModelError(f"{name} can't be fused with precision='fp8': {reason}")
-    state = Fp8(calibrated(base.config))
+def _low_precision(precision: Precision, name: str, base: Any, family: Any) -> LowPrecision:
+    """What inference of a base model in a precision needs; raises where there can be none."""
+    kind, refused = PRECISIONS[precision], f"{name} can't be fused with precision={precision!r}:"
+    if reason := kind.unsupported(next(encoder_of(base).parameters()).device):
+        raise UnsupportedModelError(f"{refused} {reason}")
+    state: LowPrecision = kind.of(base.config)
     layers = layers_of(base)
     if len(reasons := state.reasons(layers, family.fused)) == len(GEMMS) * len(layers):
         (index, gemm), why = next(iter(reasons.items()))
-        raise UnsupportedModelError(
-            f"{name} can't be fused with precision='fp8': no GEMM can run in FP8; layer {index} {gemm}: {why}"
-        )
+        raise UnsupportedModelError(f"{refused} no GEMM can run in {kind.title}; layer {index} {gemm}: {why}")
     return state
 
 

@@ -8,9 +8,9 @@ plus one rounding of the stored result:
 
 There is no absolute tolerance and no cosine gate.
 
-In FP8 (`fuse(model, precision="fp8")`) the same holds with another stock: one whose linear layers multiply what
-`as_fp8` makes of their weights and inputs, and a slack of FP8_SLACK. It says that nothing but FP8 itself is
-lost; what they cost a task is reported beside it (`fastbert.quality`), and not judged.
+In FP8 and int8 (`fuse(model, precision=...)`) the same holds with another stock: one whose linear layers multiply what
+`as_fp8`, or `as_int8`, makes of their weights and inputs, and a slack of SLACKS. It says that nothing but the
+precision itself is lost; what that costs a task is reported beside it (`fastbert.quality`), and not judged.
 
 A single GEMM of FP8 numbers is judged by a stock GEMM of the same numbers in float32. Hopper's tensor cores add such
 products up in fewer bits than float32 has: there stock is `reference_fp8.mm_on_hopper`, which has such sums, each taken
@@ -30,6 +30,10 @@ That costs a tenth on all-MiniLM-L6-v2 (docs/fp8.md); a scale that saturates cos
 """
 
 
+SLACKS = {None: SLACK, "fp8": FP8_SLACK, "int8": SLACK}
+"""By what `fuse` takes as precision."""
+
+
 def unit_roundoff(dtype: torch.dtype) -> float:
     """Largest relative error of rounding one number to `dtype`: half of its machine epsilon."""
     return torch.finfo(dtype).eps / 2
@@ -39,6 +43,22 @@ def as_fp8(x: torch.Tensor) -> torch.Tensor:
     """x (..., K) after each row has been rounded to FP8 (e4m3) in the scale that makes its largest magnitude 448."""
     scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-30) / 448
     return ((x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
+
+
+def as_int8(x: torch.Tensor) -> torch.Tensor:
+    """x (..., K) after each row has been rounded to 255 steps from its least number, or 0, to its largest, or 0."""
+    wide = x.float()
+    low, high = wide.amin(-1, keepdim=True).clamp(max=0), wide.amax(-1, keepdim=True).clamp(min=0)
+    step = (high - low).clamp(min=1e-30) / 255
+    zero = (low / step).round()
+    return (((wide / step).round() - zero).clamp(0, 255).add(zero) * step).to(x.dtype)
+
+
+def weight_as_int8(weight: torch.Tensor, limit: int) -> torch.Tensor:
+    """weight (N, K) after each row has been rounded to steps of which its largest magnitude is `limit`."""
+    wide = weight.float()
+    step = wide.abs().amax(-1, keepdim=True).clamp(min=1e-30) / limit
+    return ((wide / step).round() * step).to(weight.dtype)
 
 
 def relative_error(actual: torch.Tensor, truth: torch.Tensor) -> float:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,9 @@ from transformers import PreTrainedModel
 
 from . import numerics
 from .explain import explain
-from .fuse import fuse, unfuse
+from .fuse import Precision, fuse, unfuse
 from .layers.embeddings import first_position, longest_sequence
+from .layers.low_precision import LowPrecision
 from .quality import Measure, Quality
 from .runtime.registry import REGISTERED, embeddings_of, encoder_of, layers_in, layers_of, widen
 from .sensitivity import Sensitivity, sensitivity
@@ -97,7 +98,7 @@ class Report:
     precision: str | None = None
     """As `fuse` takes it."""
     quality: Sequence[Measure] = ()
-    """In FP8, what that changes in what the model is used for; it decides nothing."""
+    """In FP8 or int8, what that changes in what the model is used for; it decides nothing."""
     padding: Sensitivity = field(default_factory=lambda: Sensitivity({}, False, "not asked"))
     """Whether what the whole model returns depends on what stands at padding."""
 
@@ -136,7 +137,7 @@ class Report:
         return json.dumps(self.to_dict(), indent=1, allow_nan=False)
 
     def __str__(self) -> str:
-        stock = "stock error" if self.precision is None else "stock in fp8"
+        stock = "stock error" if self.precision is None else f"stock in {self.precision}"
         header = ("layout", "output", "elements", "fused error", stock, "ratio", "bound", "")
         table = [header] + [
             (
@@ -176,7 +177,7 @@ class Report:
             return "NOT VERIFIED: " + "; ".join(f"{layout} ran stock: {why}" for layout, why in self.not_fused.items())
         if self.padding.packed:
             return "DEPARTS from stock: padding is read, and packed away"
-        bound = "the numerical policy" if self.precision is None else "the bound of FP8, numerics.FP8_SLACK"
+        bound = "the numerical policy" + ("" if self.precision is None else f", as it is for {self.precision}")
         return f"ok: every output is within {bound}" if self.ok else "NOT VERIFIED: nothing was compared"
 
 
@@ -236,7 +237,7 @@ def verify(
     device: torch.device | str | None = None,
     layouts: Sequence[str] = LAYOUTS,
     batch_size: int = 8,
-    precision: Literal["fp8"] | None = None,
+    precision: Precision | None = None,
 ) -> Report:
     """Compares the fused forward of `model` with stock in float64 and stock in the same dtype, on copies of it.
 
@@ -255,7 +256,7 @@ def verify(
         device: where fused and stock run; default: the model's. The truth is always computed on the CPU.
         layouts: which layouts of the fused path to run, of "packed" and "dense"; DeBERTa has the first alone.
         batch_size: how many texts go into one forward.
-        precision: as `fuse` takes it. In FP8 the bound is set by stock with its linear layers in FP8, and the
+        precision: as `fuse` takes it. In FP8 or int8 the bound is set by stock with its linear layers in it, and the
             report says what they change in what the model is used for.
 
     Returns:
@@ -288,7 +289,7 @@ def verify(
     bounding = working
     fuse(working, precision=precision)  # refused before anything is computed, where nothing can be fused
     if precision is not None:
-        bounding = stock_in_fp8(inner, device, dtype)
+        bounding = stock_in(precision, inner, device, dtype)
     unfuse(working)
     for name, parameter in working.named_parameters():
         if not parameter.isfinite().all():
@@ -331,7 +332,7 @@ def verify(
                     if encoder.embeddings:
                         stock_parts["embeddings"] = encoder.embeddings
                 unfuse(working)  # which also starts the counts anew
-    slack = numerics.SLACK if precision is None else numerics.FP8_SLACK
+    slack = numerics.SLACKS[precision]
     rows = [row for layout in layouts for row in fused_errors[layout].judge(stock_errors, dtype, layout, slack)]
     return Report(
         model=type(inner).__name__,
@@ -364,14 +365,15 @@ def _padding(
     return sensitivity(whole, texts, moved)
 
 
-def stock_in_fp8(inner: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A stock twin of `inner` whose linear layers multiply FP8 numbers, where `inner`, fused in FP8, would."""
+def stock_in(precision: Precision, inner: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A stock twin of `inner` whose linear layers multiply rounded numbers, where `inner`, fused so, would."""
     model = twin(inner, device, dtype)
-    encoder = encoder_of(fuse(model, precision="fp8").base_model)
-    for group in encoder.fastbert.fp8.groups(layers_in(encoder)).values():
+    encoder = encoder_of(fuse(model, precision=precision).base_model)
+    low: LowPrecision = encoder.fastbert.precision
+    for group in low.groups(layers_in(encoder)).values():
         for linear in group:
-            linear.weight = nn.Parameter(numerics.as_fp8(linear.weight.detach()), False)
-            linear.register_forward_pre_hook(lambda module, args: (numerics.as_fp8(args[0]), *args[1:]))
+            linear.weight = nn.Parameter(low.rounded_weight(linear.weight.detach()), False)
+            linear.register_forward_pre_hook(lambda module, args: (low.rounded(args[0]), *args[1:]))
     return unfuse(model)
 
 

@@ -3,6 +3,7 @@
 No padding, in-place epilogues, one attention call per sequence. GEMMs in 16-bit dtypes run in float32 on processors
 without native instructions for them, where PyTorch's own are several times slower; there weights stay unrounded. In
 FP8, GEMMs are those of the oracle: they are there for accuracy, and every weight is turned into float32 at every call.
+int8's are in `cpu_int8`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import reference_fp8
+from . import cpu_int8, reference_fp8
 
 _gelu_ = torch._C._nn.gelu_  # type: ignore[attr-defined]  # torch.ops.aten.gelu_ without its Python
 
@@ -816,3 +817,16 @@ def attention_fp8(
 ) -> Tensor:
     out = attention(q, k, v, cu_seqlens, key_mask, max_seqlen, scale, bias, tiles)
     return reference_fp8.to_e4m3(out.float() * (1 / out_scale))
+
+
+quantize_int8 = cpu_int8.quantize_int8
+linear_int8 = cpu_int8.linear_int8
+linear_gelu_int8 = cpu_int8.linear_gelu_int8
+linear_add_int8 = cpu_int8.linear_add_int8
+
+
+def layer_norm_int8(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, factors: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    normal = layer_norm(x, weight, bias, eps)
+    return normal, *quantize_int8(normal, factors)

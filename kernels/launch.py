@@ -851,6 +851,20 @@ def linear_fp8_config(arch: str, n: int, k: int, rows: int = MANY_ROWS, multipro
     return next(config for below, config in _of(_LINEAR_FP8, arch) if n < below)
 
 
+# int8 GEMMs, by architecture. Not measured: as FP8's, of elements as wide. There are none for sm_75, whose `tl.dot` has
+# no int8, nor from sm_100 on, where it is slow.
+LINEAR_INT8 = {
+    "portable": Config(64, 128, 64, 4, 4),  # 48 KiB: two programs an SM; GELU spills in tiles of 128 x 128
+    "sm_90": Config(128, 128, 128, 8, 4),  # 128 KiB: one program an SM, two warp groups
+}
+LINEAR_INT8_UNALIGNED = Config(64, 128, 64, 8, 3)  # as UNALIGNED
+
+
+def linear_int8_config(arch: str, n: int, k: int) -> Config:
+    """The tiles of a GEMM of int8 numbers with a weight of shape (n, k)."""
+    return LINEAR_INT8_UNALIGNED if n % 16 else LINEAR_INT8.get(arch, LINEAR_INT8["portable"])
+
+
 @_tunable("num_warps")
 def row_config(dtype: torch.dtype, width: int) -> Config:
     """One row a program, `block_n` columns (a power of two, `width` or more), for kernels that normalize or move rows.

@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", help="put before every text; default: the folder's default prompt, else none")
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens of a text; default: the model's")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's")
+    parser.add_argument("--precision", choices=("fp8", "int8"), help="of GEMMs; default: that of the dtype")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument(
         "--batch-tokens", type=int, metavar="N", help="tokens in a forward; default: 2048 on a CPU, 65536 on a GPU"

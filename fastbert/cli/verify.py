@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--texts", metavar="FILE", help="UTF-8, one text a line; default: a few built-in ones")
     parser.add_argument("--device", help="where fused and stock run; default: cuda where there is one, else cpu")
     parser.add_argument("--padding", choices=("packed", "dense"), help="one layout only; default: both")
-    parser.add_argument("--precision", choices=("fp8",), help="in FP8, and what that changes in results")
+    parser.add_argument("--precision", choices=("fp8", "int8"), help="in that, and what that changes in results")
     parser.add_argument("--json", metavar="FILE", help="write the report there, too; -: standard output")
 
 

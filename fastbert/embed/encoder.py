@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import load_base, load_pipeline, pipeline_kind
 from ..explain import explain
-from ..fuse import base_models, fuse
+from ..fuse import Precision, base_models, fuse
 from ..layers.embeddings import first_position, longest_sequence
 from ..usage import UsageError, in_a_line
 from .batches import batches_of
@@ -173,7 +173,12 @@ class Ranker:
 
 
 def load_ranker(
-    path: str, tokenizer: PreTrainedTokenizerBase, device: torch.device, dtype: str | None, max_length: int | None
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    dtype: str | None,
+    max_length: int | None,
+    precision: Precision | None,
 ) -> tuple[CrossEncoder, int]:
     """The fused CrossEncoder of a checkpoint, and the most tokens of a pair.
 
@@ -183,7 +188,7 @@ def load_ranker(
     if (kind := pipeline_kind(path)) != "CrossEncoder":
         raise UsageError(f"is given with {path}, a {kind}; expected a CrossEncoder", "query_column")
     model = cast("CrossEncoder", load_pipeline(path, dtype, device))
-    _fused(model, path)
+    _fused(model, path, precision)
     ((_, base, _),) = base_models(model)
     limit = _limit(longest_sequence(base), model.max_seq_length, max_length, tokenizer.num_special_tokens_to_add(True))
     model.max_seq_length = limit
@@ -218,6 +223,7 @@ def load(
     normalize: bool | None = None,
     prompt: str | None = None,
     max_length: int | None = None,
+    precision: Precision | None = None,
 ) -> tuple[Any, Recipe, int]:
     """The fused model of a checkpoint, what is done with its output, and the most tokens of a text.
 
@@ -236,7 +242,7 @@ def load(
     given: dict[str, Any] = {"pooling": pooling, "normalize": normalize, "prompt": prompt, "max_length": max_length}
     recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
     model = load_base(path, dtype, device)
-    _fused(model, path)
+    _fused(model, path, precision)
     if tokenizer.cls_token_id is None and recipe.pooling == "cls":
         raise UsageError("cls: the tokenizer has no such token; expected another pooling", "pooling")
     own = recipe.max_length if max_length is None else None
@@ -244,10 +250,10 @@ def load(
     return model, recipe, limit
 
 
-def _fused(model: nn.Module, path: str) -> None:
+def _fused(model: nn.Module, path: str, precision: Precision | None) -> None:
     """Fuses the model of a checkpoint. Raises UsageError where it can't be, or would run stock."""
     try:
-        fuse(model)
+        fuse(model, precision=precision)
     except ValueError as error:  # UnsupportedModelError is one
         raise UsageError(f"{path}: {in_a_line(error)}", "model") from error
     with torch.inference_mode():

@@ -29,6 +29,7 @@ import torch
 from transformers.utils import logging
 
 from ..checkpoints import default_device, load_tokenizer
+from ..fuse import Precision
 from ..usage import UsageError
 from .batches import batch_tokens_on
 from .encoder import Encoder, Ranker, load, load_ranker, tokenizer_digest, weights_digest
@@ -225,6 +226,7 @@ def embed(
     prompt: str | None = None,
     max_length: int | None = None,
     dtype: str | None = None,
+    precision: Precision | None = None,
     device: str | None = None,
     batch_tokens: int | None = None,
     shard_rows: int = 8192,
@@ -242,6 +244,7 @@ def embed(
         format: "parquet" or "npy".
         pooling: one of POOLINGS; this, `normalize`, `prompt` and `max_length` are by default as the folder says.
         dtype: its name; default: the checkpoint's.
+        precision: as `fuse` takes it.
         device: default: cuda where there is one; under torchrun that of this rank.
         batch_tokens: tokens in a forward; default: `batch_tokens_on`.
         shard_rows: rows of a shard.
@@ -280,11 +283,12 @@ def embed(
             pool.submit(tokenise, [""], 1 << 30)  # it starts while the model loads
             encoder: Encoder | Ranker
             if query_column is None:
-                loaded, recipe, longest = load(model, tokenizer, where, dtype=dtype, max_length=max_length, **given)
+                given |= {"dtype": dtype, "max_length": max_length, "precision": precision}
+                loaded, recipe, longest = load(model, tokenizer, where, **given)
                 encoder = Encoder(loaded, recipe, batch_tokens)
                 own = {"pooling": recipe.pooling, "normalize": recipe.normalize, "prompt": recipe.prompt}
             else:
-                ranker, longest = load_ranker(model, tokenizer, where, dtype, max_length)
+                ranker, longest = load_ranker(model, tokenizer, where, dtype, max_length, precision)
                 encoder = Ranker(ranker, batch_tokens)
                 own = {"query_column": query_column, "activation": str(ranker.activation_fn)}
             settings = {
@@ -297,6 +301,7 @@ def embed(
                 "format": format,
                 "column": column,
                 "id_column": id_column,
+                **({} if precision is None else {"precision": precision}),
             }
             begun = time.monotonic()
             with contextlib.closing(

@@ -1,7 +1,8 @@
 """The GEMMs of a layer in the model's own dtype, and the form in which a GEMM takes what it multiplies.
 
 Arithmetic is something that a half of a layer is given: it asks its GEMMs to multiply, and the GEMM that comes next for
-the form of what lies between (`Form`), and never knows which kinds these are. FP8's are in `fastbert.layers.fp8`.
+the form of what lies between (`Form`), and never knows which kinds these are. Those of quantized numbers are in
+`fastbert.layers.fp8` and `fastbert.layers.int8`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,17 @@ from ..runtime.support import is_plain
 
 Path = tuple[str, ...]
 """Names of submodules, each inside the one before."""
-Quantized = tuple[Tensor, "Tensor | None"]
-"""Rows (T, K) in fewer bits and their scales (T,), or (0,) or None where one scale stands for all rows."""
+
+
+class Quantized(NamedTuple):
+    """Rows in fewer bits."""
+
+    values: Tensor
+    """(T, K)."""
+    scale: Tensor | None = None
+    """(T,); or (0,) or None where one scale stands for all rows."""
+    zero: Tensor | None = None
+    """(T,) int32: what stands for 0; None: 0."""
 
 
 class Norm(NamedTuple):

@@ -22,11 +22,11 @@ from .. import numerics
 from ..explain import explain
 from ..fuse import fuse
 from ..usage import in_a_line
-from ..verify import stock_in_fp8, twin
+from ..verify import stock_in, twin
 from . import counts, gates, records
 from .cases import SEED, Workload, build
 from .machine import Machine, Rates, environment, peak_growth, timed
-from .peers import IN_FP8, INFERENCE_ONLY, KEEP_MEMORY, PEERS, Unavailable, share
+from .peers import INFERENCE_ONLY, KEEP_MEMORY, LOW_PRECISION, PEERS, Unavailable, share
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -207,12 +207,17 @@ def _measure(
         for encoder in explain(candidate.model).encoders:
             if encoder.stock_calls:
                 raise AssertionError(f"ran stock: {', '.join(encoder.stock_calls)}")
-        if candidate.name in IN_FP8:
-            candidate.error = numerics.relative_error(rows, truth)
-            rounded = _outputs(stock_in_fp8(candidate.model, truth.device, rows.dtype), item, truth.device)
-            limit = numerics.bound(numerics.relative_error(rounded, truth), rows.dtype, numerics.FP8_SLACK)
+        if candidate.name in LOW_PRECISION:
+            candidate.error, precision = numerics.relative_error(rows, truth), LOW_PRECISION[candidate.name]
+            if precision is None:  # a peer's, which nothing here is the truth for
+                return
+            rounded = _outputs(stock_in(precision, candidate.model, truth.device, rows.dtype), item, truth.device)
+            slack = numerics.SLACKS[precision]
+            limit = numerics.bound(numerics.relative_error(rounded, truth), rows.dtype, slack)
             if not candidate.error <= limit:
-                raise AssertionError(f"output: error {candidate.error:.3e} exceeds the bound for FP8, {limit:.3e}")
+                raise AssertionError(
+                    f"output: error {candidate.error:.3e} exceeds the bound for {precision}, {limit:.3e}"
+                )
             return
         candidate.error, _ = numerics.assert_within_policy(rows, stock_rows[0], truth)
 
@@ -272,5 +277,5 @@ def _records(
     stock = candidates[0].samples
     for each in candidates:
         found = (each.status, each.peak_memory, each.error)
-        own = None if each.name in IN_FP8 else cost  # the rates are those of the dtype
+        own = None if each.name in LOW_PRECISION else cost  # the rates are those of the dtype
         yield records.make(about, case, each.name, dtype, each.samples, stock, own, rates, *found)

@@ -27,6 +27,7 @@ GREEN, RED, NOT_RUN = "green", "red", "not run"
 # Of the name of an operator, which tests it is in; the first that it holds.
 OPERATORS = {
     "fp8": "fp8",
+    "int8": "int8",
     "cross_entropy": "cross_entropy",
     "attention_map": "attention_map",
     "disentangled": "disentangled",
@@ -52,7 +53,7 @@ def needed(what: str, candidate: str) -> tuple[str, ...]:
     found = FORWARD + (BACKWARD if "training" in what else ())
     if what.startswith("Deberta"):
         found = tuple(own for name in found for own in DEBERTA.get(name, (name,)))
-    return found + ("graphs",) * ("graphs" in candidate) + ("fp8",) * ("fp8" in candidate)
+    return found + ("graphs",) * ("graphs" in candidate) + tuple(own for own in ("fp8", "int8") if own in candidate)
 
 
 def state(what: str, candidate: str, dtype: torch.dtype) -> str | None:

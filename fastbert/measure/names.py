@@ -58,6 +58,7 @@ PEERS = (
     "graphs-pdl",
     "fp8",
     "fp8-graphs",
+    "int8",
     "eager",
     "compile",
     "reduce-overhead",

@@ -24,10 +24,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, BertModel, 
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..calibration import calibrate
-from ..fuse import fuse
+from ..fuse import Precision, fuse
 from ..kernels import launch
 from ..runtime.packing import pack_mask
-from ..runtime.support import fp8_is_unsupported
+from ..runtime.support import fp8_is_unsupported, int8_is_unsupported
 from ..version import install
 from .cases import workload
 
@@ -274,6 +274,12 @@ def _fp8(cuda_graphs: bool) -> Callable[[BertModel], nn.Module]:
     return build
 
 
+def _int8(model: BertModel) -> nn.Module:
+    if (reason := int8_is_unsupported(model.device)) is not None:
+        raise Unavailable(reason)
+    return fuse(share(model), precision="int8")
+
+
 def _need_deberta(model: nn.Module, package: str) -> None:
     if not isinstance(model, DebertaV2Model):
         raise Unavailable("it is for DeBERTa")
@@ -336,6 +342,7 @@ PEERS: dict[str, tuple[str, Callable[[Any], object]]] = {
     "graphs-pdl": ("fused + CUDA graphs, dependent launches", _Dependent),
     "fp8": ("fused in fp8", _fp8(False)),
     "fp8-graphs": ("fused in fp8 + CUDA graphs", _fp8(True)),
+    "int8": ("fused in int8", _int8),
     "eager": ("stock eager", _eager),
     "compile": ("stock + torch.compile", _compiled("default")),
     "reduce-overhead": ("stock + torch.compile reduce-overhead", _compiled("reduce-overhead")),
@@ -349,8 +356,12 @@ PEERS: dict[str, tuple[str, Callable[[Any], object]]] = {
 }
 """By the name on the command line: the name in records, and what makes one from a stock model or raises Unavailable."""
 
-INFERENCE_ONLY = ("graphs", "graphs-pdl", "fp8", "fp8-graphs", "onnxruntime", "openvino")
-IN_FP8 = (PEERS["fp8"][0], PEERS["fp8-graphs"][0])
-"""Those judged by the policy for FP8."""
+INFERENCE_ONLY = ("graphs", "graphs-pdl", "fp8", "fp8-graphs", "int8", "onnxruntime", "openvino")
+LOW_PRECISION: dict[str, Precision | None] = {
+    PEERS["fp8"][0]: "fp8",
+    PEERS["fp8-graphs"][0]: "fp8",
+    PEERS["int8"][0]: "int8",
+}
+"""Those judged by the policy for FP8 or int8; None: by none, of others' quantized models."""
 KEEP_MEMORY = tuple(PEERS[name][0] for name in INFERENCE_ONLY)
 """Those that keep what memory a call took, so that the growth of another one says nothing."""

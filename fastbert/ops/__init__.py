@@ -21,6 +21,13 @@ from .fp8 import linear_add_fp8 as linear_add_fp8
 from .fp8 import linear_fp8 as linear_fp8
 from .fp8 import linear_gelu_fp8 as linear_gelu_fp8
 from .fp8 import quantize_fp8 as quantize_fp8
+from .int8 import int8_packed_bytes as int8_packed_bytes
+from .int8 import int8_weight_limit as int8_weight_limit
+from .int8 import layer_norm_int8 as layer_norm_int8
+from .int8 import linear_add_int8 as linear_add_int8
+from .int8 import linear_gelu_int8 as linear_gelu_int8
+from .int8 import linear_int8 as linear_int8
+from .int8 import quantize_int8 as quantize_int8
 from .linears import feed_forward as feed_forward
 from .linears import linear as linear
 from .linears import linear_add as linear_add

@@ -37,11 +37,12 @@ class FusedEncoder(Mixin):
         if settings is None:  # unfused, in a class that FSDP has derived from this one
             stock: ModelOutput = stock_forward(FusedEncoder, self, hidden_states, *args, **kwargs)
             return stock
-        counts, fp8, family, layers = settings.counts, settings.fp8, type(self).family, layers_in(self)
+        counts, precision = settings.counts, settings.precision
+        family, layers = type(self).family, layers_in(self)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # The step that comes of gradients may leave no version: that of torch's fused optimizers.
             settings.coverage.derived.drop()
-            if fp8 is not None:
+            if precision is not None:
                 self._drop()
         if not isinstance(plan, Plan):
             # There its model hands on no plan, and has counted the call.
@@ -68,13 +69,13 @@ class FusedEncoder(Mixin):
         looks = (plan.watched or plan.foreign) and not torch.compiler.is_compiling() and not settings.coverage.holds()
         if looks:
             plan = plan._replace(bound=None)
-        if fp8 is not None and (plan.seeds is not None or not fp8.runs(layers, hidden_states)):
-            fp8 = None
+        if precision is not None and (plan.seeds is not None or not precision.runs(layers, hidden_states)):
+            precision = None
         result = None
         if settings.graphs is not None and not torch.compiler.is_compiling():
-            result = settings.graphs.run(self, hidden_states, plan, fp8)
+            result = settings.graphs.run(self, hidden_states, plan, precision)
         layout = "dense" if packing.cu_seqlens is None else "packed"
-        receipt.fused = layout if fp8 is None else f"{layout}, fp8"
+        receipt.fused = layout if precision is None else f"{layout}, {precision.name}"
         if result is not None:
             return family.output(last_hidden_state=result)
         if family.tables is None:
@@ -87,8 +88,9 @@ class FusedEncoder(Mixin):
             shown, handed = _as_stock(hidden_states, plan, kwargs)
         seeds = (None,) * len(plan.stock_layers) if plan.seeds is None else plan.seeds.unbind(0)
         found: Any = plan.bound or (None,) * len(seeds)
-        if fp8 is not None:
-            found = [own or plain for own, plain in zip(fp8.bind(layers, plan.stock_layers), found, strict=True)]
+        if precision is not None:
+            quantized = precision.bind(layers, plan.stock_layers)
+            found = [own or plain for own, plain in zip(quantized, found, strict=True)]
         first, after, maps = hidden_states, family.after_first, None
         if plan.maps is not None:
             maps = _Maps(plan.maps, packing, self)
@@ -149,7 +151,7 @@ class FusedEncoder(Mixin):
         return why is not None
 
     def _apply(self, *args: object, **kwargs: object) -> Any:
-        """As torch's `.to`, `.half` and others call it. Graphs and FP8 weights would keep the old memory."""
+        """As torch's `.to`, `.half` and others call it. Graphs and quantized weights would keep the old memory."""
         self._drop()
         return super()._apply(*args, **kwargs)
 
@@ -160,15 +162,15 @@ class FusedEncoder(Mixin):
         the modules of one come in training mode, and are put into the model's.
         """
         settings = getattr(self, "fastbert", None)
-        derives = settings is not None and (settings.fp8 is not None or type(self).family.tables is not None)
+        derives = settings is not None and (settings.precision is not None or type(self).family.tables is not None)
         if derives and any(module.training != mode for module in self.modules()):
             self._drop()
         return super().train(mode)
 
     def _drop(self) -> None:
-        """Frees graphs, weights in FP8 and what was found of layers; they are made again where they are needed."""
+        """Frees graphs, quantized weights and what was found of layers; they are made again where they are needed."""
         settings = getattr(self, "fastbert", None)
-        for kept in () if settings is None else (settings.graphs, settings.fp8, settings.coverage):
+        for kept in () if settings is None else (settings.graphs, settings.precision, settings.coverage):
             if kept is not None:
                 kept.drop()
 

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from ..kernels import launch
 from ..layers.context import Context
-from ..layers.fp8 import Fp8
 from ..layers.layer import FusedLayer
+from ..layers.low_precision import LowPrecision
 from .coverage import Snapshot
 from .packing import Packing, tiles_of
 from .registry import layers_in
@@ -224,7 +224,7 @@ class Graphs:
         """What cu_seqlens holds, where it is of sequences of one length."""
         self._pool: Any = None
         self._quantized: Any = None
-        """What holds the weights in FP8 that graphs read."""
+        """What holds the quantized weights that graphs read."""
 
     def drop(self, fingerprint: Fingerprint | None = None) -> None:
         """Frees the graphs and their memory, when the device is done with them; where one is given, only its own."""
@@ -280,14 +280,14 @@ class Graphs:
             return f"more than {MAX_SEQUENCES} sequences"
         return None
 
-    def run(self, encoder: nn.Module, x: Tensor, plan: Any, fp8: Fp8 | None) -> Tensor | None:
+    def run(self, encoder: nn.Module, x: Tensor, plan: Any, precision: LowPrecision | None) -> Tensor | None:
         """The result of a call by a graph, or None where it has to run eagerly.
 
         Args:
             encoder: the fused encoder.
             x: (1, T, H) or (B, S, H), hidden states as `plan` lays them out.
             plan: the `fastbert.runtime.plan.Plan` of the call.
-            fp8: of the encoder, where the call is one in FP8.
+            precision: of the encoder, where the call is one in FP8 or int8.
 
         Returns:
             (B, S, H), or (1, T, H) of a flattened call: its own memory.
@@ -302,10 +302,10 @@ class Graphs:
             if reason is None and fingerprint is None and not plan.assumed:
                 reason = _is_open(encoder, layers)
                 if reason is None:
-                    fingerprint = self._fingerprint = Fingerprint(encoder, layers, fp8 is not None)
+                    fingerprint = self._fingerprint = Fingerprint(encoder, layers, precision is not None)
             if reason is None and fingerprint is not None:
                 with self._device.guard(x):
-                    result, reason = self._run(encoder, x, plan.packing, fp8)
+                    result, reason = self._run(encoder, x, plan.packing, precision)
         # The device is at work by now.
         if (result is not None or plan.assumed) and not (fingerprint is not None and fingerprint.holds(layers)):
             counts.add(counts.graphs, "dropped: the model has changed")
@@ -316,7 +316,9 @@ class Graphs:
         counts.add(counts.graphs, f"eager: {reason}" if result is None else str(reason))
         return result
 
-    def _run(self, encoder: nn.Module, x: Tensor, packing: Packing, fp8: Fp8 | None) -> tuple[Tensor | None, str]:
+    def _run(
+        self, encoder: nn.Module, x: Tensor, packing: Packing, precision: LowPrecision | None
+    ) -> tuple[Tensor | None, str]:
         """The result, or None; and what there is to count."""
         bucket = bucket_of(x.shape[0] * x.shape[1], _sequences(packing), packing.max_seqlen)
         graph, what = self._graphs.get(bucket), "replayed"
@@ -331,7 +333,7 @@ class Graphs:
             return None, "the first call of its size"
         else:
             try:
-                graph, what = self._capture(layers_in(encoder), tables, x, packing, bucket, fp8), "captured"
+                graph, what = self._capture(layers_in(encoder), tables, x, packing, bucket, precision), "captured"
             except RuntimeError as error:  # out of memory, or what the driver refuses to capture
                 self._device.finish()
                 self._forget()
@@ -374,7 +376,7 @@ class Graphs:
         x: Tensor,
         packing: Packing,
         bucket: Bucket,
-        fp8: Fp8 | None,
+        precision: LowPrecision | None,
     ) -> Any:
         with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode could not be written to later
             if self._buffers is None:
@@ -388,7 +390,9 @@ class Graphs:
             layout = Packing(1, bucket.tokens, bucket.longest, starts)
 
             # Quantized weights are made before the capture, and kept: they are memory that the graph reads.
-            bound: Any = [None] * len(layers) if fp8 is None else fp8.bind(list(layers), [False] * len(layers))
+            bound: Any = (
+                [None] * len(layers) if precision is None else precision.bind(list(layers), [False] * len(layers))
+            )
             self._quantized = bound
 
             def run() -> None:

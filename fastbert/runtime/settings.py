@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 import torch
 
-from ..layers.fp8 import Fp8
+from ..layers.low_precision import LowPrecision
 from .coverage import Coverage
 from .graphs import Graphs
 from .readers import Held
@@ -35,7 +35,7 @@ class Counts:
 
     def __init__(self) -> None:
         self.fused: Counter[str] = Counter()
-        """Forwards that ran fused, by layout: "packed" or "dense"; with FP8 GEMMs "packed, fp8" and so on."""
+        """Forwards that ran fused, by layout: "packed" or "dense"; in another precision "packed, fp8" and so on."""
         self.stock: Counter[str] = Counter()
         """Forwards that ran stock, by reason."""
         self.graphs: Counter[str] = Counter()
@@ -61,11 +61,11 @@ class Running:
 class Settings:
     """What `fuse` leaves on an encoder: what was asked of it, counts, and what its base model stood in."""
 
-    def __init__(self, padding: str, loss_only: bool, cuda_graphs: bool, fp8: Fp8 | None) -> None:
+    def __init__(self, padding: str, loss_only: bool, cuda_graphs: bool, precision: LowPrecision | None) -> None:
         self.padding = padding
         self.loss_only = loss_only
         self.graphs = Graphs() if cuda_graphs else None
-        self.fp8 = fp8
+        self.precision = precision
         self.holders: set[Held] = set()
         """What the base model stood in."""
         self.counts = Counts()

@@ -358,6 +358,21 @@ def fp8_is_unsupported(device: torch.device) -> str | None:
     return None
 
 
+def int8_is_unsupported(device: torch.device) -> str | None:
+    """Why int8 GEMMs can't run on `device`, or are slow there."""
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        return f"device {device.type}"
+    if torch.version.hip:
+        return "an AMD GPU, for which its kernels are not built"
+    major, minor = torch.cuda.get_device_capability(device)
+    if 8 <= major <= 9:
+        return None
+    why = "whose tensor cores are slow at it; precision='fp8' is for them" if major > 9 else "it takes 8.0 to 9.0"
+    return f"{torch.cuda.get_device_name(device)}, of compute capability {major}.{minor}: {why}"
+
+
 def is_asked(model: nn.Module, call: Mapping[str, object], name: str) -> bool:
     """Whether a call wants an output, by its argument's name; None, as of MPNet's heads, leaves it to the config."""
     asked = call.get(name)

@@ -211,6 +211,21 @@ def test_pairs_that_are_refused(
     assert told.format(**{"in": tmp_path, "tiny": tiny}) in capsys.readouterr().err
 
 
+def test_in_int8(tiny: Path, tmp_path: Path) -> None:
+    """Near those in float32, bitwise the same in batches of any size, and not mixed with them."""
+    texts = [text for text in sentences(40) if text]
+    (tmp_path / "in.txt").write_text("\n".join(texts) + "\n")
+    given = (str(tmp_path / "in.txt"), "--format", "npy", "--precision", "int8")
+    run(tiny, tmp_path / "plain", *given[:3])
+    run(tiny, tmp_path / "int8", *given)
+    run(tiny, tmp_path / "few", *given, "--batch-tokens", "50")
+    (_, plain), (_, found), (_, few) = (read(tmp_path / name) for name in ("plain", "int8", "few"))
+    error = numerics.relative_error(torch.from_numpy(found), torch.from_numpy(plain).double())
+    assert 1e-4 < error < 0.05
+    assert (found == few).all()
+    run(tiny, tmp_path / "plain", *given, code=2)
+
+
 @pytest.mark.parametrize("how", encoder.POOLINGS)
 def test_pooling(how: str) -> None:
     hidden = torch.randn(11, 5, dtype=torch.bfloat16)

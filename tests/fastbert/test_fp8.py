@@ -7,7 +7,6 @@ import io
 import json
 import math
 import pickle
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from transformers.models.mpnet import modeling_mpnet as mpnet
 import fastbert
 from fastbert import calibration, fuse, ops
 from fastbert.kernels import attention, launch, linear_fp8, quantize_fp8, reference_fp8
-from fastbert.layers import fp8
+from fastbert.layers import fp8, low_precision
 from fastbert.models.bert import BertModel
 from fastbert.numerics import as_fp8, assert_within_policy, relative_error
 from fastbert.runtime import graphs, packing, support
@@ -53,7 +52,7 @@ class Quantizing(nn.Module):
 def quantizing(model: Any, dtype: torch.dtype, scales: list[Any] | None = None) -> Any:
     """`model`, a stock BertModel, with linear layers that quantize as the config says."""
     for i, layer in enumerate(model.encoder.layer):
-        own = dict.fromkeys(fp8.GEMMS) if scales is None else scales[i]
+        own = dict.fromkeys(low_precision.GEMMS) if scales is None else scales[i]
         attention = layer.attention
         for holder, name, gemm in (
             *((attention.self, name, "qkv") for name in ("query", "key", "value")),
@@ -79,7 +78,7 @@ def run(model: Any, **given: Any) -> Tensor:
 def not_in_8_bits(model: Any) -> dict[str, str]:
     with torch.inference_mode():
         (encoder,) = fastbert.explain(model).encoders
-    return encoder.not_fp8
+    return encoder.not_quantized
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
@@ -240,7 +239,7 @@ def test_without_inference_it_is_the_model_in_its_own_dtype() -> None:
         model(**given)
     (encoder,) = fastbert.explain(model.train()).encoders
     assert encoder.fused_calls == {"packed": 4, "packed, fp8": 1}
-    assert encoder.fp8 == "off: gradients are enabled, or it is training, autocast or torch.compile"
+    assert encoder.quantized == "off: gradients are enabled, or it is training, autocast or torch.compile"
     assert encoder.precision == "fp8"
 
 
@@ -315,9 +314,9 @@ def test_what_leaves_no_version_is_seen_after_training(how: str) -> None:
         model = peft.get_peft_model(model, config).eval().merge_and_unload()
     assert not torch.equal(run(model), before)
     assert torch.equal(run(model), run(fuse(fastbert.unfuse(copy.deepcopy(model)), precision="fp8")))
-    made = model.encoder.fastbert.fp8.derived.made[0]
+    made = model.encoder.fastbert.precision.derived.made[0]
     model.eval()  # as sentence-transformers calls it before every batch
-    assert model.encoder.fastbert.fp8.derived.made[0] is made
+    assert model.encoder.fastbert.precision.derived.made[0] is made
 
 
 def test_attention_goes_by_the_list_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,7 +337,7 @@ def test_a_new_weight_at_an_old_address_is_seen() -> None:
     model = fuse(models.seeded(), precision="fp8")
     run(model)
     dense = model.encoder.layer[0].output.dense
-    state = model.encoder.fastbert.fp8
+    state = model.encoder.fastbert.precision
     made = state.derived.made[0]
     dense.weight.data = torch.randn(128, 256)
     own = tuple(None if x is None else (x.data_ptr(), x._version) for x in _tensors(model.encoder.layer[0]))
@@ -386,9 +385,9 @@ def test_products_that_do_not_fit_stay_in_the_models_dtype() -> None:
 
 def test_it_is_refused_before_anything_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.seeded()
-    with pytest.raises(ValueError, match=r"^precision is 'int8'; expected one of None, 'fp8'$"):
-        fuse(model, precision="int8")
-    monkeypatch.setattr(sys.modules["fastbert.fuse"], "fp8_is_unsupported", lambda device: "no")
+    with pytest.raises(ValueError, match=r"^precision is 'int4'; expected one of None, 'fp8', 'int8'$"):
+        fuse(model, precision="int4")
+    monkeypatch.setattr(fp8.Fp8, "unsupported", lambda device: "no")
     with pytest.raises(fastbert.UnsupportedModelError, match=r"^BertModel can't be fused with precision='fp8': no$"):
         fuse(model, precision="fp8")
     monkeypatch.undo()
@@ -503,11 +502,11 @@ def test_calibration_finds_scales(tmp_path: Path) -> None:
     gemm = next(p for p in found.gemms if (p.layer, p.name) == (1, "down"))
     largest = torch.cat(seen).abs().max().item()
     assert gemm.largest == pytest.approx(largest, rel=1e-6)
-    assert gemm.scale == 2 ** round(math.log2(gemm.scale))
-    assert 448 * gemm.scale >= largest  # nothing saturates
-    assert 4 * largest < 448 * gemm.scale <= 16 * largest  # with room for eight times as much
+    assert gemm.found == 2 ** round(math.log2(gemm.found))
+    assert 448 * gemm.found >= largest  # nothing saturates
+    assert 4 * largest < 448 * gemm.found <= 16 * largest  # with room for eight times as much
 
-    assert model.config.fastbert["fp8"]["layers"][1]["down"] == gemm.scale
+    assert model.config.fastbert["fp8"]["layers"][1]["down"] == gemm.found
     model.save_pretrained(tmp_path)
     again = fuse(hf.BertModel.from_pretrained(tmp_path).eval(), precision="fp8")
     out = run(again)
@@ -519,7 +518,7 @@ def test_calibration_finds_scales(tmp_path: Path) -> None:
     assert found.error == pytest.approx(relative_error(out[real], plain.double()), rel=0.01)
     assert "last hidden states within" in str(found)
     again.to(torch.bfloat16)
-    assert not again.encoder.fastbert.fp8.derived.made  # of memory that has been left
+    assert not again.encoder.fastbert.precision.derived.made  # of memory that has been left
 
 
 def explained(model: Any) -> str:
@@ -573,7 +572,7 @@ def test_the_least_scale_of_calibration_is_one_that_fuse_takes() -> None:
     for largest, least in ((0.0, 1.0), (1e-44, 2.0**-126), (448.0, 1.0), (449.0, 2.0)):
         assert calibration._least_scale(largest) == least
         model.config.fastbert = {"fp8": {"layers": [{**KEPT, "up": least}] * 2}}
-        assert fuse(model, precision="fp8").encoder.fastbert.fp8.scales[0]["up"] == least
+        assert fuse(model, precision="fp8").encoder.fastbert.precision.found[0]["up"] == least
 
 
 def test_calibration_of_heads_and_choices() -> None:

@@ -52,7 +52,7 @@ class Recorder(TorchDispatchMode):
         """A capture runs nothing."""
         for _, args, _, out in self.steps:
             for tensor in own(out, args):
-                tensor.fill_(math.nan)
+                tensor.fill_(math.nan if tensor.is_floating_point() else 77)
 
     def replay(self) -> None:
         for kept in cpu._TABLES:  # by versions, which views that a dispatch mode sees don't share; no GPU has it

@@ -18,9 +18,10 @@ from fastbert import ops
 from fastbert.kernels import cpu
 
 FP8 = ("quantize_fp8", "layer_norm_fp8", "attention_fp8", "linear_fp8", "linear_gelu_fp8", "linear_add_fp8")
+INT8 = ("quantize_int8", "layer_norm_int8", "linear_int8", "linear_gelu_int8", "linear_add_int8")
 WITHOUT_NUMBERS = ("mask_layout", "attention_tiles")  # of real kind: nothing to differentiate
 MAPS = ("attention_map", "disentangled_attention_map")
-INFERENCE_ONLY = ("linear_gelu", "linear_add", "attention", "layer_norm", *MAPS, *FP8)
+INFERENCE_ONLY = ("linear_gelu", "linear_add", "attention", "layer_norm", *MAPS, *FP8, *INT8)
 
 
 def arguments(
@@ -55,6 +56,9 @@ def arguments(
     places = torch.tensor([0, 2, 3, 5, 2, 3, 4, 5, 6], device=device)
     losses = (x, weight, bias, integers(wider, 9))
     fp8 = (*ops.quantize_fp8(x, None), *ops.quantize_fp8(weight, None), bias)
+    values = (weight.float() * 40).round().clamp(-64, 64).to(torch.int8)
+    int8 = (*ops.quantize_int8(x, None), values, norm[0].new_full((wider,), 1 / 40, dtype=torch.float32))
+    int8 += (values.sum(1, dtype=torch.int32), bias)
     rows = (torch.tensor([0, 3, 8], device=device), torch.tensor([0, -1, -1, 1, -1, -1, -1, -1, 2], device=device))
     return {
         "linear": (x, weight, bias),
@@ -87,6 +91,11 @@ def arguments(
         "linear_fp8": (*fp8, dtype),
         "linear_gelu_fp8": (*fp8, dtype, "tanh", 0.25),
         "linear_add_fp8": (fp8[0], None, *fp8[2:], normal(9, wider)),
+        "quantize_int8": (x, None),
+        "layer_norm_int8": (x, *norm, norm[0].float()),
+        "linear_int8": (*int8, dtype),
+        "linear_gelu_int8": (*int8, dtype, "tanh"),
+        "linear_add_int8": (*int8, normal(9, wider)),
         "mask_layout": (torch.ones(3, 3, dtype=torch.bool, device=device).tril(), integers(9, 9).view(3, 3) - 100),
         "pack": (x, *rows),
         "unpack": (normal(3, wide), *rows),

@@ -162,8 +162,8 @@ def test_8_bits_are_judged_by_their_own_policy(monkeypatch: pytest.MonkeyPatch) 
     record = run(["fp8"], torch.float32)["three fused in fp8"]
     assert (record["status"], record["repeats"], record["flops"], record["mfu"]) == ("ok", 3, None, None)
     assert 1e-3 < record["error"] < 0.2
-    monkeypatch.setattr(bench.numerics, "FP8_SLACK", 0.1)
-    assert "exceeds the bound for FP8" in run(["fp8"], torch.float32)["three fused in fp8"]["status"]
+    monkeypatch.setitem(bench.numerics.SLACKS, "fp8", 0.1)
+    assert "exceeds the bound for fp8" in run(["fp8"], torch.float32)["three fused in fp8"]["status"]
 
 
 @pytest.mark.usefixtures("tiny")

@@ -66,13 +66,16 @@ from fastbert.kernels.launch import (
     linear_backward_config,
     linear_config,
     linear_fp8_config,
+    linear_int8_config,
     row_backward_config,
     row_config,
 )
 from fastbert.kernels.layer_norm import add_layer_norm_backward_kernel, layer_norm_kernel
 from fastbert.kernels.linear_fp8 import linear_fp8_kernel
+from fastbert.kernels.linear_int8 import linear_int8_kernel
 from fastbert.kernels.padding import PROGRAMS, gather_rows_kernel, mask_counts_kernel, mask_layout_kernel
 from fastbert.kernels.quantize_fp8 import quantize_fp8_kernel
+from fastbert.kernels.quantize_int8 import quantize_int8_kernel
 from tests.kernels.main_loop import main_loop, matrix
 
 TARGETS = {
@@ -117,6 +120,8 @@ def targets(op: str, everything: bool) -> tuple[str, ...]:
     sm_89 only for those, but for `everything`: for all else its instructions are those of sm_80. sm_121 has them, but
     Triton (3.7.1) multiplies them there in 16 bits.
     """
+    if op.endswith("_int8"):  # for no others
+        return ("sm_80", "sm_86", "sm_90") + ("sm_89",) * everything
     fp8 = op.endswith("_fp8")
     without = {"sm_80", "sm_86", "sm_121", "gfx942"} if fp8 else set() if everything else {"sm_89"}
     return tuple(arch for arch in TARGETS if arch not in without)
@@ -670,7 +675,75 @@ def _linear_fp8(arch: str, full: bool) -> Iterator[Spec]:
         yield spec(torch.float32, 3072, 1024, "linear", False, bias=False)
 
 
+@specializations("linear_int8")
+def _linear_int8(arch: str, full: bool) -> Iterator[Spec]:
+    def spec(dtype: torch.dtype, n: int, k: int, op: str, bias: bool = True) -> Spec:
+        config = linear_int8_config(arch, n, k)
+        pointer = f"*{TYPE_NAMES[dtype]}"
+        return Spec(
+            variant=f"{op} n{n} k{k}" + ("" if bias else " no bias"),
+            kernel=linear_int8_kernel,
+            arguments={
+                "x_ptr": "*i8",
+                "w_ptr": "*i8",
+                "row_scale_ptr": "*fp32",
+                "row_zero_ptr": "*i32",
+                "col_scale_ptr": "*fp32",
+                "col_sum_ptr": "*i32",
+                "bias_ptr": pointer if bias else None,
+                "residual_ptr": pointer if op == "add" else None,
+                "out_ptr": pointer,
+                "m": 4096,
+                "n": n,
+                "k": k,
+                "stride_rm": n if op == "add" else 0,
+                "GELU": {"gelu": "none", "gelu_tanh": "tanh"}.get(op, ""),
+                "EVEN_K": k % config.block_k == 0,
+                "BLOCK_M": config.block_m,
+                "BLOCK_N": config.block_n,
+                "BLOCK_K": config.block_k,
+                "GROUP_M": config.group_m,
+            },
+            config=config,
+            streams=n % 16 == 0,
+        )
+
+    shapes = ((1024, 1024), (4096, 1024), (1040, 1040), (100, 80)) if full else ((1024, 1024), (100, 80))
+    for (n, k), dtype, op in itertools.product(shapes, TYPE_NAMES, ("linear", "gelu", "gelu_tanh", "add")):
+        yield spec(dtype, n, k, op)
+        if full:
+            yield spec(dtype, n, k, op, bias=False)
+
+
 WIDTHS = (128, 384, 768, 1024, 4096)
+
+
+@specializations("quantize_int8")
+def _quantize_int8(arch: str, full: bool) -> Iterator[Spec]:
+    for width, dtype, normalizes, smooth in itertools.product(
+        WIDTHS if full else (1024,), TYPE_NAMES, (False, True), (False, True)
+    ):
+        config = row_config(dtype, width)
+        pointer = f"*{TYPE_NAMES[dtype]}"
+        yield Spec(
+            variant=f"{'norm ' if normalizes else ''}{'smooth ' if smooth else ''}h{width}",
+            kernel=quantize_int8_kernel,
+            arguments={
+                "x_ptr": pointer,
+                **{f"{name}_ptr": pointer if normalizes else None for name in ("weight", "bias")},
+                "factors_ptr": "*fp32" if smooth else None,
+                "normal_ptr": pointer if normalizes else None,
+                "out_ptr": "*i8",
+                "scale_ptr": "*fp32",
+                "zero_ptr": "*i32",
+                "width": width,
+                "stride_xm": width,
+                "eps": 1e-12,
+                "BLOCK_H": config.block_n,
+            },
+            config=config,
+            matrix=False,
+        )
 
 
 @specializations("quantize_fp8")
@@ -866,7 +939,7 @@ def _padding(arch: str, full: bool) -> Iterator[Spec]:
 
 def _dtype(spec: Spec) -> str:
     """The dtype that a kernel works in, as rows name it."""
-    names = {*TYPE_NAMES.values(), "fp8e4nv"}
+    names = {*TYPE_NAMES.values(), "fp8e4nv", "i8"}
     pointers = (v[1:] for v in spec.arguments.values() if isinstance(v, str))
     return next((name for name in pointers if name in names), "integer")
 

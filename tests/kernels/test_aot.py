@@ -20,6 +20,7 @@ from tests.kernels.main_loop import main_loop
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 FP8 = ("sm_89", "sm_90", "sm_100")
+INT8 = ("sm_80", "sm_90")
 
 
 def kept(name: str, options: tuple[str, ...]) -> Path:
@@ -70,14 +71,15 @@ def assert_clean(rows: list[dict[str, Any]]) -> None:
     assert not bad, "\n".join(bad)
 
 
-def operations() -> tuple[set[str], set[str]]:
-    """(without FP8, with FP8): a kernel is a function launched over a grid, `run(name, grid, ...)`, its file its op."""
+def operations() -> tuple[set[str], set[str], set[str]]:
+    """(without, with FP8, with int8): a kernel is launched over a grid, `run(name, grid, ...)`, its file its op."""
     files = {
         path.stem for path in (ROOT / "kernels").glob("*.py") if re.search(r"\brun\(\w+_kernel,", path.read_text())
     }
     fp8 = {file for file in files if file.endswith("_fp8")}
-    assert fp8
-    return files - fp8, {*fp8, "attention_fp8"}  # which is attention's own kernel
+    int8 = {file for file in files if file.endswith("_int8")}
+    assert fp8 and int8
+    return files - fp8 - int8, {*fp8, "attention_fp8"}, int8  # the second is attention's own kernel
 
 
 def test_compiles_without_spills_within_shared_memory() -> None:
@@ -86,14 +88,15 @@ def test_compiles_without_spills_within_shared_memory() -> None:
     One test, as processes of its own share the work out.
     """
     rows = compile_all("--few")
-    plain, fp8 = operations()
+    plain, fp8, int8 = operations()
     matrices = {"attention", "attention_map", "disentangled", "linear"}
     for arch in ARCHITECTURES:
         ops = {row["op"] for row in rows if row["arch"] == arch}
         found = {*matrices} if arch != "sm_89" else set()
         found |= {f"{op}_fp8" for op in ("attention", "linear")} if arch in FP8 else set()
+        found |= {"linear_int8"} if arch in INT8 else set()
         found |= plain if arch in ("sm_90", "gfx942") else set()
-        assert ops == (found | fp8 if arch == "sm_90" else found), arch
+        assert ops == (found | fp8 | int8 if arch == "sm_90" else found), arch
     assert {row["dtype"] for row in rows if row["arch"] == "sm_80"} >= {"fp32", "bf16"}
     assert_clean(rows)
 
@@ -102,14 +105,16 @@ def test_compiles_without_spills_within_shared_memory() -> None:
 def test_a_call_of_each_kind_compiles() -> None:
     """In every dtype. FP8 numbers are for the architectures that have them; sm_89 is compiled for them alone."""
     rows = compile_all()
-    plain, fp8 = operations()
+    plain, fp8, int8 = operations()
     assert {row["arch"] for row in rows} == {*ARCHITECTURES}
     for arch in ARCHITECTURES:
         chosen = [row for row in rows if row["arch"] == arch]
         dtypes = {"fp32", "fp16", "bf16"} | ({"fp8e4nv"} if arch in FP8 else set())
         dtypes |= {"integer"} if arch != "sm_89" else set()
+        dtypes |= {"i8"} if arch in INT8 else set()
         assert {row["dtype"] for row in chosen} == dtypes, arch
         ops = (fp8 if arch in FP8 else set()) | (plain if arch != "sm_89" else set())
+        ops |= int8 if arch in INT8 else set()
         assert {row["op"] for row in chosen} == ops, arch
     assert_clean(rows)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastbert import ops
-from fastbert.kernels import cpu, reference, reference_fp8
+from fastbert.kernels import cpu, reference, reference_fp8, reference_int8
 from tests.fastbert.test_ops import arguments
 
 EXACT = ("attention_tiles", "mask_layout", "pack", "unpack")
@@ -17,12 +17,13 @@ EXACT = ("attention_tiles", "mask_layout", "pack", "unpack")
 
 def test_signatures_are_those_of_the_oracle() -> None:
     for name in ops.OPERATORS:
-        oracle = getattr(reference_fp8 if name.endswith("_fp8") else reference, name)
+        module = {"fp8": reference_fp8, "int8": reference_int8}.get(name.rpartition("_")[2], reference)
+        oracle = getattr(module, name)
         assert inspect.signature(getattr(cpu, name)) == inspect.signature(oracle), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", [name for name in ops.OPERATORS if not name.endswith("_fp8")])
+@pytest.mark.parametrize("name", [name for name in ops.OPERATORS if not name.endswith(("_fp8", "_int8"))])
 def test_cpu_is_the_oracle(name: str, dtype: torch.dtype) -> None:
     args = arguments(dtype, dropout=0.0)[name]
     found, truth = getattr(cpu, name)(*args), getattr(reference, name)(*args)
