@@ -82,8 +82,8 @@ class FusedEncoder(Mixin):
             context = Context(packing)
         else:
             context = Context(packing, family.tables(self, hidden_states, packing, plan.position_ids))
-        shown: tuple[Any, ...] = ()
-        handed: dict[str, Any] = {}
+        shown: tuple[object, ...] = ()
+        handed: dict[str, object] = {}
         if plan.hooked or any(plan.stock_layers):  # they are called as stock code calls them
             shown, handed = _as_stock(hidden_states, plan, kwargs)
         seeds = (None,) * len(plan.stock_layers) if plan.seeds is None else plan.seeds.unbind(0)
@@ -276,10 +276,12 @@ def _only_infers(layers: Any, bound: tuple[Any, ...], sample: Tensor) -> bool:
     return not any(layer.training for layer in layers)
 
 
-def _as_stock(hidden_states: Tensor, plan: Plan, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _as_stock(
+    hidden_states: Tensor, plan: Plan, kwargs: dict[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]]:
     """What stock code gives its layers after hidden states: by position, and by name; `kwargs` are the encoder's."""
     handed = {name: value for name, value in kwargs.items() if name not in ("attention_mask", "use_cache")}
-    shown: tuple[Any, ...] = (_stock_mask(hidden_states, plan),)
+    shown: tuple[object, ...] = (_stock_mask(hidden_states, plan),)
     if "encoder_hidden_states" in handed:  # by position, too, but for DistilBERT, which has none
         shown += (handed.pop("encoder_hidden_states"),)
     return shown, handed
