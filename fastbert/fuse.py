@@ -23,7 +23,7 @@ from .runtime.registry import REGISTERED, encoder_of, layers_of
 from .runtime.settings import PADDINGS, Padding, Running, Settings
 from .runtime.support import model_is_unsupported
 from .runtime.wrappers import redirect
-from .version import is_newer
+from .version import TRIED, is_newer, minor
 
 FAMILIES = (
     "bert",
@@ -36,8 +36,15 @@ FAMILIES = (
     "mpnet",
     "deberta",
     "deberta_v2",
+    "modernbert",
+    "nomic_bert",
+    "eurobert",
+    "jina_embeddings_v3",
 )
 """Modules of `fastbert.models`, each named as transformers names the family's."""
+
+LATE = frozenset(("modernbert", "nomic_bert", "eurobert", "jina_embeddings_v3"))
+"""Those that transformers has changed or added since the oldest supported: where they can't be made, they run stock."""
 
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -60,12 +67,13 @@ def _import_family(name: str) -> None:
     try:
         importlib.import_module(f".models.{name}", __package__)
     except Exception as error:
-        if not is_newer("transformers", transformers.__version__):
+        tried = minor(transformers.__version__) == minor(TRIED["transformers"][1])
+        if not is_newer("transformers", transformers.__version__) and (tried or name not in LATE):
             raise
         _GONE.add(name)
         warnings.warn(
-            f"fastbert runs models of {name} on their stock code, which transformers {transformers.__version__} has "
-            f"changed: {error}",
+            f"fastbert runs models of {name} on their stock code, which is another in transformers "
+            f"{transformers.__version__}: {error}",
             RuntimeWarning,
             stacklevel=4,
         )

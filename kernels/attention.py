@@ -131,6 +131,23 @@ def locate(cu_seqlens_ptr, tiles_ptr, heads, max_seqlen, BLOCK: tl.constexpr, LI
 
 
 @triton.jit
+def reached(start, length, WINDOW: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """Of BLOCK rows from `start` on, where the others that a window lets them reach begin, by steps, and end."""
+    first = 0
+    last = length
+    if WINDOW is not None:
+        first = tl.maximum(start - WINDOW, 0) // STEP * STEP
+        last = tl.minimum(start + BLOCK + WINDOW, length)
+    return first, last
+
+
+@triton.jit
+def is_near(queries, keys, window):
+    """Whether keys are within the window of queries, which broadcast to a tile."""
+    return (keys - queries <= window) & (queries - keys <= window)
+
+
+@triton.jit
 def add_bias(scores, bias_ptr, bias_span, inverse_scale, head, queries, keys, length):
     """`scores` of a tile with the bias, which is scaled as they are; `queries` and `keys` broadcast to its shape."""
     bias_ptr += head * (2 * bias_span - 1) + bias_span - 1
@@ -213,6 +230,7 @@ def attention_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,  # power of two, HEAD_DIM or more
     INPUT_PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr = None,  # how many tokens before it and after it a query attends to; None: to all
     DEPENDENT: tl.constexpr = False,
 ):
     wait_for_previous(DEPENDENT)
@@ -243,7 +261,11 @@ def attention_kernel(
     p2c_ptr = score_row(p2c_ptr, head, rows, row, pitch)
     if p2c_ptr is not None:
         p2c_ptr += start_m // BLOCK_M * BLOCK_M  # start_m; from a list of tiles, the compiler knows no multiple of it
-    for start_n in range(0, length, BLOCK_N):
+    first, last = reached(start_m, length, WINDOW, BLOCK_M, BLOCK_N)
+    if WINDOW is not None:
+        k_tile_ptr += first.to(tl.int64) * stride_kt
+        v_tile_ptr += first.to(tl.int64) * stride_vt
+    for start_n in range(first, last, BLOCK_N):
         keep = offs_n < length - start_n
         mask_kv = keep[:, None] & mask_d
         if key_mask_ptr is not None:  # asked for before the matmul, which hides its latency
@@ -256,7 +278,10 @@ def attention_kernel(
         if bias_ptr is not None:
             queries, keys = (start_m + offs_m)[:, None], (start_n + offs_n)[None, :]
             scores = add_bias(scores, bias_ptr, bias_span, inverse_scale, head, queries, keys, length)
-        if key_mask_ptr is not None:
+        if WINDOW is not None:
+            near = is_near((start_m + offs_m)[:, None], (start_n + offs_n)[None, :], WINDOW)
+            scores = tl.where(near & keep[None, :], scores, float("-inf"))
+        elif key_mask_ptr is not None:
             scores = tl.where(keep[None, :], scores, float("-inf"))
         elif start_n + BLOCK_N > length:
             # In a branch, so that full blocks don't pay; not in a copy of the loop's body for the last block, whose
@@ -266,7 +291,7 @@ def attention_kernel(
 
         new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2e)
         shift = new_max
-        if key_mask_ptr is not None:
+        if key_mask_ptr is not None or WINDOW is not None:
             # Without a key so far the maximum is -inf, and -inf - -inf is NaN.
             shift = tl.where(new_max == float("-inf"), 0.0, new_max)
         p = tl.exp2(tl.fma(scores, scale_log2e, -shift[:, None]))
@@ -288,7 +313,7 @@ def attention_kernel(
             p2c_ptr += BLOCK_N * pitch
 
     row_sum = tl.sum(sums, 1)
-    if key_mask_ptr is not None:
+    if key_mask_ptr is not None or WINDOW is not None:
         row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # all keys masked: zero, as acc is
         row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
     norm = 1.0 / row_sum
@@ -351,6 +376,7 @@ def attention_backward_q_kernel(
     BLOCK_N: tl.constexpr,  # keys at a time
     BLOCK_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr = None,
 ):
     head, sequence, row, length, start_m = locate(cu_seqlens_ptr, tiles_ptr, heads, max_seqlen, BLOCK_M, TILE_ROWS)
     if start_m >= length:
@@ -387,7 +413,10 @@ def attention_backward_q_kernel(
     ds_ptr = score_row(ds_ptr, head, rows, row + start_m, pitch)
     if p2c_ptr is not None:
         p2c_ptr += start_m // BLOCK_M * BLOCK_M  # start_m; from a list of tiles, the compiler knows no multiple of it
-    for start_n in range(0, length, BLOCK_N):
+    first, last = reached(start_m, length, WINDOW, BLOCK_M, BLOCK_N)
+    if WINDOW is not None:
+        k_tile_ptr += first.to(tl.int64) * stride_qt
+    for start_n in range(first, last, BLOCK_N):
         takes_part = offs_n < length - start_n
         mask_kv = takes_part[:, None] & mask_d
         if key_mask_ptr is not None:
@@ -404,7 +433,10 @@ def attention_backward_q_kernel(
         p = tl.exp2(tl.fma(scores, scale_log2e, shift[:, None]))
         if qkv_ptr.dtype.element_ty == tl.float32:
             p = p * norm[:, None]
-        if key_mask_ptr is not None:
+        if WINDOW is not None:
+            near = is_near((start_m + offs_m)[:, None], (start_n + offs_n)[None, :], WINDOW)
+            p = tl.where(near & takes_part[None, :], p, 0.0)
+        elif key_mask_ptr is not None:
             p = tl.where(takes_part[None, :], p, 0.0)
         elif start_n + BLOCK_N > length:  # as in attention_kernel
             p = tl.where((start_n + offs_n < length)[None, :], p, 0.0)
@@ -464,6 +496,7 @@ def attention_backward_kv_kernel(
     BLOCK_M: tl.constexpr,  # queries at a time
     BLOCK_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr = None,
 ):
     head, sequence, row, length, start_n = locate(cu_seqlens_ptr, tiles_ptr, heads, max_seqlen, BLOCK_N, TILE_ROWS)
     if start_n >= length:
@@ -498,7 +531,11 @@ def attention_backward_kv_kernel(
     if p2c_ptr is not None and key_mask_ptr is not None:
         offs_mask = sequence * max_seqlen + start_n + offs_n
         takes_part = tl.load(key_mask_ptr + offs_mask, mask=start_n + offs_n < length, other=False)
-    for start_m in range(0, length, BLOCK_M):
+    first, last = reached(start_n, length, WINDOW, BLOCK_N, BLOCK_M)
+    if WINDOW is not None:
+        q_tile_ptr += first.to(tl.int64) * stride_qt
+        grad_tile_ptr += first.to(tl.int64) * third
+    for start_m in range(first, last, BLOCK_M):
         valid_m = offs_m < length - start_m
         mask_q = valid_m[:, None] & mask_d
         # Queries past the end are zeros, as are their gradients: what they add to dK and dV is zero.
@@ -517,6 +554,8 @@ def attention_backward_kv_kernel(
         if qkv_ptr.dtype.element_ty == tl.float32:
             norm = tl.load(stats_ptr + heads.to(tl.int64) * rows + start_m + offs_m, mask=valid_m, other=0.0)
             p = p * norm[None, :]
+        if WINDOW is not None:
+            p = tl.where(is_near((start_m + offs_m)[None, :], (start_n + offs_n)[:, None], WINDOW), p, 0.0)
         if p2c_ptr is not None and key_mask_ptr is not None:  # here gradients of scores are kept, beyond this program
             p = tl.where(takes_part[:, None], p, 0.0)
         dp = tl.dot(v, tl.trans(grad), input_precision=INPUT_PRECISION)  # [BLOCK_N, BLOCK_M]
@@ -691,6 +730,7 @@ def attention(
     scale: float,
     bias: Tensor | None = None,
     tiles: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Bidirectional softmax attention within each sequence; never waits for the device.
 
@@ -705,6 +745,7 @@ def attention(
         bias: (heads, 2 R - 1) float32, contiguous, R at least max_seqlen: bias[h, R - 1 + j - i] is added to the scaled
             score of query i and key j of a sequence. None: nothing is.
         tiles: `attention_tiles` of cu_seqlens, or None: then sequences come in their own order.
+        window: how many tokens before it and after it a query attends to, 0 or more; None: to all of its sequence.
 
     Returns:
         (T, heads, head_dim), contiguous, the dtype of q. Rows whose keys are all masked are zero.
@@ -715,7 +756,8 @@ def attention(
             `tiles` of another shape or dtype.
     """
     _check_inference(q, k, v, max_seqlen, bias)
-    return _launch_forward(q, k, v, None, cu_seqlens, key_mask, max_seqlen, scale, 0.0, None, tiles, bias)
+    layout = cu_seqlens, key_mask, max_seqlen
+    return _launch_forward(q, k, v, None, *layout, scale, 0.0, None, tiles, bias, window=window)
 
 
 def attention_fp8(
@@ -842,11 +884,20 @@ def _grid(block: int, max_seqlen: int, heads: int, batch: int, tiles: Tensor | N
 
 @planned
 def _plan(
-    choose: Choose, arch: str, dtype: torch.dtype, head_dim: int, short: bool, biased: bool, precision: str, early: bool
+    choose: Choose,
+    arch: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    short: bool,
+    biased: bool,
+    precision: str,
+    early: bool,
+    window: int | None = None,
 ) -> tuple[Config, Constants]:
     """The configuration of `attention_kernel` and its constants; `short`: no sequence is longer than SHORT."""
-    config: Config = of_length(choose(arch, dtype, head_dim), SHORT if short else SHORT + 1)
-    if biased:
+    # Of more queries with a window, fewer of the keys that they reach together are each one's.
+    config: Config = of_length(choose(arch, dtype, head_dim), SHORT if short or window is not None else SHORT + 1)
+    if biased or window is not None:
         config = of_bias(config, arch)
     constants = {
         "HEAD_DIM": head_dim,
@@ -856,6 +907,7 @@ def _plan(
         "INPUT_PRECISION": precision,
         **options(config),
         **dependent(arch),
+        **({} if window is None else {"WINDOW": window}),
     }
     return config, Constants(constants)
 
@@ -874,6 +926,7 @@ def _launch_forward(
     tiles: Tensor | None,
     bias: Tensor | None = None,
     out_scale: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
     rows, heads, head_dim = q.shape
     batch, key_mask, tiles = _checked(rows, cu_seqlens, key_mask, max_seqlen, scale, tiles, q.device)
@@ -885,7 +938,8 @@ def _launch_forward(
         return out
     arch, dtype, short = architecture(q.device), q.dtype, max_seqlen <= SHORT
     precision, early = input_precision(dtype), is_dependent(arch)
-    config, constants = _plan(attention_config, arch, dtype, head_dim, short, bias is not None, precision, early)
+    kind = short, bias is not None, precision, early, window
+    config, constants = _plan(attention_config, arch, dtype, head_dim, *kind)
     (stride_qt, stride_qh, _), (stride_kt, stride_kh, _), (stride_vt, stride_vh, _) = q.stride(), k.stride(), v.stride()
     arguments = (
         q,
@@ -939,6 +993,7 @@ def attention_forward(
     seed: Tensor | None,
     tiles: Tensor | None = None,
     bias: Tensor | None = None,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attention` with dropout of the probabilities, and what its backward needs; never waits for the device.
 
@@ -947,7 +1002,7 @@ def attention_forward(
         cu_seqlens, key_mask, max_seqlen, scale: as `attention` has them.
         dropout: rate, 0 to 1, at which probabilities are dropped; the others are scaled by 1 / (1 - dropout).
         seed: int64 tensor of one element, on the device, which decides the dropped ones; None where `dropout` is 0.
-        tiles, bias: as `attention` has them.
+        tiles, bias, window: as `attention` has them.
 
     Returns:
         (T, heads, head_dim), contiguous, zero in rows whose keys are all masked; and (planes, heads, T) float32, what
@@ -963,13 +1018,20 @@ def attention_forward(
     planes = 2 if qkv.dtype == torch.float32 else 1
     stats = torch.empty((planes, qkv.shape[2], qkv.shape[0]), dtype=torch.float32, device=qkv.device)
     q, k, v = qkv.unbind(1)
-    out = _launch_forward(q, k, v, stats, cu_seqlens, key_mask, max_seqlen, scale, dropout, seed, tiles, bias)
+    layout = cu_seqlens, key_mask, max_seqlen
+    out = _launch_forward(q, k, v, stats, *layout, scale, dropout, seed, tiles, bias, window=window)
     return out, stats
 
 
 @planned
 def _backward_plan(
-    choose: Choose, arch: str, dtype: torch.dtype, head_dim: int, biased: bool, precision: str
+    choose: Choose,
+    arch: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    biased: bool,
+    precision: str,
+    window: int | None = None,
 ) -> tuple[Config, Constants, Constants]:
     """The configuration of the backward, and the constants of its two kernels: who holds block_m walks block_n."""
     config: Config = choose(arch, dtype, head_dim)
@@ -980,6 +1042,7 @@ def _backward_plan(
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
         "INPUT_PRECISION": precision,
         **options(config),
+        **({} if window is None else {"WINDOW": window}),
     }
     by_queries = Constants({**shared, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n})
     return config, by_queries, Constants({**shared, "BLOCK_N": config.block_m, "BLOCK_M": config.block_n})
@@ -1015,6 +1078,7 @@ def attention_backward(
     tiles: Tensor | None = None,
     bias: Tensor | None = None,
     bias_grad: bool = True,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `attention_forward`, by what that returned.
 
@@ -1029,9 +1093,12 @@ def attention_backward(
         wanted. Deterministic: the same bits every time. Two launches, and two more for dbias.
 
     Raises:
-        ValueError: as in `attention_forward`; `grad` of another shape than `out`.
+        ValueError: as in `attention_forward`; `grad` of another shape than `out`; the gradient of a bias is wanted
+            beside a window.
     """
     qkv, seed = _rows_of(qkv), checked_seed(dropout, seed)
+    if window is not None and bias is not None and bias_grad:
+        raise ValueError(f"window is {window}; expected None where the gradient of bias is wanted")
     rows, _, heads, head_dim = qkv.shape
     batch, key_mask, tiles = _checked(rows, cu_seqlens, key_mask, max_seqlen, scale, tiles, qkv.device)
     _check_bias(bias, heads, max_seqlen)
@@ -1047,7 +1114,7 @@ def attention_backward(
     arch, dtype = architecture(qkv.device), qkv.dtype
     precision = input_precision(dtype)
     config, by_queries, by_keys = _backward_plan(
-        attention_backward_config, arch, dtype, head_dim, bias is not None, precision
+        attention_backward_config, arch, dtype, head_dim, bias is not None, precision, window
     )
     grid = _grid(config.block_m, max_seqlen, heads, batch, tiles)
     dropped = draw_threshold(dropout), keep_scale(dropout)

@@ -154,14 +154,18 @@ def attention(
     scale: float,
     bias: Tensor | None = None,
     tiles: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     dtype = _matmul_dtype(q)
+    if window is not None:
+        return _attend_locally(q, k, v, cu_seqlens, key_mask, max_seqlen, scale, bias, window)
 
     def attend(qkv: Sequence[Tensor], batch: int, mask: Tensor | None) -> Tensor:
         # [B, heads, S, D]
         shape = batch, qkv[0].shape[0] // batch, *q.shape[1:]
         query, key, value = [_rounded(t.view(shape).transpose(1, 2), dtype) for t in qkv]
-        added = mask if bias is None else _biased(bias.to(dtype), query.shape[2], mask)
+        whole = slice(0, query.shape[2])
+        added = mask if bias is None else _biased(bias.to(dtype), whole, whole, mask)
         result = F.scaled_dot_product_attention(query, key, value, attn_mask=added, scale=scale)
         if bias is not None and mask is not None:  # without a key it is NaN
             result = result.where(mask.any(-1, keepdim=True), 0.0)
@@ -175,6 +179,74 @@ def attention(
         for start, end in itertools.pairwise(cu_seqlens.tolist()):
             if end > start:
                 out[start:end] = attend([t[start:end] for t in (q, k, v)], 1, None)
+    return out
+
+
+WINDOW_ROWS = 128
+"""Queries that are given their keys together, where each attends to those of a window."""
+
+
+def _windows(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
+    """Blocks of the queries of a sequence, each with the keys that some of them attend to."""
+    if window is None or length <= window + WINDOW_ROWS:
+        yield slice(0, length), slice(0, length)
+        return
+    for start in range(0, length, WINDOW_ROWS):
+        end = min(start + WINDOW_ROWS, length)
+        yield slice(start, end), slice(max(start - window, 0), min(end + window, length))
+
+
+def _within(queries: slice, keys: slice, mask: Tensor | None, window: int | None) -> Tensor | None:
+    """Which keys take part, (B or 1, 1, queries or 1, keys) bool, by a mask (B, 1, 1, S) and a window; None: all."""
+    part = None if mask is None else mask[..., keys]
+    if window is None or max(queries.stop - keys.start, keys.stop - queries.start) - 1 <= window:
+        return part
+    places = torch.arange(queries.start, queries.stop)[:, None] - torch.arange(keys.start, keys.stop)
+    near = (places.abs() <= window)[None, None]
+    return near if part is None else part & near
+
+
+def _attend_locally(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    bias: Tensor | None,
+    window: int,
+) -> Tensor:
+    """`attention` with a window: of long sequences some queries at a time, with the keys that these attend to."""
+    dtype, out = _matmul_dtype(q), torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    for group, batch, mask in _sequences(q.shape[0], cu_seqlens, key_mask, max_seqlen):
+        rows = [t[group].unflatten(0, (batch, -1)).transpose(1, 2) for t in (q, k, v)]  # [B, heads, S, D]
+        result = out[group].unflatten(0, (batch, -1)).transpose(1, 2)
+        for queries, keys in _windows(rows[0].shape[2], window):
+            query, key, value = [
+                _rounded(t[:, :, own], dtype) for t, own in zip(rows, (queries, keys, keys), strict=True)
+            ]
+            within = _within(queries, keys, mask, window)
+            added = within if bias is None else _biased(bias.to(dtype), queries, keys, within)
+            found = F.scaled_dot_product_attention(query, key, value, attn_mask=added, scale=scale)
+            if bias is not None and within is not None:
+                found = found.where(within.any(-1, keepdim=True), 0.0)
+            result[:, :, queries] = found
+    return out
+
+
+def rotate(qkv: Tensor, cosines: Tensor, sines: Tensor, back: bool = False) -> Tensor:
+    out, dtype = torch.empty(qkv.shape, dtype=qkv.dtype), torch.promote_types(qkv.dtype, torch.float32)
+    half = qkv.shape[3] // 2
+    cosine, sine = (_rounded(table, dtype)[:, None, None].split(half, 3) for table in (cosines, sines))
+    left, right = _rounded(qkv[:, :2], dtype).split(half, 3)
+    turned = out[:, :2] if out.dtype is dtype else torch.empty_like(out[:, :2], dtype=dtype)
+    first, second, sign = (*sine, 1) if not back else (*reversed(sine), -1)
+    torch.mul(left, cosine[0], out=turned[..., :half]).addcmul_(right, first, value=-sign)
+    torch.mul(right, cosine[1], out=turned[..., half:]).addcmul_(left, second, value=sign)
+    if turned.dtype is not out.dtype:
+        out[:, :2] = turned
+    out[:, 2] = qkv[:, 2]
     return out
 
 
@@ -193,10 +265,10 @@ def attention_tiles(cu_seqlens: Tensor, rows: int) -> Tensor:
     return (tiles * there[:, None]).to(torch.int32)
 
 
-def _biased(bias: Tensor, length: int, mask: Tensor | None) -> Tensor:
+def _biased(bias: Tensor, queries: slice, keys: slice, mask: Tensor | None) -> Tensor:
     """What is added to the scores of sequences of one length, (1 or B, heads, S, S): -inf where a key is masked."""
-    places = torch.arange(length, device=bias.device)
-    added = bias[:, bias.shape[1] // 2 + places[None, :] - places[:, None]][None]
+    rows, columns = (torch.arange(own.start, own.stop, device=bias.device) for own in (queries, keys))
+    added = bias[:, bias.shape[1] // 2 + columns[None, :] - rows[:, None]][None]
     return added if mask is None else added.masked_fill(~mask, float("-inf"))
 
 
@@ -214,10 +286,10 @@ def _sequences(
 
 
 def _scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, bias: Tensor | None) -> Tensor:
-    """`scale * query @ key.T`, biased by distance, in float32 or better, -inf where masked: (B, heads, S, S)."""
+    """`scale * query @ key.T`, and what is added, in float32 or better, -inf where masked: (B, heads, S, S)."""
     scores = torch.matmul(query, key.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32)).mul_(scale)
     if bias is not None:
-        scores += _biased(bias, scores.shape[-1], None)
+        scores += bias
     return scores if mask is None else scores.masked_fill_(~mask, float("-inf"))
 
 
@@ -238,7 +310,8 @@ def attention_map(
     def score(group: slice, batch: int, heads: slice) -> Tensor:
         query, key = (t[group, heads].unflatten(0, (batch, -1)).permute(0, 2, 1, 3).to(dtype) for t in (q, k))
         scores = _scaled(query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), scale).view(*query.shape[:3], -1)
-        return scores if bias is None else scores + _biased(bias[heads].to(scores.dtype), scores.shape[-1], None)
+        whole = slice(0, scores.shape[-1])
+        return scores if bias is None else scores + _biased(bias[heads].to(scores.dtype), whole, whole, None)
 
     return _mapped(q, cu_seqlens, key_mask, max_seqlen, places, width, score)
 
@@ -297,6 +370,7 @@ def attention_forward(
     seed: Tensor | None,
     tiles: Tensor | None = None,
     bias: Tensor | None = None,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     rows, _, heads, _ = qkv.shape
     dtype, generator = _matmul_dtype(qkv), _generator(seed)
@@ -305,34 +379,41 @@ def attention_forward(
     stats = qkv.new_ones(planes, heads, rows, dtype=torch.promote_types(qkv.dtype, torch.float32))
     for group, batch, mask in _sequences(rows, cu_seqlens, key_mask, max_seqlen):
         # [3, B, heads, S, D]
-        query, key, value = qkv[group].unflatten(0, (batch, -1)).permute(2, 0, 3, 1, 4).to(dtype)
-        if dropout:
-            scores = _scores(query, key, mask, scale, bias)
-            # Without a key all scores are -inf: there a maximum of 0 makes every weight 0, and no NaN.
-            top = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
-            weights = scores.sub_(top).exp_()
-            total = weights.sum(-1, keepdim=True)
-            total.masked_fill_(total == 0, 1.0)
-            logsumexp = top.add_(total.log()).squeeze(-1)
-            weights.mul_(_keep(weights.shape, dropout, generator, weights.dtype)).div_(total)
-            result = torch.matmul(weights.to(dtype), value)
-        else:
-            result, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query, key, value, attn_mask=_additive(mask, query, bias), scale=scale
-            )
-        out[group] = result.transpose(1, 2).flatten(0, 1)
-        stats[0, :, group] = logsumexp.transpose(0, 1).flatten(1)
+        whole = qkv[group].unflatten(0, (batch, -1)).permute(2, 0, 3, 1, 4).to(dtype)
+        own_out = out[group].unflatten(0, (batch, -1)).transpose(1, 2)
+        sums = stats[0, :, group].unflatten(1, (batch, -1)).transpose(0, 1)  # [B, heads, S]
+        for queries, keys in _windows(whole.shape[3], window):
+            query, key, value = whole[0, :, :, queries], whole[1, :, :, keys], whole[2, :, :, keys]
+            within = _within(queries, keys, mask, window)
+            if dropout:
+                biased = None if bias is None else _biased(bias, queries, keys, None)
+                scores = _scores(query, key, within, scale, biased)
+                # Without a key all scores are -inf: there a maximum of 0 makes every weight 0, and no NaN.
+                top = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
+                weights = scores.sub_(top).exp_()
+                total = weights.sum(-1, keepdim=True)
+                total.masked_fill_(total == 0, 1.0)
+                logsumexp = top.add_(total.log()).squeeze(-1)
+                weights.mul_(_keep(weights.shape, dropout, generator, weights.dtype)).div_(total)
+                result = torch.matmul(weights.to(dtype), value)
+            else:
+                added = _additive(query, queries, keys, within, bias)
+                result, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                    query, key, value, attn_mask=added, scale=scale
+                )
+            own_out[:, :, queries] = result
+            sums[:, :, queries] = logsumexp
     return out, stats
 
 
-def _additive(mask: Tensor | None, query: Tensor, bias: Tensor | None) -> Tensor | None:
-    """A boolean key mask and a bias by distance as what is added to the scores."""
+def _additive(query: Tensor, queries: slice, keys: slice, within: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """Which keys take part and a bias by distance, as what is added to the scores of `query`, (B, heads, S, D)."""
     if bias is not None:
-        return _biased(bias.to(query.dtype), query.shape[2], mask).expand(len(query), -1, -1, -1)
-    if mask is None:
+        return _biased(bias.to(query.dtype), queries, keys, within).expand(len(query), -1, -1, -1)
+    if within is None:
         return None
-    added = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
-    return added.expand(-1, 1, query.shape[2], -1)
+    added = torch.zeros(within.shape, dtype=query.dtype).masked_fill_(~within, float("-inf"))
+    return added.expand(len(query), 1, query.shape[2], -1)
 
 
 def attention_backward(
@@ -349,38 +430,53 @@ def attention_backward(
     tiles: Tensor | None = None,
     bias: Tensor | None = None,
     bias_grad: bool = True,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     dtype, generator = _matmul_dtype(qkv), _generator(seed)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
     dbias = stats.new_zeros(0) if bias is None or not bias_grad else torch.zeros_like(bias)
     for group, batch, mask in _sequences(qkv.shape[0], cu_seqlens, key_mask, max_seqlen):
-        query, key, value = qkv[group].unflatten(0, (batch, -1)).permute(2, 0, 3, 1, 4).to(dtype)
-        dout, result = (t[group].unflatten(0, (batch, -1)).transpose(1, 2).to(dtype) for t in (grad, out))
-        logsumexp = stats[0, :, group].unflatten(1, (batch, -1)).transpose(0, 1)  # [B, heads, S]
-        if dropout or dbias.numel():
-            weights = _scores(query, key, mask, scale, bias).sub_(logsumexp[..., None]).exp_()
-            dweights, kept = torch.matmul(dout, value.transpose(-1, -2)).to(weights.dtype), weights
-            if dropout:
-                keep = _keep(weights.shape, dropout, generator, weights.dtype)
-                dweights.mul_(keep)
-                kept = weights * keep
-            dvalue = torch.matmul(kept.to(dtype).transpose(-1, -2), dout)
-            delta = (dout.to(weights.dtype) * result).sum(-1, keepdim=True)
-            dscores = dweights.sub_(delta).mul_(weights)
-            if dbias.numel():
-                found = _by_distance(dscores.sum(0))
-                dbias.narrow(1, (dbias.shape[1] - found.shape[1]) // 2, found.shape[1]).add_(found)
-            dscores = dscores.mul_(scale).to(dtype)
-            grads = (torch.matmul(dscores, key), torch.matmul(dscores.transpose(-1, -2), query), dvalue)
-        else:
-            added = _additive(mask, query, bias)
-            # It wants queries between heads and rows in memory: [B, S, heads] transposed.
-            logsumexp = logsumexp.transpose(1, 2).contiguous().transpose(1, 2)
-            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                dout, query, key, value, result, logsumexp, 0.0, False, attn_mask=added, scale=scale
-            )
-        for i, each in enumerate(grads):
-            dqkv[group, i] = each.transpose(1, 2).flatten(0, 1)
+        whole = qkv[group].unflatten(0, (batch, -1)).permute(2, 0, 3, 1, 4).to(dtype)
+        douts, results = (t[group].unflatten(0, (batch, -1)).transpose(1, 2).to(dtype) for t in (grad, out))
+        sums = stats[0, :, group].unflatten(1, (batch, -1)).transpose(0, 1)  # [B, heads, S]
+        blocks = list(_windows(whole.shape[3], window))
+        total = torch.zeros(whole.shape, dtype=sums.dtype) if len(blocks) > 1 else None  # a key is in several
+        for queries, keys in blocks:
+            query, key, value = whole[0, :, :, queries], whole[1, :, :, keys], whole[2, :, :, keys]
+            dout, result, logsumexp = douts[:, :, queries], results[:, :, queries], sums[:, :, queries]
+            within = _within(queries, keys, mask, window)
+            if dropout or dbias.numel():
+                biased = None if bias is None else _biased(bias, queries, keys, None)
+                weights = _scores(query, key, within, scale, biased).sub_(logsumexp[..., None]).exp_()
+                dweights, kept = torch.matmul(dout, value.transpose(-1, -2)).to(weights.dtype), weights
+                if dropout:
+                    keep = _keep(weights.shape, dropout, generator, weights.dtype)
+                    dweights.mul_(keep)
+                    kept = weights * keep
+                dvalue = torch.matmul(kept.to(dtype).transpose(-1, -2), dout)
+                delta = (dout.to(weights.dtype) * result).sum(-1, keepdim=True)
+                dscores = dweights.sub_(delta).mul_(weights)
+                if dbias.numel():
+                    places = (queries.start - keys.start, keys.stop - queries.stop)
+                    found = _by_distance(F.pad(dscores.sum(0), (0, 0, *places)))
+                    dbias.narrow(1, (dbias.shape[1] - found.shape[1]) // 2, found.shape[1]).add_(found)
+                dscores = dscores.mul_(scale).to(dtype)
+                grads = (torch.matmul(dscores, key), torch.matmul(dscores.transpose(-1, -2), query), dvalue)
+            else:
+                added = _additive(query, queries, keys, within, bias)
+                # It wants queries between heads and rows in memory: [B, S, heads] transposed.
+                logsumexp = logsumexp.transpose(1, 2).contiguous().transpose(1, 2)
+                grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                    dout, query, key, value, result, logsumexp, 0.0, False, attn_mask=added, scale=scale
+                )
+            if total is None:
+                for i, each in enumerate(grads):
+                    dqkv[group, i] = each.transpose(1, 2).flatten(0, 1)
+                continue
+            for own, each, place in zip(total, grads, (queries, keys, keys), strict=True):
+                own[:, :, place] += each
+        if total is not None:
+            dqkv[group] = total.permute(1, 3, 0, 2, 4).flatten(0, 1)
     return dqkv, dbias
 
 
@@ -636,6 +732,10 @@ def disentangled_attention_backward(
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return torch.layer_norm(x, weight.shape, weight, bias, eps)  # F.layer_norm without its Python
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return torch.rms_norm(x, weight.shape, weight, eps)
 
 
 def _total(x: Tensor, residual: Tensor, keep: Tensor | None) -> Tensor:

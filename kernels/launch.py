@@ -342,8 +342,9 @@ def of_length(config: Config, max_seqlen: int) -> Config:
 
 
 def of_bias(config: Config, arch: str, backward: bool = False) -> Config:
-    """`config` as attention with a bias runs it, or its backward, where it would spill: with eight warps for four, and
-    where it has eight, with as many registers as it asks for; on sm_80 the backward doesn't load ahead, either."""
+    """`config` as attention with a bias or a window runs it, or with a bias its backward, where it would spill: with
+    eight warps for four, and where it has eight, with as many registers as it asks for; on sm_80 the backward doesn't
+    load ahead, either."""
     arch = LIKE.get(arch, arch)
     if arch == "sm_80" and backward:
         return replace(config, num_stages=1, max_registers=255)
@@ -877,6 +878,15 @@ def row_config(dtype: torch.dtype, width: int) -> Config:
     while num_warps < 16 and block * dtype.itemsize > 2048 * num_warps:
         num_warps *= 2
     return Config(1, block, 0, num_warps, 1)
+
+
+def rotary_config(dtype: torch.dtype, half: int) -> Config:
+    """Rows a program, and the columns of half a head (a power of two): tables of both halves stay in registers.
+
+    Unmeasured.
+    """
+    block = max(8, 1 << (half - 1).bit_length())
+    return Config(max(8, 1024 // block), block, 0, 4, 1)
 
 
 @_tunable("block_m", "num_warps")

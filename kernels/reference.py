@@ -97,11 +97,12 @@ def _attend(
     dropout: float = 0.0,
     seed: Tensor | None = None,
     positions: tuple[Tensor | None, Tensor | None, Tensor] | None = None,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention, one sequence after the other, not rounded; and the logarithm of the sum of each row, (heads, T)."""
     q, k, v = qkv
     outs, sums = [q.new_empty(0, *q.shape[1:], dtype=_wide(q))], [q.new_empty(q.shape[1], 0, dtype=_wide(q))]
-    sequences = _scores(q, k, cu_seqlens, key_mask, max_seqlen, scale, bias, positions)
+    sequences = _scores(q, k, cu_seqlens, key_mask, max_seqlen, scale, bias, positions, window)
     for number, (rows, scores, there) in enumerate(sequences):
         value = v[rows].transpose(0, 1).to(scores.dtype)  # [heads, S, D]
         # Zero, and not alike for all, where every key is masked.
@@ -120,6 +121,7 @@ def _scores(
     scale: float,
     bias: Tensor | None = None,
     positions: tuple[Tensor | None, Tensor | None, Tensor] | None = None,
+    window: int | None = None,
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Of each sequence its rows, its scores, (heads, S, S), the least number where masked, and which keys there are."""
     starts = range(0, q.shape[0] + 1, max(max_seqlen, 1)) if cu_seqlens is None else cu_seqlens.tolist()
@@ -138,6 +140,8 @@ def _scores(
                 by_key = (key @ p2c.to(key.dtype).permute(1, 2, 0)).gather(2, chosen.transpose(1, 2))
                 scores = scores + by_key.transpose(1, 2) * scale
         there = torch.ones_like(places, dtype=torch.bool) if key_mask is None else key_mask[number]
+        if window is not None:
+            there = there & ((places[:, None] - places).abs() <= window)
         yield slice(start, end), scores.masked_fill(~there, torch.finfo(scores.dtype).min), there
 
 
@@ -162,9 +166,10 @@ def attention(
     scale: float,
     bias: Tensor | None = None,
     tiles: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Bidirectional softmax attention within each sequence, over rows of all sequences laid end to end."""
-    return _attend((q, k, v), cu_seqlens, key_mask, max_seqlen, scale, bias)[0].to(q.dtype)
+    return _attend((q, k, v), cu_seqlens, key_mask, max_seqlen, scale, bias, window=window)[0].to(q.dtype)
 
 
 def attention_map(
@@ -203,9 +208,11 @@ def attention_forward(
     seed: Tensor | None,
     tiles: Tensor | None = None,
     bias: Tensor | None = None,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attention` with dropout of the probabilities, and what its backward needs."""
-    out, sums = _attend(qkv.unbind(1), cu_seqlens, key_mask, max_seqlen, scale, bias, dropout, seed)
+    layout = cu_seqlens, key_mask, max_seqlen, scale
+    out, sums = _attend(qkv.unbind(1), *layout, bias, dropout, seed, None, window)
     stats = sums[None] if qkv.dtype.itemsize == 2 else torch.stack([sums, torch.ones_like(sums)])
     return out.to(qkv.dtype), stats
 
@@ -224,17 +231,30 @@ def attention_backward(
     tiles: Tensor | None = None,
     bias: Tensor | None = None,
     bias_grad: bool = True,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `attention_forward`: dqkv, (T, 3, heads, head_dim), and dbias, like `bias`."""
 
     def attend(qkv: Tensor, bias: Tensor | None = bias) -> Tensor:
-        return _attend(qkv.unbind(1), cu_seqlens, key_mask, max_seqlen, scale, bias, dropout, seed)[0]
+        layout = cu_seqlens, key_mask, max_seqlen, scale
+        return _attend(qkv.unbind(1), *layout, bias, dropout, seed, None, window)[0]
 
     if bias is None or not bias_grad:
         (dqkv,) = _gradients(attend, grad, qkv)
         return dqkv.to(qkv.dtype), stats.new_empty(0)
     dqkv, dbias = _gradients(attend, grad, qkv, bias)
     return dqkv.to(qkv.dtype), dbias.to(bias.dtype)
+
+
+def rotate(qkv: Tensor, cosines: Tensor, sines: Tensor, back: bool = False) -> Tensor:
+    """Rotary positions of queries and keys: qkv (T, 3, heads, head_dim), cosines and sines (T, head_dim)."""
+    turned, value = qkv[:, :2].to(_wide(qkv)), qkv[:, 2:]
+    left, right = turned.chunk(2, -1)
+    if back:  # the transpose
+        sines = -sines.roll(left.shape[-1], -1)
+    across = torch.cat((-right, left), -1)
+    turned = turned * cosines[:, None, None] + across * sines[:, None, None]
+    return torch.cat((turned.to(qkv.dtype), value), 1)
 
 
 def disentangled_attention(
@@ -308,6 +328,12 @@ def disentangled_attention_backward(
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm over the last dimension: x (T, H), weight and bias (H,), eps added to the variance -> (T, H)."""
     return _layer_norm(x.to(_wide(x)), weight, bias, eps).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`x / sqrt(mean(x**2) + eps) * weight` over the last dimension: x (T, H), weight (H,) -> (T, H)."""
+    wide = x.to(_wide(x))
+    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight).to(x.dtype)
 
 
 def _layer_norm(total: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

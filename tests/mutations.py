@@ -280,7 +280,7 @@ FAULTS = {
     ),
     "M: sharded tables": Fault(
         "fastbert/runtime/arguments.py",
-        "width = tables[next(iter(names.values()))].embedding_dim",
+        "width = table_of(embeddings, next(iter(names.values()))).embedding_dim",
         "width = tables[next(iter(names.values()))].weight.shape[-1]",
         "tests/fastbert/test_embeddings.py -k sharded",
     ),

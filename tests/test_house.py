@@ -63,6 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "layers.context",
         "layers.feed_forward",
         "layers.gemm",
+        "layers.norm",
         "ops",
         "runtime.support",
         "runtime.wrappers",

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..runtime.support import PLAIN_ATTENTION
 from .context import Context
 from .gemm import Gemm, Norm, Path, Precision, Quantized, child
-from .norm import dropouts_at, norm_of, part_is_replaced, rate_of
+from .norm import RmsNorm, dropouts_at, norm_of, part_is_replaced, rate_of
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,11 @@ class Attention:
     """Of `Context.tables`, what is added to scores by the distance of key and query."""
     rotary: str | None = None
     """Of `Context.tables`, the rotation of queries and keys."""
+    window: str | None = None
+    """Of `Context.tables`, how many tokens before it and after it a query attends to, or None: all of its sequence."""
+    kind: str | None = None
+    """The attribute of a layer that says of which kind it is, where kinds differ in rotation and window: then both are
+    in their tables by kind."""
     kinds: Mapping[Path, type[nn.Module]] = field(default_factory=dict)
     """Submodules whose code the fused layer stands in for, each with the class that code is known for."""
 
@@ -47,7 +51,7 @@ class Attention:
     @property
     def by_distance(self) -> bool:
         """Whether scores depend on the distance of query and key in the padded layout."""
-        return self.bias is not None
+        return self.bias is not None or self.window is not None
 
     def gemms(self) -> dict[str, tuple[Path, ...]]:
         """The linear layers of each GEMM, side by side."""
@@ -92,7 +96,9 @@ class Attention:
         module = child(layer, *self.module)
         head_dim = getattr(module, self.head_dim)
         scale = float(getattr(module, "scaling", head_dim**-0.5))
-        return BoundAttention(qkv, output, norm_of(child(layer, *self.norm)), head_dim, scale, self.bias, self.rotary)
+        kind = None if self.kind is None else getattr(layer, self.kind)
+        norm, tables = norm_of(child(layer, *self.norm)), (self.bias, self.rotary, self.window)
+        return BoundAttention(qkv, output, norm, head_dim, scale, *tables, kind)
 
     def dropouts(self, layer: nn.Module) -> tuple[float, float]:
         """Rates at which dropout now drops: of probabilities, and of the result."""
@@ -109,11 +115,13 @@ class BoundAttention(NamedTuple):
     first: Gemm
     """Of queries, keys and values."""
     last: Gemm
-    norm: Norm
+    norm: Norm | RmsNorm | None
     head_dim: int
     scale: float
     bias: str | None
     rotary: str | None
+    window: str | None
+    kind: str | None
 
     @property
     def is_static(self) -> bool:
@@ -122,16 +130,24 @@ class BoundAttention(NamedTuple):
 
     def infer(self, x: Tensor, quantized: Quantized | None, context: Context) -> tuple[Tensor, Quantized | None]:
         """x (T, H) -> what the last GEMM multiplies, (T, heads * head_dim)."""
-        qkv = self.first(x, quantized).view(x.shape[0], 3, -1, self.head_dim)
+        qkv = self._turned(self.first(x, quantized), context)
         del quantized
         q, k, v = qkv.unbind(1)  # [T, heads, head_dim]
-        tables = context.tables
-        if self.rotary is not None:
-            q, k = _rotated(q, tables[self.rotary]), _rotated(k, tables[self.rotary])
-        bias = None if self.bias is None else tables[self.bias]
+        bias, window = None if self.bias is None else context.tables[self.bias], self._own(self.window, context)
         if context.map is not None:
             context.map.found = self._map(q, k, bias, context, context.map.heads)
-        return self.last.attention(q, k, v, *context.sequences(), self.scale, bias, context.packing.tiles)
+        near = () if window is None else (window,)
+        return self.last.attention(q, k, v, *context.sequences(), self.scale, bias, context.packing.tiles, *near)
+
+    def _own(self, table: str | None, context: Context) -> Any:
+        """That of the tables, of the layer's kind; None without one."""
+        found = None if table is None else context.tables[table]
+        return found if found is None or self.kind is None else found[self.kind]
+
+    def _turned(self, qkv: Tensor, context: Context) -> Tensor:
+        """Queries, keys and values side by side -> (T, 3, heads, head_dim), queries and keys by their positions."""
+        qkv = qkv.view(qkv.shape[0], 3, -1, self.head_dim)
+        return qkv if self.rotary is None else ops.rotate(qkv, *self._own(self.rotary, context))
 
     def _map(self, q: Tensor, k: Tensor, bias: Tensor | None, context: Context, heads: list[int] | None) -> Tensor:
         """The map of some heads, (B, heads, S, S)."""
@@ -142,21 +158,10 @@ class BoundAttention(NamedTuple):
 
     def train(self, x: Tensor, context: Context, rate: float, seed: Tensor | None) -> Tensor:
         """x (T, H) -> (T, H), the last GEMM's result; differentiable, with dropout of the probabilities."""
-        qkv = self.first(x).view(x.shape[0], 3, -1, self.head_dim)
-        tables = context.tables
-        if self.rotary is not None:
-            q, k, v = qkv.unbind(1)
-            qkv = torch.stack((_rotated(q, tables[self.rotary]), _rotated(k, tables[self.rotary]), v), 1)
-        bias = () if self.bias is None else (tables[self.bias],)
+        qkv, window = self._turned(self.first(x), context), self._own(self.window, context)
+        bias = None if self.bias is None else context.tables[self.bias]
+        more = (bias, window) if window is not None else () if bias is None else (bias,)
         attended, _ = ops.attention_forward(
-            qkv, *context.sequences(), self.scale, rate, seed, context.packing.tiles, *bias
+            qkv, *context.sequences(), self.scale, rate, seed, context.packing.tiles, *more
         )
         return self.last(attended.flatten(1))
-
-
-def _rotated(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """x (T, heads, head_dim), turned by (cosines, sines), each (T, head_dim): in float32, rounded once."""
-    cosine, sine = (part[:, None].float() for part in table)
-    rows, half = x.float(), x.shape[2] // 2
-    turned = torch.cat((-rows[..., half:], rows[..., :half]), 2)
-    return (rows * cosine + turned * sine).to(x.dtype)

@@ -116,6 +116,7 @@ class Disentangled(Attention):
         rate = float(dropout.p) if dropout is not None and dropout.training else 0.0
         relative = self.relative if any(positions) else None  # without a term of them it is plain attention
         norm = norm_of(child(layer, *self.norm))
+        assert isinstance(norm, Norm)
         return BoundDisentangled(qkv, output, norm, head_dim, scale, relative, positions, rate)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..runtime import known
-from ..runtime.registry import embeddings_of, family_of
+from ..runtime.registry import embeddings_of, family_of, table_of
 from ..runtime.support import embeddings_are_unsupported, is_a, is_placed, own_method
 from .layer import Mixin, stock_forward
 
@@ -23,7 +23,7 @@ def first_position(embeddings: nn.Module) -> int:
 def longest_sequence(model: nn.Module) -> int | None:
     """How many tokens a sequence may have, by the table of positions of a base model; None where it has none."""
     embeddings = embeddings_of(model)
-    table = embeddings.__dict__["_modules"].get(family_of(model).ids.get("position_ids"))
+    table = table_of(embeddings, family_of(model).ids.get("position_ids"))
     if table is None:
         return None
     buffer = getattr(embeddings, "position_ids", None)
@@ -76,6 +76,8 @@ def embeddings_are_foreign(model: Any) -> str | None:
     if (name := own_method(embeddings, called)) is not None:
         return f"{name} of {kind.__name__} has been replaced"
     family = family_of(model)
+    if embeddings.__dict__.get("max_norm") is not None:
+        return "the embeddings renormalise the rows that are looked up"
     for name, part in embeddings.__dict__["_modules"].items():
         if part is None:
             continue

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import activations
 
 from .. import ops
 from ..runtime.support import activation_is_unsupported
 from .context import Context
 from .gemm import Called, Gemm, Linear, Norm, Path, Precision, Quantized, child
-from .norm import dropouts_at, norm_of, part_is_replaced, rate_of
+from .norm import RmsNorm, dropouts_at, norm_of, part_is_replaced, rate_of
 
 # transformers' activation classes by the value of torch.nn.functional.gelu's `approximate` that computes the same.
 _GELU = {
@@ -48,6 +49,8 @@ class FeedForward:
     down: Path = ("output", "dense")
     down_dropout: Path | None = ("output", "dropout")
     """As `Attention.output_dropout`."""
+    between_dropout: Path | None = None
+    """The same, of what `down` takes."""
     norm: Path = ("output", "LayerNorm")
     kinds: Mapping[Path, type[nn.Module]] = field(default_factory=dict)
     """As `Attention.kinds`."""
@@ -57,9 +60,9 @@ class FeedForward:
         found: dict[str, tuple[Path, ...]] = {"up": (self.up,), "down": (self.down,)}
         return found if self.gate is None else {"gate": (self.gate,), **found}
 
-    def dropout_paths(self) -> tuple[Path | None]:
-        """Where the dropout of the result is."""
-        return (self.down_dropout,)
+    def dropout_paths(self) -> tuple[Path | None, Path | None]:
+        """Where the dropouts are, of the result and of what the last GEMM takes."""
+        return self.down_dropout, self.between_dropout
 
     def parts(self, layer: nn.Module) -> Iterator[tuple[Path, nn.Module, type[nn.Module]]]:
         """(path, submodule, class) of all whose code is known: `kinds`, and the dropout."""
@@ -93,9 +96,9 @@ class FeedForward:
         norm = norm_of(child(layer, *self.norm))
         return BoundFeedForward(up, found["down"], norm, activation, approximate, found.get("gate"), self.is_gated)
 
-    def dropouts(self, layer: nn.Module) -> tuple[float]:
-        """The rate at which dropout of the result now drops."""
-        return (rate_of(layer, self.down_dropout),)
+    def dropouts(self, layer: nn.Module) -> tuple[float, float]:
+        """Rates at which dropout now drops: of the result, and of what the last GEMM takes."""
+        return rate_of(layer, self.down_dropout), rate_of(layer, self.between_dropout)
 
 
 class BoundFeedForward(NamedTuple):
@@ -103,7 +106,7 @@ class BoundFeedForward(NamedTuple):
 
     first: Gemm
     last: Gemm
-    norm: Norm
+    norm: Norm | RmsNorm | None
     activation: Callable[[Tensor], Tensor]
     approximate: str | None
     """As torch.nn.functional.gelu has it, where an epilogue can apply the activation; else None."""
@@ -131,10 +134,11 @@ class BoundFeedForward(NamedTuple):
             return self.activation(activated) * factor
         return self.activation(raised)
 
-    def train(self, x: Tensor) -> Tensor:
-        """x (T, H) -> (T, H), the last GEMM's result; differentiable."""
+    def train(self, x: Tensor, rate: float) -> Tensor:
+        """x (T, H) -> (T, H), the last GEMM's result; differentiable, with dropout of what that takes."""
         up, down = self.first, self.last
-        if self.approximate is not None and isinstance(up, Linear) and isinstance(down, Linear):
+        if not rate and self.approximate is not None and isinstance(up, Linear) and isinstance(down, Linear):
             result, _ = ops.feed_forward(x, up.weight, up.bias, down.weight, down.bias, self.approximate)
             return result
-        return down(self._between(x))
+        between = self._between(x)
+        return down(F.dropout(between, rate) if rate else between)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from .. import ops
 from ..runtime.support import (
     is_a,
+    is_hooked,
     is_placed,
     is_plain,
     is_rowwise,
@@ -31,7 +32,8 @@ from ..runtime.wrappers import is_rewritten, is_transparent, is_wrapper, unwrapp
 from .attention import Attention, BoundAttention
 from .context import Context
 from .feed_forward import BoundFeedForward, FeedForward
-from .gemm import PLAIN, Form, Path, Precision, Quantized, child, plain
+from .gemm import PLAIN, Form, Norm, Path, Precision, Quantized, child, plain
+from .norm import RmsNorm
 
 # A mixin has no base of its own at run time: each family adds the Hugging Face class it stands in for.
 Mixin: Any = nn.Module if TYPE_CHECKING else object
@@ -63,9 +65,10 @@ class Layer:
     attention: Attention = field(default_factory=Attention)
     feed_forward: FeedForward = field(default_factory=FeedForward)
     pre_norm: bool = False
-    """Whether LayerNorm comes before each half, x + half(norm(x)), and not after it, norm(x + half(x))."""
+    """Whether the norm comes before each half, x + half(norm(x)), and not after it, norm(x + half(x))."""
     norm: type[nn.Module] = nn.LayerNorm
-    """The class of its LayerNorms: that, or another that computes the same."""
+    """The class of its norms: that, or another that computes the same; or, before halves, one without a bias that
+    divides by the root of the mean of squares. An nn.Identity before a half is none."""
 
     def halves(self) -> tuple[Attention, FeedForward]:
         """Both, in order."""
@@ -90,7 +93,7 @@ class Layer:
         return Bound(self.attention.bind(layer, precision), self.feed_forward.bind(layer, precision), self.pre_norm)
 
     def dropouts(self, layer: nn.Module) -> tuple[float, ...]:
-        """Rates at which dropout now drops: attention probabilities, and what the two halves add."""
+        """Rates at which dropout now drops: of probabilities, of what both halves add, of what the last GEMM takes."""
         return *self.attention.dropouts(layer), *self.feed_forward.dropouts(layer)
 
 
@@ -114,14 +117,15 @@ class Bound(NamedTuple):
         quantized = self._taken_up(x)
         attention, feed_forward = self.attention, self.feed_forward
         if context.map is not None and context.map.ends:
-            rows, quantized = attention.first.layer_norm(x, attention.norm) if self.pre_norm else (x, quantized)
+            rows, quantized = _normed(x, attention) if self.pre_norm else (x, quantized)
             attention.infer(rows, quantized, context)
             return x
         if self.pre_norm:
             for half in (attention, feed_forward):
-                rows, quantized = half.first.layer_norm(x, half.norm)
+                rows, quantized = _normed(x, half)
                 x = half.last.add(*half.infer(rows, quantized, context), x)
             return x
+        assert isinstance(attention.norm, Norm) and isinstance(feed_forward.norm, Norm)
         x, quantized = attention.last.add_layer_norm(
             *attention.infer(x, quantized, context), x, attention.norm, feed_forward.first
         )
@@ -142,7 +146,8 @@ class Bound(NamedTuple):
     def train(self, x: Tensor, context: Context, rates: tuple[float, ...], seeds: Tensor | None) -> Tensor:
         """The same with dropout and gradients, and under autocast; residuals keep the dtype of x.
 
-        `rates` are those of the three dropouts, `seeds`, (3,) int64, theirs, or None where none drops anything.
+        `rates` are as `Layer.dropouts` has them, `seeds`, (3,) int64, of the first three, or None where none drops
+        anything.
         """
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -150,12 +155,16 @@ class Bound(NamedTuple):
         attention, feed_forward = self.attention, self.feed_forward
         added = attention.train(self._taken(x, attention, dtype), context, rates[0], seed[0])
         x = self._added(x, attention, added, rates[1], seed[1])
-        added = feed_forward.train(self._taken(x, feed_forward, dtype))
+        added = feed_forward.train(self._taken(x, feed_forward, dtype), rates[3])
         return self._added(x, feed_forward, added, rates[2], seed[2])
 
     def _taken(self, x: Tensor, half: BoundAttention | BoundFeedForward, dtype: torch.dtype) -> Tensor:
         """What a half computes from, in training."""
-        return (F.layer_norm(x, x.shape[1:], *half.norm) if self.pre_norm else x).to(dtype)
+        if self.pre_norm and isinstance(half.norm, RmsNorm):
+            x = F.rms_norm(x, x.shape[1:], *half.norm)
+        elif self.pre_norm and half.norm is not None:
+            x = F.layer_norm(x, x.shape[1:], *half.norm)
+        return x.to(dtype)
 
     def _added(
         self, x: Tensor, half: BoundAttention | BoundFeedForward, added: Tensor, rate: float, seed: Tensor | None
@@ -163,7 +172,16 @@ class Bound(NamedTuple):
         """x and what a half has computed, in training."""
         if self.pre_norm:
             return x + (F.dropout(added, rate) if rate else added)
+        assert isinstance(half.norm, Norm)
         return ops.add_layer_norm(added, x, *half.norm, rate, seed)
+
+
+def _normed(x: Tensor, half: BoundAttention | BoundFeedForward) -> tuple[Tensor, Quantized | None]:
+    """What a half computes from, in inference, where its norm comes first; in the form that its first GEMM takes."""
+    if isinstance(half.norm, Norm):
+        return half.first.layer_norm(x, half.norm)
+    rows = x if half.norm is None else ops.rms_norm(x, *half.norm)
+    return rows, half.first.quantized(rows)
 
 
 class FusedLayer(Mixin):
@@ -196,7 +214,7 @@ class FusedLayer(Mixin):
         bound = layout.bind(self) if bound is None else bound
         trains = (self.training or seeds is not None or torch.is_grad_enabled()) and context.map is None
         if trains or torch.is_autocast_enabled(x.device.type):
-            x = bound.train(x, context, (0.0,) * 3 if seeds is None else layout.dropouts(self), seeds)
+            x = bound.train(x, context, (0.0,) * 4 if seeds is None else layout.dropouts(self), seeds)
         else:
             x = bound.infer(x, context)
         return x.view_as(hidden_states)
@@ -242,6 +260,8 @@ def _is_unsupported(layer: nn.Module, name: str, shared: Mapping[str, object]) -
         elif not is_rowwise(linear, sharded):
             return f"{'.'.join((name, *path))} is a {named(linear)}{oddity(linear)}"
     for path, norm in layout.norms(layer):
+        if layout.pre_norm and type(norm) is nn.Identity and not is_hooked(norm):
+            continue
         if not is_plain(norm, layout.norm, sharded) or norm.weight is None:
             kind = "nn.LayerNorm" if layout.norm is nn.LayerNorm else layout.norm.__name__
             return f"{'.'.join((name, *path))} is a {named(norm)}{oddity(norm)}, not a plain {kind} with a weight"
@@ -256,8 +276,12 @@ def _is_unsupported(layer: nn.Module, name: str, shared: Mapping[str, object]) -
 def _widths_are_unsupported(layout: Layer, layer: nn.Module, name: str) -> str | None:
     """Which linear layer or norm is not of the shape that kernels take it to have; stock code may broadcast."""
     attention, feed_forward = layout.halves()
-    norms = {path: tuple(getattr(norm, "normalized_shape", norm.weight.shape)) for path, norm in layout.norms(layer)}
-    hidden = norms[attention.norm][-1]
+    norms = {
+        path: tuple(getattr(norm, "normalized_shape", None) or norm.weight.shape)
+        for path, norm in layout.norms(layer)
+        if type(norm) is not nn.Identity
+    }
+    hidden = norms[feed_forward.norm][-1] if feed_forward.norm in norms else _shape(child(layer, *feed_forward.down))[0]
     for path, shape in norms.items():
         if shape != (hidden,):
             return f"{'.'.join((name, *path))} normalises over {shape}; expected ({hidden},)"

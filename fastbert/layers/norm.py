@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..runtime import known
 from ..runtime.support import is_hooked, named
 from .gemm import Norm, Path, child
 
 
-def norm_of(module: Any) -> Norm:
-    """A plain LayerNorm's weight, bias (zeros where it has none) and eps."""
-    weight, bias = module.weight, module.bias
+class RmsNorm(NamedTuple):
+    """A norm that divides by the root of the mean of squares, and adds nothing."""
+
+    weight: Tensor
+    eps: float
+
+
+def norm_of(module: Any) -> Norm | RmsNorm | None:
+    """A plain norm's weight, bias (zeros where a LayerNorm has none) and eps; None where it is an nn.Identity."""
+    if isinstance(module, nn.Identity):
+        return None
+    weight = module.weight
+    if "bias" not in module._parameters:
+        return RmsNorm(weight, module.variance_epsilon)  # as transformers' have it
+    bias = module.bias
     eps = module.eps if isinstance(module, nn.LayerNorm) else module.variance_epsilon  # as DeBERTa v1 calls it
     return Norm(weight, torch.zeros_like(weight) if bias is None else bias, eps)
 
@@ -27,7 +39,7 @@ def rate_of(layer: nn.Module, path: Path | None) -> float:
     holder = child(layer, *path[:-1])
     dropout = holder.__dict__["_modules"].get(path[-1])
     if dropout is not None:
-        return float(dropout.p) if dropout.training else 0.0
+        return float(dropout.p) if dropout.training and not isinstance(dropout, nn.Identity) else 0.0
     return float(getattr(holder, path[-1])) if holder.training else 0.0
 
 
@@ -42,9 +54,9 @@ def part_is_replaced(place: str, module: nn.Module, kind: type[nn.Module]) -> st
 
 
 def dropouts_at(layer: nn.Module, paths: Iterable[Path | None]) -> Iterator[tuple[Path, nn.Module, type[nn.Module]]]:
-    """(path, submodule, nn.Dropout) of those paths at which there is a module, not a rate alone."""
+    """(path, submodule, class) of those paths at which there is a module, not a rate alone: an nn.Dropout, or none."""
     for path in paths:
         if path is not None:
             dropout = getattr(child(layer, *path[:-1]), path[-1])
             if isinstance(dropout, nn.Module):
-                yield path, dropout, nn.Dropout
+                yield path, dropout, nn.Identity if isinstance(dropout, nn.Identity) else nn.Dropout

@@ -65,10 +65,21 @@ def _pairs(rows: int, cu_seqlens: Tensor | None, max_seqlen: int, most: int | No
     return int((lengths * lengths.clamp(max=most)).sum()) if most else int(lengths.square().sum())
 
 
-def _attention(q: Tensor, sequences: Sequence[Any], matmuls: int, most: int | None = None) -> int:
-    """Of `matmuls` matmuls over q (T, heads, head_dim) or qkv (T, 3, heads, head_dim)."""
+def _near_pairs(rows: int, cu_seqlens: Tensor | None, max_seqlen: int, window: int) -> int:
+    """Pairs of a query and a key that is not further than `window` from it. Reads `cu_seqlens`."""
+    lengths = [max_seqlen] * (rows // max(max_seqlen, 1)) if cu_seqlens is None else cu_seqlens.diff().tolist()
+    return sum(n * n if n <= window else n * (2 * window + 1) - window * (window + 1) for n in lengths)
+
+
+def _attention(
+    q: Tensor, sequences: Sequence[Any], matmuls: int, most: int | None = None, place: int | None = None
+) -> int:
+    """Of `matmuls` matmuls over q (T, heads, head_dim) or qkv (T, 3, heads, head_dim); the window is at `place`."""
     cu_seqlens, _, max_seqlen, *_ = sequences
-    return matmuls * 2 * q.shape[-2] * q.shape[-1] * _pairs(q.shape[0], cu_seqlens, max_seqlen, most)
+    window = sequences[place] if place is not None and place < len(sequences) else None
+    layout = q.shape[0], cu_seqlens, max_seqlen
+    pairs = _pairs(*layout, most) if window is None else _near_pairs(*layout, window)
+    return matmuls * 2 * q.shape[-2] * q.shape[-1] * pairs
 
 
 def _disentangled(args: Sequence[Any], matmuls: int, more: int) -> int:
@@ -92,10 +103,11 @@ _FLOPS: dict[str, Callable[..., int]] = {
     "qkv_linear": lambda x, q_weight, *rest: 3 * _linear(x, q_weight),
     "feed_forward": lambda x, weight1, bias1, weight2, *rest: _linear(x, weight1) + _linear(x, weight2),
     "linear_gelu_backward": _linear,
-    **dict.fromkeys(("attention", "attention_fp8"), lambda q, k, v, *sequences: _attention(q, sequences, 2)),
+    "attention": lambda q, k, v, *sequences: _attention(q, sequences, 2, place=6),
+    "attention_fp8": lambda q, k, v, *sequences: _attention(q, sequences, 2),
     "attention_map": lambda q, k, *sequences: _attention(q, sequences, 1),
-    "attention_forward": lambda qkv, *sequences: _attention(qkv, sequences, 2),
-    "attention_backward": lambda grad, qkv, out, stats, *sequences: _attention(qkv, sequences, 5),
+    "attention_forward": lambda qkv, *sequences: _attention(qkv, sequences, 2, place=8),
+    "attention_backward": lambda grad, qkv, out, stats, *sequences: _attention(qkv, sequences, 5, place=9),
     "disentangled_attention": lambda *args: _disentangled(args, 2, 1),
     "disentangled_attention_map": lambda *args: _disentangled(args, 1, 1),
     "disentangled_attention_backward": lambda grad, *args: _disentangled((*args[:4], *args[6:]), 5, 3),

@@ -34,6 +34,7 @@ OPERATORS = {
     "embedding": "embedding",
     "attention": "attention",
     "layer_norm": "layer_norm",
+    "rotate": "rotary",
     "linear": "linear",
     "pack": "padding",
 }

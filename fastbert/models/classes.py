@@ -13,12 +13,14 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
-from transformers.modeling_outputs import MaskedLMOutput
-from transformers.utils.generic import can_return_tuple
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import MaskedLMOutput, ModelOutput
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
 from ..fuse import FusedModel
 from ..layers.attention import Attention
@@ -30,7 +32,7 @@ from ..runtime.encoder import FusedEncoder, refuse_to_run_again_unfused
 from ..runtime.graphs import Stale
 from ..runtime.plan import Plan, check_taken, count, plan_call
 from ..runtime.readers import Args, Kwargs, Reader, know, named_arguments, parameter_names
-from ..runtime.registry import REGISTERED, encoder_of, wrapped_encoder_of
+from ..runtime.registry import REGISTERED, embeddings_of, encoder_of, wrapped_encoder_of
 from .family import Family
 from .heads import Vocabulary, labelled_loss, takes_labelled_rows
 from .probe import check_description, hands_nothing_on, try_family
@@ -70,11 +72,13 @@ def register(family: Family, module: str) -> Family:
     recorded = getattr(family.base, "_can_record_outputs", None) or {}
     family.records_hidden_states = family.run is None and "hidden_states" in recorded
     family.returns_maps = "attentions" in (recorded if family.run is None else family.output.__dataclass_fields__)
+    family.returns_maps = family.returns_maps and family.window is None
     kinds = {
         family.base: _base_model(family, module),
-        family.encoder: _derive(family, family.encoder, module, FusedEncoder),
         family.layer: _derive(family, family.layer, module, FusedLayer, layout=family.layout),
     }
+    if not family.loops:
+        kinds[family.encoder] = _derive(family, family.encoder, module, FusedEncoder)
     if family.fuses_embeddings:
         kinds[family.embeddings] = family.fused[family.embeddings]
     family.fused.update(kinds)
@@ -88,10 +92,13 @@ def register(family: Family, module: str) -> Family:
         setattr(sys.modules[module], kind.__name__, kind)
 
     stood_in_for = (*kinds, *(kind for half in family.layout.halves() for kind in half.kinds.values()))
+    stood_in_for += tuple(family.makes_tables.values())
     if family.layout.norm is not nn.LayerNorm:
         stood_in_for += (family.layout.norm,)
     known.keep(family.name, family.code, stood_in_for, (*heads, *family.parts))
     before = (family.embeddings_at[0], family.stack[0], *family.between)
+    if family.loops:  # what else it has of its own
+        before += tuple(name for name in (family.final_norm, *family.makes_tables) if name is not None)
     know((family.base, kinds[family.base]), before, family.heads, family.parts, family.loss_heads)
     REGISTERED[family.base] = family
     try:
@@ -169,10 +176,10 @@ def bert_like(
     return replace(family, **differences)
 
 
-def _derive(family: Family, kind: type[T], module: str, mixin: type, **attributes: object) -> type[T]:
+def _derive(family: Family, kind: type[T], module: str, *mixins: type, **attributes: object) -> type[T]:
     about: dict[str, Any] = {"__module__": module, "__doc__": f"The stock {kind.__name__}, fused."}
     about.update(family=family, called=known.methods_called(kind))
-    return type(kind.__name__, (mixin, kind), {**about, **attributes})
+    return type(kind.__name__, (*mixins, kind), {**about, **attributes})
 
 
 def _base_model(family: Family, module: str) -> Any:
@@ -189,10 +196,12 @@ def _base_model(family: Family, module: str) -> Any:
         planned, named = plan_call(self, names, args, kwargs, assumes)
         plan = named.get("plan")
         try:
-            if family.run is None:
+            if family.run is None and not family.loops:
                 output = kind.forward(self, *planned, **named)
             elif isinstance(plan, Plan):
-                output = family.run(self, named, named.pop("plan"))
+                output = (
+                    _call_layers(self, **named) if family.run is None else family.run(self, named, named.pop("plan"))
+                )
             else:  # which its stock forward would not hand on
                 named.pop("plan", None)
                 output = kind.forward(self, *planned, **named)
@@ -222,7 +231,23 @@ def _base_model(family: Family, module: str) -> Any:
             threads.remove(thread)
 
     own = (stock, stock.forward, embeddings, known.methods_called(stock))
-    return _derive(family, kind, module, FusedModel, forward=forward, own_embeddings=own)
+    mixins = (FusedModel, FusedEncoder) if family.loops else (FusedModel,)
+    return _derive(family, kind, module, *mixins, forward=forward, own_embeddings=own)
+
+
+@merge_with_config_defaults
+@capture_outputs
+def _call_layers(model: PreTrainedModel, plan: Plan, **call: object) -> ModelOutput:
+    """What the forward of a base model does that calls its layers itself, in the decorators that stock's has."""
+    embeddings, family = embeddings_of(model), model.family
+    if type(embeddings) is nn.Embedding:
+        rows = embeddings(call["input_ids"]) if call.get("inputs_embeds") is None else call["inputs_embeds"]
+    else:
+        rows = embeddings(**{name: call[name] for name in parameter_names(family.embeddings) if name in call})
+    output = FusedEncoder.forward(model, cast(Tensor, rows), plan=plan)
+    if "pooler" in model._modules:
+        output["pooler_output"] = None if model.pooler is None else model.pooler(output[0])
+    return output
 
 
 def _introduce(family: Family) -> None:
@@ -233,7 +258,7 @@ def _introduce(family: Family) -> None:
     """
     with torch.device("meta"):
         model = family.fused[family.base](family.config(**family.sizes))
-    if family.run is None and (why := hands_nothing_on(model, family)) is not None:
+    if family.run is None and not family.loops and (why := hands_nothing_on(model, family)) is not None:
         family.unsupported = why
         name = family.base.__name__
         warnings.warn(f"fastbert runs {name} on its stock code: {why}", RuntimeWarning, stacklevel=4)

@@ -34,7 +34,7 @@ class Family:
     base: type[nn.Module]
     """The class of the base model."""
     encoder: type[nn.Module]
-    """The class of the stack of layers."""
+    """The class of what calls the layers: of a stack of them, or the base model's own, if that calls them itself."""
     layer: type[nn.Module]
     layout: Layer
     """What layers are made of."""
@@ -47,12 +47,12 @@ class Family:
     between: tuple[str, ...] = ()
     """Submodules of the base model that are called between embeddings and encoder."""
     stack: tuple[str, ...] = ("encoder", "layer")
-    """Where the base model has its layers; all but the last name lead to the encoder."""
+    """Where the base model has its layers; all but the last name lead to the encoder: none, if it is that itself."""
     ids: Mapping[str, str | None] = field(default_factory=lambda: dict(IDS))
     """Arguments of the base model with one integer a token, each with the table of the embeddings that has a row for
-    it, or None. The first is that of words."""
+    it, or None; "", where the embeddings are the table. The first is that of words."""
     final_norm: str | None = None
-    """The name of what the encoder calls after the last layer, each row from the same row alone."""
+    """The name of the norm, of the class of its layers', that the encoder calls after the last one."""
     output: type[ModelOutput] = BaseModelOutputWithPastAndCrossAttentions
     """What the encoder returns."""
     tables: Callable[..., Mapping[str, object]] | None = None
@@ -61,12 +61,16 @@ class Family:
     hidden_states as the layout has them, (1, T, H) or (B, S, H). Without position_ids, `packing.positions` says where
     in its sequence every row is. Where there are tables, layers don't mix with stock ones, which are called otherwise.
     """
+    makes_tables: Mapping[str, type[nn.Module]] = field(default_factory=dict)
+    """Submodules of the encoder that `tables` calls, with their classes: what they give is row by row."""
     graph_tables: Callable[..., Callable[[], Mapping[str, object]] | None] | None = None
     """(encoder, device, longest sequence) -> what makes `tables` as a CUDA graph is captured: of weights, anew at each
     replay, and of what it holds itself. None: no graph is captured."""
     shared: Callable[..., Mapping[str, object]] | None = None
     """(encoder) -> attributes, with their values, that the attention of every layer must have: where stock code reads
     them of a layer and fastbert of the encoder, or the other way round. A layer that differs runs stock."""
+    window: Callable[..., int] | None = None
+    """(base model) -> how many tokens before it and after it a token sees in layers with a window."""
     after_first: Callable[..., Any] | None = None
     """(encoder, hidden_states before the first layer, after it, plan) -> those that the second layer takes."""
     takes_square_mask: bool = True
@@ -115,6 +119,11 @@ class Family:
     """Found by `register`: whether what its encoder leaves of attention maps is what the base model returns."""
     unknown_arguments: tuple[str, ...] = field(default=(), init=False)
     """Found by `register`: parameters of the base model's forward that nothing here speaks of."""
+
+    @property
+    def loops(self) -> bool:
+        """Whether the base model calls its layers itself."""
+        return self.encoder is self.base
 
     @property
     def name(self) -> str:

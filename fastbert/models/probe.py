@@ -27,7 +27,7 @@ from ..numerics import relative_error
 from ..runtime import known
 from ..runtime.packing import Packing
 from ..runtime.readers import a, parameter_names
-from ..runtime.registry import encoder_of, layers_of
+from ..runtime.registry import encoder_of, layers_of, table_of
 from ..runtime.support import is_plain
 from .family import IDS, Family
 
@@ -72,10 +72,10 @@ def check_description(family: Family) -> None:
     _check_fields(family)
     with torch.device("meta"):
         model = base(family.config(**family.sizes))
-    if len(family.stack) < 2:
+    if len(family.stack) < (1 if family.loops else 2):
         raise ValueError(
-            f"Family.stack is {family.stack}; expected a path through the encoder to its layers: a base model that "
-            "calls its layers itself has no encoder to stand in for"
+            f"Family.stack is {family.stack}; expected a path through the encoder to its layers, or, where "
+            "Family.encoder is the base model's class, as it calls its layers itself, to the layers"
         )
     for field, path in (("embeddings_at", family.embeddings_at), ("stack", family.stack)):
         _at(model, path, f"Family.{field}", base.__name__)
@@ -93,10 +93,10 @@ def check_description(family: Family) -> None:
     if not family.ids:
         raise ValueError("Family.ids is empty; expected the argument of the words' ids, and its table")
     words = next(iter(family.ids.values()))
-    if not isinstance(embeddings._modules.get(words or ""), nn.Embedding):
+    if words is None or not isinstance(table_of(embeddings, words), nn.Embedding):
         raise ValueError(f"Family.ids names {words!r} as the table of words; {_a(embeddings)} has no such nn.Embedding")
     for name, table in family.ids.items():
-        found = embeddings._modules.get(table or "")
+        found = table_of(embeddings, table)
         if (
             table is None or table == IDS.get(name) or isinstance(found, nn.Embedding)
         ):  # what is left as it was may miss
@@ -104,9 +104,10 @@ def check_description(family: Family) -> None:
         if found is not None or not _reads(embeddings, table):  # whether there is one may hang on the config
             raise ValueError(f"Family.ids names {table!r} as the table of {name}; {_a(embeddings)} has none there")
     if family.final_norm is not None and not is_plain(
-        encoder._modules.get(family.final_norm) or nn.Identity(), nn.LayerNorm
+        encoder._modules.get(family.final_norm) or nn.Identity(), family.layout.norm
     ):
-        raise ValueError(f"Family.final_norm is {family.final_norm!r}; {_a(encoder)} has no such nn.LayerNorm")
+        expected = "nn.LayerNorm" if family.layout.norm is nn.LayerNorm else family.layout.norm.__name__
+        raise ValueError(f"Family.final_norm is {family.final_norm!r}; {_a(encoder)} has no such {expected}")
     _check_layout(family.layout, layers[0])
 
 
@@ -170,13 +171,16 @@ def _check_layout(layout: Layer, layer: nn.Module) -> None:
             known_parameters |= {id(p) for p in linear.parameters()}
             paths.append(path)
         norm = _at(layer, half.norm, f"{name}.norm", owner)
+        paths.append(half.norm)
+        if layout.pre_norm and type(norm) is nn.Identity:
+            continue
         if not isinstance(norm, layout.norm) or norm.weight is None:
             raise ValueError(f"{name}.norm is {_a(norm)}; expected {a(layout.norm)} with a weight")
         known_parameters |= {id(p) for p in norm.parameters()}
-        paths.append(half.norm)
+    for name, half in halves:
         for path in filter(None, half.dropout_paths()):
             dropout = _at(layer, path, f"{name}: a dropout", owner)
-            if type(dropout) is not nn.Dropout and not isinstance(dropout, (int, float)):
+            if type(dropout) not in (nn.Dropout, nn.Identity) and not isinstance(dropout, (int, float)):
                 raise ValueError(f"{name}: {'.'.join(path)} is {_a(dropout)}; expected an nn.Dropout, or a rate")
             paths.append(path)
         for path, kind in half.kinds.items():
@@ -343,13 +347,13 @@ def _rows(stock: nn.Module, family: Family, name: str) -> int:
     """How many values an argument of ids has: rows of its table; 2, where it has none."""
     table = family.ids[name]
     embeddings = _at(stock, family.embeddings_at, "", "")
-    found = None if table is None else embeddings._modules.get(table)
+    found = table_of(embeddings, table)
     return 2 if found is None else int(found.num_embeddings)
 
 
 def _width(stock: nn.Module, family: Family) -> int:
     """Of the embeddings of words."""
-    table: Any = _at(stock, family.embeddings_at, "", "")._modules[next(iter(family.ids.values()))]
+    table = table_of(_at(stock, family.embeddings_at, "", ""), next(iter(family.ids.values())))
     return int(table.embedding_dim)
 
 
@@ -469,9 +473,10 @@ def _check_tables(stock: nn.Module, family: Family, call: _Call) -> None:
             if (name := getattr(attention, field)) is not None:
                 raise ValueError(f"Attention.{field} is {name!r}; Family.tables, which is to make it, is None")
         return
-    module = child(layers_of(stock)[0], *attention.module)
+    layer = layers_of(stock)[0]
+    module = child(layer, *attention.module)
     head_dim = getattr(module, attention.head_dim)
-    heads = child(layers_of(stock)[0], *attention.output).in_features // head_dim
+    heads = child(layer, *attention.output).in_features // head_dim
 
     def check(
         encoder: nn.Module, hidden_states: Tensor, packing: Packing, position_ids: Tensor | None
@@ -484,6 +489,8 @@ def _check_tables(stock: nn.Module, family: Family, call: _Call) -> None:
             if (name := getattr(attention, field)) is None:
                 continue
             found = tables.get(name)
+            if attention.kind is not None and isinstance(found, dict):
+                found = found.get(getattr(layer, attention.kind))
             found = list(found) if isinstance(found, (tuple, list)) else [found]
             told = [f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else f"{x!r}" for x in found]
             fits = len(found) == len(shapes) and all(isinstance(x, Tensor) and x.dtype in dtypes for x in found)
@@ -630,6 +637,10 @@ def _try_dropout(family: Family, call: _Call) -> None:
         ):
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
+    within = {id(module) for module in layers_of(stock).modules()}
+    beside = [each for each in stock.modules() if isinstance(each, nn.Dropout) and id(each) not in within]
+    for module in beside if family.loops else ():  # the encoder is the model, its embeddings too
+        module.p = 0.0
     hook = encoder.register_forward_hook(lambda _, args, kwargs, __: seen.append((args, kwargs)), with_kwargs=True)
     with torch.no_grad():
         stock(**call.arguments)
@@ -638,10 +649,8 @@ def _try_dropout(family: Family, call: _Call) -> None:
         once, twice = (next(iter(_tensors(encoder(*args, **kwargs)).values())) for _ in range(2))
     if not torch.equal(once, twice):
         raise ValueError(f"{type(encoder).__name__} drops something in training that neither half names")
-    within = {id(module) for module in layers_of(stock).modules()}
-    for module in stock.modules():
-        if isinstance(module, nn.Dropout) and id(module) not in within:
-            module.p = 0.0
+    for module in beside:
+        module.p = 0.0
     with torch.no_grad():
         once, twice = (next(iter(_tensors(stock(**call.arguments)).values())) for _ in range(2))
     if not torch.equal(once, twice):  # of its embeddings, which run as they are

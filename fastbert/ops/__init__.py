@@ -10,6 +10,7 @@ from .attentions import attention_backward as attention_backward
 from .attentions import attention_forward as attention_forward
 from .attentions import attention_map as attention_map
 from .attentions import attention_tiles as attention_tiles
+from .attentions import rotate as rotate
 from .disentangled import disentangled_attention as disentangled_attention
 from .disentangled import disentangled_attention_backward as disentangled_attention_backward
 from .disentangled import disentangled_attention_map as disentangled_attention_map
@@ -39,6 +40,7 @@ from .losses import linear_cross_entropy_backward as linear_cross_entropy_backwa
 from .norms import add_layer_norm as add_layer_norm
 from .norms import add_layer_norm_backward as add_layer_norm_backward
 from .norms import layer_norm as layer_norm
+from .norms import rms_norm as rms_norm
 from .padding import mask_layout as mask_layout
 from .padding import pack as pack
 from .padding import unpack as unpack

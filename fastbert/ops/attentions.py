@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .registry import BackwardContext, differentiable, on_gradient, operator, wide
@@ -20,6 +21,7 @@ def attention(
     scale: float,
     bias: Tensor | None = None,
     tiles: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Bidirectional softmax attention within each sequence, over rows of all sequences laid end to end.
 
@@ -33,6 +35,7 @@ def attention(
         bias: (heads, 2 R - 1), R at least max_seqlen: bias[h, R - 1 + j - i] is added to the scaled score of query i
             and key j of a sequence. None: nothing is.
         tiles: `attention_tiles`, which the kernel goes by.
+        window: how many tokens before it and after it a query attends to; None: to all of its sequence.
 
     Returns:
         (T, heads, head_dim), contiguous. Rows whose keys are all masked are zero.
@@ -99,6 +102,7 @@ def attention_forward(
     seed: Tensor | None,
     tiles: Tensor | None = None,
     bias: Tensor | None = None,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attention` with dropout of the probabilities, and what its backward needs.
 
@@ -107,7 +111,7 @@ def attention_forward(
         cu_seqlens, key_mask, max_seqlen, scale: as `attention` has them.
         dropout: rate, 0 to 1, at which probabilities are dropped; the others are scaled by 1 / (1 - dropout).
         seed: int64 tensor of one element, which decides the dropped ones; None where `dropout` is 0.
-        tiles, bias: as `attention` has them.
+        tiles, bias, window: as `attention` has them.
 
     Returns:
         (T, heads, head_dim), contiguous, zero in rows whose keys are all masked; and what says the softmax of each row
@@ -134,6 +138,7 @@ def attention_backward(
     tiles: Tensor | None = None,
     bias: Tensor | None = None,
     bias_grad: bool = True,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `attention_forward`: dqkv, (T, 3, heads, head_dim), and dbias, like `bias`.
 
@@ -144,19 +149,57 @@ def attention_backward(
 
 
 def _save_attention(ctx: BackwardContext, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, cu_seqlens, key_mask, max_seqlen, scale, dropout, seed, tiles, bias = inputs
+    qkv, cu_seqlens, key_mask, max_seqlen, scale, dropout, seed, tiles, bias, window = inputs
     out, stats = output
     ctx.mark_non_differentiable(stats)
     ctx.save_for_backward(qkv, out, stats, cu_seqlens, key_mask, seed, tiles, bias)
-    ctx.numbers = max_seqlen, scale, dropout
+    ctx.numbers, ctx.window = (max_seqlen, scale, dropout), window
 
 
 def _attention_gradient(ctx: BackwardContext, grad: Tensor, _: object) -> tuple[Tensor | None, ...]:
     qkv, out, stats, cu_seqlens, key_mask, seed, tiles, bias = ctx.saved_tensors
     sequences = cu_seqlens, key_mask, *ctx.numbers, seed, tiles
     wanted = bias is not None and ctx.needs_input_grad[8]  # arguments left out are not among those
-    dqkv, dbias = on_gradient(attention_backward, grad, qkv, out, stats, *sequences, bias, wanted)
-    return dqkv, *(None,) * 7, dbias if wanted else None
+    dqkv, dbias = on_gradient(attention_backward, grad, qkv, out, stats, *sequences, bias, wanted, ctx.window)
+    return dqkv, *(None,) * 7, dbias if wanted else None, None
 
 
 differentiable(attention_forward, _save_attention, _attention_gradient)
+
+
+@operator("rotary", of_gradients=True)
+def rotate(qkv: Tensor, cosines: Tensor, sines: Tensor, back: bool = False) -> Tensor:
+    """Rotary positions: of x = (left, right), the halves of a head, x * cosines + (-right, left) * sines.
+
+    Args:
+        qkv: (T, 3, heads, head_dim): queries, keys and values; last dimension contiguous.
+        cosines, sines: (T, head_dim), contiguous, one dtype.
+        back: whether to turn as the gradient does: by the transpose, the other way round.
+
+    Returns:
+        (T, 3, heads, head_dim), contiguous: queries and keys turned, in float32 or better and rounded once; values as
+        they are.
+    """
+    return qkv.new_empty(qkv.shape)
+
+
+def _save_rotate(ctx: BackwardContext, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
+    qkv, cosines, sines, back = inputs
+    learns = cosines.requires_grad or sines.requires_grad
+    ctx.save_for_backward(cosines, sines, qkv if learns else None)
+    ctx.back = back
+
+
+def _rotate_gradient(ctx: BackwardContext, grad: Tensor) -> tuple[Tensor | None, ...]:
+    cosines, sines, qkv = ctx.saved_tensors
+    turned = on_gradient(rotate, grad, cosines, sines, not ctx.back)
+    if qkv is None:
+        return turned, None, None, None
+    x, slope = (t[:, :2].to(wide(t)) for t in (qkv, grad))
+    (left, right), (left_slope, right_slope) = x.chunk(2, -1), slope.chunk(2, -1)
+    crossed = (right_slope * -left, left_slope * right) if ctx.back else (left_slope * -right, right_slope * left)
+    dcosines, dsines = (slope * x).sum((1, 2)), torch.cat(crossed, -1).sum((1, 2))
+    return turned, dcosines.to(cosines.dtype), dsines.to(sines.dtype), None
+
+
+differentiable(rotate, _save_rotate, _rotate_gradient)

@@ -1,4 +1,4 @@
-"""LayerNorm."""
+"""LayerNorm, and the norm by the root of the mean of squares."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from .registry import BackwardContext, differentiable, on_gradient, operator
 @operator("layer_norm")
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm over the last dimension: x (T, H), weight and bias (H,), eps added to the variance -> (T, H)."""
+    return x.new_empty(x.shape)
+
+
+@operator("rms_norm")
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`x / sqrt(mean(x**2) + eps) * weight` over the last dimension: x (T, H), weight (H,) -> (T, H)."""
     return x.new_empty(x.shape)
 
 

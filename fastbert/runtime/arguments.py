@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..layers.embeddings import first_position, longest_sequence
 from .packing import has_values, host_integers
-from .registry import embeddings_of, family_of
+from .registry import embeddings_of, family_of, table_of
 from .support import (
     CACHES,
     is_transformed,
@@ -45,12 +45,12 @@ def check_arguments(model: nn.Module, call: Mapping[str, Any], foreign: bool) ->
         raise ValueError(f"{given} has shape {tuple(values.shape)}; expected at least one sequence of one token")
     embeddings, names = embeddings_of(model), family_of(model).ids
     tables = embeddings.__dict__["_modules"]
-    width = tables[next(iter(names.values()))].embedding_dim
+    width = table_of(embeddings, next(iter(names.values()))).embedding_dim
     if embeds is not None and embeds.shape[2] != width:
         raise ValueError(f"inputs_embeds has width {embeds.shape[2]}; expected that of the embeddings, {width}")
     for name, table in names.items():
-        if call.get(name) is not None and (table is None or table in tables):
-            _check_ids(name, call[name], (batch, seqlen), None if table is None else tables[table])
+        if call.get(name) is not None and (not table or table in tables):
+            _check_ids(name, call[name], (batch, seqlen), table_of(embeddings, table))
     if any(call.get(name) is not None for name in CACHES):
         return  # a cache changes which lengths are right
     longest = longest_sequence(model)

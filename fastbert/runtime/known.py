@@ -61,7 +61,7 @@ _ASIDE = {"__init__", "__repr__", "__setstate__", "extra_repr", "reset_parameter
 # torch's activations that work element by element, as all of transformers' own do.
 ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Tanh, nn.Sigmoid)
 _KINDS_OF_FUNCTIONS = (BuiltinFunctionType, FunctionType)
-_PLAIN = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding, *ELEMENTWISE)
+_PLAIN = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding, nn.Identity, *ELEMENTWISE)
 
 
 def _defined_in(function: object) -> str:
@@ -227,7 +227,8 @@ def _is_theirs_class(kind: type[object]) -> bool:
 def _masking() -> tuple[str, ...]:
     """Functions of transformers' module of masks that take part in one of BERT's, by name."""
     space, found = vars(masking_utils), set()
-    todo = {"create_bidirectional_mask", *(getattr(f, "__name__", "") for f in ALL_MASK_ATTENTION_FUNCTIONS.values())}
+    todo = {"create_bidirectional_mask", "create_bidirectional_sliding_window_mask"}
+    todo |= {getattr(f, "__name__", "") for f in ALL_MASK_ATTENTION_FUNCTIONS.values()}
     while todo:
         function = space.get(name := todo.pop())
         if isinstance(function, FunctionType) and name not in found:

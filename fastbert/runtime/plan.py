@@ -25,6 +25,7 @@ from .registry import (
     family_of,
     has_fused_encoder,
     layers_of,
+    table_of,
     wrapped_encoder_of,
 )
 from .settings import Settings
@@ -99,6 +100,8 @@ def _encoder_is_unsupported(model: nn.Module) -> str | None:
     layers = layers_of(model)
     if type(layers).__iter__ is not nn.ModuleList.__iter__:  # which may leave some out, by chance
         return f"its layers are in a custom {named(layers)}"
+    if family_of(model).loops and encoder_of(model).config.num_hidden_layers < len(layers):
+        return "it has more layers than its config says, which it may leave out"
     return None
 
 
@@ -139,6 +142,8 @@ def decide(
     layers = len(layers_of(model))
     seen = Seen((None,) * layers, (False,) * layers, (None,) * layers, False, False, False, UNSEEN)
     reason = _encoder_is_unsupported(model) or foreign_code(model)
+    if foreign and family_of(model).loops:
+        reason = reason or f"{embeddings_are_foreign(model)}, and it calls its layers itself"
     reason = reason or (_foreign_call_is_unsupported(call) if foreign and call else None)
     reason = reason or call_is_unsupported(model, call)
     assumed = assumes and reason is None and graphs is not None and graphs.expects() and not foreign
@@ -447,7 +452,12 @@ def _has_empty_sequence(model: Any, mask: Tensor | None) -> bool:
         return False
     if mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    return not host_integers([mask.to(torch.bool).any(1).all()])[0]
+    seen = mask.to(torch.bool)
+    if family.window is not None:  # here, too, of a token with none in reach
+        width = family.window(model)
+        seen = nn.functional.max_pool1d(seen.float(), 2 * width + 1, 1, width).to(torch.bool)
+        return not host_integers([seen.all()])[0]
+    return not host_integers([seen.any(1).all()])[0]
 
 
 def _isolate(model: Any, call: Kwargs, reason: str) -> None:
@@ -487,7 +497,7 @@ def _is_repeatable(model: nn.Module, call: Mapping[str, object]) -> bool:
 
 def _has_table(model: nn.Module, name: str) -> bool:
     """Whether the embeddings look up the argument of that name."""
-    return embeddings_of(model).__dict__["_modules"].get(family_of(model).ids.get(name)) is not None
+    return table_of(embeddings_of(model), family_of(model).ids.get(name)) is not None
 
 
 def _lay_out(model: Any, call: Kwargs, settings: Settings, reads: Reads, foreign: bool, keeps: bool) -> Packing:

@@ -66,6 +66,11 @@ def embeddings_of(model: nn.Module) -> Any:
     return model
 
 
+def table_of(embeddings: nn.Module, name: str | None) -> Any:
+    """A table of embeddings by its name, as `Family.ids` has it; None where there is none."""
+    return embeddings if name == "" else embeddings.__dict__["_modules"].get(name)
+
+
 def before_layers(model: nn.Module) -> list[nn.Module]:
     """The modules of a base model that make the first hidden states: its embeddings, and what comes between."""
     modules = model.__dict__["_modules"]

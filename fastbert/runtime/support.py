@@ -21,7 +21,7 @@ from transformers import modeling_flash_attention_utils as flash
 from .. import exporting, ops
 from ..version import warn_of_newer
 from . import known
-from .registry import embeddings_of, encoder_of, family_of, layers_of, wrapped_encoder_of
+from .registry import embeddings_of, encoder_of, family_of, layers_of, table_of, wrapped_encoder_of
 from .wrappers import is_rewritten, is_transparent, is_wrapper, reached, unwrapped, wrapped
 
 warn_of_newer("transformers", transformers.__version__)
@@ -402,6 +402,8 @@ def no_maps_now(model: nn.Module, call: Mapping[str, object]) -> str | None:
     """Why no attention map can be computed of a call at this moment."""
     if call.get("cu_seq_lens_q") is not None:
         return "of a flattened call (cu_seq_lens_q)"
+    if family_of(model).window is not None:
+        return "of layers with a window"
     if torch.compiler.is_compiling():
         return "in torch.compile or torch.export"
     parameter = first_parameter(model)
@@ -419,7 +421,7 @@ def is_unmixable(model: nn.Module, call: Mapping[str, object], stock: str | None
     family = family_of(model)
     if not family.records_hidden_states and family.run is None and is_asked(model, call, "output_hidden_states"):
         return "output_hidden_states"
-    if family.run is None and family.tables is None:
+    if family.run is None and family.tables is None and not family.loops:
         return None
     if hooked and stock is None:
         i = [any(is_hooked(each, called=True) for each in wrapped(layer)) for layer in layers_of(model)].index(True)
@@ -522,12 +524,11 @@ def call_is_unsupported(model: nn.Module, call: Mapping[str, Any]) -> str | None
         weight = parameter
     if _is_sharded(parameter):  # FSDP may gather it in another dtype: that of what is gathered already
         parameter = weight
-    tables = embeddings_of(model).__dict__["_modules"]
     for name in family.ids.values():
-        table = None if name is None else tables.get(name)
+        table = table_of(embeddings_of(model), name)
         attributes = {} if table is None else table.__dict__
         if is_custom(attributes.get("weight", attributes.get("_parameters", {}).get("weight"))):
-            return f"{name} is a tensor of a custom subclass"
+            return f"{name or 'the table of words'} is a tensor of a custom subclass"
     if is_custom(embeds):
         return "inputs_embeds is a tensor of a custom subclass"
     if family.tables is not None:
@@ -539,15 +540,21 @@ def call_is_unsupported(model: nn.Module, call: Mapping[str, Any]) -> str | None
         return f"mixed dtypes: {', '.join(sorted(map(str, dtypes)))}"
     if reason := needs_stock(parameter) or forward_is_replaced(model) or method_is_replaced(model):
         return reason
-    if is_hooked(encoder, called=True):
+    if encoder is not model and is_hooked(encoder, called=True):
         hooks = encoder._forward_pre_hooks or encoder._forward_hooks or encoder._backward_hooks
         if "forward" in encoder.__dict__ and not (hooks or encoder._backward_pre_hooks):
             return f"forward of its {type(encoder).__name__} is {known.said(encoder.__dict__['forward'])}"
         return "the encoder has hooks"
     if family.final_norm is not None:
         norm = encoder.__dict__["_modules"].get(family.final_norm)
-        if not is_plain(norm, nn.LayerNorm, sharded=True):
-            return f"{family.final_norm} of the encoder is a {named(norm)}{oddity(norm)}, not a plain nn.LayerNorm"
+        kind = family.layout.norm
+        if not is_plain(norm, kind, sharded=True):
+            expected = "nn.LayerNorm" if kind is nn.LayerNorm else kind.__name__
+            return f"{family.final_norm} of the encoder is a {named(norm)}{oddity(norm)}, not a plain {expected}"
+    for name, kind in family.makes_tables.items():
+        own = encoder.__dict__["_modules"].get(name)
+        if type(own) is not kind or is_hooked(own):
+            return f"{name} of the encoder is a {named(own)}{oddity(own)}"
     if any(is_rewritten(module) for module in wrapped(wrapped_encoder_of(model)) if is_wrapper(module)):
         return "the encoder is in a wrapper whose forward has been replaced"
     return None

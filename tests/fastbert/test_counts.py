@@ -246,3 +246,19 @@ def test_costs_of_torch_s_own_operators() -> None:
     q = torch.randn(3, 2, 4, 16)
     attended = cost(aten._scaled_dot_product_flash_attention_for_cpu.default, q, q, q)
     assert attended == (sdpa_flop_count(*[q.shape] * 3), 4 * (4 * q.numel() + 3 * 2 * 4))
+
+
+@pytest.mark.parametrize("window", [0, 3, 5, 6, 64])
+def test_a_window_leaves_pairs_out(window: int) -> None:
+    lengths, width = [1, 5, 6, 7, 20], 2 * 8
+    q = torch.zeros(sum(lengths), 2, 8)
+    qkv, starts = torch.zeros(len(q), 3, 2, 8), torch.tensor([0, *lengths]).cumsum(0)
+    pairs = sum(abs(i - j) <= window for n in lengths for i in range(n) for j in range(n))
+    layout = (starts, None, 20, 1.0)
+    forward, backward = (0.0, None, None, None, window), (0.0, None, None, None, True, window)
+    assert counts.cost("attention", (q, q, q, *layout, None, None, window), q).flops == 2 * 2 * width * pairs
+    assert counts.cost("attention_forward", (qkv, *layout, *forward), q).flops == 2 * 2 * width * pairs
+    assert counts.cost("attention_backward", (q, qkv, q, q, *layout, *backward), q).flops == 5 * 2 * width * pairs
+    dense = (q[:20], q[:20], q[:20], None, None, 20, 1.0, None, None, window)
+    near = sum(abs(i - j) <= window for i in range(20) for j in range(20))
+    assert counts.cost("attention", dense, q[:20]).flops == 2 * 2 * width * near

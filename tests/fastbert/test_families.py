@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import importlib
+import importlib.util
 import inspect
 import json
 import pickle
@@ -24,12 +25,17 @@ from transformers.models.roberta import modeling_roberta
 
 import fastbert
 from fastbert import ops
-from fastbert.fuse import FAMILIES
+from fastbert.fuse import FAMILIES as ALL_FAMILIES
+from fastbert.fuse import LATE
+from fastbert.models import probe
 from fastbert.models.family import Family
 from fastbert.numerics import assert_within_policy
+from fastbert.runtime.registry import layers_of
 from tests import models
 from tests.compat.environments import BROKEN_HEADS
 
+FAMILIES = tuple(name for name in ALL_FAMILIES if importlib.util.find_spec(f"transformers.models.{name}"))
+"""Those that this transformers has."""
 PADDING_ID = {"roberta": 1, "xlm_roberta": 1, "camembert": 1, "mpnet": 1}
 """Id of the token that pads; of the others 0."""
 TWINS = {"xlm_roberta": ("XLMRoberta", "XLMR"), "camembert": ("Camembert", "Camembert")}
@@ -59,12 +65,15 @@ def heads(*families: str) -> list[tuple[str, str]]:
 
 
 COVERED = {
-    "mpnet": ("none", "full", "right", "left", "holes"),
+    **dict.fromkeys(("mpnet", "eurobert"), ("none", "full", "right", "left", "holes")),
 }
 """Kinds of masks that run fused with every head of a family, if not all do: `tests.models.masks`.
 
-It has eager attention, under which a sequence without a real token runs stock.
+MPNet has eager attention, under which a sequence without a real token runs stock; EuroBERT divides by its tokens.
 """
+ROTARY = tuple(name for name in FAMILIES if name in LATE)
+"""Families that turn queries and keys by their positions, and whose base models call their layers themselves."""
+NO_SPECIAL_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"))
 OTHERS = tuple(family for family in FAMILIES if family != "bert" and family not in TWINS)
 BASES = [pytest.param(family, adapter(family).base.__name__, id=family) for family in OTHERS]
 
@@ -100,6 +109,9 @@ def seeded(family: str, name: str, **changes: Any) -> Any:
         settings = {k: v for k, v in settings.items() if k != "intermediate_size"} | {"hidden_dim": 256}
     elif family == "electra":
         settings["embedding_size"] = 64
+    elif family in ROTARY:
+        kinds = {"local_attention": 12, **NO_SPECIAL_TOKENS} if family == "modernbert" else {}
+        settings = {**settings, "num_key_value_heads": 4, **kinds}
     elif family.startswith("deberta"):
         settings |= {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 16}
         settings |= {"norm_rel_ebd": "layer_norm", "share_att_key": True, "position_biased_input": False}
@@ -531,7 +543,7 @@ def test_distilbert_drops_one_thing_fewer() -> None:
     """Attention probabilities and the feed-forward's output; and returns what stock returns."""
     model = seeded("distilbert", "DistilBertModel", dropout=0.25, attention_dropout=0.5).train()
     fused = fastbert.fuse(copy.deepcopy(model))
-    assert [layer.layout.dropouts(layer) for layer in fused.transformer.layer] == [(0.5, 0.0, 0.25)] * 2
+    assert [layer.layout.dropouts(layer) for layer in fused.transformer.layer] == [(0.5, 0.0, 0.25, 0.0)] * 2
     call = {"input_ids": models.ids(3, 7)}
     assert type(fused(**call)) is type(model(**call)) is modeling_distilbert.BaseModelOutput
     torch.manual_seed(0)
@@ -611,7 +623,7 @@ def test_outputs_that_the_config_asks_for(family: str, name: str, output: str) -
 def test_one_layer_that_runs_stock(family: str, name: str) -> None:
     stock = seeded(family, name)
     fused = fastbert.fuse(copy.deepcopy(stock))
-    layer = (fused.transformer if family == "distilbert" else fused.encoder).layer[1]
+    layer = layers_of(fused)[1]
     own = layer.forward
     layer.forward = lambda *args, **kwargs: own(*args, **kwargs)  # somebody's: what it does can't be told
     assert list(fastbert.explain(fused).encoders[0].layers) == [1]
@@ -645,3 +657,10 @@ def test_verify_knows_them() -> None:
         report = fastbert.verify(seeded(family, name), {"input_ids": call["input_ids"], "attention_mask": real.long()})
         assert report.ok, str(report)
         assert {"layer.0", "layer.1"} <= {row.name for row in report.rows}
+
+
+@pytest.mark.parametrize("family", ROTARY)
+def test_descriptions_of_rotary_families(family: str) -> None:
+    """As `register` tries those from outside: masks, lengths, positions, gradients, each dropout alone, heads."""
+    probe.check_description(adapter(family))
+    probe.try_family(adapter(family))

@@ -21,7 +21,7 @@ FP8 = ("quantize_fp8", "layer_norm_fp8", "attention_fp8", "linear_fp8", "linear_
 INT8 = ("quantize_int8", "layer_norm_int8", "linear_int8", "linear_gelu_int8", "linear_add_int8")
 WITHOUT_NUMBERS = ("mask_layout", "attention_tiles")  # of real kind: nothing to differentiate
 MAPS = ("attention_map", "disentangled_attention_map")
-INFERENCE_ONLY = ("linear_gelu", "linear_add", "attention", "layer_norm", *MAPS, *FP8, *INT8)
+INFERENCE_ONLY = ("linear_gelu", "linear_add", "attention", "layer_norm", "rms_norm", *MAPS, *FP8, *INT8)
 
 
 def arguments(
@@ -78,7 +78,9 @@ def arguments(
             *(normal(9, 2, head_dim), qkv, *positions, *disentangled),
             *(*sequences, *drop, tiles),
         ),
+        "rotate": (qkv, normal(9, head_dim), normal(9, head_dim)),
         "layer_norm": (x, *norm),
+        "rms_norm": (x, norm[0], norm[2]),
         "add_layer_norm": (x, normal(9, wide), *norm, *drop),
         "add_layer_norm_backward": (normal(9, wide), x, normal(9, wide), norm[0], norm[2], *drop),
         "embedding_layer_norm": (*ids, *tables, *norm, 10, 9),  # rows of padding that do not occur

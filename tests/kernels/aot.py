@@ -76,6 +76,8 @@ from fastbert.kernels.linear_int8 import linear_int8_kernel
 from fastbert.kernels.padding import PROGRAMS, gather_rows_kernel, mask_counts_kernel, mask_layout_kernel
 from fastbert.kernels.quantize_fp8 import quantize_fp8_kernel
 from fastbert.kernels.quantize_int8 import quantize_int8_kernel
+from fastbert.kernels.rms_norm import rms_norm_kernel
+from fastbert.kernels.rotary import rotate_kernel
 from tests.kernels.main_loop import main_loop, matrix
 
 TARGETS = {
@@ -177,16 +179,19 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
         drops: bool = False,
         bias: bool = False,
         longest: int = 512,
+        window: int | None = None,
     ) -> Spec:
+        longest = longest if window is None else launch.SHORT
         config = launch.of_length(attention_config(table(arch), dtype, head_dim), longest)
-        config = launch.of_bias(config, table(arch)) if bias else config
+        config = launch.of_bias(config, table(arch)) if bias or window is not None else config
         strides = {f"stride_{x}{axis}": 3 * 1024 if axis == "t" else head_dim for x in "qkv" for axis in "th"}
         return Spec(
             variant=f"{layout} {precision} d{head_dim}"
             + "".join(f" {name}" for name, there in (("stats", stats), ("dropout", drops), ("bias", bias)) if there)
-            + (" short" if longest <= launch.SHORT else ""),
+            + (" window" if window is not None else " short" if longest <= launch.SHORT else ""),
             kernel=attention.attention_kernel,
             arguments={
+                **({} if window is None else {"WINDOW": window}),
                 **common(dtype, head_dim, layout, precision, drops),
                 **{f"{name}_ptr": f"*{TYPE_NAMES[dtype]}" for name in ("q", "k", "v", "out")},
                 "stats_ptr": "*fp32" if stats else None,
@@ -207,15 +212,20 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
         precision: str = "ieee",
         drops: bool = True,
         bias: bool = False,
+        window: int | None = None,
     ) -> Iterator[Spec]:
         config = attention_backward_config(table(arch), dtype, head_dim)
         config = launch.of_bias(config, table(arch), backward=True) if bias else config
         pointer = f"*{TYPE_NAMES[dtype]}"
         for name, held, walked in (("kv", "BLOCK_N", "BLOCK_M"), ("q", "BLOCK_M", "BLOCK_N")):
             yield Spec(
-                variant=f"d{name} {layout} {precision} d{head_dim}" + " dropout" * drops + " bias" * bias,
+                variant=f"d{name} {layout} {precision} d{head_dim}"
+                + " dropout" * drops
+                + " bias" * bias
+                + (" window" if window is not None else ""),
                 kernel=getattr(attention, f"attention_backward_{name}_kernel"),
                 arguments={
+                    **({} if window is None else {"WINDOW": window}),
                     **common(dtype, head_dim, layout, precision, drops),
                     **dict.fromkeys(("qkv_ptr", "grad_ptr", "dqkv_ptr"), pointer),
                     **dict.fromkeys(("stats_ptr", "delta_ptr"), "*fp32"),
@@ -286,6 +296,9 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
                         yield from backward(dtype, head_dim, layout, "ieee", drops, bias)
                 for bias in (False, True):
                     yield from backward(torch.float32, head_dim, layout, "tf32", bias=bias)
+                for dtype, drops in itertools.product(TYPE_NAMES, (False, True)):
+                    yield spec(dtype, head_dim, layout, stats=drops, drops=drops, window=64)
+                    yield from backward(dtype, head_dim, layout, "ieee", drops, window=64)
     else:
         yield spec(torch.bfloat16, 64, "packed", "ieee", True, True)
         yield spec(torch.bfloat16, 64, "packed", longest=launch.SHORT)
@@ -312,6 +325,15 @@ def _attention(arch: str, full: bool) -> Iterator[Spec]:
             yield from backward(dtype, head_dim, layout, "ieee", drops, True)
         yield spec(torch.bfloat16, 64, "packed", "ieee", True, True, True, launch.SHORT)
         yield from backward(torch.float32, 96, "masked", "tf32", True, True)
+        for dtype, head_dim, layout in (
+            (torch.bfloat16, 64, "packed"),
+            (torch.float16, 64, "masked"),
+            (torch.float16, 128, "masked"),
+            (torch.float32, 64, "packed"),
+        ):
+            for drops in (False, True):
+                yield spec(dtype, head_dim, layout, stats=drops, drops=drops, window=64)
+                yield from backward(dtype, head_dim, layout, "ieee", drops, window=64)
         yield spec(torch.float32, 64, "packed", "tf32")
         yield spec(torch.float32, 128, "masked", "tf32")
 
@@ -814,6 +836,39 @@ def _layer_norm(arch: str, full: bool) -> Iterator[Spec]:
                 **dropout,
                 "ROWS": config.block_m,
                 "BLOCK_H": config.block_n,
+            },
+            config=config,
+            matrix=False,
+        )
+
+
+@specializations("rms_norm")
+def _rms_norm(arch: str, full: bool) -> Iterator[Spec]:
+    for width, dtype in itertools.product(WIDTHS if full else (768, 2304), TYPE_NAMES):
+        config, pointer = row_config(dtype, width), f"*{TYPE_NAMES[dtype]}"
+        yield Spec(
+            variant=f"h{width}",
+            kernel=rms_norm_kernel,
+            arguments={
+                **{f"{name}_ptr": pointer for name in ("x", "weight", "out")},
+                **{"width": width, "stride_xm": width, "eps": 1e-5, "BLOCK_H": config.block_n},
+            },
+            config=config,
+            matrix=False,
+        )
+
+
+@specializations("rotary")
+def _rotary(arch: str, full: bool) -> Iterator[Spec]:
+    for head_dim, dtype, back in itertools.product((16, 32, 40, 64, 80, 128), TYPE_NAMES, (False, True)):
+        config, pointer = launch.rotary_config(dtype, head_dim // 2), f"*{TYPE_NAMES[dtype]}"
+        yield Spec(
+            variant=f"{'back ' if back else ''}d{head_dim}",
+            kernel=rotate_kernel,
+            arguments={
+                **{f"{name}_ptr": pointer for name in ("qkv", "cosines", "sines", "out")},
+                **{"rows": 4096, "heads": 12, "stride_t": 36 * head_dim, "stride_third": 12 * head_dim},
+                **{"HALF": head_dim // 2, "BACK": back, "BLOCK_M": config.block_m, "BLOCK_D": config.block_n},
             },
             config=config,
             matrix=False,

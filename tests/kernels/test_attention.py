@@ -376,7 +376,13 @@ SEED = 0x1234567890
 
 
 def attend(
-    qkv: Tensor, lengths: list[int], mask: Tensor | None, scale: float, dropout: float = 0.0, bias: Tensor | None = None
+    qkv: Tensor,
+    lengths: list[int],
+    mask: Tensor | None,
+    scale: float,
+    dropout: float = 0.0,
+    bias: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Attention in plain operations, differentiable, with the dropout of the kernels, in the dtype of its inputs."""
     parts, row = [], 0
@@ -386,11 +392,14 @@ def attend(
         if bias is not None:
             places = torch.arange(length, device=qkv.device)
             scores = scores + bias[:, bias.shape[1] // 2 + places[None, :] - places[:, None]]
+        there = torch.ones(length, length, dtype=torch.bool, device=qkv.device)
         if mask is not None:
-            scores = scores.masked_fill(~mask[i], float("-inf"))
-        weights = scores.softmax(-1)
-        if mask is not None:
-            weights = torch.where(mask[i].any(), weights, 0.0)
+            there &= mask[i]
+        if window is not None:
+            there &= (torch.arange(length)[:, None] - torch.arange(length)).abs().to(qkv.device) <= window
+        without = ~there.any(1, keepdim=True)
+        scores = scores.masked_fill(~there, float("-inf")).masked_fill(without, 0.0)
+        weights = scores.softmax(-1).masked_fill(without, 0.0)
         if dropout:
             rows, cols = torch.arange(row, row + length), torch.arange(length)
             kept = torch.stack([keep(SEED, rows, cols, head, dropout) for head in range(len(q))])
@@ -409,6 +418,7 @@ def check_training(
     mask: Tensor | None,
     dropout: float,
     room: int = 0,
+    window: int | None = None,
 ) -> None:
     """Holds output and gradients, with dropout, to the policy; with a bias by distance that has `room` to spare."""
     rows, longest, scale = sum(lengths), max(lengths), head_dim**-0.5
@@ -422,12 +432,12 @@ def check_training(
         span = longest + room - 1
         bias = torch.randn(heads, 2 * span - 1, generator=torch.Generator().manual_seed(2)).to(device)
         layout += (kernel.attention_tiles(layout[0], rows) if mask is None else None, bias)
-    out, stats = kernel.attention_forward(qkv, *layout)
-    dqkv, dbias = kernel.attention_backward(grad, qkv, out, stats, *layout)
+    out, stats = kernel.attention_forward(qkv, *layout, window=window)
+    dqkv, dbias = kernel.attention_backward(grad, qkv, out, stats, *layout, window=window)
     results = []
     for x in (qkv, qkv.double()):
         leaf, added = x.clone().requires_grad_(), None if bias is None else bias.to(x).requires_grad_()
-        plain = attend(leaf, lengths, mask, scale, dropout, added)
+        plain = attend(leaf, lengths, mask, scale, dropout, added, window)
         # Of a sequence without keys softmax's own gradient is NaN; the truth is zero.
         kept = torch.ones(len(x), 1, 1, dtype=torch.bool, device=device)
         if mask is not None:
@@ -445,9 +455,9 @@ def check_training(
         assert_within_policy(dbias, stock[2].float(), truth[2], "dbias")
         assert dbias[:, : room - 1].eq(0).all() and dbias[:, 2 * span - room :].eq(0).all()  # no pair is so far apart
     if not dropout and mask is None:
-        assert torch.equal(out, kernel.attention(q, k, v, *layout[:4], bias))
+        assert torch.equal(out, kernel.attention(q, k, v, *layout[:4], bias, window=window))
     if device == "cuda":  # the interpreter runs programs one after the other, the same each time
-        again = kernel.attention_backward(grad, qkv, out, stats, *layout)
+        again = kernel.attention_backward(grad, qkv, out, stats, *layout, window=window)
         assert torch.equal(dqkv, again[0]) and torch.equal(dbias, again[1])
 
 
@@ -552,6 +562,70 @@ def test_training_of_the_cpu_with_a_bias_is_the_formula(layout: str, dropout: fl
         assert relative_error(one, other) < 1e-13
     other, unwanted = backend.attention_backward(grad, qkv, out, stats, *sequences, False)
     assert relative_error(other, dqkv) < 1e-13 and unwanted.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "window", "dropout", "dtype"), in_turn((16, 1, 0.0), (64, 8, 0.3), (40, 64, 0.0), (64, 64, 0.0))
+)
+def test_training_packed_with_a_window(
+    head_dim: int, window: int, dropout: float, dtype: torch.dtype, device: str
+) -> None:
+    """Sequences as long as the window and the tokens at its edges, and some that it skips whole blocks of."""
+    lengths = [1, window + 1, window + 2, 0, 2 * window + 1, 3 * window + 70]
+    check_training(lengths, 2, head_dim, dtype, device, None, dropout, window=window)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
+@pytest.mark.parametrize(
+    ("kind", "window", "dtype"), in_turn(("right", 5), ("left", 20), ("holes", 2), ("all-masked row", 31))
+)
+def test_training_dense_with_a_window(kind: str, window: int, dtype: torch.dtype, device: str) -> None:
+    """Tokens out of reach of all keys that take part are zeros."""
+    check_training([97] * 3, 2, 32, dtype, device, make_mask(kind, 3, 97, device), 0.0, window=window)
+
+
+def test_a_window_changes_no_bit_of_a_sequence_in_company(device: str) -> None:
+    lengths, head_dim = [37, 300, 5, 170], 64
+    q, k, v = make_qkv(sum(lengths), 2, head_dim, torch.float16, device)
+    starts = cumulative(lengths, device)
+    together = kernel.attention(q, k, v, starts, None, 300, 0.125, window=40)
+    tiles = kernel.attention_tiles(starts, sum(lengths))
+    assert torch.equal(kernel.attention(q, k, v, starts, None, 300, 0.125, None, tiles, 40), together)
+    for one, *views in zip(*(t.split(lengths) for t in (together, q, k, v)), strict=True):
+        assert torch.equal(kernel.attention(*views, None, None, len(one), 0.125, window=40), one)
+
+
+@pytest.mark.parametrize("window", [0, 7, 64])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("layout", ["packed", "dense", "right", "holes"])
+def test_training_of_the_cpu_with_a_window_is_the_oracle(layout: str, dropout: float, window: int) -> None:
+    """Long sequences are cut; with dropout, of which each draws its own, by differences along a line."""
+    lengths = [300, 1, 0, 129, 192] if layout == "packed" else [300] * 3
+    mask = make_mask(layout, 3, 300, "cpu") if layout not in ("packed", "dense") else None
+    qkv = torch.stack(make_qkv(sum(lengths), 2, 16, torch.float64, "cpu"), 1)
+    starts = cumulative(lengths, "cpu") if layout == "packed" else None
+    given = (starts, mask, 300, 0.25, dropout, torch.tensor([SEED]) if dropout else None)
+    grad, along = (torch.randn(len(qkv), *rest, 2, 16, dtype=torch.float64) for rest in ((), (3,)))
+    out, stats = cpu.attention_forward(qkv, *given, window=window)
+    dqkv, _ = cpu.attention_backward(grad, qkv, out, stats, *given, window=window)
+    if dropout:
+        ahead, behind = (cpu.attention_forward(qkv + s * along, *given, window=window)[0] for s in (1e-6, -1e-6))
+        slope = ((ahead - behind) / 2e-6 * grad).sum()
+        assert relative_error((dqkv * along).sum()[None], slope[None]) < 1e-6
+        return
+    expected = reference.attention(*qkv.unbind(1), *given[:4], window=window)
+    found = cpu.attention(*qkv.unbind(1), *given[:4], window=window)
+    slopes, _ = reference.attention_backward(grad, qkv, out, stats, *given, window=window)
+    for one, other in ((out, expected), (found, expected), (dqkv, slopes)):
+        assert relative_error(one, other) < 1e-13
+
+
+def test_a_windows_bias_has_no_gradient(device: str) -> None:
+    qkv, bias = torch.randn(9, 3, 2, 16, device=device), torch.zeros(2, 17, device=device)
+    layout = (None, None, 9, 0.25, 0.0, None, None, bias)
+    out, stats = kernel.attention_forward(qkv, *layout, window=3)
+    with pytest.raises(ValueError, match=r"^window is 3; expected None where the gradient of bias is wanted"):
+        kernel.attention_backward(out, qkv, out, stats, *layout, window=3)
 
 
 def test_training_with_all_dropped(device: str) -> None:

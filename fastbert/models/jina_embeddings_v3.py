@@ -1,0 +1,30 @@
+"""Jina embeddings v3: XLM-R with rotary positions."""
+
+from __future__ import annotations
+
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.jina_embeddings_v3 import modeling_jina_embeddings_v3 as hf
+
+from ..runtime.readers import FIRST, LABELS, SPANS
+from .classes import lm_head, register
+from .rotary import AFTER, EMBEDDED, kin
+
+FAMILY = register(
+    kin(
+        hf,
+        "JinaEmbeddingsV3",
+        AFTER[0],
+        {"up": ("mlp", "fc1"), "activation": ("mlp", "activation_fn"), "down": ("mlp", "fc2"), **AFTER[1]},
+        ids=EMBEDDED,
+        output=BaseModelOutputWithPooling,
+        heads={
+            hf.JinaEmbeddingsV3ForMaskedLM: LABELS,
+            hf.JinaEmbeddingsV3ForQuestionAnswering: SPANS,
+            hf.JinaEmbeddingsV3ForSequenceClassification: FIRST,
+            hf.JinaEmbeddingsV3ForTokenClassification: LABELS,
+        },
+        parts=(hf.JinaEmbeddingsV3ClassificationHead, hf.JinaEmbeddingsV3LMHead, hf.JinaEmbeddingsV3Pooler),
+        vocabularies={hf.JinaEmbeddingsV3ForMaskedLM: lm_head},
+    ),
+    __name__,
+)
