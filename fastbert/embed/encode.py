@@ -50,7 +50,8 @@ def encode(
 
     Raises:
         TypeError: `model` is of another library; `inputs` holds what is no text; an option is one of `batch_size`,
-            `pool` and `chunk_size`, or `device` is a list.
+            `pool` and `chunk_size`, or `device` is a list; `precision` is "int8" or "uint8", which quantizes by the
+            ranges of all embeddings of a call: that is for `quantize_embeddings` of sentence-transformers.
         ValueError: `batch_tokens` is less than 1, or the model has no method `call`.
     """
     if not hasattr(model, "preprocess") or not hasattr(model, "is_singular_input"):
@@ -66,6 +67,11 @@ def encode(
     for name in _OURS:
         if name in options:
             raise TypeError(f"{name} is given; expected batch_tokens, or a call of the model's own {call}")
+    if options.get("precision") in ("int8", "uint8"):
+        raise TypeError(
+            f"precision is {options['precision']!r}, by the ranges of all embeddings; expected none, and "
+            "sentence_transformers.util.quantize_embeddings of the result"
+        )
     if isinstance(options.get("device"), list):
         raise TypeError(f"device is a list; expected one device, or a call of the model's own {call}")
     if model.is_singular_input(inputs) or not len(inputs):

@@ -212,15 +212,22 @@ class Coverage:
         last = self._last
         return last is not None and any(config is each for each in last[2].configs)
 
+    def still(self, model: nn.Module, seen: Seen) -> bool:
+        """Whether that is what was last found of a base model, and nothing of it has changed."""
+        last = self._last
+        if last is None or last[3] is not seen:
+            return False
+        return _are(_roots(model), last[0]) and _shared(model) == last[1] and last[2].holds()
+
     def look(self, model: nn.Module) -> Seen:
         """What is to be found of a base model, at this moment."""
         if torch.compiler.is_compiling():
             return look(model)
         last = self._last
-        roots, said = _roots(model), _shared(model)
-        if last is not None and _are(roots, last[0]) and said == last[1] and last[2].holds():
+        if last is not None and self.still(model, last[3]):
             self._misses = 0
             return last[3]
+        roots, said = _roots(model), _shared(model)
         self.drop()
         if self._rest:  # parameters that are others in each call: sharded, or given to functional_call
             self._rest -= 1

@@ -267,7 +267,7 @@ def _decided_before(model: nn.Module, settings: Settings, alike: tuple[object, .
     family = family_of(model)
     if not isinstance(kept, _Kept) or model.__dict__.get("config") is not kept.config:
         return None
-    if settings.coverage.look(model) is not seen or known.foreign(family.name, kept.implementation) is not None:
+    if not settings.coverage.still(model, seen) or known.foreign(family.name, kept.implementation) is not None:
         return None
     if needs_stock(kept.parameter) is not None or (family.refuses is not None and family.refuses(model) is not None):
         return None

@@ -190,6 +190,7 @@ def test_one_or_none(embedder: Any) -> None:
         (["a", 3], {}, TypeError, r"inputs\[1\] has a int; expected texts"),
         (["a", "b"], {"batch_size": 3}, TypeError, "batch_size is given; expected batch_tokens"),
         (["a", "b"], {"device": ["cpu", "cpu"]}, TypeError, "device is a list"),
+        (["a", "b"], {"precision": "int8"}, TypeError, "ranges of all embeddings"),
         (["a", "b"], {"batch_tokens": 0}, ValueError, "batch_tokens is 0; expected at least 1"),
         (["a", "b"], {"call": "predict"}, ValueError, "call is 'predict'"),
     ],
