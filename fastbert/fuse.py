@@ -332,3 +332,13 @@ class FusedModel(Mixin):
         super().__init__(*args, **kwargs)
         if any(model_is_unsupported(base) is None for _, base, _ in base_models(self)):
             fuse(self)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """As transformers asks: for its own classes alone it converts the names that checkpoints of them have."""
+        kinds = (
+            kind
+            for kind in cls.__mro__
+            if issubclass(kind, transformers.PreTrainedModel) and not issubclass(kind, FusedModel)
+        )
+        return next(kinds).is_custom_code()

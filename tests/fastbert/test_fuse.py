@@ -582,7 +582,7 @@ def test_types_say_what_is_expected() -> None:
     """So that a type checker finds padding="packd"."""
     hints = get_type_hints(fastbert.fuse)
     paddings, precisions = get_args(hints["padding"]), get_args(get_args(hints["precision"])[0])
-    assert (paddings, precisions) == (("auto", "packed", "dense"), ("fp8",))
+    assert (paddings, precisions) == (("auto", "packed", "dense"), ("fp8", "int8"))
     for padding in paddings:
         assert fastbert.explain(fastbert.fuse(models.seeded(), padding=padding)).encoders[0].padding == padding
 
