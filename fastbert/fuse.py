@@ -341,4 +341,5 @@ class FusedModel(Mixin):
             for kind in cls.__mro__
             if issubclass(kind, transformers.PreTrainedModel) and not issubclass(kind, FusedModel)
         )
-        return next(kinds).is_custom_code()
+        stock: Any = next(kinds)
+        return bool(stock.is_custom_code())
