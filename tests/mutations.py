@@ -142,7 +142,7 @@ FAULTS = {
     ),
     "B: custom embeddings": Fault(
         "fastbert/runtime/plan.py",
-        "foreign = embeddings_are_foreign(model) is not None",
+        "foreign = decided is None and embeddings_are_foreign(model) is not None",
         "foreign = False",
         f"{PROMISE} -k embeddings",
     ),

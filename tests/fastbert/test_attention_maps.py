@@ -370,6 +370,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of the resident set is read as Linux tells it")
 def test_memory_is_that_of_one_layers_maps() -> None:
     """Beside that of a forward, and of parts that are computed at a time."""

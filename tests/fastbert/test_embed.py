@@ -211,6 +211,7 @@ def test_pairs_that_are_refused(
     assert told.format(**{"in": tmp_path, "tiny": tiny}) in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_in_int8(tiny: Path, tmp_path: Path) -> None:
     """Near those in float32, bitwise the same in batches of any size, and not mixed with them."""
     texts = [text for text in sentences(40) if text]

@@ -228,6 +228,7 @@ def test_a_checkpoint_of_another_family(step: list[str], tmp_path: Path) -> None
     assert rows(record["runs"][0])["fastbert::qkv_linear"]["calls"] == 2
 
 
+@pytest.mark.slow
 def test_deberta_and_stock_of_any_length(tmp_path: Path) -> None:
     """Its stock layers return more than hidden states; 700 tokens are no more than it has positions for."""
     record = profiled(

@@ -765,7 +765,7 @@ def test_compiled_without_a_graph_break(padding: str, masked: bool) -> None:
     of_each(run, found)
 
 
-@pytest.mark.parametrize("what", ["model", "layers"])
+@pytest.mark.parametrize("what", [pytest.param("model", marks=pytest.mark.slow), "layers"])
 def test_compiled_once_for_all_shapes(what: str) -> None:
     """Compiled for the first shape, then for changing lengths and batches, then no more; dropout draws anew."""
     torch.compiler.reset()
