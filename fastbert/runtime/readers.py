@@ -339,7 +339,17 @@ _NAMED: dict[str, Reader] = {
     "sentence_transformers:_Float32Linear": _ROWS,
 }
 # What a class derived from a known one may define anew: nothing of it runs in a forward.
-_HARMLESS = {"_apply", "train", "_init_weights", "init_weights", "post_init", "save_pretrained", "load", "save"}
+_HARMLESS = {
+    "is_custom_code",
+    "_apply",
+    "train",
+    "_init_weights",
+    "init_weights",
+    "post_init",
+    "save_pretrained",
+    "load",
+    "save",
+}
 _CALLS = {"__call__", "__getattr__", "__getattribute__", "_call_impl", "_wrapped_call_impl"}
 
 
