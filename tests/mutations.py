@@ -230,6 +230,18 @@ FAULTS = {
         "            if False:\n",
         "tests/fastbert/test_hooks.py -k later",
     ),
+    "D: a decision kept too long": Fault(
+        "fastbert/runtime/plan.py",
+        "if not settings.coverage.still(model, seen) or known",
+        "if known",
+        "tests/fastbert/test_coverage.py -k decision",
+    ),
+    "D: a decision kept in another state of torch": Fault(
+        "fastbert/runtime/plan.py",
+        "if needs_stock(kept.parameter) is not None or ",
+        "if ",
+        "tests/fastbert/test_coverage.py -k decision",
+    ),
     "E: exported for other tools": Fault(
         "fastbert/runtime/support.py",
         "if torch.compiler.is_exporting() and not exporting.FUSED:",

@@ -108,7 +108,8 @@ class FusedEncoder(Mixin):
         for i, (layer, stock, own_seeds, bound) in enumerate(each):
             if looks and not stock:
                 stock = self._is_changed(i, layer, packing)
-                bound = None if precision is None else precision.bind(layers, plan.stock_layers)[i]
+                others = [j != i for j in range(len(layers))]
+                bound = None if precision is None else precision.bind(layers, others)[i]
                 if stock and not shown:
                     shown, handed = _as_stock(hidden_states, plan, kwargs)
             if stock or (shown and is_custom(hidden_states)):  # a layer that runs stock has made it

@@ -351,7 +351,7 @@ def test_as_int8_is_what_the_kernels_round_to() -> None:
     x = torch.randn(37, 70, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 37)[:, None]
     values, scale, zero = reference_int8.quantize_int8(x, None)
     mine = ((values - zero[:, None]) * scale[:, None] - x).norm(dim=1)
-    torch.testing.assert_close(mine, (as_int8(x) - x).norm(dim=1), rtol=0.2, atol=0)
+    torch.testing.assert_close(mine, (as_int8(x) - x).norm(dim=1), rtol=5e-3, atol=0)
 
 
 def test_graphs_replay(monkeypatch: pytest.MonkeyPatch) -> None:
