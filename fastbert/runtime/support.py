@@ -124,6 +124,8 @@ def is_hooked(module: nn.Module, called: bool = False) -> bool:
     if attributes["_backward_hooks"] or attributes["_backward_pre_hooks"]:
         return True
     own: Any = type(module)
+    if torch.compiler.is_dynamo_compiling():  # it guards what is read of a module, and not what its dictionary lacks
+        callable(module.forward)
     replaced = "forward" in attributes and not is_placed(module) and not is_wrapper(module)
     if replaced and not (called and is_transparent(attributes["forward"], own.forward)):
         return True

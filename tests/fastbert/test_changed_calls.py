@@ -544,3 +544,40 @@ def test_a_convolution_packs() -> None:
     fused = fastbert.fuse(DebertaV2Model(config).eval())
     fused(**CALL)
     assert ran(fused) == ({"packed": 1}, {})
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param("encoder", marks=pytest.mark.slow),
+        pytest.param("encoder.layer.1", marks=pytest.mark.slow),
+        "encoder.layer.0.attention.self",
+        pytest.param("encoder.layer.0.attention.output.LayerNorm", marks=pytest.mark.slow),
+        "encoder.layer.1.output.dense",
+        pytest.param("encoder.layer.1.intermediate.intermediate_act_fn", marks=pytest.mark.slow),
+        "embeddings.LayerNorm",
+        pytest.param("embeddings", marks=pytest.mark.slow),
+    ],
+)
+def test_a_forward_that_is_replaced_after_it_was_compiled(path: str) -> None:
+    found = []
+    stock = models.seeded(hf.BertModel, **SMALL)
+    for model in (copy.deepcopy(stock), fastbert.fuse(copy.deepcopy(stock))):
+        compiled = torch.compile(model, backend="eager")
+        module = model.get_submodule(path)
+        own = module.forward
+
+        def halved(*args: Any, own: Any = own, **kwargs: Any) -> Any:
+            out = own(*args, **kwargs)
+            if isinstance(out, tuple):
+                return out[0] * 0.5, *out[1:]
+            return out * 0.5 if isinstance(out, Tensor) else type(out)(last_hidden_state=out[0] * 0.5)
+
+        with torch.no_grad():
+            before = compiled(CALL["input_ids"])[0]
+            module.forward = halved
+            found.append((before, compiled(CALL["input_ids"])[0]))
+    (before, after), (fused_before, fused_after) = found
+    torch.testing.assert_close(fused_before, before)
+    assert not torch.allclose(after, before, atol=1e-3)
+    torch.testing.assert_close(fused_after, after)
