@@ -163,10 +163,14 @@ def place() -> str:
     return f"{device}, torch {torch.__version__}, triton {version}"
 
 
-@functools.cache
 def key(file: Path) -> str:
     """Of what the outcome of a check in `file` holds for: its sources and the place."""
-    found = hashlib.sha256(place().encode())
+    return _key(file, place())
+
+
+@functools.cache
+def _key(file: Path, place: str) -> str:
+    found = hashlib.sha256(place.encode())
     for path in sorted(sources(file)):
         found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return found.hexdigest()[:16]

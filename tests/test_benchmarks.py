@@ -260,7 +260,7 @@ def test_a_step_starts_over_where_its_own_sources_change(suite: Any, monkeypatch
     before = {name: suite.key(step) for name, step in named.items()}
 
     def changed(*files: str) -> set[str]:
-        right = suite.gates.key.__wrapped__
+        right = suite.gates.key
 
         def key(file: Path) -> str:
             reached = {path.relative_to(ROOT).as_posix() for path in suite.gates.sources(file)}
@@ -297,7 +297,6 @@ def note(suite: Any, output: Path, **outcomes: str) -> None:
 def on_a_gpu(suite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(suite.gates, "place", lambda: "a GPU")
-    suite.gates.key.cache_clear()
 
 
 @pytest.mark.usefixtures("on_a_gpu")
