@@ -27,18 +27,12 @@ from .fuse import Precision, fuse, unfuse
 from .layers.embeddings import first_position, longest_sequence
 from .layers.low_precision import LowPrecision
 from .quality import Measure, Quality
-from .runtime.registry import REGISTERED, embeddings_of, encoder_of, layers_in, layers_of, widen
+from .runtime.registry import REGISTERED, embeddings_of, encoder_of, family_of, layers_in, layers_of, table_of, widen
 from .sensitivity import Sensitivity, sensitivity
 
 LAYOUTS = ("packed", "dense")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ARGUMENTS = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
-_TABLES = {
-    "input_ids": "word_embeddings",
-    "token_type_ids": "token_type_embeddings",
-    "position_ids": "position_embeddings",
-}
-"""Of the embeddings: what is looked up where."""
 _ONE_A_TOKEN = ("start_logits", "end_logits")
 
 Outputs = Mapping[str, Tensor]
@@ -460,9 +454,10 @@ def _checked(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Tens
         fits = name != "attention_mask" and found[-1:] == shape[-1:]  # ids of one sequence are for all
         if found != shape and not (fits and found[:-1].numel() in (1, shape[:-1].numel())):
             raise ValueError(f"inputs: {name!r} has shape {tuple(found)}; expected {tuple(shape)}")
-    embeddings: Any = getattr(model.base_model, "embeddings", None)
-    for name, place in _TABLES.items():
-        table = getattr(embeddings, place, None)
+    base, known = model.base_model, _is_known(model)
+    embeddings = embeddings_of(base) if known else None
+    for name, place in family_of(base).ids.items() if known else ():
+        table = table_of(embeddings, place)
         rows = getattr(getattr(table, "base_layer", table), "num_embeddings", None)  # that of PEFT's adapters
         if name in batch and rows is not None:
             _check_ids(name, batch[name], rows)
@@ -485,10 +480,14 @@ def _check_ids(name: str, ids: Tensor, rows: int) -> None:
         raise ValueError(f"inputs: {name!r} {told}")
 
 
+def _is_known(model: PreTrainedModel) -> bool:
+    """Whether its base model is of a family; one that isn't is refused later."""
+    return any(kind in REGISTERED for kind in type(model.base_model).__mro__)
+
+
 def _limit(model: PreTrainedModel) -> int | None:
-    """How many tokens a sequence may have; None of a model that is refused later."""
-    base = model.base_model
-    return longest_sequence(base) if any(kind in REGISTERED for kind in type(base).__mro__) else None
+    """How many tokens a sequence may have, where that is known."""
+    return longest_sequence(model.base_model) if _is_known(model) else None
 
 
 def _shape(batch: Mapping[str, Tensor]) -> torch.Size:
@@ -513,9 +512,12 @@ def _outputs(model: PreTrainedModel, batch: Mapping[str, Tensor], real: Tensor) 
     encoded: list[Mapping[str, object]] = []
     base = model.base_model
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_recorded(embeddings_of(base), "embeddings", outputs, real))
+        loops = family_of(base).loops  # and calls its embeddings and layers itself: the first layer's input is theirs
+        if not loops:
+            stack.enter_context(_recorded(embeddings_of(base), "embeddings", outputs, real))
         for i, layer in enumerate(layers_of(base)):
-            stack.enter_context(_recorded(layer, f"layer.{i}", outputs, real))
+            taken = "embeddings" if loops and i == 0 else None
+            stack.enter_context(_recorded(layer, f"layer.{i}", outputs, real, taken))
         stack.callback(base.register_forward_hook(lambda module, args, output: encoded.append(output)).remove)
         result = model(**call, return_dict=True)
     for name, value in chain(encoded[0].items(), result.items()):
@@ -526,15 +528,19 @@ def _outputs(model: PreTrainedModel, batch: Mapping[str, Tensor], real: Tensor) 
 
 
 @contextlib.contextmanager
-def _recorded(module: nn.Module, name: str, outputs: dict[str, Tensor], real: Tensor) -> Iterator[None]:
-    """Puts what `module` returns, at real tokens, into `outputs`.
+def _recorded(
+    module: nn.Module, name: str, outputs: dict[str, Tensor], real: Tensor, taken: str | None = None
+) -> Iterator[None]:
+    """Puts what `module` returns, at real tokens, into `outputs`, and under the name `taken` what it is given first.
 
     By a subclass, not a hook: a hook expects the padded layout, so a fused model that has one runs dense.
     """
     kind: Any = type(module)
 
     class Recorder(kind):
-        def forward(self, *args: object, **kwargs: object) -> Any:
+        def forward(self, *args: Any, **kwargs: object) -> Any:
+            if taken is not None:
+                outputs[taken] = at_real_tokens(args[0], real)
             result = super().forward(*args, **kwargs)
             hidden = result[0] if isinstance(result, tuple) else result  # a tuple of MPNet's stock layers
             outputs[name] = at_real_tokens(hidden, real)

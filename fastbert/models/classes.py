@@ -232,7 +232,7 @@ def _base_model(family: Family, module: str) -> Any:
 
     own = (stock, stock.forward, embeddings, known.methods_called(stock))
     mixins = (FusedModel, FusedEncoder) if family.loops else (FusedModel,)
-    return _derive(family, kind, module, *mixins, forward=forward, own_embeddings=own)
+    return _derive(family, kind, module, *mixins, forward=forward, own_embeddings=own, embeds=parameter_names(stock))
 
 
 @merge_with_config_defaults
@@ -243,7 +243,7 @@ def _call_layers(model: PreTrainedModel, plan: Plan, **call: object) -> ModelOut
     if type(embeddings) is nn.Embedding:
         rows = embeddings(call["input_ids"]) if call.get("inputs_embeds") is None else call["inputs_embeds"]
     else:
-        rows = embeddings(**{name: call[name] for name in parameter_names(family.embeddings) if name in call})
+        rows = embeddings(**{name: call[name] for name in type(model).embeds if name in call})
     output = FusedEncoder.forward(model, cast(Tensor, rows), plan=plan)
     if "pooler" in model._modules:
         output["pooler_output"] = None if model.pooler is None else model.pooler(output[0])

@@ -363,6 +363,10 @@ def plan_call(model: Any, names: tuple[str, ...], args: Args, kwargs: Kwargs, as
     mask = call.get("attention_mask")
     if cu_seqlens is None:
         packing = _lay_out(model, call, settings, reads, foreign, mixed or watched)
+        if spread and packing.key_mask is not None and _is_out_of_reach(model, packing.key_mask):
+            call["attention_mask"] = mask
+            call["plan"] = "padding with no real token in its window, which eager attention spreads over its sequence"
+            return (), call
     seeds = _draw_seeds(layers_of(model)) if seen.drops else None
     call["plan"] = Plan(
         packing,
@@ -444,20 +448,28 @@ def _has_empty_sequence(model: Any, mask: Tensor | None) -> bool:
 
     Eager attention spreads such a sequence evenly over all its keys, padding too; sdpa, and the kernels, give zeros.
     """
-    if mask is None:
+    if mask is None or not _spreads(model, mask):
         return False
+    return not host_integers([mask.to(torch.bool).any(1).all()])[0]
+
+
+def _is_out_of_reach(model: Any, mask: Tensor) -> bool:
+    """The same of a token that has no real one in its window: then it is padding, of which the packed layout has none."""
+    window = family_of(model).window
+    if window is None or not _spreads(model, mask):
+        return False
+    width = window(model)
+    seen = nn.functional.max_pool1d(mask.float(), 2 * width + 1, 1, width)
+    return not host_integers([seen.all()])[0]
+
+
+def _spreads(model: Any, mask: Tensor) -> bool:
+    """Whether attention spreads a row without a real key over all its keys, and the mask can be asked for such rows."""
     family = family_of(model)
     spreads = family.spreads_empty or model.config._attn_implementation in ("eager", None)
     if not spreads or family.layout.attention.spreads_padding or not has_values(mask):
         return False
-    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False
-    seen = mask.to(torch.bool)
-    if family.window is not None:  # here, too, of a token with none in reach
-        width = family.window(model)
-        seen = nn.functional.max_pool1d(seen.float(), 2 * width + 1, 1, width).to(torch.bool)
-        return not host_integers([seen.all()])[0]
-    return not host_integers([seen.any(1).all()])[0]
+    return not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _isolate(model: Any, call: Kwargs, reason: str) -> None:

@@ -314,10 +314,25 @@ def test_gradients(family: str, name: str, dtype: torch.dtype, padding: str) -> 
     compare_gradients(seeded(family, name, **NO_DROPOUT), family, name, dtype, padding)
 
 
-def compare_gradients(model: Any, family: str, name: str, dtype: torch.dtype, padding: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "padding"),
+    [("modernbert", "auto"), *((family, "dense") for family in ROTARY if family != "eurobert"), ("eurobert", "auto")],
+)
+def test_gradients_under_autocast(family: str, padding: str) -> None:
+    """Cosines and sines stay in float32 there, queries and keys don't."""
+    name = next(name for name in names_of(adapter(family)) if name.endswith("TokenClassification"))
+    compare_gradients(seeded(family, name, **NO_DROPOUT), family, name, torch.float32, padding, torch.bfloat16)
+
+
+def compare_gradients(
+    model: Any, family: str, name: str, dtype: torch.dtype, padding: str, cast: torch.dtype | None = None
+) -> None:
     trio = [each.train() for each in models.three(model, dtype)]
     fastbert.fuse(trio[0], padding=padding)
-    found = [gradients(model, family, name) for model in trio]
+    found = []
+    for each in trio:
+        with torch.autocast("cpu", cast, enabled=cast is not None and each is not trio[2]):
+            found.append(gradients(each, family, name))
     models.assert_all_within_policy(*found, f"{name} {padding}")
     assert not fastbert.explain(trio[0]).encoders[0].stock_calls
 
@@ -648,16 +663,103 @@ def test_decoders_stay_stock() -> None:
             fastbert.fuse(seeded(family, kind.__name__, is_decoder=True))
 
 
-def test_verify_knows_them() -> None:
-    for family, name in (
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
         ("distilbert", "DistilBertForSequenceClassification"),
         ("xlm_roberta", "XLMRobertaModel"),
         ("mpnet", "MPNetForSequenceClassification"),
-    ):
-        call, real = calls(family, name)[2]
-        report = fastbert.verify(seeded(family, name), {"input_ids": call["input_ids"], "attention_mask": real.long()})
-        assert report.ok, str(report)
-        assert {"layer.0", "layer.1"} <= {row.name for row in report.rows}
+        *heads(*ROTARY),
+    ],
+)
+def test_verify_knows_them(family: str, name: str) -> None:
+    call, real = calls(family, name)[2]
+    batch = {"input_ids": call["input_ids"], "attention_mask": real.long().view(call["input_ids"].shape)}
+    report = fastbert.verify(seeded(family, name), batch)
+    assert report.ok, str(report)
+    assert report.ran["dense"] == {"dense": 1} and not report.not_fused
+    assert ["embeddings", "layer.0", "layer.1"] == [row.name for row in report.rows][:3]
+    assert report.rows[0].elements == int(real.sum()) * 128
+    with pytest.raises(ValueError, match="inputs: 'input_ids' holds 211; expected 0 to 210"):
+        fastbert.verify(seeded(family, name), {"input_ids": torch.full((1, 2), models.VOCABULARY)})
+
+
+LENGTHS = [1, 37, 128, 129, 1024]
+
+
+@pytest.mark.parametrize("length", [*LENGTHS, pytest.param(8192, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ROTARY)
+def test_lengths(family: str, length: int) -> None:
+    """To the longest that ModernBERT knows; its window the usual one, which padding is longer than, and layers of both
+    kinds."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    if family == "modernbert":
+        sizes["local_attention"] = 128
+    model = seeded(family, adapter(family).base.__name__, max_position_embeddings=8192, **sizes)
+    mask = torch.ones(3 if length < 8192 else 2, length, dtype=torch.long)
+    mask[1, length // 5 + 1 :] = 0
+    given = [
+        ({"input_ids": padded(family, each), "attention_mask": each}, each.bool()) for each in (mask, mask.flip(1))
+    ]
+    given += [({"input_ids": padded(family, mask[:1]), "attention_mask": None}, mask[:1].bool())]
+    fused = compare(model, given, torch.float32, "auto")
+    pooled = getattr(model, "pooler", None) is not None  # from the first row, which is padding on the left
+    assert fused_calls(fused).get("packed", 0) == (0 if length == 1 else 1 if pooled else 2)
+
+
+@pytest.mark.parametrize("padding", ["packed", "dense"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_edges_of_a_window(attention: str, padding: str) -> None:
+    """A token sees those as far away as half of `local_attention`, on both sides, and none beyond."""
+    sizes = {"num_hidden_layers": 1, "layer_types": ["sliding_attention"], "attn_implementation": attention}
+    model = seeded("modernbert", "ModernBertModel", **sizes)
+    fused = fastbert.fuse(copy.deepcopy(model), padding=padding)
+    ids, mask = models.ids(2, 37), torch.ones(2, 37, dtype=torch.long)
+    mask[1, 31:] = 0
+    reach = {}
+    for which, each in (("stock", model), ("fused", fused)):
+        with torch.no_grad():
+            before = each(input_ids=ids, attention_mask=mask).last_hidden_state
+            for place in (0, 15, 30):
+                other = ids.clone()
+                other[:, place] = (ids[:, place] + 1) % models.VOCABULARY
+                after = each(input_ids=other, attention_mask=mask).last_hidden_state
+                moved = (before != after).any(-1)[:, :31]
+                reach[which, place] = [row.nonzero().flatten().tolist() for row in moved]
+    for place in (0, 15, 30):
+        seen = list(range(max(0, place - 6), min(31, place + 7)))
+        assert reach["fused", place] == [seen] * 2
+        assert reach["fused", place] == reach["stock", place]
+    assert fused_calls(fused) == {padding: 4}
+
+
+@pytest.mark.parametrize(
+    ("padding", "kind"), [("auto", "right"), ("auto", "left"), ("auto", "holes"), ("dense", "right")]
+)
+def test_padding_longer_than_a_window_under_eager_attention(padding: str, kind: str) -> None:
+    """Stock spreads what has no real token in its window over its sequence; the packed layout has no such row."""
+    stock = seeded("modernbert", "ModernBertModel", attn_implementation="eager")
+    fused = fastbert.fuse(copy.deepcopy(stock), padding=padding)
+    mask = torch.ones(3, 37, dtype=torch.long)
+    mask[1, 20:], mask[2, 3:], mask[0, 5:7] = 0, 0, int(kind != "holes")
+    mask = mask.flip(1) if kind == "left" else mask
+    given = [({"input_ids": padded("modernbert", mask), "attention_mask": mask}, mask.bool())]
+    if padding == "auto" and kind != "holes":
+        compare(stock, given, torch.float32, padding)
+    call = given[0][0]
+    with torch.no_grad():
+        expected, found = stock(**call)[0], fused(**call)[0]
+    said = fastbert.explain(fused).encoders[0]
+    if padding == "auto" and kind != "holes":
+        assert (said.fused_calls, said.stock_calls) == ({"packed": 1}, {})
+        return
+    assert torch.equal(found, expected)
+    why = "padding with no real token in its window, which eager attention spreads over its sequence"
+    assert (said.fused_calls, said.stock_calls) == ({}, {why: 1})
+    with torch.no_grad():  # of padding within reach it is the kernels'
+        near = {"input_ids": call["input_ids"][:1], "attention_mask": mask[:1]}
+        torch.testing.assert_close(fused(**near)[0], stock(**near)[0])
+    assert fastbert.explain(fused).encoders[0].fused_calls == {"dense": 1}
 
 
 @pytest.mark.parametrize("family", ROTARY)
