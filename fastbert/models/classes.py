@@ -239,7 +239,7 @@ def _base_model(family: Family, module: str) -> Any:
 @capture_outputs
 def _call_layers(model: PreTrainedModel, plan: Plan, **call: object) -> ModelOutput:
     """What the forward of a base model does that calls its layers itself, in the decorators that stock's has."""
-    embeddings, family = embeddings_of(model), model.family
+    embeddings = embeddings_of(model)
     if type(embeddings) is nn.Embedding:
         rows = embeddings(call["input_ids"]) if call.get("inputs_embeds") is None else call["inputs_embeds"]
     else:

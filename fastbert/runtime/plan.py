@@ -454,7 +454,7 @@ def _has_empty_sequence(model: Any, mask: Tensor | None) -> bool:
 
 
 def _is_out_of_reach(model: Any, mask: Tensor) -> bool:
-    """The same of a token that has no real one in its window: then it is padding, of which the packed layout has none."""
+    """The same of a token with no real one in its window: it is padding, which the packed layout has none of."""
     window = family_of(model).window
     if window is None or not _spreads(model, mask):
         return False

@@ -21,8 +21,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.models.bert import modeling_bert as hf
 
 import fastbert
+from fastbert.runtime.registry import layers_of
 from tests import fresh, models
-from tests.fastbert import distributed_steps
+from tests.fastbert import distributed_steps, test_families
 
 KIND = hf.BertForSequenceClassification
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
@@ -39,9 +40,26 @@ def batch(seed: int = 0, rows: int = 6) -> dict[str, Any]:
     }
 
 
-def trio(kind: Any = KIND, padding: str = "auto", seed: int = 0, **changes: Any) -> tuple[Any, Any, Any]:
+FAMILIES = ("bert", *test_families.ROTARY)
+"""Those that call their layers by an encoder, and themselves."""
+
+
+def classifier(family: str, **changes: Any) -> Any:
+    """A small model of a family that classifies sequences."""
+    names = test_families.names_of(test_families.adapter(family))
+    return test_families.seeded(
+        family, next(name for name in names if name.endswith("SequenceClassification")), **changes
+    )
+
+
+def trio(
+    kind: Any = KIND, padding: str = "auto", seed: int = 0, family: str = "bert", **changes: Any
+) -> tuple[Any, Any, Any]:
     """The same model fused, stock, and stock in float64; training, without dropout."""
-    model = models.seeded(kind, seed, **NO_DROPOUT, **changes)
+    if family == "bert":
+        model = models.seeded(kind, seed, **NO_DROPOUT, **changes)
+    else:
+        model = classifier(family, **test_families.NO_DROPOUT, **changes)
     fused, stock, truth = (m.train() for m in models.three(model, torch.float32))
     return fastbert.fuse(fused, padding=padding), stock, truth
 
@@ -82,9 +100,10 @@ def judge(
 
     Left out are biases of the keys, which softmax ignores: their gradients are zero but for rounding.
     """
-    names = [name for name in truth if not name.endswith("key.bias") and truth[name].norm()]
+    of_keys = ("key.bias", "k_proj.bias")
+    names = [name for name in truth if not name.endswith(of_keys) and truth[name].norm()]
     for name in truth:
-        assert name.endswith("key.bias") or bool(fused[name].norm()) == bool(truth[name].norm()), name
+        assert name.endswith(of_keys) or bool(fused[name].norm()) == bool(truth[name].norm()), name
     models.assert_all_within_policy(*({name: each[name] for name in names} for each in (fused, stock, truth)), what)
 
 
@@ -311,21 +330,26 @@ def test_global_backward_hooks_see_every_module() -> None:
         ("dense", True, True, False),
     ],
 )  # every two of them together
-def test_checkpointed_layers_drop_the_same_again(padding: str, reentrant: bool, frozen: bool, autocast: bool) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointed_layers_drop_the_same_again(
+    family: str, padding: str, reentrant: bool, frozen: bool, autocast: bool
+) -> None:
     found = []
+    rates = dict.fromkeys(("attention_dropout", "mlp_dropout", "hidden_dropout_prob"), 0.2)
     for checkpointed in (True, False):
-        model = fastbert.fuse(models.seeded(KIND), padding=padding).train()
-        model.bert.embeddings.requires_grad_(not frozen)
+        model = models.seeded(KIND) if family == "bert" else classifier(family, **rates)
+        fastbert.fuse(model, padding=padding).train()
+        model.base_model.get_input_embeddings().requires_grad_(not frozen)
         if checkpointed:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-            assert all(layer.gradient_checkpointing for layer in model.bert.encoder.layer)
+            assert all(layer.gradient_checkpointing for layer in layers_of(model.base_model))
         torch.manual_seed(5)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = model(**batch()).loss
         loss.backward()
         assert fused_calls(model) == {"packed" if padding == "auto" else "dense": 1}
         found.append(gradients(model))
-    assert len(found[0]) > 30
+    assert len(found[0]) > 14
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
@@ -374,25 +398,36 @@ def adapted(model: Any, config: Any) -> Any:
     return wrapped.train()
 
 
-def with_peft(**arguments: Any) -> tuple[Any, Any, Any]:
+def with_peft(family: str = "bert", **arguments: Any) -> tuple[Any, Any, Any]:
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     state = torch.get_rng_state()
     found = []
-    for model in trio():
+    for model in trio(family=family):
         torch.set_rng_state(state)
         found.append(adapted(model, peft.LoraConfig(task_type="SEQ_CLS", r=4, **arguments)))
     return found[0], found[1], found[2]
 
 
 @pytest.mark.parametrize(
-    ("targets", "checkpointed"),
-    [(["query", "value"], None), ("all-linear", None), (["query", "value"], False), ("all-linear", True)],
+    ("family", "targets", "checkpointed"),
+    [
+        *(
+            ("bert", targets, kind)
+            for targets in (["query", "value"], "all-linear")
+            for kind in (None, targets == "all-linear")
+        ),
+        *((family, "all-linear", None) for family in test_families.ROTARY),
+        *(
+            (family, ["Wqkv"] if family == "modernbert" else ["q_proj", "v_proj"], True)
+            for family in test_families.ROTARY
+        ),
+    ],
     ids=str,
 )
-def test_lora(targets: Any, checkpointed: bool | None) -> None:
+def test_lora(family: str, targets: Any, checkpointed: bool | None) -> None:
     """Trained, merged, and trained on; checkpointed reentrantly or not, or not at all."""
-    found = with_peft(target_modules=targets)
+    found = with_peft(family, target_modules=targets)
     if checkpointed is not None:
         for model in found:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointed})
@@ -747,8 +782,18 @@ def test_two_processes(mode: str, two_processes: dict[str, Any]) -> None:
 # torch.compile.
 
 
-@pytest.mark.parametrize(("padding", "masked"), [pytest.param("auto", False, marks=pytest.mark.slow), ("packed", True)])
-def test_compiled_without_a_graph_break(padding: str, masked: bool) -> None:
+@pytest.mark.parametrize(
+    ("family", "padding", "masked"),
+    [
+        pytest.param("bert", "auto", False, marks=pytest.mark.slow),
+        ("bert", "packed", True),
+        *(
+            pytest.param(f, "packed", True, marks=[pytest.mark.slow] * (f != "modernbert"))
+            for f in test_families.ROTARY
+        ),
+    ],
+)
+def test_compiled_without_a_graph_break(family: str, padding: str, masked: bool) -> None:
     """Under any padding a compiled call is dense: nothing is asked of the device."""
     torch.compiler.reset()
 
@@ -761,18 +806,29 @@ def test_compiled_without_a_graph_break(padding: str, masked: bool) -> None:
             compiled(**call).loss.backward()
         return gradients(model)
 
-    found = trio(padding=padding, num_hidden_layers=1)
+    found = trio(padding=padding, family=family, num_hidden_layers=1)
     of_each(run, found)
 
 
-@pytest.mark.parametrize("what", [pytest.param("model", marks=pytest.mark.slow), "layers"])
-def test_compiled_once_for_all_shapes(what: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "what"),
+    [
+        pytest.param("bert", "model", marks=pytest.mark.slow),
+        ("bert", "layers"),
+        ("modernbert", "layers"),
+        *(pytest.param(family, "model", marks=pytest.mark.slow) for family in test_families.ROTARY),
+    ],
+)
+def test_compiled_once_for_all_shapes(family: str, what: str) -> None:
     """Compiled for the first shape, then for changing lengths and batches, then no more; dropout draws anew."""
     torch.compiler.reset()
     # Of one layer, where all are compiled in one: more of them are more of the same.
-    model = fastbert.fuse(models.seeded(KIND, num_hidden_layers=1 if what == "model" else 2)).train()
+    layers = 1 if what == "model" else 2
+    rates = dict.fromkeys(("attention_dropout", "hidden_dropout_prob"), 0.2)
+    made = models.seeded(KIND, num_hidden_layers=layers) if family == "bert" else None
+    model = fastbert.fuse(made or classifier(family, num_hidden_layers=layers, **rates)).train()
     counter = CompileCounterWithBackend("aot_eager")
-    for part in [model] if what == "model" else model.bert.encoder.layer:
+    for part in [model] if what == "model" else layers_of(model.base_model):
         part.compile(backend=counter)
     graphs, breaks = [], torch._dynamo.utils.counters["graph_break"]
     breaks.clear()
