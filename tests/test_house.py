@@ -133,7 +133,16 @@ MAY_IMPORT: dict[str, set[str]] = {
         "runtime.wrappers",
     },
     "attention_maps": {"fuse", "runtime.readers", "runtime.registry", "runtime.support"},
-    "embed": {"checkpoints", "explain", "fuse", "layers.embeddings", "runtime.support", "usage", "version"},
+    "embed": {
+        "checkpoints",
+        "explain",
+        "fuse",
+        "layers.embeddings",
+        "runtime.registry",
+        "runtime.support",
+        "usage",
+        "version",
+    },
     "models.probe": {
         "explain",
         "fuse",

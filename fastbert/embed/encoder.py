@@ -18,6 +18,7 @@ from ..checkpoints import load_base, load_pipeline, pipeline_kind
 from ..explain import explain
 from ..fuse import Precision, base_models, fuse
 from ..layers.embeddings import first_position, longest_sequence
+from ..runtime.registry import embeddings_of
 from ..usage import UsageError, in_a_line
 from .batches import batches_of
 from .encode import encode
@@ -119,7 +120,7 @@ class Encoder:
     def __init__(self, model: Any, recipe: Recipe, batch_tokens: int) -> None:
         self.model, self.recipe, self.batch_tokens = model, recipe, batch_tokens
         self.prompt, self.dtype = recipe.prompt, model.dtype
-        self.first = first_position(model.embeddings)
+        self.first = first_position(embeddings_of(model))
 
     def batches(self, lengths: np.ndarray) -> Iterator[np.ndarray]:
         return batches_of(lengths, self.batch_tokens)

@@ -29,6 +29,7 @@ from fastbert.cli.__main__ import main
 from fastbert.embed import encoder, job, rows, shards, tokens
 from fastbert.usage import UsageError
 from tests import models
+from tests.fastbert.test_families import NO_SPECIAL_TOKENS, ROTARY, adapter
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -655,7 +656,16 @@ OF_DEBERTA = {
 
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
-    ("kind", "own"), [(modeling_roberta.RobertaModel, {}), (DebertaV2Model, OF_DEBERTA)], ids=["RoBERTa", "DeBERTa"]
+    ("kind", "own"),
+    [
+        (modeling_roberta.RobertaModel, {}),
+        (DebertaV2Model, OF_DEBERTA),
+        *(
+            (adapter(family).base, {"num_key_value_heads": 2, **NO_SPECIAL_TOKENS, "pad_token_id": 0})
+            for family in ROTARY
+        ),
+    ],
+    ids=["RoBERTa", "DeBERTa", *ROTARY],
 )
 def test_other_positions(kind: Any, own: dict[str, Any], tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint())

@@ -15,6 +15,7 @@ from transformers.models.distilbert import modeling_distilbert
 import fastbert
 from fastbert.models import deberta_v2
 from tests import fresh, models
+from tests.fastbert.test_families import ROTARY, adapter, seeded
 
 
 def call(rows: int = 3, length: int = 17) -> dict[str, Any]:
@@ -35,6 +36,8 @@ def pair(family: str) -> tuple[Any, Any]:
         torch.manual_seed(0)
         sizes = {**deberta_v2.SIZES, "vocab_size": 99, "num_hidden_layers": 1}
         stock = modeling_deberta_v2.DebertaV2Model(modeling_deberta_v2.DebertaV2Config(**sizes)).eval()
+    elif family in ROTARY:
+        stock = seeded(family, adapter(family).base.__name__, num_hidden_layers=1)
     else:
         stock = models.seeded(num_hidden_layers=1)
     return stock, fastbert.fuse(copy.deepcopy(stock))
@@ -46,7 +49,9 @@ def pair(family: str) -> tuple[Any, Any]:
         ("bert", False),
         ("distilbert", True),
         ("deberta_v2", False),
+        ("modernbert", False),
         *(pytest.param(*rest, marks=pytest.mark.slow) for rest in (("bert", True), ("distilbert", False))),
+        *(pytest.param(family, True, marks=pytest.mark.slow) for family in ROTARY),
     ],
 )
 def test_a_program_is_stocks_unless_asked_for(family: str, strict: bool) -> None:

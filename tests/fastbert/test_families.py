@@ -684,6 +684,24 @@ def test_verify_knows_them(family: str, name: str) -> None:
         fastbert.verify(seeded(family, name), {"input_ids": torch.full((1, 2), models.VOCABULARY)})
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+@pytest.mark.parametrize("family", ROTARY)
+def test_eight_bits(family: str, precision: Any, calibrated: bool) -> None:
+    """Beside stock whose linear layers quantize, in both layouts: calibrated, attention itself may write e4m3."""
+    model = seeded(family, adapter(family).base.__name__)
+    batches = [{"input_ids": call["input_ids"], "attention_mask": real.long()} for call, real in calls(family, "")[2:4]]
+    if calibrated:
+        found = fastbert.calibrate(model, batches, precision=precision, tolerance=0.5)
+        assert len(found.gemms) == (8 if "gate" not in {gemm.name for gemm in found.gemms} else 10)
+        assert not any(gemm.kept for gemm in found.gemms)
+    report = fastbert.verify(model, batches, precision=precision)
+    assert report.ok, str(report)
+    assert not report.not_fused and report.ran["dense"] == {f"dense, {precision}": 2}
+    assert report.ran["packed"][f"packed, {precision}"] >= 1  # where the first row is padding a pooler has it dense
+    assert report.rows[-1].stock_error > 1e-3
+
+
 LENGTHS = [1, 37, 128, 129, 1024]
 
 

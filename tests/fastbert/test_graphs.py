@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from transformers import DebertaModel, DebertaV2Model, DistilBertModel, ElectraModel, MPNetModel, RobertaModel
+from transformers import DebertaModel, DebertaV2Model, DistilBertModel, ElectraModel, RobertaModel
 from transformers.models.bert import modeling_bert as hf
 
 import fastbert
@@ -30,6 +30,7 @@ from fastbert.numerics import assert_within_policy
 from fastbert.runtime import graphs
 from fastbert.runtime.registry import encoder_of
 from tests import models
+from tests.fastbert import test_families
 
 
 class Recorder(TorchDispatchMode):
@@ -274,10 +275,11 @@ def test_other_families_replay(kind: Any, recorded: None) -> None:
     assert torch.equal(last(model, padded([37, 9, 60])), last(twin, padded([37, 9, 60])))
 
 
-def test_attention_by_distance_runs_eagerly(recorded: None) -> None:
-    torch.manual_seed(0)
-    shape = {"vocab_size": 64, "num_hidden_layers": 2, "pad_token_id": 1, **SMALL}
-    check_eager(MPNetModel(MPNetModel.config_class(**shape)).eval())
+@pytest.mark.parametrize("family", ["mpnet", *test_families.ROTARY])
+def test_attention_by_distance_runs_eagerly(family: str, recorded: None) -> None:
+    """And by turned queries and keys, whose tables are made anew in each call."""
+    name = test_families.adapter(family).base.__name__
+    check_eager(test_families.seeded(family, name, **SMALL, num_key_value_heads=2))
 
 
 def check_eager(model: Any) -> None:
