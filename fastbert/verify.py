@@ -455,7 +455,7 @@ def _checked(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Tens
         if found != shape and not (fits and found[:-1].numel() in (1, shape[:-1].numel())):
             raise ValueError(f"inputs: {name!r} has shape {tuple(found)}; expected {tuple(shape)}")
     base, known = model.base_model, _is_known(model)
-    embeddings = embeddings_of(base) if known else None
+    embeddings: Any = embeddings_of(base) if known else None
     for name, place in family_of(base).ids.items() if known else ():
         table = table_of(embeddings, place)
         rows = getattr(getattr(table, "base_layer", table), "num_embeddings", None)  # that of PEFT's adapters
