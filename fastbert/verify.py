@@ -538,9 +538,9 @@ def _recorded(
     kind: Any = type(module)
 
     class Recorder(kind):
-        def forward(self, *args: Any, **kwargs: object) -> Any:
+        def forward(self, *args: object, **kwargs: object) -> Any:
             if taken is not None:
-                outputs[taken] = at_real_tokens(args[0], real)
+                outputs[taken] = at_real_tokens(cast(Tensor, args[0]), real)
             result = super().forward(*args, **kwargs)
             hidden = result[0] if isinstance(result, tuple) else result  # a tuple of MPNet's stock layers
             outputs[name] = at_real_tokens(hidden, real)
