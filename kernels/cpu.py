@@ -923,10 +923,5 @@ quantize_int8 = cpu_int8.quantize_int8
 linear_int8 = cpu_int8.linear_int8
 linear_gelu_int8 = cpu_int8.linear_gelu_int8
 linear_add_int8 = cpu_int8.linear_add_int8
-
-
-def layer_norm_int8(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, factors: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    normal = layer_norm(x, weight, bias, eps)
-    return normal, *quantize_int8(normal, factors)
+linear_gelu_quantize_int8 = cpu_int8.linear_gelu_quantize_int8
+layer_norm_int8 = cpu_int8.layer_norm_int8

@@ -22,10 +22,13 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import reference_int8
+from . import reference, reference_int8
 
-_AT_ONCE = 2**19
-"""Elements that an epilogue or the quantizing pass works on at a time: 2 MB in float32."""
+_MULTIPLIED_AT_ONCE = 2**20
+"""Elements that a GEMM makes at a time: enough rows that reading the weight is no matter."""
+
+_CHANGED_AT_ONCE = 2**18
+"""Elements that an epilogue or the quantizing pass works on at a time: 1 MB in float32."""
 
 
 class _Packed(NamedTuple):
@@ -120,20 +123,51 @@ def _packed(weight: Tensor, col_scale: Tensor, col_sum: Tensor, using: _Engine) 
     return found
 
 
-def _parts(rows: int, width: int) -> Iterator[slice]:
-    step = max(32, _AT_ONCE // max(width, 1))
-    return (slice(start, start + step) for start in range(0, rows, step))
+def _parts(rows: int, width: int, at_once: int) -> Iterator[slice]:
+    step = max(32, at_once // max(width, 1))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+class _Rows(NamedTuple):
+    """Rows in int8, filled in a few after the others: what `quantize_int8` returns."""
+
+    values: Tensor
+    row_scale: Tensor
+    row_zero: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, width: int) -> _Rows:
+        values = torch.empty(rows, width, dtype=torch.int8)
+        return cls(values, torch.empty(rows), torch.empty(rows, dtype=torch.int32))
+
+    def fill(self, rows: slice, x: Tensor, factors: Tensor | None, spent: bool = False) -> None:
+        """Quantizes `x`, which may be written to where it is `spent`, for these rows."""
+        if x.dtype is not torch.float32:
+            x, spent = x.float(), True
+        if factors is not None:
+            x, spent = torch.mul(x, factors, out=x if spent else None), True
+        scale, inverse, zero = reference_int8.row_scales(x.amin(1), x.amax(1))
+        steps = torch.mul(x, inverse[:, None], out=x if spent else None)
+        self.values[rows] = steps.round_().add_(zero[:, None])
+        self.row_scale[rows], self.row_zero[rows] = scale, zero
 
 
 def quantize_int8(x: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    values = torch.empty(x.shape, dtype=torch.int8)
-    row_scale, row_zero = torch.empty(x.shape[0]), torch.empty(x.shape[0], dtype=torch.int32)
-    for rows in _parts(*x.shape):
-        part = x[rows].float() if factors is None else x[rows].float() * factors
-        scale, inverse, zero = reference_int8.row_scales(part.amin(1), part.amax(1))
-        part = torch.mul(part, inverse[:, None]).round_().add_(zero[:, None])
-        values[rows], row_scale[rows], row_zero[rows] = part, scale, zero
-    return values, row_scale, row_zero
+    made = _Rows.empty(x.shape[0], x.shape[1])
+    for rows in _parts(x.shape[0], x.shape[1], _CHANGED_AT_ONCE):
+        made.fill(rows, x[rows], factors)
+    return made
+
+
+def layer_norm_int8(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, factors: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    normal, made = torch.empty(x.shape, dtype=x.dtype), _Rows.empty(x.shape[0], x.shape[1])
+    for rows in _parts(x.shape[0], x.shape[1], _CHANGED_AT_ONCE):
+        few = reference.layer_norm(x[rows], weight, bias, eps)
+        normal[rows] = few
+        made.fill(rows, few, factors, spent=True)
+    return normal, *made
 
 
 def _affine(
@@ -144,20 +178,44 @@ def _affine(
     col_scale: Tensor,
     col_sum: Tensor,
     bias: Tensor | None,
-    last: Callable[[Tensor, slice], object],
-) -> None:
-    """Hands the GEMM's rows in float32, a part after the other, to `last`."""
+    out: Tensor | None,
+) -> Iterator[tuple[slice, Tensor]]:
+    """The GEMM's rows in float32, a few after the others: in `out` where that is in float32, else by themselves."""
+    inside = out is not None and out.dtype is torch.float32
     name = engine()
     if name is None:
-        given = (row_scale, row_zero, weight, col_scale, col_sum, bias, torch.float32)
-        last(reference_int8.linear_int8(x, *given), slice(None))
+        y = reference_int8.linear_int8(x, row_scale, row_zero, weight, col_scale, col_sum, bias, torch.float32)
+        yield slice(0, len(x)), out.copy_(y) if out is not None and inside else y
         return
     packed = _packed(weight, col_scale, col_sum, _ENGINES[name])
     zero, row_scale = row_zero.float()[:, None], row_scale[:, None]
-    for rows in _parts(x.shape[0], weight.shape[0]):
-        y = _ENGINES[name].multiply(x[rows], packed)
-        y.addcmul_(zero[rows], packed.offset, value=-1).mul_(row_scale[rows])
-        last(y if bias is None else y.add_(bias), rows)
+    bias = None if bias is None else bias.float()
+    for many in _parts(x.shape[0], weight.shape[0], _MULTIPLIED_AT_ONCE):
+        product = _ENGINES[name].multiply(x[many], packed)
+        for few in _parts(product.shape[0], product.shape[1], _CHANGED_AT_ONCE):
+            y, rows = product[few], slice(many.start + few.start, many.start + few.stop)
+            y.addcmul_(zero[rows], packed.offset, value=-1)
+            to = out[rows] if out is not None and inside else y
+            if bias is None:
+                torch.mul(y, row_scale[rows], out=to)
+            else:
+                torch.addcmul(bias, y, row_scale[rows], out=to)
+            yield rows, to
+
+
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]
+"""The first seven of every GEMM."""
+
+
+def _linear(given: Arguments, dtype: torch.dtype, last: Callable[[Tensor, slice], object] | None = None) -> Tensor:
+    """A GEMM, of whose rows `last` makes what they are to be, in place."""
+    out = torch.empty(given[0].shape[0], given[3].shape[0], dtype=dtype)
+    for rows, y in _affine(*given, out):
+        if last is not None:
+            last(y, rows)
+        if y.dtype is not dtype:
+            out[rows] = y
+    return out
 
 
 def linear_int8(
@@ -170,9 +228,12 @@ def linear_int8(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    out = torch.empty(x.shape[0], weight.shape[0], dtype=dtype)
-    _affine(x, row_scale, row_zero, weight, col_scale, col_sum, bias, lambda y, rows: out[rows].copy_(y))
-    return out
+    return _linear((x, row_scale, row_zero, weight, col_scale, col_sum, bias), dtype)
+
+
+def _gelu_(x: Tensor, approximate: str) -> Tensor:
+    changed: Tensor = torch._C._nn.gelu_(x, approximate=approximate)  # type: ignore[attr-defined]
+    return changed
 
 
 def linear_gelu_int8(
@@ -186,11 +247,26 @@ def linear_gelu_int8(
     dtype: torch.dtype,
     approximate: str,
 ) -> Tensor:
-    out = torch.empty(x.shape[0], weight.shape[0], dtype=dtype)
-    gelu = functools.partial(torch._C._nn.gelu_, approximate=approximate)  # type: ignore[attr-defined]
-    given = (x, row_scale, row_zero, weight, col_scale, col_sum, bias)
-    _affine(*given, lambda y, rows: out[rows].copy_(gelu(y)))
-    return out
+    given = x, row_scale, row_zero, weight, col_scale, col_sum, bias
+    return _linear(given, dtype, lambda y, rows: _gelu_(y, approximate))
+
+
+def linear_gelu_quantize_int8(
+    x: Tensor,
+    row_scale: Tensor,
+    row_zero: Tensor,
+    weight: Tensor,
+    col_scale: Tensor,
+    col_sum: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    approximate: str,
+    factors: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    made = _Rows.empty(x.shape[0], weight.shape[0])
+    for rows, y in _affine(x, row_scale, row_zero, weight, col_scale, col_sum, bias, None):
+        made.fill(rows, _gelu_(y, approximate).to(dtype), factors, spent=True)
+    return made
 
 
 def linear_add_int8(
@@ -203,10 +279,8 @@ def linear_add_int8(
     bias: Tensor | None,
     residual: Tensor,
 ) -> Tensor:
-    out = torch.empty_like(residual, memory_format=torch.contiguous_format)
-    given = (x, row_scale, row_zero, weight, col_scale, col_sum, bias)
-    _affine(*given, lambda y, rows: out[rows].copy_(y.add_(residual[rows])))
-    return out
+    given = x, row_scale, row_zero, weight, col_scale, col_sum, bias
+    return _linear(given, residual.dtype, lambda y, rows: y.add_(residual[rows]))
 
 
 def packed_bytes(weight: Tensor) -> int:

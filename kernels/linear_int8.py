@@ -1,7 +1,8 @@
 """Linear layers in int8: GEMMs of int8 rows and int8 weights, with their epilogue, in one launch; inference alone.
 
 `linear_int8`, `linear_gelu_int8` and `linear_add_int8` are the Triton twins of the functions of those names in
-`reference_int8`, documented at the operators, in fastbert/ops. They share one kernel.
+`reference_int8`, documented at the operators, in fastbert/ops. They share one kernel; `linear_gelu_quantize_int8` is
+two launches.
 
 Sums are int32, exact in any order, so a row of the result is bitwise the same whatever other rows are in the batch.
 What stands for 0 in a row is taken off by the sums of the weight's rows, in int32, too; the epilogue runs in float32,
@@ -19,6 +20,7 @@ from . import launch
 from .compiled import Constants, run
 from .dependent import wait_for_previous
 from .linear import gelu_erf, gelu_erf_16, gelu_tanh, load_bias, order_tiles
+from .quantize_int8 import quantize_int8
 
 EXACT_SUMS = 2**16
 """The most inputs K whose sums int32 holds: 255 * 127 * K, at most 2^31."""
@@ -208,6 +210,27 @@ def linear_gelu_int8(
     if approximate not in ("none", "tanh"):
         raise ValueError(f'approximate is {approximate!r}; expected "none" or "tanh"')
     return _launch(x, row_scale, row_zero, weight, col_scale, col_sum, bias, dtype, approximate)
+
+
+def linear_gelu_quantize_int8(
+    x: Tensor,
+    row_scale: Tensor,
+    row_zero: Tensor,
+    weight: Tensor,
+    col_scale: Tensor,
+    col_sum: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    approximate: str,
+    factors: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantize_int8(linear_gelu_int8(...), factors)`, factors (N,): (T, N) int8, and (T,) and (T,) of its rows.
+
+    Raises:
+        ValueError: as `linear_gelu_int8`; `factors` of another shape.
+    """
+    raised = linear_gelu_int8(x, row_scale, row_zero, weight, col_scale, col_sum, bias, dtype, approximate)
+    return quantize_int8(raised, factors)
 
 
 def linear_add_int8(

@@ -87,6 +87,23 @@ def linear_gelu_int8(
     return F.gelu(out, approximate=approximate).to(dtype)
 
 
+def linear_gelu_quantize_int8(
+    x: Tensor,
+    row_scale: Tensor,
+    row_zero: Tensor,
+    weight: Tensor,
+    col_scale: Tensor,
+    col_sum: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    approximate: str,
+    factors: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantize_int8(linear_gelu_int8(...), factors)`, factors (N,): (T, N) int8, and (T,) and (T,) of its rows."""
+    raised = linear_gelu_int8(x, row_scale, row_zero, weight, col_scale, col_sum, bias, dtype, approximate)
+    return quantize_int8(raised, factors)
+
+
 def linear_add_int8(
     x: Tensor,
     row_scale: Tensor,

@@ -86,7 +86,11 @@ class Int8Gemm(QuantizedGemm):
     def gelu(
         self, x: Tensor, quantized: Quantized | None, approximate: str, following: Form
     ) -> tuple[Tensor, Quantized | None]:
-        raised = ops.linear_gelu_int8(*self._factors(x, quantized), x.dtype, approximate)
+        given = (*self._factors(x, quantized), x.dtype, approximate)
+        if isinstance(following, Int8Gemm):
+            rows = Quantized(*ops.linear_gelu_quantize_int8(*given, following.factors))
+            return rows.values, rows
+        raised = ops.linear_gelu_int8(*given)
         return raised, following.quantized(raised)
 
     def add(self, x: Tensor, quantized: Quantized | None, residual: Tensor) -> Tensor:

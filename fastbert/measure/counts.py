@@ -95,7 +95,8 @@ _FLOPS: dict[str, Callable[..., int]] = {
         ("linear_fp8", "linear_gelu_fp8", "linear_add_fp8"), lambda x, scale, weight, *_: _linear(x, weight)
     ),
     **dict.fromkeys(
-        ("linear_int8", "linear_gelu_int8", "linear_add_int8"), lambda x, scale, zero, weight, *_: _linear(x, weight)
+        ("linear_int8", "linear_gelu_int8", "linear_gelu_quantize_int8", "linear_add_int8"),
+        lambda x, scale, zero, weight, *_: _linear(x, weight),
     ),
     "linear": _linear,
     "linear_gelu": _linear,

@@ -27,6 +27,7 @@ from .int8 import int8_weight_limit as int8_weight_limit
 from .int8 import layer_norm_int8 as layer_norm_int8
 from .int8 import linear_add_int8 as linear_add_int8
 from .int8 import linear_gelu_int8 as linear_gelu_int8
+from .int8 import linear_gelu_quantize_int8 as linear_gelu_quantize_int8
 from .int8 import linear_int8 as linear_int8
 from .int8 import quantize_int8 as quantize_int8
 from .linears import feed_forward as feed_forward

@@ -95,6 +95,24 @@ def linear_gelu_int8(
 
 
 @operator("linear_int8")
+def linear_gelu_quantize_int8(
+    x: Tensor,
+    row_scale: Tensor,
+    row_zero: Tensor,
+    weight: Tensor,
+    col_scale: Tensor,
+    col_sum: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    approximate: str,
+    factors: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantize_int8(linear_gelu_int8(...), factors)`, factors (N,): (T, N) int8, and (T,) and (T,) of its rows."""
+    row_scale, row_zero = (x.new_empty(x.shape[0], dtype=dtype) for dtype in (torch.float32, torch.int32))
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.int8), row_scale, row_zero
+
+
+@operator("linear_int8")
 def linear_add_int8(
     x: Tensor,
     row_scale: Tensor,

@@ -103,6 +103,7 @@ def test_bytes(dtype: torch.dtype) -> None:
         "layer_norm_int8": (2 * rows + 2 * 32, rows + 2 * 4 * 9 + 4 * 32),
         "linear_int8": (48 + wide, rows + weight + 2 * 4 * (9 + 48)),
         "linear_gelu_int8": (48 + wide, rows + weight + 2 * 4 * (9 + 48)),
+        "linear_gelu_quantize_int8": (48, rows + weight + 2 * 4 * (9 + 48) + 4 * 48 + wide + 2 * 4 * 9),
         "linear_add_int8": (48 + 2 * wide, rows + weight + 2 * 4 * (9 + 48)),
         "mask_layout": (0, 9 + 8 * 9 + 4 * 4 + 2 * 8 * 9 + 8 * 5),
         "pack": (2 * 3 * 32, 8 * 3),  # three rows are real

@@ -103,7 +103,7 @@ def test_operators_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     run(model)
     layer = [
         *("linear_int8", "attention", "quantize_int8", "linear_add_int8", "layer_norm_int8"),
-        *("linear_gelu_int8", "quantize_int8", "linear_add_int8", "layer_norm_int8"),
+        *("linear_gelu_quantize_int8", "linear_add_int8", "layer_norm_int8"),
     ]
     start = names.index("linear_int8")
     end = start + 2 * len(layer)
@@ -176,8 +176,8 @@ def test_nothing_of_it_is_in_the_model(tmp_path: Path) -> None:
 
 def test_weights_are_quantized_again_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
-    right = int8.Int8Gemm
-    monkeypatch.setattr(int8, "Int8Gemm", lambda *given: made.append(given) or right(*given))
+    right = int8.Int8.make
+    monkeypatch.setattr(int8.Int8, "make", lambda *given: made.append(given) or right(*given))
     model = fuse(models.seeded(), precision="int8")
     first = run(model)
     assert len(made) == 8

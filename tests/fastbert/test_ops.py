@@ -18,7 +18,10 @@ from fastbert import ops
 from fastbert.kernels import cpu
 
 FP8 = ("quantize_fp8", "layer_norm_fp8", "attention_fp8", "linear_fp8", "linear_gelu_fp8", "linear_add_fp8")
-INT8 = ("quantize_int8", "layer_norm_int8", "linear_int8", "linear_gelu_int8", "linear_add_int8")
+INT8 = (
+    *("quantize_int8", "layer_norm_int8"),
+    *("linear_int8", "linear_gelu_int8", "linear_gelu_quantize_int8", "linear_add_int8"),
+)
 WITHOUT_NUMBERS = ("mask_layout", "attention_tiles")  # of real kind: nothing to differentiate
 MAPS = ("attention_map", "disentangled_attention_map")
 INFERENCE_ONLY = ("linear_gelu", "linear_add", "attention", "layer_norm", "rms_norm", *MAPS, *FP8, *INT8)
@@ -97,6 +100,7 @@ def arguments(
         "layer_norm_int8": (x, *norm, norm[0].float()),
         "linear_int8": (*int8, dtype),
         "linear_gelu_int8": (*int8, dtype, "tanh"),
+        "linear_gelu_quantize_int8": (*int8, dtype, "tanh", normal(wider).float()),
         "linear_add_int8": (*int8, normal(9, wider)),
         "mask_layout": (torch.ones(3, 3, dtype=torch.bool, device=device).tril(), integers(9, 9).view(3, 3) - 100),
         "pack": (x, *rows),

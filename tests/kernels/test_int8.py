@@ -108,6 +108,8 @@ def test_products(backend: Any, t: int, n: int, k: int, dtype: torch.dtype) -> N
     assert_within_policy(out, (wide + residual).to(dtype), truth + residual.double(), "linear_add_int8")
     for approximate in ("none", "tanh"):
         out = backend.linear_gelu_int8(*args, dtype, approximate)
+        quantized = backend.linear_gelu_quantize_int8(*args, dtype, approximate, None)
+        assert all(map(torch.equal, quantized, backend.quantize_int8(out, None)))
         wide_gelu, true_gelu = (F.gelu(y, approximate=approximate) for y in (wide, truth))
         assert_within_policy(out, wide_gelu.to(dtype), true_gelu, f"linear_gelu_int8 {approximate}")
     assert reference_int8.linear_int8(*args, torch.float64).sub(truth).abs().max() < 1e-12
@@ -181,6 +183,9 @@ def test_a_row_is_the_same_in_any_batch(approximate: str) -> None:
         cpu.linear_gelu_int8(*args, torch.float32, approximate),
         cpu.linear_add_int8(*args, residual),
     ]
+    factors = torch.exp2(normal(1024, seed=4)).float()
+    raised = cpu.linear_gelu_quantize_int8(*args, torch.float32, approximate, factors)
+    assert all(map(torch.equal, raised, cpu.quantize_int8(whole[1], factors)))
     for some in (slice(0, 1), slice(3, 20), slice(650, 700)):
         quantized = cpu.quantize_int8(x[some], None)
         assert all(map(torch.equal, quantized, (each[some] for each in args[:3])))
@@ -188,6 +193,8 @@ def test_a_row_is_the_same_in_any_batch(approximate: str) -> None:
         assert torch.equal(cpu.linear_int8(*own, torch.float32), whole[0][some])
         assert torch.equal(cpu.linear_gelu_int8(*own, torch.float32, approximate), whole[1][some])
         assert torch.equal(cpu.linear_add_int8(*own, residual[some]), whole[2][some])
+        found = cpu.linear_gelu_quantize_int8(*own, torch.float32, approximate, factors)
+        assert all(map(torch.equal, found, (each[some] for each in raised)))
 
 
 def test_layer_norm() -> None:
@@ -276,6 +283,9 @@ def test_kernels_multiply_as_their_twins(t: int, n: int, k: int, dtype: torch.dt
         stock = reference_int8.linear_gelu_int8(*args, dtype, approximate)
         if int8_device == "cuda" or dtype != torch.bfloat16:
             assert_within_policy(out, stock, F.gelu(truth, approximate=approximate))
+        factors = torch.exp2(normal(n, seed=4)).float().to(int8_device)
+        quantized = linear_int8.linear_gelu_quantize_int8(*args, dtype, approximate, factors)
+        assert all(map(torch.equal, quantized, quantize_int8.quantize_int8(out, factors)))
 
 
 def test_kernels_refuse_what_they_cannot_take(int8_device: str) -> None:
