@@ -67,6 +67,10 @@ PEERS = (
     "flash-attn",
     "onnxruntime",
     "openvino",
+    "onnxruntime-int8",
+    "openvino-int8",
+    "dynamic-int8",
+    "torchao-int8",
     "disentangled-flash",
     "flashdeberta",
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib.util
 import logging
 import os
@@ -173,8 +174,12 @@ def _need_cpu(model: BertModel, *packages: str) -> None:
         raise Unavailable("compared on a CPU only")
 
 
-def _onnx_runtime(model: BertModel) -> nn.Module:
-    """Exported, then through ONNX Runtime's own optimiser for BERT: fused attention, GELU and skip LayerNorm."""
+def _onnx_runtime(model: BertModel, in_int8: bool = False) -> nn.Module:
+    """Exported, then through ONNX Runtime's own optimiser for BERT: fused attention, GELU and skip LayerNorm.
+
+    In int8 as its page on quantization advises for a transformer: dynamic, a scale for each output channel, and
+    weights of 7 bits on a CPU without VNNI, where 8 would saturate.
+    """
     _need_bert(model)
     _need_cpu(model, "onnx", "onnxruntime")
     if model.dtype != torch.float32:
@@ -203,6 +208,20 @@ def _onnx_runtime(model: BertModel) -> nn.Module:
         if (found := fused.get_fused_operator_statistics()["Attention"]) != config.num_hidden_layers:
             raise RuntimeError(f"ONNX Runtime's optimiser found {found} attentions of {config.num_hidden_layers}")
         fused.save_model_to_file(file, use_external_data_format=True)
+        if in_int8:
+            from onnxruntime.quantization import QuantType, quantize_dynamic
+
+            given, file = file, os.path.join(folder, "int8.onnx")
+            narrow = not torch.cpu._is_vnni_supported()
+            quantize_dynamic(
+                given,
+                file,
+                per_channel=True,
+                reduce_range=narrow,
+                weight_type=QuantType.QInt8,
+                use_external_data_format=True,
+                extra_options={"DefaultTensorType": 1},  # float32, of the fused operators that have no shapes
+            )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.add_session_config_entry("session.force_spinning_stop", "1")  # whoever is timed next has the cores
@@ -210,7 +229,8 @@ def _onnx_runtime(model: BertModel) -> nn.Module:
     return _Runtime(lambda ids, mask: session.run(None, {"input_ids": ids, "attention_mask": mask})[0], model.dtype)
 
 
-def _openvino(model: BertModel) -> nn.Module:
+def _openvino(model: BertModel, in_int8: bool = False) -> nn.Module:
+    """In int8 as NNCF quantizes a transformer: static ranges, of a workload's batches."""
     _need_cpu(model, "openvino")
     if model.dtype == torch.float16:
         raise Unavailable("OpenVINO has no float16 on a CPU")
@@ -221,6 +241,14 @@ def _openvino(model: BertModel) -> nn.Module:
         # From float32 weights, as its users do; what it computes in is the hint's.
         wide = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
         graph = openvino.convert_model(_HiddenStates(wide), example_input=tuple(example.values()))
+        if in_int8:
+            if importlib.util.find_spec("nncf") is None:
+                raise Unavailable("nncf is not installed")
+            import nncf
+
+            batches = [workload(name, 8).inputs(model.device) for name in ("squad", "sentences")]
+            rows = [tuple(value.numpy() for value in batch.values()) for batch in batches]
+            graph = nncf.quantize(graph, nncf.Dataset(rows, list), model_type=nncf.ModelType.TRANSFORMER)
     precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[model.dtype]
     settings = {
         "INFERENCE_PRECISION_HINT": precision,
@@ -278,6 +306,28 @@ def _int8(model: BertModel) -> nn.Module:
     if (reason := int8_is_unsupported(model.device)) is not None:
         raise Unavailable(reason)
     return fuse(share(model), precision="int8")
+
+
+def _dynamic(model: BertModel) -> nn.Module:
+    """torch.ao's dynamic quantization of linear layers, over the eager model."""
+    if model.device.type != "cpu" or model.dtype != torch.float32:
+        raise Unavailable("torch.ao's dynamic quantization is for float32 models on a CPU")
+    with _quiet():
+        made: nn.Module = torch.ao.quantization.quantize_dynamic(share(model), {nn.Linear}, torch.qint8)
+    return made
+
+
+def _torchao(model: BertModel) -> nn.Module:
+    """torchao's dynamic int8 of linear layers, compiled, as its page for CPUs advises."""
+    if importlib.util.find_spec("torchao") is None:
+        raise Unavailable("torchao is not installed")
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    made = copy.deepcopy(model)
+    with _quiet():
+        quantize_(made, Int8DynamicActivationInt8WeightConfig())
+    made.forward = torch.compile(made.forward, dynamic=True)
+    return made
 
 
 def _need_deberta(model: nn.Module, package: str) -> None:
@@ -351,16 +401,22 @@ PEERS: dict[str, tuple[str, Callable[[Any], object]]] = {
     "flash-attn": ("stock packed, flash-attn", _flash_attention),
     "onnxruntime": ("ONNX Runtime", _onnx_runtime),
     "openvino": ("OpenVINO", _openvino),
+    "onnxruntime-int8": ("ONNX Runtime, int8", functools.partial(_onnx_runtime, in_int8=True)),
+    "openvino-int8": ("OpenVINO, int8", functools.partial(_openvino, in_int8=True)),
+    "dynamic-int8": ("torch.ao dynamic int8", _dynamic),
+    "torchao-int8": ("torchao int8", _torchao),
     "disentangled-flash": ("disentangled-flash", _DisentangledFlash),
     "flashdeberta": ("flashdeberta", _flash_deberta),
 }
 """By the name on the command line: the name in records, and what makes one from a stock model or raises Unavailable."""
 
-INFERENCE_ONLY = ("graphs", "graphs-pdl", "fp8", "fp8-graphs", "int8", "onnxruntime", "openvino")
+OTHERS_INT8 = ("onnxruntime-int8", "openvino-int8", "dynamic-int8", "torchao-int8")
+INFERENCE_ONLY = ("graphs", "graphs-pdl", "fp8", "fp8-graphs", "int8", "onnxruntime", "openvino", *OTHERS_INT8)
 LOW_PRECISION: dict[str, Precision | None] = {
     PEERS["fp8"][0]: "fp8",
     PEERS["fp8-graphs"][0]: "fp8",
     PEERS["int8"][0]: "int8",
+    **{PEERS[name][0]: None for name in OTHERS_INT8},
 }
 """Those judged by the policy for FP8 or int8; None: by none, of others' quantized models."""
 KEEP_MEMORY = tuple(PEERS[name][0] for name in INFERENCE_ONLY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.util
 import itertools
 import sys
 import types
@@ -44,6 +45,21 @@ def test_peers_on_a_cpu() -> None:
         assert (record["status"], record["repeats"]) == ("ok", 3), name
         assert 0 < record["error"] < 1e-6, name
         assert record["ratio_to_stock"] > 0, name
+
+
+@pytest.mark.usefixtures("tiny")
+def test_int8_of_others() -> None:
+    """Near enough to have computed the model, in fewer bits; of a truth that they are not held to."""
+    names = "int8", "onnxruntime-int8", "dynamic-int8"
+    records = run(names, torch.float32)
+    for case, name in itertools.product(("three", "one"), names):
+        record = records[f"{case} {peers.PEERS[name][0]}"]
+        assert (record["status"], record["repeats"]) == ("ok", 3), name
+        assert 1e-4 < record["error"] < 0.05, name
+    for package, name in {"nncf": "openvino-int8", "torchao": "torchao-int8"}.items():
+        if importlib.util.find_spec(package) is None:
+            record = run([name], torch.float32)[f"one {peers.PEERS[name][0]}"]
+            assert record["status"] == f"UNAVAILABLE: {package} is not installed"
 
 
 @pytest.mark.usefixtures("tiny")
