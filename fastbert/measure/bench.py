@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import numerics
 from ..explain import explain
@@ -149,6 +149,11 @@ def _backward(model: Any, inputs: dict[str, Tensor]) -> None:
     (hidden * weights * inputs["attention_mask"][..., None]).sum().backward()
 
 
+def _encoder(model: nn.Module) -> nn.Module:
+    """What holds the layers, of a base model or of what a peer has made of one: itself, where it calls them itself."""
+    return getattr(model, "encoder", model)
+
+
 def _gradients(model: Any, item: Workload, device: torch.device) -> Tensor:
     """Of the sequences that are checked, without dropout: the gradients of the first and the last layer, end to end.
 
@@ -160,8 +165,9 @@ def _gradients(model: Any, item: Workload, device: torch.device) -> Tensor:
     model.eval()
     model.zero_grad()
     _backward(model, inputs)
-    encoder = model.encoder
-    parts = [encoder.layer[0], encoder.layer[-1]]
+    encoder = _encoder(model)
+    layers = encoder.get_submodule("layers" if hasattr(encoder, "layers") else "layer")
+    parts = [layers.get_submodule(str(i)) for i in (0, len(list(layers.children())) - 1)]
     parts += [part for name in ("rel_embeddings", "LayerNorm") if (part := getattr(encoder, name, None)) is not None]
     found = torch.cat([p.grad.flatten() for part in parts for p in part.parameters() if p.grad is not None])
     model.zero_grad()
@@ -178,7 +184,7 @@ def _truths(model: Any, workloads: Sequence[Workload], train: bool) -> list[Tens
     """For each workload, what its candidates are checked by, in float64; outputs of each sequence alone."""
     reference = twin(model, model.device, torch.float64)
     if train:
-        reference.encoder.requires_grad_()
+        _encoder(reference).requires_grad_()
         return [_gradients(reference, item, model.device) for item in workloads]
     truths = []
     with torch.inference_mode():

@@ -16,10 +16,12 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
+from transformers import PreTrainedConfig
 
 from .. import ops
+from ..runtime.registry import REGISTERED, layers_of
 
 
 class Cost(NamedTuple):
@@ -186,6 +188,94 @@ def torch_cost(operator: Any, args: Sequence[Any], kwargs: dict[str, Any], resul
     return Cost(flops, _bytes(args) + _bytes(list(kwargs.values())) + written)
 
 
+def _rotary(config: PreTrainedConfig, lengths: Sequence[int], dtype: torch.dtype, train: bool) -> Cost:
+    """`encoder` of a family with rotary positions, by what its layers are made of.
+
+    A gate, a residual that is added in training, and the gradients of both and of norms before halves are a pass each.
+    """
+    family = next(family for family in REGISTERED.values() if family.config is type(config))
+    with torch.device("meta"):
+        layers = layers_of(family.base(config).to(dtype).train(train))
+    layout, tokens, heads = family.layout, sum(lengths), config.num_attention_heads
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    seed = torch.empty((), dtype=torch.int64, device="meta")
+    found: list[Cost] = []
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def call(name: str, *args: object) -> None:
+        found.append(cost(name, args, ops.OPERATORS[name].fake(*args)))
+
+    def rows(count: int, width: int) -> None:
+        """So many rows a token, of that width, read or written."""
+        found.append(Cost(0, count * tokens * width * dtype.itemsize))
+
+    def gradients(linears: Sequence[nn.Linear], of_input: bool = True) -> None:
+        """Of the weights of linear layers side by side, and of their input."""
+        n, k = sum(each.out_features for each in linears), linears[0].in_features
+        for a, b, c in [(n, tokens, k), (tokens, n, k)][: 1 + of_input]:
+            found.append(Cost(_products((a, c, b)), (a * b + b * c + a * c) * dtype.itemsize))
+
+    for layer, kind in zip(layers, getattr(config, "layer_types", [""] * len(layers)), strict=True):
+        gemms, norms = layout.gemms(layer), [norm for _, norm in layout.norms(layer)]
+        qkv_weights = [tensor for each in gemms["qkv"] for tensor in (each.weight, each.bias)]
+        (out,), (up,), (down,), gate = gemms["context"], gemms["up"], gemms["down"], gemms.get("gate", ())
+        h, i, vector = out.out_features, down.in_features, empty(out.out_features)
+        x, wide, qkv = empty(tokens, h), empty(tokens, i), empty(tokens, 3, heads, h // heads)
+        context, turns = qkv[:, 0].contiguous(), (empty(tokens, h // heads),) * 2
+        sequences, near = (starts, None, max(lengths), math.sqrt(heads / h)), kind == "sliding_attention"
+        drops = [(rate, seed if rate else None) for rate in layout.dropouts(layer)]
+        gated = bool(gate) or layout.feed_forward.is_gated
+        if layout.pre_norm:
+            for norm in norms:
+                if not isinstance(norm, nn.Identity):
+                    rms = layout.norm is not nn.LayerNorm
+                    call("rms_norm" if rms else "layer_norm", x, *(vector,) * (1 if rms else 2), 0.0)
+                    rows(3 * train, h)
+        call("linear" if len(gemms["qkv"]) == 1 else "qkv_linear", x, *qkv_weights)
+        call("rotate", qkv, *turns)
+        window = (None, None, config.sliding_window) if near else ()
+        if not train:
+            call("attention", context, context, context, *sequences, *window)
+            call("linear_add", x, out.weight, out.bias, x)
+            for each in (*gate, up) if gated else ():
+                call("linear", x, each.weight, each.bias)
+            if gated:
+                rows(3, i)
+            else:
+                call("linear_gelu", x, up.weight, up.bias, "none")
+            call("linear_add", wide, down.weight, down.bias, x)
+            for _ in () if layout.pre_norm else norms:
+                call("layer_norm", x, vector, vector, 0.0)
+            continue
+        stats = torch.empty(1 + (dtype.itemsize > 2), heads, tokens, dtype=torch.float32, device="meta")
+        call("attention_forward", qkv, *sequences, *drops[0], *window)
+        call("linear", x, out.weight, out.bias)
+        for each in (*gate, up, down) if gated else ():
+            call("linear", wide if each is down else x, each.weight, each.bias)
+        if gated:
+            rows(3 + 5, i)
+        else:
+            call("feed_forward", x, up.weight, up.bias, down.weight, down.bias, "none")
+            call("linear_gelu_backward", x, down.weight, wide, "none")
+        for drop in drops[1:3]:
+            if layout.pre_norm:
+                rows(3 + 3, h)
+            else:
+                call("add_layer_norm", x, x, vector, vector, 0.0, *drop)
+                call("add_layer_norm_backward", x, x, x, vector, 0.0, *drop)
+        gradients([down], of_input=gated)
+        for each in (*gate, up):
+            gradients([each])
+        gradients([out])
+        more = (None, None, False, config.sliding_window) if near else ()
+        call("attention_backward", context, qkv, context, stats, *sequences, *drops[0], *more)
+        call("rotate", qkv, *turns, True)
+        gradients(gemms["qkv"])
+    return total(found)
+
+
 _DROPOUTS = ("attention_probs_dropout_prob", "hidden_dropout_prob")
 
 
@@ -198,11 +288,13 @@ def encoder(config: Any, lengths: Sequence[int], dtype: torch.dtype, train: bool
     counted as part of the matmuls that make them, and dropout's rates are the config's.
 
     Args:
-        config: of a model of a supported family.
+        config: of a model of a supported family; of one with rotary positions, after `fuse` has met one.
         lengths: of the sequences, in tokens.
         dtype: of weights, activations and gradients.
         train: forward and backward, not a forward.
     """
+    if getattr(config, "rope_parameters", None) is not None:
+        return _rotary(config, lengths, dtype, train)
     tokens, h = sum(lengths), config.hidden_size
     i = config.hidden_dim if hasattr(config, "hidden_dim") else config.intermediate_size  # DistilBERT's name
 

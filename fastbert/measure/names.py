@@ -26,6 +26,17 @@ def _deberta(hidden: int, layers: int, **more: Any) -> dict[str, Any]:
     }
 
 
+def _modernbert(hidden: int, layers: int, intermediate: int) -> dict[str, Any]:
+    """ModernBERT, heads 64 wide, the window of two layers in three 128 tokens."""
+    return {
+        "model_type": "modernbert",
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 64,
+        "intermediate_size": intermediate,
+    }
+
+
 SHAPES: dict[str, dict[str, Any]] = {
     "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
@@ -46,6 +57,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "deberta-v3-base": _deberta(768, 12),
     "deberta-v3-large": _deberta(1024, 24),
     "deberta-v2-xlarge": _deberta(1536, 24, conv_kernel_size=3, conv_act="gelu"),
+    "modernbert-base": _modernbert(768, 22, 1152),
+    "modernbert-large": _modernbert(1024, 28, 2624),
 }
 """Of models by their size, as fields of a config: BERT's where there is no model_type."""
 WORKLOADS = (

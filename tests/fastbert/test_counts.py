@@ -19,6 +19,7 @@ from fastbert.kernels import cpu, reference_int8
 from fastbert.measure import cases, counts
 from fastbert.models import deberta_v2
 from tests import models
+from tests.fastbert import test_families
 from tests.fastbert.test_ops import arguments
 
 LENGTHS = [5, 1, 17, 12]
@@ -265,3 +266,38 @@ def test_a_window_leaves_pairs_out(window: int) -> None:
     dense = (q[:20], q[:20], q[:20], None, None, 20, 1.0, None, None, window)
     near = sum(abs(i - j) <= window for i in range(20) for j in range(20))
     assert counts.cost("attention", dense, q[:20]).flops == 2 * 2 * width * near
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("family", test_families.ROTARY)
+def test_an_encoder_with_rotary_positions_costs_what_it_calls(family: str, train: bool) -> None:
+    """But for element-wise operators of torch, of which only bytes are counted: by hand, below."""
+    name = test_families.adapter(family).base.__name__
+    model = fastbert.fuse(test_families.seeded(family, name)).train(train)
+    mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()
+    with torch.set_grad_enabled(train), Calls() as calls:
+        hidden = model(models.ids(*mask.shape), attention_mask=mask).last_hidden_state
+        if train:
+            hidden.backward(torch.ones_like(hidden))
+    found = sum(cost.flops for _, cost in calls.costs)
+    assert counts.encoder(model.config, LENGTHS, torch.float32, train).flops == found > 1e7
+
+
+def test_costs_of_modernbert_by_hand() -> None:
+    """ModernBERT-large in bfloat16, two texts: of 28 layers 18 have a window of 64 on each side."""
+    config, h, i, lengths = cases.config_of("modernbert-large"), 1024, 2624, [512, 37]
+    fastbert.fuse(test_families.seeded("modernbert", "ModernBertModel"))
+    tokens, layers, near = sum(lengths), 28, 18
+    weights = 3 * h * h + h * h + 2 * i * h + i * h
+    pairs = 512**2 + 37**2  # of the longer, 64 keys on each side but for its ends, where 1 to 64 are missing
+    close = 512 * 129 - 64 * 65 + 37**2
+    attention = 4 * h * ((layers - near) * pairs + near * close)
+    found = counts.encoder(config, lengths, torch.bfloat16)
+    assert found.flops == layers * 2 * tokens * weights + attention
+    # Of a layer: two norms, QKV, rotation, attention, two GEMMs with residuals, the GEMM of both halves, and its gate.
+    rows = 4 * h + 4 * h + 6 * h + 4 * h + 3 * h + (i + 2 * h) + (h + 2 * i) + 3 * i
+    tables, vectors, starts = 2 * tokens * 64, 4 * h, 3 * 4
+    first = 2 * (2 * h * tokens + 2 * h)  # which has no norm before attention
+    assert found.bytes == layers * (2 * (rows * tokens + weights + vectors + tables) + starts) - first
+    step = counts.encoder(config, lengths, torch.bfloat16, train=True)
+    assert step.flops == 3 * layers * 2 * tokens * weights + attention * (2 + 5) // 2
