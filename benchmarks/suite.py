@@ -82,6 +82,7 @@ WITH_GRAPHS = ((FORWARD, "fused + CUDA graphs", "bfloat16"),)
 FP8_WITH_GRAPHS = ((FORWARD, "fused in fp8 + CUDA graphs", "bfloat16"),)
 STEP_IN_16 = ((STEP, "fused", "bfloat16"),)
 DEBERTA, DEBERTA_STEP = "DebertaV2Model forward", "DebertaV2Model training step"
+MODERN, MODERN_STEP = "ModernBertModel forward", "ModernBertModel training step"
 
 # A file that can't be imported, for want of a package, keeps none of the others from running.
 PYTEST = "-m pytest -q --tb=short --maxfail=100 --continue-on-collection-errors -m gpu --gates {output}/gates.jsonl"
@@ -150,6 +151,24 @@ ON_A_GPU = (
         1.0,
         f"{BENCH} bfloat16 --train --size deberta-v3-large --workload squad --batch 64 --peers {DEBERTA_PEERS}",
         rows=((DEBERTA_STEP, "fused", "bfloat16"),),
+    ),
+    Step(
+        "modernbert",
+        1.5,
+        f"{BENCH} bfloat16 --size modernbert-large --workload squad dense512",
+        rows=((MODERN, "fused", "bfloat16"),),
+    ),
+    Step(
+        "modernbert long",
+        1.0,
+        f"{BENCH} bfloat16 --size modernbert-base --workload dense8192 --batch 2",
+        rows=((MODERN, "fused", "bfloat16"),),
+    ),
+    Step(
+        "modernbert training",
+        1.0,
+        f"{BENCH} bfloat16 --train --size modernbert-base --workload squad --batch 64",
+        rows=((MODERN_STEP, "fused", "bfloat16"),),
     ),
     Step("tests: kernels", 9.5, f"{PYTEST} tests/kernels"),
     Step("tests: models", 9.5, f"{PYTEST} tests --ignore tests/kernels"),

@@ -221,7 +221,8 @@ def test_the_steps_of_a_gpu_run(suite: Any, tmp_path: Path) -> None:
         if words[2:4] not in (["fastbert.cli", "bench"], ["fastbert.cli", "profile"]):
             continue
         less = ["--dtype", "float32", *(["--lengths", "128"] if "--lengths" in words else ["--batch", "2"])]
-        less += ["--size", "deberta-v3-xsmall" if "deberta" in step.name else "minilm", "--device", "cpu"]
+        sizes = {"deberta": "deberta-v3-xsmall", "modernbert": "modernbert-base"}
+        less += ["--size", sizes.get(step.name.partition(" ")[0], "minilm"), "--device", "cpu"]
         less += ["--workload", "dense128"] if "dense8192" in words else []
         less += ["--repeats", "3"] if "bench" in words and "--cold" not in words else []
         if "--peers" in words:  # compiling takes minutes here

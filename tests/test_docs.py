@@ -135,9 +135,10 @@ def thistle(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
 @pytest.mark.parametrize("name", ["ThistleModel", "ThistleForRanking"])
 def test_the_family_with_layers_of_its_own(name: str, thistle: Any) -> None:
+    torch.manual_seed(0)
     trio = models.three(getattr(thistle.hf, name)(thistle.hf.ThistleConfig()).eval(), torch.float32)
     fastbert.fuse(trio[0])
-    mask, ids = models.masks(7, 19)["right"], models.ids(7, 19, high=100)
+    mask, ids = models.masks(60, 19)["right"], models.ids(60, 19, high=100)  # of a few scores errors vary by chance
     assert mask is not None
     with torch.no_grad():
         found = [each(ids, attention_mask=mask) for each in trio]

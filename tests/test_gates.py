@@ -388,6 +388,10 @@ def test_a_row_needs_the_gates_it_uses() -> None:
     steps = state("fused", what="DebertaV2Model training step", **seen)
     assert steps.startswith("not run: linear_training.bfloat16, disentangled_training.bfloat16, deberta_")
     assert state("fused", what="operator disentangled_attention", **seen) == GREEN
+    assert state("fused", what="ModernBertModel forward") == "not run: rotary.bfloat16, families.bfloat16"
+    seen = {"rotary_in_bfloat16": GREEN, "families_in_bfloat16": GREEN, "embedding_in_bfloat16": RED}
+    assert state("fused", what="ModernBertModel forward", **seen) == GREEN
+    assert "families_training.bfloat16" in state("fused", what="ModernBertModel training step", **seen)
     assert state("stock", attention_in_bfloat16=RED) == GREEN
     assert state("fused", what="operator linear_gelu_backward", linear_training_in_bfloat16=RED).startswith("red: ")
     assert state("fused", what="operator linear_gelu", linear_training_in_bfloat16=RED) == GREEN

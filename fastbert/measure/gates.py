@@ -22,6 +22,12 @@ DEBERTA = {
     "model": ("deberta",),
     **dict.fromkeys(("embedding", "embedding_training"), ()),
 }
+# ModernBERT's, whose windows and training are the same operators', with rotations beside them.
+ROTARY = {
+    "model": ("rotary", "families"),
+    "dropout": ("dropout", "families_training"),
+    **dict.fromkeys(("embedding", "embedding_training"), ()),
+}
 GREEN, RED, NOT_RUN = "green", "red", "not run"
 
 # Of the name of an operator, which tests it is in; the first that it holds.
@@ -52,8 +58,9 @@ def needed(what: str, candidate: str) -> tuple[str, ...]:
         operation = next((own for part, own in OPERATORS.items() if part in name), name)
         return (operation + ("_training" if "backward" in name else ""),)
     found = FORWARD + (BACKWARD if "training" in what else ())
-    if what.startswith("Deberta"):
-        found = tuple(own for name in found for own in DEBERTA.get(name, (name,)))
+    for prefix, others in (("Deberta", DEBERTA), ("ModernBert", ROTARY)):
+        if what.startswith(prefix):
+            found = tuple(own for name in found for own in others.get(name, (name,)))
     return found + ("graphs",) * ("graphs" in candidate) + tuple(own for own in ("fp8", "int8") if own in candidate)
 
 

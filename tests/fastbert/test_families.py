@@ -215,7 +215,10 @@ def test_on_a_gpu(family: str, name: str, dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("padding", ["auto", "dense"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("family", "name"), DEBERTA_HEADS)
+@pytest.mark.parametrize(
+    ("family", "name"),
+    DEBERTA_HEADS + [pytest.param(*pair, id=pair[1]) for pair in heads(*ROTARY) if pair[1].endswith("MaskedLM")],
+)
 def test_gradients_on_a_gpu(family: str, name: str, dtype: torch.dtype, padding: str) -> None:
     compare_gradients(seeded(family, name, **NO_DROPOUT).cuda(), family, name, dtype, padding)
 
