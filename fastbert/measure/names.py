@@ -26,7 +26,7 @@ def _deberta(hidden: int, layers: int, **more: Any) -> dict[str, Any]:
     }
 
 
-def _modernbert(hidden: int, layers: int, intermediate: int) -> dict[str, Any]:
+def _modernbert(hidden: int, layers: int, intermediate: int) -> dict[str, object]:
     """ModernBERT, heads 64 wide, the window of two layers in three 128 tokens."""
     return {
         "model_type": "modernbert",
