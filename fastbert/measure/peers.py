@@ -15,7 +15,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -229,25 +229,22 @@ def _onnx_runtime(model: BertModel, in_int8: bool = False) -> nn.Module:
     return _Runtime(lambda ids, mask: session.run(None, {"input_ids": ids, "attention_mask": mask})[0], model.dtype)
 
 
-def _openvino(model: BertModel, in_int8: bool = False) -> nn.Module:
-    """In int8 as NNCF quantizes a transformer: static ranges, of a workload's batches."""
+def openvino(model: BertModel, int8: Sequence[tuple[Tensor, Tensor]] | None = None) -> nn.Module:
+    """In int8 as NNCF quantizes a transformer: static ranges, of batches of ids and masks (B, S)."""
     _need_cpu(model, "openvino")
     if model.dtype == torch.float16:
         raise Unavailable("OpenVINO has no float16 on a CPU")
-    import openvino
+    import openvino as runtime
 
     example = _example()
     with _quiet(), torch.no_grad():
         # From float32 weights, as its users do; what it computes in is the hint's.
         wide = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
-        graph = openvino.convert_model(_HiddenStates(wide), example_input=tuple(example.values()))
-        if in_int8:
-            if importlib.util.find_spec("nncf") is None:
-                raise Unavailable("nncf is not installed")
+        graph = runtime.convert_model(_HiddenStates(wide), example_input=tuple(example.values()))
+        if int8 is not None:
             import nncf
 
-            batches = [workload(name, 8).inputs(model.device) for name in ("squad", "sentences")]
-            rows = [tuple(value.numpy() for value in batch.values()) for batch in batches]
+            rows = [tuple(value.numpy() for value in batch) for batch in int8]
             graph = nncf.quantize(graph, nncf.Dataset(rows, list), model_type=nncf.ModelType.TRANSFORMER)
     precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[model.dtype]
     settings = {
@@ -255,8 +252,15 @@ def _openvino(model: BertModel, in_int8: bool = False) -> nn.Module:
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
-    compiled = openvino.compile_model(graph, "CPU", settings)
+    compiled = runtime.compile_model(graph, "CPU", settings)
     return _Runtime(lambda ids, mask: compiled([ids, mask])[0], model.dtype)
+
+
+def _openvino_int8(model: BertModel) -> nn.Module:
+    if importlib.util.find_spec("nncf") is None:
+        raise Unavailable("nncf is not installed")
+    batches = [workload(name, 8).inputs(model.device) for name in ("squad", "sentences")]
+    return openvino(model, [(batch["input_ids"], batch["attention_mask"]) for batch in batches])
 
 
 def _graphs(model: BertModel) -> nn.Module:
@@ -400,9 +404,9 @@ PEERS: dict[str, tuple[str, Callable[[Any], object]]] = {
     "torch-varlen": ("stock packed, torch varlen", _torch_varlen),
     "flash-attn": ("stock packed, flash-attn", _flash_attention),
     "onnxruntime": ("ONNX Runtime", _onnx_runtime),
-    "openvino": ("OpenVINO", _openvino),
+    "openvino": ("OpenVINO", openvino),
     "onnxruntime-int8": ("ONNX Runtime, int8", functools.partial(_onnx_runtime, in_int8=True)),
-    "openvino-int8": ("OpenVINO, int8", functools.partial(_openvino, in_int8=True)),
+    "openvino-int8": ("OpenVINO, int8", _openvino_int8),
     "dynamic-int8": ("torch.ao dynamic int8", _dynamic),
     "torchao-int8": ("torchao int8", _torchao),
     "disentangled-flash": ("disentangled-flash", _DisentangledFlash),
