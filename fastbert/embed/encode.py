@@ -83,6 +83,8 @@ def encode(
         lengths = np.minimum(lengths, longest)
     device = torch.device(str(options.get("device") or model.device))
     chosen = list(batches_of(lengths, batch_tokens or batch_tokens_on(device)))
+    if len(chosen) == 1:  # nothing to tokenise ahead
+        return getattr(model, call)(texts, batch_size=len(texts), show_progress_bar=show_progress_bar, **options)
     model.eval()  # as the method does
     parts = []
     with (
