@@ -9,8 +9,8 @@ import torch
 
 from .. import tuned
 from ..checkpoints import default_device
-from ..kernels import launch
-from ..runtime.support import DTYPES, triton_is_unsuitable
+from ..kernels import cpu_int8, launch
+from ..runtime.support import DTYPES, fp8_is_unsupported, int8_is_unsupported, triton_is_unsuitable
 from .machine import backend, device_name, driver, versions
 
 
@@ -46,6 +46,17 @@ def configurations(device: torch.device) -> str:
     return f"{len(entries)} tuned on this GPU, of {file}; else {shipped}"
 
 
+def eight_bits(device: torch.device) -> dict[str, str]:
+    """How FP8 and int8 run on `device`, or why they don't."""
+    found = {}
+    for name, why in (("fp8", fp8_is_unsupported(device)), ("int8", int8_is_unsupported(device))):
+        found[name] = "as Triton kernels" if why is None else f"no: {why}"
+    if device.type == "cpu":
+        library = {"onednn": "oneDNN", "fbgemm": "FBGEMM", None: "no library, in float64"}[cpu_int8.engine()]
+        found = {"fp8": "simulated", "int8": f"by {library}, weights to {cpu_int8.weight_limit()}"}
+    return found
+
+
 def collect() -> dict[str, Any]:
     """Everything `fastbert info` prints."""
     device = default_device(None)
@@ -58,5 +69,6 @@ def collect() -> dict[str, Any]:
         "versions": versions(),
         "architecture": launch.architecture(device),
         "configurations": configurations(device),
+        **eight_bits(device),
         "launch_table": launch_table(device),
     }

@@ -249,6 +249,8 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert found["backend"] in said
     if not torch.cuda.is_available():
+        assert found["fp8"] == "simulated"
+        assert re.fullmatch(r"by (oneDNN|FBGEMM|no library, in float64), weights to (127|64)", found["int8"])
         assert found["configurations"] == "shipped for portable, not measured"
     assert len(said.splitlines()) > len(found["launch_table"])
 
@@ -257,6 +259,9 @@ def test_info_tells_tuned_from_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(tuned, "apply", lambda: None)
     cuda = torch.device("cuda")
+    monkeypatch.setattr(info, "fp8_is_unsupported", lambda device: None)
+    monkeypatch.setattr(info, "int8_is_unsupported", lambda device: "a B200")
+    assert info.eight_bits(cuda) == {"fp8": "as Triton kernels", "int8": "no: a B200"}
     assert info.configurations(cuda) == "shipped for sm_90, not measured"
     monkeypatch.setitem(launch.MEASURED, "sm_90", "an H200")
     monkeypatch.setattr(tuned, "apply", lambda: (Path("x.json"), ("one", "two")))
