@@ -224,6 +224,12 @@ FAULTS = {
         ", parts)",
         "tests/fastbert/test_known.py -k loss",
     ),
+    "C: a loss function of a model's own": Fault(
+        "fastbert/runtime/known.py",
+        " and head.loss_function not in _LOSSES",
+        " and False",
+        "tests/fastbert/test_known.py -k loss_function",
+    ),
     "D: what hooks change meanwhile": Fault(
         "fastbert/runtime/encoder.py",
         "            if looks and not stock:\n",

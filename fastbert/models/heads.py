@@ -37,8 +37,8 @@ def takes_labelled_rows(model: Any, vocabulary: Vocabulary, call: Mapping[str, o
     settings = getattr(encoder_of(model.base_model), "fastbert", None)
     if settings is None or not settings.loss_only or call.get("labels") is None or torch.compiler.is_compiling():
         return False
-    if call.get("num_items_in_batch") is not None:  # by which stock may divide
-        return False
+    if any(call.get(name) is not None for name in known.LOSS_ARGUMENTS) or known.loss_is_replaced(model):
+        return False  # another loss than `labelled_loss`
     code = family_of(model.base_model).code.__name__
     stock = next(kind for kind in type(model).__mro__ if kind.__module__ == code)
     if not known.is_stock_class(stock, stock.__module__) or foreign_code(model.base_model) is not None:

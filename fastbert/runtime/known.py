@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import activations, masking_utils
+from transformers.loss import loss_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -237,6 +238,25 @@ def _masking() -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
+# Of transformers' losses, those that take labelled rows alone, and what they call.
+_LOSSES = (loss_utils.ForMaskedLMLoss, loss_utils.ForTokenClassification)
+_LOSS_NAMES = ("ForMaskedLMLoss", "ForTokenClassification", "fixed_cross_entropy")
+LOSS_ARGUMENTS = {
+    name for loss in (_LOSSES[0], loss_utils.fixed_cross_entropy) for name in list(inspect.signature(loss).parameters)[2:]
+} - {"vocab_size", "kwargs"}
+"""Arguments of a head that go on to its loss, and change it."""
+
+
+@functools.cache
+def _asks_for_its_loss(kind: Any) -> bool:
+    return "loss_function" in inspect.unwrap(kind.forward).__code__.co_names
+
+
+def loss_is_replaced(head: Any) -> bool:
+    """Whether a head takes its loss by its `loss_function`, and that may read rows without a label."""
+    return _asks_for_its_loss(type(head)) and head.loss_function not in _LOSSES
+
+
 _THREAD = threading.local()
 
 
@@ -289,7 +309,7 @@ class Code:
         # A class shows its dictionary through a proxy; that refers to nothing else.
         dictionaries = [get_referents(vars(kind))[0] for kind in (*self._kinds, Tensor)]
         names, read = self._globals(readers)
-        self._names: dict[ModuleType, tuple[str, ...]] = {module: names, masking_utils: _masking()}
+        self._names: dict[ModuleType, tuple[str, ...]] = {module: names, masking_utils: _masking(), loss_utils: _LOSS_NAMES}
         read |= _read_by_us()
         owners = {importlib.import_module(owner): names for owner, names in _FUNCTIONS.items()}
         for owner, names in owners.items():
@@ -382,7 +402,7 @@ class Code:
                     own = _is_owned(value.__module__) and value.__name__ == name
                 elif isinstance(value, nn.Module):
                     own = type(value).__module__ == activations.__name__
-                elif module in (self._module, masking_utils):  # defined there, or imported from elsewhere
+                elif module in (self._module, masking_utils, loss_utils):  # defined there, or imported from elsewhere
                     own = _is_theirs(value) and getattr([None, *_layers_of(value)][-1], "__name__", None) == name
                 elif name in _FUNCTIONS[module.__name__]:
                     own = _is_own(value, module.__name__, name)

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .known import ELEMENTWISE, methods_used
+from .known import ELEMENTWISE, loss_is_replaced, methods_used
 from .registry import REGISTERED, family_of
 from .support import ROWWISE_LINEARS, is_harmless, is_placed, is_rowwise
 from .wrappers import is_transparent, is_wrapper
@@ -179,9 +179,10 @@ def _once_told_names(hook: Hook) -> Hook:
 
 @_once_told_names
 def tell_labels(model: nn.Module, args: Args, kwargs: Kwargs) -> Call:
-    """Of a head with a loss over labelled tokens: shows its base model the labels."""
+    """Of a head with a loss over labelled tokens: shows its base model the labels, or that the loss is another."""
     labels = named_arguments(type(model), args, kwargs).get("labels")
-    return _tell(model, Reads(padded_labels=labels, told=_tells(model, tell_labels, args)), args, kwargs)
+    other = labels is not None and not torch.compiler.is_compiling() and loss_is_replaced(model)
+    return _tell(model, Reads(labels, other, told=_tells(model, tell_labels, args)), args, kwargs)
 
 
 @_once_told_names

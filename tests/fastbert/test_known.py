@@ -21,12 +21,15 @@ from transformers import (
     DistilBertForMaskedLM,
     DistilBertModel,
     ElectraForMaskedLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
     MPNetConfig,
     MPNetModel,
     RobertaConfig,
     RobertaForMaskedLM,
     RobertaModel,
 )
+from transformers.loss import loss_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert import modeling_bert as hf
 from transformers.models.mpnet import modeling_mpnet as mpnet
@@ -257,6 +260,44 @@ def test_a_loss_that_is_a_module_is_taken_as_it_is(what: str) -> None:
             OWN_LOSSES[what](model)
         expected, found = stock(**call).loss, fused(**call).loss
     assert (expected - plain).abs() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def of_all_logits(logits: Tensor, *_: Any, **__: Any) -> Tensor:
+    return logits.pow(2).mean()
+
+
+# How the loss of a head that has a `loss_function` becomes another.
+Patch = pytest.MonkeyPatch
+FUNCTIONS: dict[str, Callable[[Any, Patch], object]] = {
+    "of the model": lambda model, patch: setattr(model, "loss_function", of_all_logits),
+    "of its type": lambda model, patch: setattr(model, "loss_type", "ForCausalLM"),
+    "in the table": lambda model, patch: patch.setitem(loss_utils.LOSS_MAPPING, "ForMaskedLM", of_all_logits),
+    "what it calls": lambda model, patch: patch.setattr(loss_utils, "fixed_cross_entropy", of_all_logits),
+    "an argument": lambda model, patch: None,
+}
+
+
+@pytest.mark.parametrize("loss_only", [True, False])
+@pytest.mark.parametrize("what", FUNCTIONS)
+def test_a_loss_function_is_taken_as_it_is(what: str, loss_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"vocab_size": models.VOCABULARY, "num_hidden_layers": 2, **SMALL}
+    torch.manual_seed(0)
+    stock = ModernBertForMaskedLM(ModernBertConfig(**sizes, pad_token_id=0)).eval()
+    fused = fastbert.fuse(copy.deepcopy(stock), loss_only=loss_only)
+    mask = models.masks(3, 11)["left"]
+    labels = models.ids(3, 11).masked_fill(mask == 0, -100)
+    call: dict[str, Any] = {"input_ids": models.ids(3, 11), "attention_mask": mask, "labels": labels}
+    with torch.no_grad():
+        plain = fused(**call)
+        assert (plain.logits is None) is loss_only
+        if what == "an argument":
+            ignored = int(labels[mask > 0].mode().values)
+            call |= {"labels": labels.where(labels != -100, ignored), "ignore_index": ignored}
+        for model in (stock, fused):
+            FUNCTIONS[what](model, monkeypatch)
+        expected, found = stock(**call).loss, fused(**call).loss
+    assert (expected - plain.loss).abs() > 1e-3
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
