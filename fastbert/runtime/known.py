@@ -254,7 +254,8 @@ def _asks_for_its_loss(kind: Any) -> bool:
 
 def loss_is_replaced(head: Any) -> bool:
     """Whether a head takes its loss by its `loss_function`, and that may read rows without a label."""
-    return _asks_for_its_loss(type(head)) and head.loss_function not in _LOSSES
+    kind: Any = type(head)
+    return _asks_for_its_loss(kind) and head.loss_function not in _LOSSES
 
 
 _THREAD = threading.local()
