@@ -241,9 +241,7 @@ def _masking() -> tuple[str, ...]:
 # Of transformers' losses, those that take labelled rows alone, and what they call.
 _LOSSES = (loss_utils.ForMaskedLMLoss, loss_utils.ForTokenClassification)
 _LOSS_NAMES = ("ForMaskedLMLoss", "ForTokenClassification", "fixed_cross_entropy")
-LOSS_ARGUMENTS = {
-    name for loss in (_LOSSES[0], loss_utils.fixed_cross_entropy) for name in list(inspect.signature(loss).parameters)[2:]
-} - {"vocab_size", "kwargs"}
+LOSS_ARGUMENTS = ("ignore_index", "num_items_in_batch")
 """Arguments of a head that go on to its loss, and change it."""
 
 
@@ -310,7 +308,11 @@ class Code:
         # A class shows its dictionary through a proxy; that refers to nothing else.
         dictionaries = [get_referents(vars(kind))[0] for kind in (*self._kinds, Tensor)]
         names, read = self._globals(readers)
-        self._names: dict[ModuleType, tuple[str, ...]] = {module: names, masking_utils: _masking(), loss_utils: _LOSS_NAMES}
+        self._names: dict[ModuleType, tuple[str, ...]] = {
+            module: names,
+            masking_utils: _masking(),
+            loss_utils: _LOSS_NAMES,
+        }
         read |= _read_by_us()
         owners = {importlib.import_module(owner): names for owner, names in _FUNCTIONS.items()}
         for owner, names in owners.items():
