@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LIFE = "tests/fastbert/test_life.py"
 KERNELS = "tests/kernels/test_properties.py"
 PROMISE = "tests/fastbert/test_promise.py"
+STATES = "tests/fastbert/test_families.py -k leaves_nothing"
 MAPS = "tests/fastbert/test_attention_maps.py"
 
 
@@ -265,6 +266,24 @@ FAULTS = {
         "    if torch.compiler.is_compiling() or is_fake(x):\n        return False\n",
         "    return not torch.compiler.is_compiling()\n",
         "tests/fastbert/test_embeddings.py -k fake",
+    ),
+    "G: made of tensors without values": Fault(
+        "fastbert/models/deberta_v2.py",
+        "torch.compiler.is_compiling() or is_faked()",
+        "torch.compiler.is_compiling()",
+        STATES,
+    ),
+    "G: made in inference mode": Fault(
+        "fastbert/layers/norm.py",
+        "    with torch.inference_mode(False), _disable_current_modes():\n        return",
+        "    return",
+        STATES,
+    ),
+    "G: another default device": Fault(
+        "fastbert/runtime/support.py",
+        'if isinstance(mode, DeviceContext) and mode.device.type not in ("cpu", device):',
+        "if False:",
+        STATES,
     ),
     "H: reasons without a module": Fault(
         "fastbert/runtime/support.py",

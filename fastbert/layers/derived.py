@@ -41,7 +41,8 @@ def _prints(parameters: Sequence[Tensor | None]) -> list[Tensor]:
 def directions(length: int) -> Tensor:
     """A random vector, always the same."""
     with torch.inference_mode(False):
-        return torch.randn(length, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator("cpu").manual_seed(0)
+        return torch.randn(length, generator=generator, dtype=torch.float32, device="cpu")
 
 
 _SEEN = 16

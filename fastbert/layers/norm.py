@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..runtime import known
 from ..runtime.support import is_hooked, named
@@ -20,6 +21,14 @@ class RmsNorm(NamedTuple):
     eps: float
 
 
+def _zeros_like(weight: Tensor) -> Tensor:
+    """Zeros for any forward, whatever mode this one runs in: they are kept with what a layer reads."""
+    if torch.compiler.is_compiling():
+        return torch.zeros_like(weight)
+    with torch.inference_mode(False), _disable_current_modes():
+        return torch.zeros_like(weight)
+
+
 def norm_of(module: Any) -> Norm | RmsNorm | None:
     """A plain norm's weight, bias (zeros where a LayerNorm has none) and eps; None where it is an nn.Identity."""
     if isinstance(module, nn.Identity):
@@ -29,7 +38,7 @@ def norm_of(module: Any) -> Norm | RmsNorm | None:
         return RmsNorm(weight, module.variance_epsilon)  # as transformers' have it
     bias = module.bias
     eps = module.eps if isinstance(module, nn.LayerNorm) else module.variance_epsilon  # as DeBERTa v1 calls it
-    return Norm(weight, torch.zeros_like(weight) if bias is None else bias, eps)
+    return Norm(weight, _zeros_like(weight) if bias is None else bias, eps)
 
 
 def rate_of(layer: nn.Module, path: Path | None) -> float:

@@ -22,7 +22,7 @@ from ..runtime.packing import Packing
 from ..runtime.plan import Plan
 from ..runtime.readers import FIRST, LABELS, SPANS
 from ..runtime.registry import encoder_of
-from ..runtime.support import is_plain
+from ..runtime.support import is_faked, is_plain
 from .classes import predictions, register
 from .family import Family
 from .heads import Vocabulary
@@ -126,8 +126,9 @@ def relative(encoder: hf.DebertaV2Encoder, buckets: int, device: torch.device, l
     def make() -> Tensor:
         return _embeddings(encoder, span)
 
-    slots = _slots(*place) if torch.compiler.is_compiling() else _kept_slots(*place)
-    keeps = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type))
+    passing = torch.compiler.is_compiling() or is_faked()  # what is made then is for then
+    slots = _slots(*place) if passing else _kept_slots(*place)
+    keeps = not (torch.is_grad_enabled() or passing or torch.is_autocast_enabled(device.type))
     if not (keeps and _is_of_weights(encoder)):
         return Relative(make(), slots, None)
     weight, norm = encoder.rel_embeddings.weight, encoder._modules.get("LayerNorm")

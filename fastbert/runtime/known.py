@@ -14,7 +14,7 @@ import importlib
 import inspect
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from gc import get_referents
 from operator import attrgetter, is_, itemgetter
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodDescriptorType, ModuleType
@@ -246,14 +246,13 @@ LOSS_ARGUMENTS = ("ignore_index", "num_items_in_batch")
 
 
 @functools.cache
-def _asks_for_its_loss(kind: Any) -> bool:
-    return "loss_function" in inspect.unwrap(kind.forward).__code__.co_names
+def _asks_for_its_loss(forward: Callable[..., object]) -> bool:
+    return "loss_function" in inspect.unwrap(forward).__code__.co_names
 
 
-def loss_is_replaced(head: Any) -> bool:
+def loss_is_replaced(head: nn.Module) -> bool:
     """Whether a head takes its loss by its `loss_function`, and that may read rows without a label."""
-    kind: Any = type(head)
-    return _asks_for_its_loss(kind) and head.loss_function not in _LOSSES
+    return _asks_for_its_loss(type(head).forward) and head.loss_function not in _LOSSES
 
 
 _THREAD = threading.local()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .support import is_fake
+from .support import is_fake, is_faked
 
 
 class Packing(NamedTuple):
@@ -82,8 +82,7 @@ def has_values(x: Tensor) -> bool:
     """Whether `x` holds numbers to look at: it and the results of operators on it are not fake, nor being traced."""
     if torch.compiler.is_compiling() or is_fake(x):
         return False
-    kinds = torch._C._TorchDispatchModeKey
-    return all(torch._C._get_dispatch_mode(kind) is None for kind in (kinds.FAKE, kinds.PROXY))
+    return not is_faked()
 
 
 def host_integers(values: Tensor | list[Tensor]) -> list[int]:

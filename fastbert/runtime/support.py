@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_globals
 from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from transformers import modeling_flash_attention_utils as flash
 
 from .. import exporting, ops
@@ -141,6 +142,12 @@ def is_a(x: object, module: str, name: str) -> bool:
 def is_fake(x: object) -> bool:
     """Whether `x` is a tensor without values, as torch.export and estimators of memory have them."""
     return is_a(x, "torch._subclasses.fake_tensor", "FakeTensor")
+
+
+def is_faked() -> bool:
+    """Whether results of operators have no values: within FakeTensorMode, or traced. Nothing made there is kept."""
+    kinds = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(kind) is not None for kind in (kinds.FAKE, kinds.PROXY))
 
 
 _OWN_FUNCTIONS = (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)  # type: ignore[attr-defined]
@@ -330,19 +337,21 @@ def needs_stock(sample: Tensor) -> str | None:
         return "tracing for export"
     if module_globals._has_any_global_hook():
         return "global module hooks"
-    if torch._C._len_torch_function_stack() and (mode := _foreign_mode()) is not None:
-        return f"a {mode}, which may replace what functions of torch compute"
+    if torch._C._len_torch_function_stack() and (mode := _foreign_mode(device)) is not None:
+        return mode
     if (active := ops.foreign_dispatch_mode()) is not None:
         return f"a {named(active)}, which may count or replace torch's operators"
     return None
 
 
-def _foreign_mode() -> str | None:
-    """A TorchFunctionMode that is active and not torch's own, as that of devices is; or of context parallelism."""
+def _foreign_mode(device: str) -> str | None:
+    """What an active TorchFunctionMode may do: one not of torch, or of context parallelism, or of another device."""
     for mode in _get_current_function_mode_stack():
         module = type(mode).__module__
         if not module.startswith("torch.") or module.startswith("torch.distributed."):
-            return named(mode)
+            return f"a {named(mode)}, which may replace what functions of torch compute"
+        if isinstance(mode, DeviceContext) and mode.device.type not in ("cpu", device):
+            return f"the default device is {mode.device.type}, where the model is on {device}"
     return None
 
 

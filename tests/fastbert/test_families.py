@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import importlib
 import importlib.util
@@ -11,6 +12,7 @@ import json
 import pickle
 import re
 import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.distilbert import modeling_distilbert
 from transformers.models.electra import modeling_electra
 from transformers.models.ernie import modeling_ernie
@@ -27,7 +30,8 @@ import fastbert
 from fastbert import ops
 from fastbert.fuse import FAMILIES as ALL_FAMILIES
 from fastbert.fuse import LATE
-from fastbert.models import probe
+from fastbert.layers import derived
+from fastbert.models import deberta_v2, probe
 from fastbert.models.family import Family
 from fastbert.numerics import assert_within_policy
 from fastbert.runtime.registry import layers_of
@@ -170,6 +174,62 @@ def compare(model: Any, given: list[tuple[dict[str, Any], Tensor]], dtype: torch
         assert_within_policy(*results, f"{type(model).__name__} {name} {dtype} {padding}")
     assert not fastbert.explain(fused).encoders[0].stock_calls
     return fused
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+STATES: dict[str, Callable[[], Any]] = {
+    "inference mode": torch.inference_mode,
+    "fake tensors": lambda: FakeTensorMode(allow_non_fake_inputs=True),
+    "a default device": lambda: torch.device("meta"),
+    "a default dtype": lambda: default_dtype(torch.float16),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "state"),
+    [
+        (family, state)
+        for family in ("bert", "mpnet", "deberta_v2", "modernbert")
+        for state in STATES
+        if family in FAMILIES and (family, state) != ("mpnet", "a default device")  # which its stock code can't run in
+    ],
+)
+def test_a_call_leaves_nothing_of_its_state_to_the_next(family: str, state: str) -> None:
+    """What is kept of a first call is fit for others, with gradients, too; and the first is as stock's."""
+    for kept in (derived.directions, deberta_v2._kept_slots):
+        kept.cache_clear()
+    stock = seeded(family, adapter(family).base.__name__)
+    for norm in stock.modules() if family == "bert" else ():
+        if isinstance(norm, torch.nn.LayerNorm):
+            norm.bias = None  # as ModernBERT's: zeros stand for it
+    fused, mask = fastbert.fuse(copy.deepcopy(stock)), models.masks(3, 11)["right"]
+    assert mask is not None
+    call = {"input_ids": padded(family, mask), "attention_mask": mask}
+    with torch.no_grad(), STATES[state]():
+        first, expected = (model(**call).last_hidden_state for model in (fused, stock))
+    if state == "fake tensors":
+        assert first.shape == expected.shape
+    else:
+        torch.testing.assert_close(first[mask > 0], expected[mask > 0], rtol=1e-4, atol=1e-4)
+    found, expected = (outputs(model, call, mask > 0) for model in (fused, stock))
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values, rtol=1e-4, atol=1e-4)
+    ours, theirs = ([p for n, p in sorted(model.named_parameters()) if "layer" in n] for model in (fused, stock))
+    found, expected = (
+        torch.autograd.grad((model(**call).last_hidden_state * mask[..., None]).pow(2).sum(), given)
+        for model, given in ((fused, ours), (stock, theirs))
+    )
+    for own, one in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, one, rtol=1e-3, atol=1e-3 * float(expected[0].abs().max()))
 
 
 def fused_calls(model: Any) -> dict[str, int]:
