@@ -59,6 +59,8 @@ def flatten(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
     starts, longest, indices = selection.packing.cu_seqlens, selection.packing.max_seqlen, selection.packing.indices
     assert starts is not None
     assert indices is not None
+    if family_of(fused[0]).embeds_padded:
+        raise ValueError("model has embeddings that read the mask of each sequence; expected a padded call")
     if selection.has_holes and family_of(fused[0]).tables is not None:
         raise ValueError(
             "attention_mask has padding between real tokens; expected it at the ends: this model goes by the distance "

@@ -244,6 +244,10 @@ def load(
     recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
     model = load_base(path, dtype, device)
     _fused(model, path, precision)
+    ((_, base, family),) = base_models(model)
+    if family.embeds_padded:
+        told = f"{type(base).__name__} reads the mask of each text, and texts are laid end to end here"
+        raise UsageError(f"{path}: {told}; expected another model", "model")
     if tokenizer.cls_token_id is None and recipe.pooling == "cls":
         raise UsageError("cls: the tokenizer has no such token; expected another pooling", "pooling")
     own = recipe.max_length if max_length is None else None

@@ -31,12 +31,14 @@ class Attention:
     """An nn.Dropout, or an attribute that is a rate, of what the half adds; None where nothing of it is dropped."""
     norm: Path = ("attention", "output", "LayerNorm")
     head_dim: str = "attention_head_size"
+    scales_first: bool = False
+    """Whether queries are multiplied by head_dim ** -0.5 beside that."""
     dropout: str | None = "dropout"
     """An nn.Dropout of `module`, or its attribute that is a rate; None where no probability is dropped."""
     bias: str | None = None
     """Of `Context.tables`, what is added to scores by the distance of key and query."""
     rotary: str | None = None
-    """Of `Context.tables`, the rotation of queries and keys."""
+    """Of `Context.tables`, the rotation of queries and keys; None there: they are not turned."""
     window: str | None = None
     """Of `Context.tables`, how many tokens before it and after it a query attends to, or None: all of its sequence."""
     kind: str | None = None
@@ -95,7 +97,7 @@ class Attention:
         )
         module = child(layer, *self.module)
         head_dim = getattr(module, self.head_dim)
-        scale = float(getattr(module, "scaling", head_dim**-0.5))
+        scale = float(getattr(module, "scaling", head_dim**-0.5)) * (head_dim**-0.5 if self.scales_first else 1.0)
         kind = None if self.kind is None else getattr(layer, self.kind)
         norm, tables = norm_of(child(layer, *self.norm)), (self.bias, self.rotary, self.window)
         return BoundAttention(qkv, output, norm, head_dim, scale, *tables, kind)
@@ -147,7 +149,8 @@ class BoundAttention(NamedTuple):
     def _turned(self, qkv: Tensor, context: Context) -> Tensor:
         """Queries, keys and values side by side -> (T, 3, heads, head_dim), queries and keys by their positions."""
         qkv = qkv.view(qkv.shape[0], 3, -1, self.head_dim)
-        return qkv if self.rotary is None else ops.rotate(qkv, *self._own(self.rotary, context))
+        turns = self._own(self.rotary, context)
+        return qkv if turns is None else ops.rotate(qkv, *turns)
 
     def _map(self, q: Tensor, k: Tensor, bias: Tensor | None, context: Context, heads: list[int] | None) -> Tensor:
         """The map of some heads, (B, heads, S, S)."""

@@ -92,7 +92,7 @@ def embeddings_are_foreign(model: Any) -> str | None:
         part = model.__dict__["_modules"].get(name)
         if part is not None and (type(part).forward is not _LINEAR or _is_replaced(part)):
             return f"{name} is a {type(part).__name__}"
-    return None
+    return "the embeddings read the mask" if family.embeds_padded else None
 
 
 def _is_replaced(module: nn.Module) -> bool:

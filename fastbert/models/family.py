@@ -44,6 +44,8 @@ class Family:
     """Whether embeddings are those of BERT: tables of words, types and positions, LayerNorm, dropout."""
     embeddings_at: tuple[str, ...] = ("embeddings",)
     """Where the base model has its embeddings."""
+    embeds_padded: bool = False
+    """Whether the embeddings read the mask: they are called as stock calls them, and what they give is packed."""
     between: tuple[str, ...] = ()
     """Submodules of the base model that are called between embeddings and encoder."""
     stack: tuple[str, ...] = ("encoder", "layer")
@@ -63,6 +65,9 @@ class Family:
     """
     makes_tables: Mapping[str, type[nn.Module]] = field(default_factory=dict)
     """Submodules of the encoder that `tables` calls, with their classes: what they give is row by row."""
+    handed: str | None = None
+    """The keyword argument in which the base model hands its encoder a rotation for every row, or None: cosines and
+    sines, each (1, S, head_dim) or (B, S, head_dim). It is in `Context.tables`, by that name."""
     graph_tables: Callable[..., Callable[[], Mapping[str, object]] | None] | None = None
     """(encoder, device, longest sequence) -> what makes `tables` as a CUDA graph is captured: of weights, anew at each
     replay, and of what it holds itself. None: no graph is captured."""

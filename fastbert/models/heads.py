@@ -24,6 +24,8 @@ class Vocabulary(NamedTuple):
     """Those in between, which are not called where the loss is taken alone, or with labelled rows."""
     loss: nn.Module | None = None
     """What the head takes its loss by, where that is a module of its own."""
+    bias: Tensor | None = None
+    """Of the linear layer, where that is not its own."""
 
 
 def takes_labelled_rows(model: Any, vocabulary: Vocabulary, call: Mapping[str, object]) -> bool:
@@ -83,5 +85,6 @@ def labelled_loss(vocabulary: Vocabulary, hidden_states: Tensor, labels: Tensor)
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
     decoder: Any = vocabulary.decoder
-    losses, _ = ops.linear_cross_entropy(x, decoder.weight, decoder.bias, labels.flatten()[rows])
+    bias = decoder.bias if vocabulary.bias is None else vocabulary.bias
+    losses, _ = ops.linear_cross_entropy(x, decoder.weight, bias, labels.flatten()[rows])
     return losses.mean()

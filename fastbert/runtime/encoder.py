@@ -78,7 +78,9 @@ class FusedEncoder(Mixin):
         receipt.fused = layout if precision is None else f"{layout}, {precision.name}"
         if result is not None:
             return family.output(last_hidden_state=result)
-        if family.tables is None:
+        if family.handed is not None:
+            context = Context(packing, {family.handed: _laid_out(kwargs[family.handed], packing)})
+        elif family.tables is None:
             context = Context(packing)
         else:
             context = Context(packing, family.tables(self, hidden_states, packing, plan.position_ids))
@@ -294,6 +296,14 @@ def _stock_mask(hidden_states: Tensor, plan: Plan, square: bool = True) -> Any:
     if not square:
         return hidden_states.new_ones(hidden_states.shape[:2]) if plan.mask is None else plan.mask
     return create_bidirectional_mask(config=plan.config, inputs_embeds=hidden_states, attention_mask=plan.mask)
+
+
+def _laid_out(tables: tuple[Tensor, ...] | None, packing: Packing) -> tuple[Tensor, ...] | None:
+    """Tables of which there is a row for every position, (1, S, D) or (B, S, D) -> (rows, D), as the rows lie."""
+    if tables is None or (packing.cu_seqlens is not None and packing.indices is None):
+        return tables and tuple([table.flatten(0, 1) for table in tables])
+    whole = [table.expand(packing.batch, -1, -1).flatten(0, 1) for table in tables]
+    return tuple(whole if packing.indices is None else [table[packing.indices] for table in whole])
 
 
 def _take(encoder: nn.Module, rows: Tensor, plan: Plan) -> tuple[Tensor, Plan, str | None]:

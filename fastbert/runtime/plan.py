@@ -144,7 +144,7 @@ def decide(
     reason = _encoder_is_unsupported(model) or foreign_code(model)
     if foreign and family_of(model).loops:
         reason = reason or f"{embeddings_are_foreign(model)}, and it calls its layers itself"
-    reason = reason or (_foreign_call_is_unsupported(call) if foreign and call else None)
+    reason = reason or (_foreign_call_is_unsupported(model, call) if foreign and call else None)
     reason = reason or call_is_unsupported(model, call)
     assumed = assumes and reason is None and graphs is not None and graphs.expects() and not foreign
     assumed = assumed and _is_repeatable(model, call)
@@ -415,7 +415,7 @@ def check_taken(model: nn.Module, plan: object) -> None:
         )
 
 
-def _foreign_call_is_unsupported(call: Mapping[str, object]) -> str | None:
+def _foreign_call_is_unsupported(model: nn.Module, call: Mapping[str, object]) -> str | None:
     """Why a call of a model with embeddings that aren't the family's own runs stock, where its layout can't be told."""
     name = "input_ids" if call.get("input_ids") is not None else "inputs_embeds"
     values, mask = call[name], call.get("attention_mask")
@@ -423,6 +423,8 @@ def _foreign_call_is_unsupported(call: Mapping[str, object]) -> str | None:
         return f"{name} without (batch, tokens), for custom embeddings"
     if isinstance(mask, Tensor) and mask.dim() != 2:
         return "an attention_mask that is not 2-D"
+    if family_of(model).embeds_padded and call.get("cu_seq_lens_q") is not None:
+        return "a flattened call, of embeddings that read the mask of each sequence"
     return None
 
 
@@ -477,7 +479,8 @@ def _isolate(model: Any, call: Kwargs, reason: str) -> None:
     cu_seqlens, implementation = call.get("cu_seq_lens_q"), model.config._attn_implementation
     if cu_seqlens is None or call.get("attention_mask") is not None or is_flash(model):
         return
-    if implementation in ("sdpa", "eager", None) and family_of(model).takes_square_mask:
+    family = family_of(model)
+    if implementation in ("sdpa", "eager", None) and family.takes_square_mask and not family.embeds_padded:
         call["attention_mask"] = _stock_isolation(model, cu_seqlens, shape_of(call)[1])
     elif reason != DISABLED:
         raise ValueError(
@@ -520,7 +523,8 @@ def _lay_out(model: Any, call: Kwargs, settings: Settings, reads: Reads, foreign
     """
     labels, mask = reads.padded_labels, call.get("attention_mask")
     batch, seqlen = mask.shape if foreign and mask is not None else shape_of(call)
-    call["attention_mask"] = None
+    if not family_of(model).embeds_padded:
+        call["attention_mask"] = None
     if mask is None:
         return Packing(batch, seqlen, seqlen)
     readable = type(mask) is Tensor and has_values(mask)

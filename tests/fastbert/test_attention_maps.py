@@ -80,7 +80,7 @@ def test_output_attentions_are_stocks_at_every_token(name: str, kind: str) -> No
     with torch.no_grad():
         found, expected, exact = (model(**given, output_attentions=True) for model in (fused, stock, truth))
     assert list(found) == list(expected)
-    if name in WINDOWED or (name, kind) == ("eurobert", "empty"):  # of an empty sequence stock makes NaN
+    if name in WINDOWED or (name in ("eurobert", "esm") and kind == "empty"):  # of an empty sequence stock makes NaN
         pairs = zip((found[0], *found.attentions), (expected[0], *expected.attentions), strict=True)
         assert all(torch.equal(one.nan_to_num(7), other.nan_to_num(7)) for one, other in pairs)
         ((reason, times),) = counts(fused)[1].items()

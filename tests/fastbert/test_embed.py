@@ -667,7 +667,7 @@ OF_DEBERTA = {
     ],
     ids=["RoBERTa", "DeBERTa", *ROTARY],
 )
-def test_other_positions(kind: Any, own: dict[str, Any], tmp_path: Path) -> None:
+def test_other_positions(kind: Any, own: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint())
     sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     torch.manual_seed(0)
@@ -676,6 +676,10 @@ def test_other_positions(kind: Any, own: dict[str, Any], tmp_path: Path) -> None
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "in.txt").write_text("the quick brown fox\nlazy")
     most = ("--max-length", "16") if own else ()  # where neither model nor tokenizer has a limit, it is asked for
+    if kind.__name__ == "EsmModel":
+        run(tmp_path / "model", tmp_path / "out", str(tmp_path / "in.txt"), "--pooling", "cls", *most, code=2)
+        assert "EsmModel reads the mask of each text, and texts are laid end to end" in capsys.readouterr().err
+        return
     run(tmp_path / "model", tmp_path / "out", str(tmp_path / "in.txt"), "--pooling", "cls", "--normalize", *most)
     with torch.no_grad():
         alone = [

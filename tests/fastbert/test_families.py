@@ -69,11 +69,11 @@ def heads(*families: str) -> list[tuple[str, str]]:
 
 
 COVERED = {
-    **dict.fromkeys(("mpnet", "eurobert"), ("none", "full", "right", "left", "holes")),
+    **dict.fromkeys(("mpnet", "eurobert", "esm"), ("none", "full", "right", "left", "holes")),
 }
 """Kinds of masks that run fused with every head of a family, if not all do: `tests.models.masks`.
 
-MPNet has eager attention, under which a sequence without a real token runs stock; EuroBERT divides by its tokens.
+MPNet has eager attention, under which a sequence without a real token runs stock; the others divide by its tokens.
 """
 ROTARY = tuple(name for name in FAMILIES if name in LATE)
 """Families that turn queries and keys by their positions, and whose base models call their layers themselves."""
@@ -114,7 +114,11 @@ def seeded(family: str, name: str, **changes: Any) -> Any:
     elif family == "electra":
         settings["embedding_size"] = 64
     elif family in ROTARY:
-        kinds = {"local_attention": 12, **NO_SPECIAL_TOKENS} if family == "modernbert" else {}
+        own: dict[str, dict[str, Any]] = {
+            "modernbert": {"local_attention": 12, **NO_SPECIAL_TOKENS},
+            "esm": {"position_embedding_type": "rotary", "token_dropout": True, "mask_token_id": 3},
+        }
+        kinds = own.get(family, {})
         settings = {**settings, "num_key_value_heads": 4, **kinds}
     elif family.startswith("deberta"):
         settings |= {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 16}
@@ -508,6 +512,10 @@ def test_flattened_calls(family: str, name: str) -> None:
     model = seeded(family, name)
     fused = fastbert.fuse(copy.deepcopy(model))
     call = models.ragged(lengths)
+    if adapter(family).embeds_padded:  # by the mask of each
+        with pytest.raises(ValueError, match=r"embeddings that read the mask of each sequence\), and stock EsmModel"):
+            fused(**call)
+        return
     first = 2 if family in COUNTING else 0
     call["position_ids"] = call["position_ids"] + first
     call["input_ids"] = call["input_ids"].clamp(min=2)
@@ -848,3 +856,61 @@ def test_descriptions_of_rotary_families(family: str) -> None:
     """As `register` tries those from outside: masks, lengths, positions, gradients, each dropout alone, heads."""
     probe.check_description(adapter(family))
     probe.try_family(adapter(family))
+
+
+@pytest.mark.parametrize("kind", ["right", "left", "holes"])
+@pytest.mark.parametrize("positions", ["rotary", "absolute"])
+def test_masked_tokens_scale_the_embeddings_of_esm(positions: str, kind: str) -> None:
+    """By their share of each sequence, which hangs on its mask, not of the row that it is packed into."""
+    stock = seeded("esm", "EsmModel", position_embedding_type=positions, emb_layer_norm_before=positions == "absolute")
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    mask = models.masks(5, 19)[kind]
+    assert mask is not None
+    ids = torch.where(models.ids(5, 19, high=4, seed=9) == 0, 3, padded("esm", torch.ones(5, 19)).clamp(min=4))
+    ids[mask == 0] = 0
+    ids[mask.cumsum(1) == 1] = 7  # one at least is not masked
+    call, plain = {"input_ids": ids, "attention_mask": mask}, ids.where(ids != 3, 7)
+    compare(stock, [(call, mask.bool())], torch.float32, "auto")
+    with torch.no_grad():
+        for given in (call, {**call, "input_ids": plain}, {"inputs_embeds": stock.get_input_embeddings()(ids)}):
+            torch.testing.assert_close(
+                fused(**given)[0][mask.bool()], stock(**given)[0][mask.bool()], rtol=1e-4, atol=1e-5
+            )
+        assert (fused(**call)[0] - fused(**{**call, "input_ids": plain})[0])[ids == 7].abs().max() > 0.1
+    assert not fastbert.explain(fused).encoders[0].stock_calls
+    assert "embeddings: stock: the embeddings read the mask" in str(fastbert.explain(fused))
+
+
+def test_contacts_of_esm() -> None:
+    """Its head reads attention maps, those of padding zeroed: fused under eager attention; sdpa gives none."""
+    stock = seeded("esm", "EsmForMaskedLM", attn_implementation="eager")
+    fused = fastbert.fuse(copy.deepcopy(stock), padding="packed")
+    mask = models.masks(5, 19)["right"]
+    assert mask is not None
+    ids = padded("esm", mask).clamp(min=4)
+    with torch.no_grad():
+        torch.testing.assert_close(fused.predict_contacts(ids, mask), stock.predict_contacts(ids, mask))
+    assert fused_calls(fused) == {"packed": 1}
+
+
+@pytest.mark.parametrize("change", ["scaling", "position_embedding_type", "hook", "gelu"])
+def test_no_change_of_esms_layers_goes_unnoticed(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = seeded("esm", "EsmModel")
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    call = {"input_ids": padded("esm", torch.ones(5, 19)), "attention_mask": models.masks(5, 19)["right"]}
+    real = call["attention_mask"].bool()
+    with torch.no_grad():
+        before = fused(**call)[0][real]
+        for model in (stock, fused):
+            attention = model.encoder.layer[1].attention.self
+            if change == "scaling":
+                attention.scaling = 2.0
+            elif change == "position_embedding_type":
+                attention.position_embedding_type = "absolute"
+            elif change == "hook":
+                model.encoder.layer[0].register_forward_hook(lambda module, args, out: 2 * out)
+        if change == "gelu":
+            monkeypatch.setattr(adapter("esm").code, "gelu", lambda x: x.relu())
+        expected = stock(**call)[0][real]
+        torch.testing.assert_close(fused(**call)[0][real], expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(expected, before, rtol=1e-2, atol=1e-2)

@@ -419,7 +419,7 @@ def with_peft(family: str = "bert", **arguments: Any) -> tuple[Any, Any, Any]:
         ),
         *((family, "all-linear", None) for family in test_families.ROTARY),
         *(
-            (family, ["Wqkv"] if family == "modernbert" else ["q_proj", "v_proj"], True)
+            (family, {"modernbert": ["Wqkv"], "esm": ["query", "value"]}.get(family, ["q_proj", "v_proj"]), True)
             for family in test_families.ROTARY
         ),
     ],
