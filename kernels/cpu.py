@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import cpu_int8, reference_fp8
+from . import cpu_int8, reference, reference_fp8
 
 _gelu_ = torch._C._nn.gelu_  # type: ignore[attr-defined]  # torch.ops.aten.gelu_ without its Python
 
@@ -107,6 +107,31 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor)
         return fused
     # Added after the GEMM: accumulating onto the residual would round every partial sum to its magnitude.
     return _rounded(_affine(x, weight, bias).add_(residual), x.dtype)
+
+
+_GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": _gelu_,
+    "gelu_tanh": functools.partial(_gelu_, approximate="tanh"),
+    "silu": functools.partial(F.silu, inplace=True),
+}
+_ONEDNN_GATES: dict[str, tuple[str, list[float], str]] = {
+    "gelu": ("gelu", [], "none"),
+    "gelu_tanh": ("gelu", [], "tanh"),
+    "silu": ("swish", [], ""),
+}
+
+
+def linear_gated(
+    x: Tensor, gate: Tensor, gate_bias: Tensor | None, up: Tensor | None, up_bias: Tensor | None, activation: str
+) -> Tensor:
+    if up is None:
+        activated, factor = _affine(x, gate, gate_bias).chunk(2, 1)
+        return _rounded(reference.GATES[activation](activated).mul_(factor), x.dtype)
+    if _fuses_epilogue(x, gate) and _fuses_epilogue(x, up):
+        activated = torch.ops.mkldnn._linear_pointwise(x, gate, gate_bias, *_ONEDNN_GATES[activation])
+        fused: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, activated, up, up_bias, "mul")
+        return fused
+    return _rounded(_GATES[activation](_affine(x, gate, gate_bias)).mul_(_affine(x, up, up_bias)), x.dtype)
 
 
 def qkv_linear(

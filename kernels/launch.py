@@ -804,6 +804,19 @@ def full_waves(
     return first if cycles(config, first) + 2 * rates.launch + rest < cycles(config, rows) else rows
 
 
+# Two products at once, by bytes an element: half the columns of a GEMM's tile, for both are held. Not measured.
+_LINEAR_GATED = {2: Config(128, 64, 32, 4, 3), 4: Config(64, 64, 16, 8, 3)}
+_LINEAR_GATED_SM_90 = {**_LINEAR_GATED, 2: Config(128, 128, 64, 8, 3)}
+LINEAR_GATED_UNALIGNED = Config(64, 64, 32, 8, 3)  # as UNALIGNED
+
+
+def linear_gated_config(arch: str, dtype: torch.dtype, n: int, k: int) -> Config:
+    """The tiles of `linear_gated`, of weights of shape (n, k)."""
+    if n % 16 or k % 16:
+        return LINEAR_GATED_UNALIGNED
+    return (_LINEAR_GATED_SM_90 if arch == "sm_90" else _LINEAR_GATED)[dtype.itemsize]
+
+
 # The GEMM whose epilogue is GELU's derivative, by bytes an element. Two results and what they are made from are held
 # beside the sums: with four warps, or wider tiles, that spills. Not measured yet. On sm_90 registers allow one program
 # an SM: two loads of block_k 32 ahead are 512 cycles of wgmma, less than a load takes, and 64 halves the barriers.

@@ -60,6 +60,26 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor)
     return (_affine(x, weight, bias) + residual).to(x.dtype)
 
 
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+"""What a gate may apply, by the name that operators take."""
+
+
+def linear_gated(
+    x: Tensor, gate: Tensor, gate_bias: Tensor | None, up: Tensor | None, up_bias: Tensor | None, activation: str
+) -> Tensor:
+    """`activation(x @ gate.T + gate_bias) * (x @ up.T + up_bias)`: x (T, K), gate and up (N, K) -> (T, N).
+
+    Where `up` is None, `gate` (2 N, K) and `gate_bias` (2 N,) are both, one after the other.
+    """
+    product = _affine(x, gate, gate_bias)
+    activated, factor = product.chunk(2, 1) if up is None else (product, _affine(x, up, up_bias))
+    return (GATES[activation](activated) * factor).to(x.dtype)
+
+
 def qkv_linear(
     x: Tensor,
     q_weight: Tensor,

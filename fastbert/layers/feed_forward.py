@@ -30,6 +30,17 @@ _GELU = {
 }
 
 
+_SILU = (nn.SiLU, getattr(activations, "SiLUActivation", nn.SiLU))
+_GATES = {"none": "gelu", "tanh": "gelu_tanh"}
+
+
+def gate_of(activation: object) -> str | None:
+    """An activation as `ops.linear_gated` names it, where it has that."""
+    if activation_is_unsupported(activation) is None and type(activation) in _SILU:
+        return "silu"
+    return _GATES.get(gelu_of(activation) or "")
+
+
 def gelu_of(activation: object) -> str | None:
     """`approximate` as torch.nn.functional.gelu has it, where an activation computes that; else None."""
     return _GELU.get(type(activation)) if activation_is_unsupported(activation) is None else None
@@ -94,7 +105,9 @@ class FeedForward:
         gated = self.is_gated or self.gate is not None
         approximate = None if gated or isinstance(up, Called) else gelu_of(activation)
         norm = norm_of(child(layer, *self.norm))
-        return BoundFeedForward(up, found["down"], norm, activation, approximate, found.get("gate"), self.is_gated)
+        gating = gate_of(activation) if gated else None
+        found_gate = found.get("gate")
+        return BoundFeedForward(up, found["down"], norm, activation, approximate, found_gate, self.is_gated, gating)
 
     def dropouts(self, layer: nn.Module) -> tuple[float, float]:
         """Rates at which dropout now drops: of the result, and of what the last GEMM takes."""
@@ -112,6 +125,8 @@ class BoundFeedForward(NamedTuple):
     """As torch.nn.functional.gelu has it, where an epilogue can apply the activation; else None."""
     gate: Gemm | None
     is_gated: bool
+    gating: str | None
+    """The activation of a gate as `ops.linear_gated` has it; else None."""
 
     @property
     def is_static(self) -> bool:
@@ -123,6 +138,8 @@ class BoundFeedForward(NamedTuple):
         """x (T, H) -> what the last GEMM multiplies, (T, I)."""
         if self.approximate is not None:
             return self.first.gelu(x, quantized, self.approximate, self.last)
+        if self.gating is not None and (gated := self.first.gated(x, self.gate, self.gating)) is not None:
+            return gated, None
         return self._between(x, quantized), None
 
     def _between(self, x: Tensor, quantized: Quantized | None = None) -> Tensor:

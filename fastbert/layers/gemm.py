@@ -84,6 +84,14 @@ class Gemm(Form):
         """The same and GELU; in the form that `following` takes."""
         raise NotImplementedError
 
+    def gated(self, x: Tensor, gate: Gemm | None, activation: str) -> Tensor | None:
+        """By `ops.linear_gated`: what `gate` makes of x, activated, times what this one makes of it.
+
+        Where `gate` is None, the first half of this one's columns, activated, times the second. None where there is no
+        launch for it.
+        """
+        return None
+
     def add(self, x: Tensor, quantized: Quantized | None, residual: Tensor) -> Tensor:
         """The same and `residual`, (T, N)."""
         return self(x, quantized) + residual
@@ -112,6 +120,13 @@ class Linear(Gemm):
         self, x: Tensor, quantized: Quantized | None, approximate: str, following: Form
     ) -> tuple[Tensor, Quantized | None]:
         return ops.linear_gelu(x, self.weight, self.bias, approximate), None
+
+    def gated(self, x: Tensor, gate: Gemm | None, activation: str) -> Tensor | None:
+        if gate is None:
+            return ops.linear_gated(x, self.weight, self.bias, None, None, activation)
+        if not isinstance(gate, Linear):
+            return None
+        return ops.linear_gated(x, gate.weight, gate.bias, self.weight, self.bias, activation)
 
     def add(self, x: Tensor, quantized: Quantized | None, residual: Tensor) -> Tensor:
         return ops.linear_add(x, self.weight, self.bias, residual)

@@ -103,6 +103,7 @@ _FLOPS: dict[str, Callable[..., int]] = {
     "linear": _linear,
     "linear_gelu": _linear,
     "linear_add": _linear,
+    "linear_gated": lambda x, gate, gate_bias, up, *_: (1 if up is None else 2) * _linear(x, gate),
     "qkv_linear": lambda x, q_weight, *rest: 3 * _linear(x, q_weight),
     "feed_forward": lambda x, weight1, bias1, weight2, *rest: _linear(x, weight1) + _linear(x, weight2),
     "linear_gelu_backward": _linear,
@@ -239,10 +240,10 @@ def _rotary(config: PreTrainedConfig, lengths: Sequence[int], dtype: torch.dtype
         if not train:
             call("attention", context, context, context, *sequences, *window)
             call("linear_add", x, out.weight, out.bias, x)
-            for each in (*gate, up) if gated else ():
-                call("linear", x, each.weight, each.bias)
-            if gated:
-                rows(3, i)
+            if gate:
+                call("linear_gated", x, gate[0].weight, gate[0].bias, up.weight, up.bias, "silu")
+            elif gated:
+                call("linear_gated", x, up.weight, up.bias, None, None, "gelu")
             else:
                 call("linear_gelu", x, up.weight, up.bias, "none")
             call("linear_add", wide, down.weight, down.bias, x)

@@ -33,6 +33,7 @@ from .int8 import quantize_int8 as quantize_int8
 from .linears import feed_forward as feed_forward
 from .linears import linear as linear
 from .linears import linear_add as linear_add
+from .linears import linear_gated as linear_gated
 from .linears import linear_gelu as linear_gelu
 from .linears import linear_gelu_backward as linear_gelu_backward
 from .linears import qkv_linear as qkv_linear

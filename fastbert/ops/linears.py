@@ -32,6 +32,21 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor)
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
+@operator("linear_gated")
+def linear_gated(
+    x: Tensor, gate: Tensor, gate_bias: Tensor | None, up: Tensor | None, up_bias: Tensor | None, activation: str
+) -> Tensor:
+    """`activation(x @ gate.T + gate_bias) * (x @ up.T + up_bias)` -> (T, N).
+
+    Args:
+        x: (T, K).
+        gate, up: (N, K). Where `up` is None, `gate` is both, (2 N, K), one after the other.
+        gate_bias, up_bias: (N,) or None; with both in `gate`, (2 N,) or None, and None.
+        activation: "gelu" (exact, erf), "gelu_tanh" or "silu".
+    """
+    return x.new_empty(x.shape[0], gate.shape[0] if up is not None else gate.shape[0] // 2)
+
+
 @operator("linear")
 def qkv_linear(
     x: Tensor,

@@ -75,6 +75,7 @@ def test_bytes(dtype: torch.dtype) -> None:
     expected = {
         "linear": (rows + weight + 48 + wide, 0),
         "linear_gelu": (rows + weight + 48 + wide, 0),
+        "linear_gated": (rows + 2 * weight + 48 + wide, 0),
         "linear_add": (rows + weight + wide + wide, 0),  # no bias
         "qkv_linear": (rows + 3 * weight + 2 * 48 + 3 * wide, 0),
         "feed_forward": (rows + weight + 48 + wide + 2 * wide + weight + 32 + rows, 0),

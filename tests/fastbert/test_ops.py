@@ -24,7 +24,10 @@ INT8 = (
 )
 WITHOUT_NUMBERS = ("mask_layout", "attention_tiles")  # of real kind: nothing to differentiate
 MAPS = ("attention_map", "disentangled_attention_map")
-INFERENCE_ONLY = ("linear_gelu", "linear_add", "attention", "layer_norm", "rms_norm", *MAPS, *FP8, *INT8)
+INFERENCE_ONLY = (
+    *("linear_gelu", "linear_gated", "linear_add", "attention", "layer_norm", "rms_norm"),
+    *(*MAPS, *FP8, *INT8),
+)
 
 
 def arguments(
@@ -66,6 +69,7 @@ def arguments(
     return {
         "linear": (x, weight, bias),
         "linear_gelu": (x, weight, bias, "tanh"),
+        "linear_gated": (x, weight, bias, normal(wider, wide), None, "silu"),
         "linear_add": (x, weight, None, normal(9, wider)),
         "qkv_linear": (x, weight, bias, weight.clone(), None, weight.clone(), bias.clone()),
         "feed_forward": (x, weight, bias, normal(wide, wider), normal(wide), "none"),

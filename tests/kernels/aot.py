@@ -66,12 +66,14 @@ from fastbert.kernels.launch import (
     linear_backward_config,
     linear_config,
     linear_fp8_config,
+    linear_gated_config,
     linear_int8_config,
     row_backward_config,
     row_config,
 )
 from fastbert.kernels.layer_norm import add_layer_norm_backward_kernel, layer_norm_kernel
 from fastbert.kernels.linear_fp8 import linear_fp8_kernel
+from fastbert.kernels.linear_gated import GATES, linear_gated_kernel
 from fastbert.kernels.linear_int8 import linear_int8_kernel
 from fastbert.kernels.padding import PROGRAMS, gather_rows_kernel, mask_counts_kernel, mask_layout_kernel
 from fastbert.kernels.quantize_fp8 import quantize_fp8_kernel
@@ -695,6 +697,41 @@ def _linear_fp8(arch: str, full: bool) -> Iterator[Spec]:
             yield spec(torch.bfloat16, 1024, 1024, op, True, config=config)
         yield spec(torch.float16, 100, 80, "add", True)
         yield spec(torch.float32, 3072, 1024, "linear", False, bias=False)
+
+
+@specializations("linear_gated")
+def _linear_gated(arch: str, full: bool) -> Iterator[Spec]:
+    def spec(dtype: torch.dtype, n: int, k: int, activation: str, bias: bool) -> Spec:
+        config = linear_gated_config(arch, dtype, n, k)
+        pointer = f"*{TYPE_NAMES[dtype]}"
+        return Spec(
+            variant=f"{activation} n{n} k{k}" + ("" if bias else " no bias"),
+            kernel=linear_gated_kernel,
+            arguments={
+                "x_ptr": pointer,
+                **{f"{name}_ptr": pointer for name in ("gate", "up")},
+                **{f"{name}_bias_ptr": pointer if bias else None for name in ("gate", "up")},
+                "out_ptr": pointer,
+                "m": 4096,
+                "n": n,
+                "k": k,
+                "stride_xm": k,
+                "ACTIVATION": activation,
+                "EVEN_K": k % config.block_k == 0,
+                "INPUT_PRECISION": "ieee",
+                "BLOCK_M": config.block_m,
+                "BLOCK_N": config.block_n,
+                "BLOCK_K": config.block_k,
+                "GROUP_M": config.group_m,
+            },
+            config=config,
+            streams=dtype.itemsize == 2 and n % 16 == 0,
+        )
+
+    shapes = ((1152, 768), (2624, 1024), (100, 80)) if full else ((1152, 768), (100, 80))
+    for (n, k), dtype, activation in itertools.product(shapes, TYPE_NAMES, GATES):
+        for bias in (False, True) if full else (activation == "silu",):
+            yield spec(dtype, n, k, activation, bias)
 
 
 @specializations("linear_int8")
