@@ -606,7 +606,7 @@ def test_killed_at_any_second_what_was_measured_is_in_the_archives(tmp_path: Pat
     assert (tmp_path / "end" / "logs" / "step3.log").read_text() == "step3 measured\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_ending_the_suite_packs_what_there_is(number: int, tmp_path: Path) -> None:
     (tmp_path / "dry.py").write_text(
         DRY.replace("PACKED_EVERY_S = 0.02", "PACKED_EVERY_S = 600").replace(

@@ -14,7 +14,7 @@ from fastbert.measure import cases, machine
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the benchmark's model and machine small."""
-    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    shape = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
     monkeypatch.setitem(cases.SHAPES, "minilm", shape)
     for size in ("deberta-v3-xsmall", "deberta-v2-xlarge"):
         monkeypatch.setitem(cases.SHAPES, size, {**cases.SHAPES[size], **shape, "vocab_size": 30000})

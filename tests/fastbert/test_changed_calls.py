@@ -553,7 +553,7 @@ def test_a_convolution_packs() -> None:
         pytest.param("encoder.layer.1", marks=pytest.mark.slow),
         "encoder.layer.0.attention.self",
         pytest.param("encoder.layer.0.attention.output.LayerNorm", marks=pytest.mark.slow),
-        "encoder.layer.1.output.dense",
+        pytest.param("encoder.layer.1.output.dense", marks=pytest.mark.slow),
         pytest.param("encoder.layer.1.intermediate.intermediate_act_fn", marks=pytest.mark.slow),
         "embeddings.LayerNorm",
         pytest.param("embeddings", marks=pytest.mark.slow),

@@ -83,7 +83,7 @@ def contents(output: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.usefixtures("here")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_embeddings_are_those_of_sentence_transformers(dtype: str, tmp_path: Path) -> None:
     """On a real checkpoint: pooling, norm and lengths are read from its folder."""
     sentence_transformers = pytest.importorskip("sentence_transformers")

@@ -139,8 +139,14 @@ def test_every_operator_is_covered() -> None:
     assert set(ops.OPERATORS) - no_backward == ops.DIFFERENTIABLE
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ops.OPERATORS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, id=f"{name}-{dtype}", marks=() if i % 2 == j else pytest.mark.slow)
+        for i, name in enumerate(sorted(ops.OPERATORS, key=lambda name: (name in ops.DIFFERENTIABLE, name)))
+        for j, dtype in enumerate((torch.float32, torch.bfloat16))  # in turn
+    ],
+)
 def test_opcheck(name: str, dtype: torch.dtype) -> None:
     args = arguments(dtype)[name]
     check_operator(name, args)

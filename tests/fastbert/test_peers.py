@@ -134,8 +134,15 @@ def disentangled_flash(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
 
 @pytest.mark.usefixtures("tiny", "disentangled_flash")
-@pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("size", ["deberta-v3-xsmall", "deberta-v2-xlarge"])
+@pytest.mark.parametrize(
+    ("size", "train"),
+    [
+        ("deberta-v3-xsmall", True),
+        ("deberta-v2-xlarge", False),
+        pytest.param("deberta-v3-xsmall", False, marks=pytest.mark.slow),
+        pytest.param("deberta-v2-xlarge", True, marks=pytest.mark.slow),
+    ],
+)
 def test_deberta_and_its_peers(size: str, train: bool) -> None:
     """Outputs, or gradients with those of positions, against float64; time and what it costs, of both."""
     records = run(["disentangled-flash", "eager", "torch-varlen", "flashdeberta"], torch.float32, train, size)

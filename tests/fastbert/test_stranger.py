@@ -439,7 +439,13 @@ def test_registered_once_and_from_a_module_that_is_there() -> None:
         register(dataclasses.replace(adapter.FAMILY), "no.such")
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "electra", "ernie", "distilbert", "mpnet", "deberta_v2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("bert", "mpnet", "deberta_v2"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("roberta", "electra", "ernie", "distilbert")),
+    ],
+)
 def test_families_that_come_with_fastbert_are_as_they_say(name: str) -> None:
     """What is asked of a stranger's adapter, asked of ours; XLM-R's and CamemBERT's code is RoBERTa's."""
     family = importlib.import_module(f"fastbert.models.{name}").FAMILY

@@ -117,8 +117,16 @@ WRAPS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("first", ["fuse", "wrap"])
-@pytest.mark.parametrize("how", WRAPS)
+@pytest.mark.parametrize(
+    ("how", "first"),
+    [
+        pytest.param(how, first, marks=pytest.mark.slow if compiles and twice else ())
+        for how in WRAPS
+        for first in ("fuse", "wrap")
+        for compiles in [how.startswith("compiled")]  # which takes seconds: one of them in both orders
+        for twice in [how != "compiled layers" and (first == "fuse") is (how == "compiled regions")]
+    ],
+)
 def test_wrapped_layers_run_fused_and_packed(how: str, first: str) -> None:
     stock = small().train()
     fused, wrap = copy.deepcopy(stock), WRAPS[how]
@@ -313,8 +321,15 @@ def result(model: Any) -> Tensor:
     return out if out.dim() == 2 else out[REAL]
 
 
-@pytest.mark.parametrize("wrap", FORWARDS)
-@pytest.mark.parametrize("kind", [hf.BertModel, hf.BertForSequenceClassification])
+@pytest.mark.parametrize(
+    ("kind", "wrap"),
+    [
+        pytest.param(kind, wrap, marks=pytest.mark.slow if compiles and kind is hf.BertModel else ())
+        for kind in (hf.BertModel, hf.BertForSequenceClassification)
+        for wrap in FORWARDS
+        for compiles in [wrap in (compiled_forward, twice)]  # which takes seconds
+    ],
+)
 def test_a_wrapped_forward_goes_on_to_the_right_one(wrap: Any, kind: Any) -> None:
     """After fuse and after unfuse, whichever came first; and what `explain` says is what happens."""
     stock = small(kind)
@@ -351,13 +366,13 @@ def test_a_wrapped_forward_of_a_layer_or_the_encoder(wrap: Any, first: str) -> N
     torch.testing.assert_close(result(fastbert.unfuse(model)), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("wrap", "place"), [(in_a_closure, "embeddings"), (bound, "encoder.layer.1")])
-def test_a_wrapped_forward_inside_a_compiled_model(wrap: Any, place: str) -> None:
+def test_wrapped_forwards_inside_a_compiled_model() -> None:
     """What the wrapper holds was looked at, of which the compiler then knew no more how to call it."""
     stock = small()
     fused = fastbert.fuse(copy.deepcopy(stock))
     for model in (stock, fused):
-        wrap(model.get_submodule(place))
+        in_a_closure(model.embeddings)
+        bound(model.encoder.layer[1])
     expected = result(stock)
     fused.forward = torch.compile(fused.forward, backend="eager", fullgraph=True)
     torch.testing.assert_close(result(fused), expected, rtol=1e-4, atol=1e-5)
