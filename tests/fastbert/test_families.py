@@ -83,10 +83,10 @@ BASES = [pytest.param(family, adapter(family).base.__name__, id=family) for fami
 
 
 def crossed(dtypes: list[torch.dtype], slow: tuple[torch.dtype, ...] = ()) -> list[Any]:
-    """(family, class, dtype, padding): base models, and heads that labels pack for, in the first dtype and in both.
+    """(family, class, dtype, padding): base models, and heads that labels pack for, in the first dtype, both layouts.
 
-    Other heads in one layout; in further dtypes base models alone, in one layout, in turn: what dtype and padding change
-    is around and below the heads. With --slow, all in all, and in those of `slow`.
+    Other heads in one layout; in further dtypes base models alone, in one layout, in turn: what dtype and padding
+    change is around and below the heads. With --slow, all in all, and in those of `slow`.
     """
     found = []
     for family, name in heads(*OTHERS):

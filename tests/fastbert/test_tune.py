@@ -107,7 +107,9 @@ def picked(name: str, arch: str) -> Problem:
     return pick(name, arch=arch)
 
 
-@pytest.mark.parametrize("arch", ["sm_86", "sm_89", "sm_103", "sm_120", "sm_121"])
+@pytest.mark.parametrize(
+    "arch", ["sm_86", "sm_120", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("sm_89", "sm_103", "sm_121"))]
+)
 def test_the_search_starts_from_every_table(arch: str) -> None:
     """On a GPU that has none of its own, too: what is shipped elsewhere is tried first."""
     for name in ("attention", "attention, backward"):

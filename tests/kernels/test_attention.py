@@ -565,7 +565,14 @@ def test_training_of_the_cpu_with_a_bias_is_the_formula(layout: str, dropout: fl
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "window", "dropout", "dtype"), in_turn((16, 1, 0.0), (64, 8, 0.3), (40, 64, 0.0), (64, 64, 0.0))
+    ("head_dim", "window", "dropout", "dtype"),
+    [
+        *in_turn((16, 1, 0.0), (64, 8, 0.3), (40, 64, 0.0)),
+        *(
+            pytest.param(64, 64, 0.0, *each.values, marks=[*each.marks, thorough] if thorough else each.marks)
+            for each in in_turn(())
+        ),
+    ],
 )
 def test_training_packed_with_a_window(
     head_dim: int, window: int, dropout: float, dtype: torch.dtype, device: str
