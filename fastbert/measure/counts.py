@@ -294,7 +294,8 @@ def encoder(config: Any, lengths: Sequence[int], dtype: torch.dtype, train: bool
         dtype: of weights, activations and gradients.
         train: forward and backward, not a forward.
     """
-    if getattr(config, "rope_parameters", None) is not None:
+    kind = getattr(config, "position_embedding_type", None)  # ESM's
+    if getattr(config, "rope_parameters", None) is not None or kind == "rotary":
         return _rotary(config, lengths, dtype, train)
     tokens, h = sum(lengths), config.hidden_size
     i = config.hidden_dim if hasattr(config, "hidden_dim") else config.intermediate_size  # DistilBERT's name

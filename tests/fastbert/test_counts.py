@@ -302,3 +302,16 @@ def test_costs_of_modernbert_by_hand() -> None:
     assert found.bytes == layers * (2 * (rows * tokens + weights + vectors + tables) + starts) - first
     step = counts.encoder(config, lengths, torch.bfloat16, train=True)
     assert step.flops == 3 * layers * 2 * tokens * weights + attention * (2 + 5) // 2
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_esm_costs_bert_and_its_rotations(train: bool) -> None:
+    """The same GEMMs; queries and keys are turned, and back: qkv read and written, cosines and sines read."""
+    found = []
+    for positions in ("rotary", "absolute"):
+        sizes = {"position_embedding_type": positions, "attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
+        model = fastbert.fuse(test_families.seeded("esm", "EsmModel", **sizes))
+        found.append(counts.encoder(model.config, LENGTHS, torch.float32, train))
+    assert found[0].flops == found[1].flops
+    if not train:  # where norms come first, residuals are added in passes of their own
+        assert found[0].bytes - found[1].bytes == 2 * 4 * sum(LENGTHS) * (6 * 128 + 2 * 32)
