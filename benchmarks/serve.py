@@ -193,8 +193,8 @@ async def poisoned(texts: list[str], stock: SentenceTransformer) -> str:
 
 
 async def drained(texts: list[str], stock: SentenceTransformer) -> str:
-    """Shut down while requests run: those that were taken are answered, others get 404."""
-    some = texts[: 4 * serving.BATCH]
+    """Shut down while workers have all requests: those are answered. What comes later gets 404."""
+    some = texts[: 2 * serving.BATCH]
     async with session() as client:
         running = [asyncio.create_task(ask(client, "fused", text)) for text in some]
         await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
