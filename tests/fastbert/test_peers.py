@@ -209,7 +209,7 @@ def test_openvino_in_bfloat16() -> None:
     mask = models.masks(5, 19)["right"]
     call = {"input_ids": models.ids(5, 19), "attention_mask": mask}
     with torch.no_grad():
-        found, exact = (m(**call).last_hidden_state[mask.bool()] for m in (peers._openvino(model), truth))
+        found, exact = (m(**call).last_hidden_state[mask.bool()] for m in (peers.openvino(model), truth))
     assert found.dtype == torch.bfloat16
     assert 0 < (found.double() - exact).norm() / exact.norm() < 0.02
     assert model.dtype == torch.bfloat16

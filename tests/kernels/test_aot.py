@@ -89,7 +89,7 @@ def test_compiles_without_spills_within_shared_memory() -> None:
     """
     rows = compile_all("--few")
     plain, fp8, int8 = operations()
-    matrices = {"attention", "attention_map", "disentangled", "linear"}
+    matrices = {"attention", "attention_map", "disentangled", "linear", "linear_gated"}
     for arch in ARCHITECTURES:
         ops = {row["op"] for row in rows if row["arch"] == arch}
         found = {*matrices} if arch != "sm_89" else set()
