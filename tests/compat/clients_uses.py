@@ -40,6 +40,8 @@ class Use(NamedTuple):
     runs: str
     """How forwards are expected to run, some of them at least: "packed", "dense" or "stock"."""
     run: Run
+    seeds: int = 1
+    """Runs, each with other random weights: of one classifier or adapter the error is that of a few roundings."""
 
 
 USES: dict[str, Use] = {}
@@ -62,11 +64,11 @@ QUERIES = ["who keeps time in a band?", "capital of France", "what does a fused 
 PAIRS = [(query, text) for query in QUERIES for text in TEXTS]
 
 
-def use(package: str, runs: str = "packed") -> Callable[[Run], Run]:
+def use(package: str, runs: str = "packed", seeds: int = 1) -> Callable[[Run], Run]:
     """Registers a use under its name."""
 
     def register(run: Run) -> Run:
-        USES[run.__name__] = Use(package, runs, run)
+        USES[run.__name__] = Use(package, runs, run, seeds)
         return run
 
     return register
@@ -345,7 +347,7 @@ def bert_score_all_layers(ready: Ready) -> dict[str, Any]:
     return {"scores": torch.stack(scorer.score(TEXTS, list(reversed(TEXTS))))}
 
 
-@use("captum", runs="dense")
+@use("captum", runs="dense", seeds=6)
 def captum_layer_integrated_gradients(ready: Ready) -> dict[str, Any]:
     from captum.attr import LayerIntegratedGradients
 
@@ -359,7 +361,7 @@ def captum_layer_integrated_gradients(ready: Ready) -> dict[str, Any]:
     }
 
 
-@use("captum")
+@use("captum", seeds=6)
 def captum_interpretable_embeddings(ready: Ready) -> dict[str, Any]:
     """The embeddings replaced by a module that hands through what it is given in place of ids."""
     from captum.attr import (
@@ -378,7 +380,7 @@ def captum_interpretable_embeddings(ready: Ready) -> dict[str, Any]:
         return {"attributions": found, "logits afterwards": model(**call).logits}
 
 
-@use("captum")
+@use("captum", seeds=6)
 def captum_saliency(ready: Ready) -> dict[str, Any]:
     """By gradients of the embeddings of words."""
     from captum.attr import Saliency
@@ -389,7 +391,7 @@ def captum_saliency(ready: Ready) -> dict[str, Any]:
     return {"attributions": attribute.attribute(words, 1, additional_forward_args=(call["attention_mask"],))}
 
 
-@use("captum")
+@use("captum", seeds=6)
 def captum_ablation(ready: Ready) -> dict[str, Any]:
     from captum.attr import FeatureAblation, LayerActivation
 
@@ -465,7 +467,7 @@ def adapted(ready: Ready, adapter: Any) -> dict[str, Any]:
     return {"logits": logits, **gradients(model)}
 
 
-@use("peft")
+@use("peft", seeds=6)
 def peft_lora(ready: Ready) -> dict[str, Any]:
     from peft import LoraConfig
 
@@ -473,7 +475,7 @@ def peft_lora(ready: Ready) -> dict[str, Any]:
     return adapted(ready, LoraConfig(task_type="SEQ_CLS", r=4, target_modules=targets, lora_dropout=0.0))
 
 
-@use("peft")
+@use("peft", seeds=6)
 def peft_ia3(ready: Ready) -> dict[str, Any]:
     from peft import IA3Config
 
@@ -481,14 +483,14 @@ def peft_ia3(ready: Ready) -> dict[str, Any]:
     return adapted(ready, IA3Config(task_type="SEQ_CLS", **names))
 
 
-@use("peft")
+@use("peft", seeds=6)
 def peft_prompt_tuning(ready: Ready) -> dict[str, Any]:
     from peft import PromptTuningConfig
 
     return adapted(ready, PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=7))
 
 
-@use("peft", runs="stock")
+@use("peft", runs="stock", seeds=6)
 def peft_prefix_tuning(ready: Ready) -> dict[str, Any]:
     from peft import PrefixTuningConfig
 
@@ -587,23 +589,27 @@ def offline() -> Iterator[None]:
 
 
 def record(name: str) -> dict[str, Any]:
-    """Runs a use three times; what came of it."""
-    package, how, run = USES[name]
+    """Runs a use as stock, fused and in float64, by each seed; what came of it. Forwards are those by the first."""
+    package, how, run, seeds = USES[name]
     about: dict[str, Any] = {"use": name, "package": package, "version": importlib.metadata.version(package)}
     about["transformers"] = importlib.metadata.version("transformers")
-    found, models = {}, []
+    found: dict[str, dict[str, Tensor]] = {}
+    models: list[Any] = []
     try:
         for way, change in ways().items():
+            found[way] = {}
+            for seed in range(seeds):
 
-            def ready(model: Any, change: Ready = change, way: str = way) -> Any:
-                model = change(model)
-                if way == "fused":
-                    models.append(model)
-                return model
+                def ready(model: Any, change: Ready = change, counted: bool = way == "fused" and not seed) -> Any:
+                    model = change(model)
+                    if counted:
+                        models.append(model)
+                    return model
 
-            torch.manual_seed(0)
-            with offline():
-                found[way] = numbers(run(ready), torch.float64 if way == "truth" else torch.float32)
+                torch.manual_seed(seed)
+                with offline():
+                    own = numbers(run(ready), torch.float64 if way == "truth" else torch.float32)
+                found[way] |= {f"{seed} {key}": value for key, value in own.items()}
         fused, stock = forwards(models)
         about |= {key: sum(n for layout, n in fused.items() if layout.startswith(key)) for key in ("packed", "dense")}
         about |= {"stock": sum(stock.values()), "why stock": dict(stock)}
