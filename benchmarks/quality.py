@@ -32,13 +32,12 @@ CANDIDATES = ("int8", "int8-calibrated", *peers.OTHERS_INT8)
 CALIBRATED_ON = 64
 
 
-def lines(path: Path) -> tuple[list[str], list[int] | None]:
-    """The texts of a file, and the numbers of their labels, if it has any."""
+def lines(path: Path) -> tuple[list[str], list[str] | None]:
+    """The texts of a file, and their labels, if it has any."""
     rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if any(len(row) < 2 for row in rows):
         return [row[0] for row in rows], None
-    names = sorted({row[1] for row in rows})
-    return [row[0] for row in rows], [names.index(row[1]) for row in rows]
+    return [row[0] for row in rows], [row[1] for row in rows]
 
 
 def made(name: str, model: Any, tokenizer: Any, texts: list[str]) -> Any:
@@ -48,7 +47,8 @@ def made(name: str, model: Any, tokenizer: Any, texts: list[str]) -> Any:
         fastbert.calibrate(model, texts, tokenizer=tokenizer, precision="int8")
         return fastbert.fuse(model, precision="int8")
     if name == "openvino-int8" and importlib.util.find_spec("nncf"):
-        batches = [tokenizer(texts[i : i + 16], padding=True, return_tensors="pt") for i in range(0, len(texts), 16)]
+        options: dict[str, Any] = {"padding": True, "truncation": True, "max_length": 512, "return_tensors": "pt"}
+        batches = [tokenizer(texts[i : i + 16], **options) for i in range(0, len(texts), 16)]
         return peers.openvino(model, [(each["input_ids"], each["attention_mask"]) for each in batches])
     return peers.PEERS[name][1](model)
 
@@ -100,10 +100,10 @@ def main() -> None:
     rows: dict[str, list[Tensor]] = {name: [] for name in models}
     order, chance = list(models), random.Random(SEED)
     with torch.inference_mode():
-        weights = None
+        weights, names = None, sorted(set(train_labels or ()))  # a label that training has not is never guessed
         if labels is not None and train_labels is not None:
             known = [mean_of_tokens(stock(**b).last_hidden_state, b["attention_mask"]) for b in batches(train[:2000])]
-            weights = classifier(torch.cat(known), torch.tensor(train_labels[:2000]))
+            weights = classifier(torch.cat(known), torch.tensor([names.index(label) for label in train_labels[:2000]]))
         work = batches(texts)
         for model in models.values():
             model(**work[0])
@@ -135,7 +135,8 @@ def main() -> None:
         values += [f"{measure.value:.4f}" for measure in quality.measures()]
         if weights is not None:
             guessed = (F.pad(own.double(), (0, 1), value=1.0) @ weights).argmax(1)
-            values.append(f"{(guessed == torch.tensor(labels)).double().mean().item():.4f}")
+            right = [names[i] == label for i, label in zip(guessed.tolist(), labels or (), strict=True)]
+            values.append(f"{statistics.mean(right):.4f}")
         print(f"| {name} | {' | '.join(values)} |")
     for name, reason in failed.items():
         print(f"\n{name}: {reason}")

@@ -657,3 +657,21 @@ def test_the_sanitizer_is_asked_for_the_kernels_tests(tmp_path: Path, monkeypatc
     given = (tmp_path / "given").read_text().split()
     assert given[:3] == ["1", "--tool", "memcheck"]
     assert given[-3:] == ["-m", "gpu", "tests/kernels"]
+
+
+def test_quality_reads_and_judges_as_it_says(tmp_path: Path) -> None:
+    """Labels by name, whatever others a file has; means over real tokens alone; classes that a line can part."""
+    from benchmarks import quality
+
+    file = tmp_path / "texts.tsv"
+    file.write_text("one\tgood\n\ntwo\tbad\n", encoding="utf-8")
+    assert quality.lines(file) == (["one", "two"], ["good", "bad"])
+    file.write_text("one\ntwo\tbad\n", encoding="utf-8")
+    assert quality.lines(file) == (["one", "two"], None)
+    hidden = torch.tensor([[[3.0, 0.0], [3.0, 8.0], [9e9, 9e9]]])
+    found = quality.mean_of_tokens(hidden, torch.tensor([[1, 1, 0]]))
+    torch.testing.assert_close(found, torch.tensor([[0.6, 0.8]]))
+    rows = torch.tensor([[0.0, 1.0], [0.2, 1.0], [1.0, 0.0], [1.0, 0.1]])
+    weights = quality.classifier(rows, torch.tensor([1, 1, 0, 0]))
+    guessed = (torch.nn.functional.pad(rows.double(), (0, 1), value=1.0) @ weights).argmax(1)
+    assert guessed.tolist() == [1, 1, 0, 0]
