@@ -72,19 +72,18 @@ class Recorder:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", type=Path, required=True, help="the JSON file to write")
-    parser.addoption("--fuse", action="store_true", help="fuse every model as it is built")
+    parser.addoption("--fuse", choices=FAMILIES, help="the family of which every model is fused as it is built")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     recorder = Recorder(config.getoption("--record"))
     config.pluginmanager.register(recorder)
-    if config.getoption("--fuse"):
-        for family in FAMILIES:
-            module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-            importlib.import_module(f"fastbert.models.{family}")
-            for kind in vars(module).values():
-                if isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind.__module__ == module.__name__:
-                    fuse_when_built(kind)
+    if family := config.getoption("--fuse"):
+        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        importlib.import_module(f"fastbert.models.{family}")
+        for kind in vars(module).values():
+            if isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind.__module__ == module.__name__:
+                fuse_when_built(kind)
         count_forwards(recorder)
 
 

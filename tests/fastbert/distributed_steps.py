@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import transformers
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
@@ -21,18 +22,25 @@ from transformers.models.bert import modeling_bert as hf
 
 import fastbert
 from tests import models
+from tests.compat.environments import ABSENT
 
 STEPS = 2
+KINDS = {
+    "deberta v1": ("deberta", "DebertaForSequenceClassification"),
+    "deberta": ("deberta_v2", "DebertaV2ForSequenceClassification"),
+    "modernbert": ("modernbert", "ModernBertForSequenceClassification"),
+    "esm": ("esm", "EsmForSequenceClassification"),
+}
+"""Families beside BERT, as modes name them."""
 BFLOAT16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
 
 
 def model(mode: str) -> Any:
     rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    if "deberta" in mode:
+    if family := next((name for name in KINDS if name in mode), None):
         from tests.fastbert import test_families as families
 
-        family, kind = ("deberta", "Deberta") if "v1" in mode else ("deberta_v2", "DebertaV2")
-        return families.seeded(family, f"{kind}ForSequenceClassification", **rates).train()
+        return families.seeded(*KINDS[family], **families.NO_DROPOUT).train()
     if "loss only" in mode:
         return models.seeded(hf.BertForMaskedLM, tie_word_embeddings="tied" in mode, **rates).train()
     return models.seeded(hf.BertForSequenceClassification, **rates).train()
@@ -82,7 +90,7 @@ def checkpoint(model: Any) -> Any:
 def by_layer(model: Any, *parts: str, **how: Any) -> Any:
     """FSDP2 of every layer, then of the submodules named, then of the rest."""
     base = next(m for m in model.modules() if isinstance(m, PreTrainedModel) and m.base_model is m)
-    for layer in base.encoder.layer:
+    for layer in next(m for m in base.modules() if isinstance(m, nn.ModuleList)):
         fully_shard(layer, **how)
     for part in parts:
         fully_shard(base.get_submodule(part), **how)
@@ -113,6 +121,10 @@ MODES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], str | None]] 
     "ddp, deberta": (same, DistributedDataParallel, None),
     "fsdp2, deberta": (same, by_layer, None),
     "fsdp2, deberta v1": (same, by_layer, None),
+    "ddp, modernbert": (same, DistributedDataParallel, None),
+    "fsdp2, modernbert, checkpointed": (checkpoint, by_layer, None),
+    "fsdp2, esm": (same, by_layer, None),
+    "fsdp2, modernbert, bfloat16": (same, lambda m: by_layer(m, mp_policy=BFLOAT16), None),
     "fsdp2, bfloat16": (same, lambda m: by_layer(m, mp_policy=BFLOAT16), None),
     "fsdp2, every part": (same, lambda m: by_layer(m, "embeddings", "encoder"), None),
     "fsdp2, replicated": (
@@ -134,6 +146,9 @@ MODES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], str | None]] 
         None,
     ),
 }
+
+if "esm" in ABSENT.get(transformers.__version__, ()):
+    del MODES["fsdp2, esm"]
 
 
 def named(model: Any) -> Iterator[tuple[str, Tensor]]:

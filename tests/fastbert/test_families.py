@@ -6,7 +6,6 @@ import ast
 import contextlib
 import copy
 import importlib
-import importlib.util
 import inspect
 import json
 import pickle
@@ -36,10 +35,11 @@ from fastbert.models.family import Family
 from fastbert.numerics import assert_within_policy
 from fastbert.runtime.registry import layers_of
 from tests import models
-from tests.compat.environments import BROKEN_HEADS
+from tests.compat.environments import ABSENT, BROKEN_HEADS
 
-FAMILIES = tuple(name for name in ALL_FAMILIES if importlib.util.find_spec(f"transformers.models.{name}"))
-"""Those that this transformers has."""
+FAMILIES = tuple(name for name in ALL_FAMILIES if name not in ABSENT.get(transformers.__version__, ()))
+"""Those that run fused under this transformers."""
+OF_ESM = pytest.mark.skipif("esm" not in FAMILIES, reason="ESM runs stock under this transformers")
 PADDING_ID = {"roberta": 1, "xlm_roberta": 1, "camembert": 1, "mpnet": 1}
 """Id of the token that pads; of the others 0."""
 TWINS = {"xlm_roberta": ("XLMRoberta", "XLMR"), "camembert": ("Camembert", "Camembert")}
@@ -387,7 +387,7 @@ def test_gradients(family: str, name: str, dtype: torch.dtype, padding: str) -> 
 
 @pytest.mark.parametrize(
     ("family", "padding"),
-    [("modernbert", "auto"), *((family, "dense") for family in ROTARY if family != "eurobert"), ("eurobert", "auto")],
+    [("modernbert", "auto"), *((family, "auto" if family == "eurobert" else "dense") for family in ROTARY)],
 )
 def test_gradients_under_autocast(family: str, padding: str) -> None:
     """Cosines and sines stay in float32 there, queries and keys don't."""
@@ -866,6 +866,7 @@ def test_descriptions_of_rotary_families(family: str) -> None:
     probe.try_family(adapter(family))
 
 
+@OF_ESM
 @pytest.mark.parametrize("kind", ["right", "left", "holes"])
 @pytest.mark.parametrize("positions", ["rotary", "absolute"])
 def test_masked_tokens_scale_the_embeddings_of_esm(positions: str, kind: str) -> None:
@@ -889,6 +890,7 @@ def test_masked_tokens_scale_the_embeddings_of_esm(positions: str, kind: str) ->
     assert "embeddings: stock: the embeddings read the mask" in str(fastbert.explain(fused))
 
 
+@OF_ESM
 def test_contacts_of_esm() -> None:
     """Its head reads attention maps, those of padding zeroed: fused under eager attention; sdpa gives none."""
     stock = seeded("esm", "EsmForMaskedLM", attn_implementation="eager")
@@ -901,6 +903,7 @@ def test_contacts_of_esm() -> None:
     assert fused_calls(fused) == {"packed": 1}
 
 
+@OF_ESM
 @pytest.mark.parametrize("change", ["scaling", "position_embedding_type", "hook", "gelu"])
 def test_no_change_of_esms_layers_goes_unnoticed(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stock = seeded("esm", "EsmModel")
