@@ -9,6 +9,9 @@ from ..runtime.readers import FIRST, LABELS, SPANS
 from .classes import lm_head, register
 from .rotary import AFTER, EMBEDDED, kin
 
+if "gather" in hf.JinaEmbeddingsV3Embeddings.forward.__code__.co_names:
+    raise ImportError("its embeddings look types up by position, of which a row of packed texts may have too many")
+
 FAMILY = register(
     kin(
         hf,
