@@ -23,8 +23,8 @@ CLIENTS = ROOT / "build" / "clients"
 # over all heads would end there.
 BROKEN_HEADS = {"5.4.0": ("XLMRobertaForMultipleChoice", "CamembertForMultipleChoice")}
 
-# Families that run stock, by the version of transformers: it has no such; its configs can't be made; its embeddings look
-# types up by position; each of its layers makes a rotation of its own.
+# Families that run stock, by the version of transformers. It has none; its configs can't be made; its embeddings look
+# types up by position; each layer makes a rotation of its own.
 ABSENT = {"5.4.0": ("nomic_bert", "eurobert", "jina_embeddings_v3", "esm")}
 
 # Versions of transformers whose masks torch.jit.trace can't record, nor torch.onnx.export by it: of stock models, too.
