@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from . import numerics
 from .fuse import PRECISIONS, Precision, fuse, unfuse
+from .layers.copies import GEMMS, Found, Key
 from .layers.int8 import written
-from .layers.low_precision import GEMMS, Found, Key
 from .runtime.registry import encoder_of, layers_in
 from .verify import at_real_tokens, batches_of, inner_model, real_tokens, twin
 

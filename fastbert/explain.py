@@ -9,7 +9,6 @@ from torch import nn
 
 from .fuse import base_models
 from .layers.embeddings import embeddings_are_foreign
-from .layers.low_precision import GEMMS
 from .runtime.plan import ASKED, KEEPS, UNKNOWN, decide, what_keeps, why_dense
 from .runtime.readers import Maps, Reads, outermost, unknown_reader
 from .runtime.registry import embeddings_of, encoder_of, family_of, layers_of
@@ -181,7 +180,7 @@ def _explain_precision(base: nn.Module, settings: Settings) -> tuple[str | None,
         off = "gradients are enabled, or it is training, autocast or torch.compile"
         return f"off: {precision.unsupported(sample.device) or off}", {}
     reasons = precision.reasons(layers, family.fused)
-    gemms, held = len(GEMMS) * len(layers), precision.memory()
-    line = f"{gemms - len(reasons)} of {gemms} GEMMs, {precision.told(sample.device)}"
+    gemms, held = len(precision.groups(layers)), precision.memory()
+    line = f"{gemms} of {gemms + len(reasons)} GEMMs, {precision.told(sample.device)}"
     line += f"; {held / 1e6:,.1f} MB beside the model" if held else ""
     return line, {f"layer {i} {name}": why for (i, name), why in reasons.items()}

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from .. import numerics, ops
 from ..runtime.support import fp8_is_unsupported
+from .copies import CopiedGemm, Found, side_by_side
 from .gemm import Form, Norm, Quantized
-from .low_precision import Found, LowPrecision, QuantizedGemm, side_by_side
+from .low_precision import LowPrecision
 
 
-class Fp8Gemm(QuantizedGemm):
+class Fp8Gemm(CopiedGemm):
     """A GEMM of FP8 (e4m3) numbers."""
 
     def __init__(self, group: Sequence[nn.Linear], scale: float | None) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from .. import numerics, ops
 from ..runtime.support import int8_is_unsupported
+from .copies import CopiedGemm, Found, side_by_side
 from .gemm import Form, Norm, Quantized
-from .low_precision import Found, LowPrecision, QuantizedGemm, side_by_side
+from .low_precision import LowPrecision
 
 _LETTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_"
 _MIDDLE, _OCTAVE = 32, 4
@@ -41,7 +42,7 @@ def quantize_weight(weight: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     return values.to(torch.int8), (largest + (largest - largest)) / limit
 
 
-class Int8Gemm(QuantizedGemm):
+class Int8Gemm(CopiedGemm):
     """A GEMM of int8 numbers."""
 
     def __init__(self, group: Sequence[nn.Linear], factors: str | None) -> None:

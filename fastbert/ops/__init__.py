@@ -4,6 +4,7 @@ How is in `registry`. A call goes to the Triton kernel for CUDA and ROCm tensors
 tensors. Operators without a gradient are for inference, and refuse what needs one; one is differentiable once.
 """
 
+from ..kernels import cpu_prepacked as cpu_prepacked
 from . import registry as registry
 from .attentions import attention as attention
 from .attentions import attention_backward as attention_backward

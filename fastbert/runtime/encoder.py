@@ -91,7 +91,7 @@ class FusedEncoder(Mixin):
         seeds = (None,) * len(plan.stock_layers) if plan.seeds is None else plan.seeds.unbind(0)
         found: Any = plan.bound or (None,) * len(seeds)
         if precision is not None:
-            quantized = precision.bind(layers, plan.stock_layers)
+            quantized = precision.bind(layers, plan.stock_layers, plan.bound)
             found = [own or plain for own, plain in zip(quantized, found, strict=True)]
         first, after, maps = hidden_states, family.after_first, None
         if plan.maps is not None:

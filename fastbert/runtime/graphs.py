@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from ..kernels import launch
 from ..layers.context import Context
+from ..layers.copies import Copies
 from ..layers.layer import FusedLayer
-from ..layers.low_precision import LowPrecision
 from .coverage import Snapshot
 from .packing import Packing, tiles_of
 from .registry import layers_in
@@ -280,7 +280,7 @@ class Graphs:
             return f"more than {MAX_SEQUENCES} sequences"
         return None
 
-    def run(self, encoder: nn.Module, x: Tensor, plan: Any, precision: LowPrecision | None) -> Tensor | None:
+    def run(self, encoder: nn.Module, x: Tensor, plan: Any, precision: Copies | None) -> Tensor | None:
         """The result of a call by a graph, or None where it has to run eagerly.
 
         Args:
@@ -317,7 +317,7 @@ class Graphs:
         return result
 
     def _run(
-        self, encoder: nn.Module, x: Tensor, packing: Packing, precision: LowPrecision | None
+        self, encoder: nn.Module, x: Tensor, packing: Packing, precision: Copies | None
     ) -> tuple[Tensor | None, str]:
         """The result, or None; and what there is to count."""
         bucket = bucket_of(x.shape[0] * x.shape[1], _sequences(packing), packing.max_seqlen)
@@ -376,7 +376,7 @@ class Graphs:
         x: Tensor,
         packing: Packing,
         bucket: Bucket,
-        precision: LowPrecision | None,
+        precision: Copies | None,
     ) -> Any:
         with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode could not be written to later
             if self._buffers is None:

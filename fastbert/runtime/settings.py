@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 import torch
 
-from ..layers.low_precision import LowPrecision
+from ..layers.copies import Copies
 from .coverage import Coverage
 from .graphs import Graphs
 from .readers import Held
@@ -61,11 +61,12 @@ class Running:
 class Settings:
     """What `fuse` leaves on an encoder: what was asked of it, counts, and what its base model stood in."""
 
-    def __init__(self, padding: str, loss_only: bool, cuda_graphs: bool, precision: LowPrecision | None) -> None:
+    def __init__(self, padding: str, loss_only: bool, cuda_graphs: bool, precision: Copies | None) -> None:
         self.padding = padding
         self.loss_only = loss_only
         self.graphs = Graphs() if cuda_graphs else None
         self.precision = precision
+        """What its GEMMs are of in inference; None: the model's own weights."""
         self.holders: set[Held] = set()
         """What the base model stood in."""
         self.counts = Counts()

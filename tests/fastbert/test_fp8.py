@@ -21,7 +21,7 @@ from transformers.models.mpnet import modeling_mpnet as mpnet
 import fastbert
 from fastbert import calibration, fuse, ops
 from fastbert.kernels import attention, launch, linear_fp8, quantize_fp8, reference_fp8
-from fastbert.layers import fp8, low_precision
+from fastbert.layers import copies, fp8
 from fastbert.models.bert import BertModel
 from fastbert.numerics import as_fp8, assert_within_policy, relative_error
 from fastbert.runtime import graphs, packing, support
@@ -52,7 +52,7 @@ class Quantizing(nn.Module):
 def quantizing(model: Any, dtype: torch.dtype, scales: list[Any] | None = None) -> Any:
     """`model`, a stock BertModel, with linear layers that quantize as the config says."""
     for i, layer in enumerate(model.encoder.layer):
-        own = dict.fromkeys(low_precision.GEMMS) if scales is None else scales[i]
+        own = dict.fromkeys(copies.GEMMS) if scales is None else scales[i]
         attention = layer.attention
         for holder, name, gemm in (
             *((attention.self, name, "qkv") for name in ("query", "key", "value")),
