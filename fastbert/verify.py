@@ -232,6 +232,7 @@ def verify(
     layouts: Sequence[str] = LAYOUTS,
     batch_size: int = 8,
     precision: Precision | None = None,
+    prepack: bool = False,
 ) -> Report:
     """Compares the fused forward of `model` with stock in float64 and stock in the same dtype, on copies of it.
 
@@ -252,6 +253,7 @@ def verify(
         batch_size: how many texts go into one forward.
         precision: as `fuse` takes it. In FP8 or int8 the bound is set by stock with its linear layers in it, and the
             report says what they change in what the model is used for.
+        prepack: as `fuse` takes it.
 
     Returns:
         The report: `.ok`, `.rows`, `.first_departure`, `.ran`, `.padding`, `str()`, `.to_dict()`, `.to_json()`.
@@ -281,7 +283,8 @@ def verify(
 
     working = twin(inner, device, dtype)
     bounding = working
-    fuse(working, precision=precision)  # refused before anything is computed, where nothing can be fused
+    # Refused before anything is computed, where nothing can be fused.
+    fuse(working, precision=precision, prepack=prepack)
     if precision is not None:
         bounding = stock_in(precision, inner, device, dtype)
     unfuse(working)
@@ -313,6 +316,7 @@ def verify(
                     working,
                     padding="dense" if layout == "dense" else "auto" if padding.reads else "packed",
                     precision=precision,
+                    prepack=prepack,
                 )
                 found = _outputs(working, batch, real)
                 fused_errors[layout].add(found, expected)

@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="where fused and stock run; default: cuda where there is one, else cpu")
     parser.add_argument("--padding", choices=("packed", "dense"), help="one layout only; default: both")
     parser.add_argument("--precision", choices=("fp8", "int8"), help="in that, and what that changes in results")
+    parser.add_argument("--prepack", action="store_true", help="as fuse(model, prepack=True) on a CPU")
     parser.add_argument("--json", metavar="FILE", help="write the report there, too; -: standard output")
 
 
@@ -77,6 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
             device=device,
             layouts=LAYOUTS if arguments.padding is None else (arguments.padding,),
             precision=arguments.precision,
+            prepack=arguments.prepack,
         )
     except ValueError as error:  # UnsupportedModelError is one
         raise UsageError(f"--model {arguments.model}: {in_a_line(error)}") from error

@@ -67,6 +67,7 @@ WORKLOADS = (
 )
 """What each is: `cases.workload`."""
 PEERS = (
+    "prepacked",
     "graphs",
     "graphs-pdl",
     "fp8",

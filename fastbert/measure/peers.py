@@ -306,6 +306,12 @@ def _fp8(cuda_graphs: bool) -> Callable[[BertModel], nn.Module]:
     return build
 
 
+def _prepacked(model: BertModel) -> nn.Module:
+    if model.device.type != "cpu":
+        raise Unavailable("weights are prepacked for CPUs")
+    return fuse(share(model), prepack=True)
+
+
 def _int8(model: BertModel) -> nn.Module:
     if (reason := int8_is_unsupported(model.device)) is not None:
         raise Unavailable(reason)
@@ -392,6 +398,7 @@ def _flash_deberta(model: DebertaV2Model) -> nn.Module:
 
 
 PEERS: dict[str, tuple[str, Callable[[Any], object]]] = {
+    "prepacked": ("fused, prepacked", _prepacked),
     "graphs": ("fused + CUDA graphs", _graphs),
     "graphs-pdl": ("fused + CUDA graphs, dependent launches", _Dependent),
     "fp8": ("fused in fp8", _fp8(False)),
@@ -415,7 +422,10 @@ PEERS: dict[str, tuple[str, Callable[[Any], object]]] = {
 """By the name on the command line: the name in records, and what makes one from a stock model or raises Unavailable."""
 
 OTHERS_INT8 = ("onnxruntime-int8", "openvino-int8", "dynamic-int8", "torchao-int8")
-INFERENCE_ONLY = ("graphs", "graphs-pdl", "fp8", "fp8-graphs", "int8", "onnxruntime", "openvino", *OTHERS_INT8)
+INFERENCE_ONLY = (
+    *("prepacked", "graphs", "graphs-pdl", "fp8", "fp8-graphs", "int8"),
+    *("onnxruntime", "openvino", *OTHERS_INT8),
+)
 LOW_PRECISION: dict[str, Precision | None] = {
     PEERS["fp8"][0]: "fp8",
     PEERS["fp8-graphs"][0]: "fp8",

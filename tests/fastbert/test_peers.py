@@ -38,7 +38,7 @@ def test_the_command_line_knows_them_all() -> None:
 @pytest.mark.usefixtures("tiny")
 def test_peers_on_a_cpu() -> None:
     """Checked against float64 by the benchmark itself, on a batch and on another shape; then timed."""
-    names = "eager", "compile", "onnxruntime", "openvino"
+    names = "prepacked", "eager", "compile", "onnxruntime", "openvino"
     records = run(names, torch.float32)
     for case, name in itertools.product(("three", "one"), names):
         record = records[f"{case} {peers.PEERS[name][0]}"]

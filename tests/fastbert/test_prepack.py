@@ -284,3 +284,11 @@ def test_kinds_of_calls() -> None:
         ids = models.ids(1, 7)
         compiled = torch.compile(model, backend="eager")(ids).last_hidden_state
         torch.testing.assert_close(compiled, plain(ids).last_hidden_state, rtol=1e-4, atol=1e-4)
+
+
+def test_verify_and_benchmarks_know_it() -> None:
+    batch = {"input_ids": models.ids(9, 37), "attention_mask": models.masks(9, 37)["right"]}
+    report = fastbert.verify(models.seeded(hf.BertForTokenClassification), batch, prepack=True)
+    assert report.ok, str(report)
+    assert report.ran == {"packed": {"packed, prepacked": 1}, "dense": {"dense, prepacked": 1}}
+    assert not report.not_fused
