@@ -134,6 +134,51 @@ def linear_gated(
     return _rounded(_GATES[activation](_affine(x, gate, gate_bias)).mul_(_affine(x, up, up_bias)), x.dtype)
 
 
+def gated_feed_forward(
+    x: Tensor,
+    gate: Tensor,
+    gate_bias: Tensor | None,
+    up: Tensor | None,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    if up is None:
+        inner = _affine(x, gate, gate_bias)
+    else:
+        wide = _rounded(x, _matmul_dtype(x))
+        inner = wide.new_empty(x.shape[0], 2 * gate.shape[0])
+        for part, weight, bias in zip(inner.chunk(2, 1), (gate, up), (gate_bias, up_bias), strict=True):
+            weight = _rounded(weight, wide.dtype).t()
+            if bias is None:
+                torch.mm(wide, weight, out=part)
+            else:
+                torch.addmm(_rounded(bias, wide.dtype), wide, weight, out=part)
+    activated, factor = inner.chunk(2, 1)
+    gated = reference.GATES[activation](activated).mul_(factor)
+    pre = inner.to(x.dtype)
+    return _affine(gated, down, down_bias).to(x.dtype), pre
+
+
+_GATES_BACKWARD: dict[str, Callable[..., Tensor]] = {
+    "gelu": torch.ops.aten.gelu_backward.grad_input,
+    "gelu_tanh": functools.partial(torch.ops.aten.gelu_backward.grad_input, approximate="tanh"),
+    "silu": torch.ops.aten.silu_backward.grad_input,
+}
+
+
+def linear_gated_backward(grad: Tensor, weight: Tensor, pre: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    inner = _matmul_dtype(grad)
+    dgated = torch.mm(grad.to(inner), weight.to(inner))
+    activated, factor = pre.to(inner).chunk(2, 1)
+    gated, dpre = reference.GATES[activation](activated), dgated.new_empty(pre.shape)
+    dactivated, dfactor = dpre.chunk(2, 1)
+    torch.mul(dgated, gated, out=dfactor)
+    _GATES_BACKWARD[activation](dgated.mul_(factor), activated, grad_input=dactivated)
+    return dpre.to(pre.dtype), gated.mul_(factor).to(pre.dtype)
+
+
 def qkv_linear(
     x: Tensor,
     q_weight: Tensor,

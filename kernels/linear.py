@@ -95,6 +95,14 @@ def gelu_tanh_backward(x):
 
 
 @triton.jit
+def silu_backward(x):
+    """SiLU of x, and its derivative."""
+    share = tl.sigmoid(x)
+    act = x * share
+    return act, share + act * (1.0 - share)
+
+
+@triton.jit
 def order_tiles(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     """The row and the column, in tiles, of tile `index`: GROUP_M rows of tiles go column by column."""
     tiles_in_group = GROUP_M * tiles_n
@@ -535,20 +543,21 @@ def feed_forward(
 def linear_gelu_backward_kernel(
     grad_ptr,  # (m, k), rows stride_gm apart
     w_ptr,  # (k, n), contiguous
-    pre_ptr,  # (m, n), contiguous, as are the next two
-    dpre_ptr,
-    act_ptr,
+    pre_ptr,  # (m, n), contiguous, as are the next two; (m, 2 n) where GATED: what is activated, then its factor
+    dpre_ptr,  # as pre
+    act_ptr,  # (m, n)
     m,
     n,
     k,
     stride_gm,
-    GELU: tl.constexpr,  # "none" (erf) or "tanh"
+    GELU: tl.constexpr,  # "none" (erf), "tanh" or "silu"
     EVEN_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    GATED: tl.constexpr = False,
 ):
     tile_m, tile_n = order_tiles(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP_M)
     start_m = tile_m * BLOCK_M
@@ -579,30 +588,42 @@ def linear_gelu_backward_kernel(
 
     HALF_N: tl.constexpr = BLOCK_N // 2
     acc0, acc1 = tl.split(acc.reshape(BLOCK_M, 2, HALF_N).permute(0, 2, 1))
+    stride_pm = 2 * n if GATED else n
     for half in tl.static_range(2):
         offs_h = tl.arange(0, HALF_N)
         start_h = start_n + half * HALF_N
         corner = start_m.to(tl.int64) * n + start_h
         offs = offs_m[:, None] * n + offs_h[None, :]
+        corner_p = start_m.to(tl.int64) * stride_pm + start_h
+        offs_p = offs_m[:, None] * stride_pm + offs_h[None, :]
         mask = (start_m + offs_m < m)[:, None] & (start_h + offs_h < n)[None, :]
-        x = tl.load(pre_ptr + corner + offs, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(pre_ptr + corner_p + offs_p, mask=mask, other=0.0).to(tl.float32)
         if GELU == "tanh":
             act, slope = gelu_tanh_backward(x)
+        elif GELU == "silu":
+            act, slope = silu_backward(x)
         elif grad_ptr.dtype.element_ty == tl.float32:
             act, slope = gelu_erf_backward(x)
         else:
             act, slope = gelu_erf_backward_16(x)
-        dpre = (acc0 if half == 0 else acc1) * slope
-        tl.store(dpre_ptr + corner + offs, dpre.to(dpre_ptr.dtype.element_ty), mask=mask)
+        dact = acc0 if half == 0 else acc1
+        if GATED:
+            factor = tl.load(pre_ptr + corner_p + n + offs_p, mask=mask, other=0.0).to(tl.float32)
+            dfactor = (dact * act).to(dpre_ptr.dtype.element_ty)
+            tl.store(dpre_ptr + corner_p + n + offs_p, dfactor, mask=mask)
+            dact *= factor
+            act *= factor
+        dpre = dact * slope
+        tl.store(dpre_ptr + corner_p + offs_p, dpre.to(dpre_ptr.dtype.element_ty), mask=mask)
         tl.store(act_ptr + corner + offs, act.to(act_ptr.dtype.element_ty), mask=mask)
 
 
 @launch.planned
 def _backward_plan(
-    choose: launch.Choose, arch: str, dtype: torch.dtype, n: int, k: int, gelu: str, precision: str
+    choose: launch.Choose, arch: str, dtype: torch.dtype, n: int, k: int, gelu: str, gated: bool, precision: str
 ) -> tuple[launch.Config, Constants]:
     config: launch.Config = choose(arch, dtype, n, k)
-    return config, Constants(launch.gemm_constants(config, k), GELU=gelu, INPUT_PRECISION=precision)
+    return config, Constants(launch.gemm_constants(config, k), GELU=gelu, GATED=gated, INPUT_PRECISION=precision)
 
 
 def linear_gelu_backward(grad: Tensor, weight: Tensor, pre: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
@@ -615,18 +636,24 @@ def linear_gelu_backward(grad: Tensor, weight: Tensor, pre: Tensor, approximate:
         ValueError: shapes that don't fit together, or another `approximate` than "none" or "tanh".
     """
     _check_approximate(approximate)
+    return activation_backward(grad, weight, pre, approximate, False)
+
+
+def activation_backward(grad: Tensor, weight: Tensor, pre: Tensor, gelu: str, gated: bool) -> tuple[Tensor, Tensor]:
+    """The same; `gelu` "silu", too; gated, pre and its gradient are (T, 2 I), as `linear_gated_backward` has them."""
     (m, k), n = grad.shape, weight.shape[1]
-    if weight.shape != (k, n) or pre.shape != (m, n):
+    wide = 2 * n if gated else n
+    if weight.shape != (k, n) or pre.shape != (m, wide):
         raise ValueError(
             f"weight has shape {tuple(weight.shape)} and pre {tuple(pre.shape)}; "
-            f"expected {(k, n)} and {(m, n)} for grad of shape {(m, k)}"
+            f"expected {(k, n)} and {(m, wide)} for grad of shape {(m, k)}"
         )
-    dpre, act = pre.new_empty((m, n)), pre.new_empty((m, n))
+    dpre, act = pre.new_empty((m, wide)), pre.new_empty((m, n))
     if dpre.numel() == 0:
         return dpre, act
     dtype = grad.dtype
     arch, precision = launch.architecture(grad.device), launch.input_precision(dtype)
-    config, constants = _backward_plan(launch.linear_backward_config, arch, dtype, n, k, approximate, precision)
+    config, constants = _backward_plan(launch.linear_backward_config, arch, dtype, n, k, gelu, gated, precision)
     grad = launch.contiguous_rows(grad)
     operands = grad, launch.operand(weight, dtype), launch.contiguous(pre), dpre, act
     tiles = -(-m // config.block_m) * -(-n // config.block_n)

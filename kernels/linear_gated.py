@@ -1,8 +1,9 @@
 """Two linear layers of one input, of which one, activated, multiplies the other: GeGLU and SwiGLU, in one launch.
 
-`linear_gated` is the Triton twin of the function of that name in `reference`, documented at the operator, in
-fastbert/ops. A program holds the same tile of both products, so each tile of the input is loaded once and neither
-product is written; sums are those of `linear`: K in one order, in float32, whatever other rows are in the batch.
+`linear_gated` and `gated_feed_forward` are the Triton twins of the functions of those names in `reference`, documented
+at the operators, in fastbert/ops; `linear_gated_backward` is, too, by the kernel of `linear_gelu_backward`. A program
+holds the same tile of both products, so each tile of the input is loaded once and neither product is written, but for
+a backward; sums are those of `linear`: K in one order, in float32, whatever other rows are in the batch.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from . import launch
 from .compiled import Constants, run
 from .dependent import wait_for_previous
-from .linear import gelu_erf, gelu_erf_16, gelu_tanh, load_bias, order_tiles
+from .linear import activation_backward, gelu_erf, gelu_erf_16, gelu_tanh, linear, load_bias, order_tiles
 from .reference import GATES
 
 
@@ -37,6 +38,7 @@ def linear_gated_kernel(
     gate_bias_ptr,  # (n,) or None
     up_ptr,  # (n, k), contiguous
     up_bias_ptr,  # (n,) or None
+    pre_ptr,  # (m, 2 n), contiguous: both products, side by side, or None
     out_ptr,  # (m, n), contiguous
     m,
     n,
@@ -84,19 +86,31 @@ def linear_gated_kernel(
         gate_ptrs += BLOCK_K
         up_ptrs += BLOCK_K
 
-    cols = start_n + offs_n
-    mask_n = cols < n
-    gate += load_bias(gate_bias_ptr, cols, mask_n, BLOCK_N)[None, :]
-    up += load_bias(up_bias_ptr, cols, mask_n, BLOCK_N)[None, :]
-    if ACTIVATION == "silu":
-        gate *= tl.sigmoid(gate)
-    elif ACTIVATION == "gelu_tanh":
-        gate = gelu_tanh(gate)
-    else:
-        gate = gelu_erf(gate) if out_ptr.dtype.element_ty == tl.float32 else gelu_erf_16(gate)
-    mask = (start_m + offs_m < m)[:, None] & mask_n[None, :]
-    out_ptrs = out_ptr + start_m.to(tl.int64) * n + start_n + (offs_m[:, None] * n + offs_n[None, :])
-    tl.store(out_ptrs, (gate * up).to(out_ptr.dtype.element_ty), mask=mask)
+    # In two halves of the columns, one after the other: where products are kept registers spill with all at once.
+    HALF_N: tl.constexpr = BLOCK_N // 2
+    gate0, gate1 = tl.split(gate.reshape(BLOCK_M, 2, HALF_N).permute(0, 2, 1))
+    up0, up1 = tl.split(up.reshape(BLOCK_M, 2, HALF_N).permute(0, 2, 1))
+    offs_h = tl.arange(0, HALF_N)
+    for half in tl.static_range(2):
+        start_h = start_n + half * HALF_N
+        cols = start_h + offs_h
+        mask_n = cols < n
+        mask = (start_m + offs_m < m)[:, None] & mask_n[None, :]
+        y = (gate0 if half == 0 else gate1) + load_bias(gate_bias_ptr, cols, mask_n, HALF_N)[None, :]
+        factor = (up0 if half == 0 else up1) + load_bias(up_bias_ptr, cols, mask_n, HALF_N)[None, :]
+        if pre_ptr is not None:
+            pre_ptrs = pre_ptr + start_m.to(tl.int64) * (2 * n) + start_h
+            pre_ptrs += offs_m[:, None] * (2 * n) + offs_h[None, :]
+            tl.store(pre_ptrs, y.to(pre_ptr.dtype.element_ty), mask=mask)
+            tl.store(pre_ptrs + n, factor.to(pre_ptr.dtype.element_ty), mask=mask)
+        if ACTIVATION == "silu":
+            y *= tl.sigmoid(y)
+        elif ACTIVATION == "gelu_tanh":
+            y = gelu_tanh(y)
+        else:
+            y = gelu_erf(y) if out_ptr.dtype.element_ty == tl.float32 else gelu_erf_16(y)
+        out_ptrs = out_ptr + start_m.to(tl.int64) * n + start_h + (offs_m[:, None] * n + offs_h[None, :])
+        tl.store(out_ptrs, (y * factor).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @launch.planned
@@ -117,6 +131,53 @@ def linear_gated(
     Raises:
         ValueError: shapes that don't fit together; another `activation`.
     """
+    return _launch(x, gate, gate_bias, up, up_bias, activation, False)[0]
+
+
+def gated_feed_forward(
+    x: Tensor,
+    gate: Tensor,
+    gate_bias: Tensor | None,
+    up: Tensor | None,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """`linear_gated` and the linear layer behind it, down (H, N) -> (T, H); and both products, (T, 2 N).
+
+    Raises:
+        ValueError: shapes that don't fit together; another `activation`.
+    """
+    gated, pre = _launch(x, gate, gate_bias, up, up_bias, activation, True)
+    return linear(gated, down, down_bias), pre
+
+
+_GELU = {"gelu": "none", "gelu_tanh": "tanh", "silu": "silu"}
+
+
+def linear_gated_backward(grad: Tensor, weight: Tensor, pre: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Back through `(activation(a) * b) @ weight.T`: grad (T, H), weight (H, N), pre (T, 2 N), a beside b.
+
+    Returns:
+        The gradient of `pre`, (T, 2 N); and activation(a) * b, (T, N).
+
+    Raises:
+        ValueError: shapes that don't fit together.
+    """
+    return activation_backward(grad, weight, pre, _GELU[activation], True)
+
+
+def _launch(
+    x: Tensor,
+    gate: Tensor,
+    gate_bias: Tensor | None,
+    up: Tensor | None,
+    up_bias: Tensor | None,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """`linear_gated`; and both products where they are to be kept, else (0,)."""
     if activation not in GATES:
         raise ValueError(f"activation is {activation!r}; expected one of {', '.join(GATES)}")
     if up is None:
@@ -131,14 +192,14 @@ def linear_gated(
     for name, bias in (("gate_bias", gate_bias), ("up_bias", up_bias)):
         if bias is not None and bias.shape != (n,):
             raise ValueError(f"{name} has shape {tuple(bias.shape)}; expected {(n,)}")
-    out = x.new_empty((m, n))
+    out, pre = x.new_empty((m, n)), x.new_empty((m, 2 * n) if keep else 0)
     if not m or not n:
-        return out
+        return out, pre
     arch = launch.architecture(x.device)
     how = launch.input_precision(dtype), launch.is_dependent(arch)
     config, constants = _plan(launch.linear_gated_config, arch, dtype, n, k, activation, *how)
     x = launch.contiguous_rows(x)
     operands = [None if each is None else launch.operand(each, dtype) for each in (gate, gate_bias, up, up_bias)]
     tiles = -(-m // config.block_m) * -(-n // config.block_n)
-    run(linear_gated_kernel, (tiles, 1, 1), (x, *operands, out, m, n, k, x.stride(0)), constants)
-    return out
+    run(linear_gated_kernel, (tiles, 1, 1), (x, *operands, pre if keep else None, out, m, n, k, x.stride(0)), constants)
+    return out, pre

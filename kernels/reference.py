@@ -80,6 +80,34 @@ def linear_gated(
     return (GATES[activation](activated) * factor).to(x.dtype)
 
 
+def gated_feed_forward(
+    x: Tensor,
+    gate: Tensor,
+    gate_bias: Tensor | None,
+    up: Tensor | None,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """`linear_gated` and the linear layer behind it, down (H, N) -> (T, H); and both products, (T, 2 N)."""
+    products = [linear(x, gate, gate_bias), *([] if up is None else [linear(x, up, up_bias)])]
+    gated = linear_gated(x, gate, gate_bias, up, up_bias, activation)
+    return linear(gated, down, down_bias), torch.cat(products, 1)
+
+
+def linear_gated_backward(grad: Tensor, weight: Tensor, pre: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Back through `(activation(a) * b) @ weight.T`: grad (T, H), weight (H, N), pre (T, 2 N), a beside b."""
+    weight = weight.to(grad.dtype).to(_wide(pre))
+
+    def gated(pre: Tensor) -> Tensor:
+        activated, factor = pre.chunk(2, 1)
+        return GATES[activation](activated) * factor
+
+    (dpre,) = _gradients(lambda pre: gated(pre) @ weight.t(), grad, pre)
+    return dpre.to(pre.dtype), gated(pre.to(_wide(pre))).to(pre.dtype)
+
+
 def qkv_linear(
     x: Tensor,
     q_weight: Tensor,

@@ -154,8 +154,10 @@ class BoundFeedForward(NamedTuple):
     def train(self, x: Tensor, rate: float) -> Tensor:
         """x (T, H) -> (T, H), the last GEMM's result; differentiable, with dropout of what that takes."""
         up, down = self.first, self.last
-        if not rate and self.approximate is not None and isinstance(up, Linear) and isinstance(down, Linear):
-            result, _ = ops.feed_forward(x, up.weight, up.bias, down.weight, down.bias, self.approximate)
-            return result
+        if not rate and isinstance(up, Linear) and isinstance(down, Linear):
+            if self.approximate is not None:
+                return ops.feed_forward(x, up.weight, up.bias, down.weight, down.bias, self.approximate)[0]
+            if self.gating is not None and (gates := up.gates(self.gate)) is not None:
+                return ops.gated_feed_forward(x, *gates, down.weight, down.bias, self.gating)[0]
         between = self._between(x)
         return down(F.dropout(between, rate) if rate else between)

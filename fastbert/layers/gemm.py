@@ -122,11 +122,14 @@ class Linear(Gemm):
         return ops.linear_gelu(x, self.weight, self.bias, approximate), None
 
     def gated(self, x: Tensor, gate: Gemm | None, activation: str) -> Tensor | None:
+        gates = self.gates(gate)
+        return None if gates is None else ops.linear_gated(x, *gates, activation)
+
+    def gates(self, gate: Gemm | None) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None] | None:
+        """Weights and biases as `ops.linear_gated` takes them; None where `gate` is more than its weights."""
         if gate is None:
-            return ops.linear_gated(x, self.weight, self.bias, None, None, activation)
-        if not isinstance(gate, Linear):
-            return None
-        return ops.linear_gated(x, gate.weight, gate.bias, self.weight, self.bias, activation)
+            return self.weight, self.bias, None, None
+        return (gate.weight, gate.bias, self.weight, self.bias) if isinstance(gate, Linear) else None
 
     def add(self, x: Tensor, quantized: Quantized | None, residual: Tensor) -> Tensor:
         return ops.linear_add(x, self.weight, self.bias, residual)

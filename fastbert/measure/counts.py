@@ -106,7 +106,11 @@ _FLOPS: dict[str, Callable[..., int]] = {
     "linear_gated": lambda x, gate, gate_bias, up, *_: (1 if up is None else 2) * _linear(x, gate),
     "qkv_linear": lambda x, q_weight, *rest: 3 * _linear(x, q_weight),
     "feed_forward": lambda x, weight1, bias1, weight2, *rest: _linear(x, weight1) + _linear(x, weight2),
+    "gated_feed_forward": lambda x, gate, gate_bias, up, up_bias, down, *_: (
+        (1 if up is None else 2) * _linear(x, gate) + _linear(x, down)
+    ),
     "linear_gelu_backward": _linear,
+    "linear_gated_backward": _linear,
     "attention": lambda q, k, v, *sequences: _attention(q, sequences, 2, place=6),
     "attention_fp8": lambda q, k, v, *sequences: _attention(q, sequences, 2),
     "attention_map": lambda q, k, *sequences: _attention(q, sequences, 1),
@@ -142,6 +146,7 @@ _READ: dict[str, Callable[..., int]] = {
     "feed_forward": lambda x, weight1, *rest: (
         _bytes((x, weight1, *rest)) + 2 * x.shape[0] * weight1.shape[0] * x.itemsize
     ),
+    "gated_feed_forward": lambda x, *rest: _bytes((x, *rest)) + 2 * x.shape[0] * rest[4].shape[1] * x.itemsize,
 }
 
 
@@ -228,6 +233,7 @@ def _rotary(config: PreTrainedConfig, lengths: Sequence[int], dtype: torch.dtype
         sequences, near = (starts, None, max(lengths), math.sqrt(heads / h)), kind == "sliding_attention"
         drops = [(rate, seed if rate else None) for rate in layout.dropouts(layer)]
         gated = bool(gate) or layout.feed_forward.is_gated
+        gates = [tensor for each in (*gate, up) for tensor in (each.weight, each.bias)] + [None, None] * (not gate)
         if layout.pre_norm:
             for norm in norms:
                 if not isinstance(norm, nn.Identity):
@@ -240,10 +246,8 @@ def _rotary(config: PreTrainedConfig, lengths: Sequence[int], dtype: torch.dtype
         if not train:
             call("attention", context, context, context, *sequences, *window)
             call("linear_add", x, out.weight, out.bias, x)
-            if gate:
-                call("linear_gated", x, gate[0].weight, gate[0].bias, up.weight, up.bias, "silu")
-            elif gated:
-                call("linear_gated", x, up.weight, up.bias, None, None, "gelu")
+            if gated:
+                call("linear_gated", x, *gates, "silu")
             else:
                 call("linear_gelu", x, up.weight, up.bias, "none")
             call("linear_add", wide, down.weight, down.bias, x)
@@ -253,10 +257,9 @@ def _rotary(config: PreTrainedConfig, lengths: Sequence[int], dtype: torch.dtype
         stats = torch.empty(1 + (dtype.itemsize > 2), heads, tokens, dtype=torch.float32, device="meta")
         call("attention_forward", qkv, *sequences, *drops[0], *window)
         call("linear", x, out.weight, out.bias)
-        for each in (*gate, up, down) if gated else ():
-            call("linear", wide if each is down else x, each.weight, each.bias)
         if gated:
-            rows(3 + 5, i)
+            call("gated_feed_forward", x, *gates, down.weight, down.bias, "silu")
+            call("linear_gated_backward", x, down.weight, empty(tokens, 2 * i), "silu")
         else:
             call("feed_forward", x, up.weight, up.bias, down.weight, down.bias, "none")
             call("linear_gelu_backward", x, down.weight, wide, "none")
@@ -266,9 +269,8 @@ def _rotary(config: PreTrainedConfig, lengths: Sequence[int], dtype: torch.dtype
             else:
                 call("add_layer_norm", x, x, vector, vector, 0.0, *drop)
                 call("add_layer_norm_backward", x, x, x, vector, 0.0, *drop)
-        gradients([down], of_input=gated)
-        for each in (*gate, up):
-            gradients([each])
+        gradients([down], of_input=False)
+        gradients([*gate, up])
         gradients([out])
         more = (None, None, False, config.sliding_window) if near else ()
         call("attention_backward", context, qkv, context, stats, *sequences, *drops[0], *more)

@@ -32,9 +32,11 @@ from .int8 import linear_gelu_quantize_int8 as linear_gelu_quantize_int8
 from .int8 import linear_int8 as linear_int8
 from .int8 import quantize_int8 as quantize_int8
 from .linears import feed_forward as feed_forward
+from .linears import gated_feed_forward as gated_feed_forward
 from .linears import linear as linear
 from .linears import linear_add as linear_add
 from .linears import linear_gated as linear_gated
+from .linears import linear_gated_backward as linear_gated_backward
 from .linears import linear_gelu as linear_gelu
 from .linears import linear_gelu_backward as linear_gelu_backward
 from .linears import qkv_linear as qkv_linear

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,6 +46,36 @@ def linear_gated(
         activation: "gelu" (exact, erf), "gelu_tanh" or "silu".
     """
     return x.new_empty(x.shape[0], gate.shape[0] if up is not None else gate.shape[0] // 2)
+
+
+@operator("linear_gated")
+def gated_feed_forward(
+    x: Tensor,
+    gate: Tensor,
+    gate_bias: Tensor | None,
+    up: Tensor | None,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """`linear_gated` and the linear layer behind it: down (H, N), down_bias (H,) or None.
+
+    Returns:
+        The result, (T, H); and what the backward needs, (T, 2 N): what is activated, then what that is multiplied by.
+    """
+    inner = gate.shape[0] * (1 if up is None else 2)
+    return x.new_empty(x.shape[0], down.shape[0]), x.new_empty(x.shape[0], inner)
+
+
+@operator("linear_gated", of_gradients=True)
+def linear_gated_backward(grad: Tensor, weight: Tensor, pre: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Back through `(activation(a) * b) @ weight.T`: grad (T, H), weight (H, N), pre (T, 2 N), a beside b.
+
+    Returns:
+        The gradient of `pre`, (T, 2 N); and activation(a) * b, (T, N), which the gradient of `weight` is a GEMM with.
+    """
+    return pre.new_empty(pre.shape), pre.new_empty(pre.shape[0], weight.shape[1])
 
 
 @operator("linear")
@@ -119,18 +150,29 @@ def _save_qkv_linear(ctx: BackwardContext, inputs: tuple[Any, ...], output: Tens
 
 def _qkv_linear_gradient(ctx: BackwardContext, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, *weights = ctx.saved_tensors
-    needs = ctx.needs_input_grad
     grad = grad.reshape(grad.shape[0], -1)  # [T, 3 N]; batches of gradients can't be flattened
+    return _gradients_side_by_side(ctx.needs_input_grad, grad, x, weights, ctx.bias_dtypes)
+
+
+def _gradients_side_by_side(
+    needs: tuple[bool, ...],
+    grad: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    bias_dtypes: Sequence[torch.dtype | None],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `x`, and of each weight and its bias, where needed, of several linear layers of one x."""
     dx = None
     if needs[0]:
         dx = matmul(grad, torch.cat([weight.to(grad.dtype) for weight in weights]), x.dtype)
     grads: list[Tensor | None] = []
-    # One GEMM for all three where all are trained, as they usually are; else one for each that is.
+    # One GEMM for all where all are trained, as they usually are; else one for each that is.
     together = all(needs[1::2]) and len({weight.dtype for weight in weights}) == 1
-    dweights = matmul(grad.t(), x, weights[0].dtype).chunk(3) if together else (None, None, None)
-    for i, columns in enumerate(grad.chunk(3, 1)):
+    parts = len(weights)
+    dweights = matmul(grad.t(), x, weights[0].dtype).chunk(parts) if together else (None,) * parts
+    for i, columns in enumerate(grad.chunk(parts, 1)):
         needed = (False, needs[1 + 2 * i] and not together, needs[2 + 2 * i])
-        _, dweight, dbias = _linear_gradients(needed, columns, x, weights[i], ctx.bias_dtypes[i])
+        _, dweight, dbias = _linear_gradients(needed, columns, x, weights[i], bias_dtypes[i])
         grads += [dweights[i] if together else dweight, dbias]
     return dx, *grads
 
@@ -154,6 +196,32 @@ def _feed_forward_gradient(ctx: BackwardContext, grad: Tensor, _: object) -> tup
     return dx, dweight1, dbias1, dweight2, dbias2, None
 
 
+_Gated = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None, str]
+
+
+def _save_gated_feed_forward(ctx: BackwardContext, inputs: _Gated, output: tuple[Tensor, Tensor]) -> None:
+    x, gate, gate_bias, up, up_bias, down, down_bias, activation = inputs
+    pre = output[1]
+    ctx.mark_non_differentiable(pre)
+    ctx.save_for_backward(x, gate, up, down, pre)
+    ctx.bias_dtypes = _dtype(gate_bias), _dtype(up_bias), _dtype(down_bias)
+    ctx.activation = activation
+
+
+def _gated_feed_forward_gradient(ctx: BackwardContext, grad: Tensor, _: object) -> tuple[Tensor | None, ...]:
+    x, gate, up, down, pre = ctx.saved_tensors
+    needs, bias_dtypes = ctx.needs_input_grad, ctx.bias_dtypes
+    dpre, gated = on_gradient(linear_gated_backward, grad, down, pre, ctx.activation)
+    _, ddown, ddown_bias = _linear_gradients((False, *needs[5:7]), grad, gated, down, bias_dtypes[2])
+    del gated
+    if up is None:
+        first = *_linear_gradients(needs[:3], dpre, x, gate, bias_dtypes[0]), None, None
+    else:
+        first = _gradients_side_by_side(needs[:5], dpre, x, (gate, up), bias_dtypes[:2])
+    return *first, ddown, ddown_bias, None
+
+
+differentiable(gated_feed_forward, _save_gated_feed_forward, _gated_feed_forward_gradient)
 differentiable(linear, _save_linear, _linear_gradient)
 differentiable(qkv_linear, _save_qkv_linear, _qkv_linear_gradient)
 differentiable(feed_forward, _save_feed_forward, _feed_forward_gradient)

@@ -79,6 +79,8 @@ def test_bytes(dtype: torch.dtype) -> None:
         "linear_add": (rows + weight + wide + wide, 0),  # no bias
         "qkv_linear": (rows + 3 * weight + 2 * 48 + 3 * wide, 0),
         "feed_forward": (rows + weight + 48 + wide + 2 * wide + weight + 32 + rows, 0),
+        "gated_feed_forward": (rows + 2 * weight + 48 + wide + 2 * wide + wide + weight + 32 + rows, 0),
+        "linear_gated_backward": (rows + weight + 2 * wide + 3 * wide, 0),
         "linear_gelu_backward": (rows + weight + wide + 2 * wide, 0),
         "attention": (4 * rows, starts + tiles),
         "attention_tiles": (0, starts + tiles),

@@ -778,6 +778,39 @@ def test_eight_bits(family: str, precision: Any, calibrated: bool) -> None:
     assert report.rows[-1].stock_error > 1e-3
 
 
+@pytest.mark.parametrize("family", [family for family in ROTARY if family in ("modernbert", "nomic_bert")])
+def test_a_gate_keeps_its_products_alone(family: str) -> None:
+    """For the backward, of one weight and of two; nothing that is made of them, but where dropout comes after."""
+    for rate in (0.0, 0.5) if family == "modernbert" else (0.0,):
+        model = fastbert.fuse(seeded(family, adapter(family).base.__name__, **NO_DROPOUT, mlp_dropout=rate)).train()
+        mask, kept = models.masks(5, 19)["right"], []
+        assert mask is not None
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.shape) or x, lambda x: x):
+            model(input_ids=padded(family, mask), attention_mask=mask)
+        of_rows = [shape[1] for shape in kept if len(shape) == 2 and shape[0] == mask.sum()]
+        both, one = of_rows.count(512), of_rows.count(256)
+        assert (both, one) == (2, 0) if rate == 0 else (both == 0 and one > 4)
+        assert fused_calls(model) == {"packed": 1}
+
+
+@pytest.mark.parametrize("frozen", ["gate_proj", "up_proj", "_proj.", "down_proj", "mlp", "layers.1"])
+def test_parts_of_a_gate_that_are_frozen(frozen: str) -> None:
+    """They get no gradient, and the others the same."""
+    if "nomic_bert" not in FAMILIES:
+        pytest.skip("NomicBERT is not in this transformers")
+    found = []
+    for names in ("nothing", frozen):
+        model = fastbert.fuse(seeded("nomic_bert", "NomicBertModel", **NO_DROPOUT)).train()
+        for name, p in model.named_parameters():
+            p.requires_grad_(names not in name)
+        found.append(gradients(model, "nomic_bert", "NomicBertModel", 1))
+        assert fused_calls(model) == {"packed": 1}
+    assert {name for name in found[0] if frozen not in name} == found[1].keys()
+    for name, gradient in found[1].items():
+        assert gradient.norm()
+        torch.testing.assert_close(gradient, found[0][name], msg=name)
+
+
 LENGTHS = [1, 37, 128, 129, 1024]
 
 

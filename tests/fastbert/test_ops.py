@@ -73,6 +73,8 @@ def arguments(
         "linear_add": (x, weight, None, normal(9, wider)),
         "qkv_linear": (x, weight, bias, weight.clone(), None, weight.clone(), bias.clone()),
         "feed_forward": (x, weight, bias, normal(wide, wider), normal(wide), "none"),
+        "gated_feed_forward": (x, weight, bias, normal(wider, wide), None, normal(wide, wider), normal(wide), "silu"),
+        "linear_gated_backward": (normal(9, wide), normal(wide, wider), normal(9, 2 * wider), "gelu"),
         "linear_gelu_backward": (normal(9, wide), normal(wide, wider), normal(9, wider), "tanh"),
         "attention": (*qkv.unbind(1), *sequences, None, tiles),
         "attention_tiles": (sequences[0], 9),

@@ -518,11 +518,11 @@ def _attention_map(arch: str, full: bool) -> Iterator[Spec]:
 
 @specializations("linear")
 def _linear(arch: str, full: bool) -> Iterator[Spec]:
-    def backward(dtype: torch.dtype, n: int, k: int, gelu: str, precision: str = "ieee") -> Spec:
+    def backward(dtype: torch.dtype, n: int, k: int, gelu: str, precision: str = "ieee", gated: bool = False) -> Spec:
         config = linear_backward_config(table(arch), dtype, n, k)
         pointer = f"*{TYPE_NAMES[dtype]}"
         return Spec(
-            variant=f"gelu backward {gelu} {precision} n{n} k{k}",
+            variant=f"{'gated' if gated else 'gelu'} backward {gelu} {precision} n{n} k{k}",
             kernel=linear.linear_gelu_backward_kernel,
             arguments={
                 **{f"{name}_ptr": pointer for name in ("grad", "w", "pre", "dpre", "act")},
@@ -531,6 +531,7 @@ def _linear(arch: str, full: bool) -> Iterator[Spec]:
                 "k": k,
                 "stride_gm": k,
                 "GELU": gelu,
+                "GATED": gated,
                 "EVEN_K": k % config.block_k == 0,
                 "INPUT_PRECISION": precision,
                 "BLOCK_M": config.block_m,
@@ -618,6 +619,8 @@ def _linear(arch: str, full: bool) -> Iterator[Spec]:
                 yield spec(dtype, n, k, op, precision, bias=False)
             for gelu in ("none", "tanh"):
                 yield backward(dtype, n, k, gelu, precision)
+            for gelu in ("none", "tanh", "silu"):
+                yield backward(dtype, n, k, gelu, precision, gated=True)
         for config, dtype, op, k in itertools.product(
             (*tiles, *candidates), (torch.float16, torch.bfloat16), ops, (1024, 1040)
         ):
@@ -642,6 +645,8 @@ def _linear(arch: str, full: bool) -> Iterator[Spec]:
         yield backward(torch.float16, 4096, 1024, "tanh")
         yield backward(torch.float16, 100, 70, "none")
         yield backward(torch.float32, 4096, 1024, "none")
+        for dtype, gelu in ((torch.bfloat16, "none"), (torch.float16, "silu"), (torch.float32, "tanh")):
+            yield backward(dtype, 1152, 768, gelu, gated=True)
 
 
 @specializations("linear_fp8")
@@ -701,16 +706,17 @@ def _linear_fp8(arch: str, full: bool) -> Iterator[Spec]:
 
 @specializations("linear_gated")
 def _linear_gated(arch: str, full: bool) -> Iterator[Spec]:
-    def spec(dtype: torch.dtype, n: int, k: int, activation: str, bias: bool) -> Spec:
+    def spec(dtype: torch.dtype, n: int, k: int, activation: str, bias: bool, keep: bool = False) -> Spec:
         config = linear_gated_config(arch, dtype, n, k)
         pointer = f"*{TYPE_NAMES[dtype]}"
         return Spec(
-            variant=f"{activation} n{n} k{k}" + ("" if bias else " no bias"),
+            variant=f"{activation} n{n} k{k}" + ("" if bias else " no bias") + (" kept" if keep else ""),
             kernel=linear_gated_kernel,
             arguments={
                 "x_ptr": pointer,
                 **{f"{name}_ptr": pointer for name in ("gate", "up")},
                 **{f"{name}_bias_ptr": pointer if bias else None for name in ("gate", "up")},
+                "pre_ptr": pointer if keep else None,
                 "out_ptr": pointer,
                 "m": 4096,
                 "n": n,
@@ -732,6 +738,7 @@ def _linear_gated(arch: str, full: bool) -> Iterator[Spec]:
     for (n, k), dtype, activation in itertools.product(shapes, TYPE_NAMES, GATES):
         for bias in (False, True) if full else (activation == "silu",):
             yield spec(dtype, n, k, activation, bias)
+            yield spec(dtype, n, k, activation, bias, keep=True)
 
 
 @specializations("linear_int8")

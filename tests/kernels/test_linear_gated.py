@@ -135,3 +135,61 @@ def test_what_does_not_fit_is_refused(device: str) -> None:
         linear_gated.linear_gated(args[0], args[1][:47], None, None, None, "gelu")
     with pytest.raises(ValueError, match=r"^activation is 'relu'; expected one of gelu, gelu_tanh, silu"):
         linear_gated.linear_gated(*args, "relu")
+
+
+def check_training(module: Any, args: list[Any], name: str, joined: bool) -> None:
+    """`gated_feed_forward` and its backward, of gates in one weight or in two."""
+    x, gate, gate_bias, up, up_bias = args
+    t, n = len(x), len(gate)
+    down = torch.randn(40, n, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(x) / n**0.5
+    bias = torch.linspace(-1, 1, 40).to(x)
+    gates = [gate, gate_bias, up, up_bias]
+    if joined:
+        gates = [torch.cat([gate, up]), None if gate_bias is None else torch.cat([gate_bias, up_bias]), None, None]
+    out, pre = module.gated_feed_forward(x, *gates, down, bias, name)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(x)
+    dpre, gated = module.linear_gated_backward(grad, down, pre, name)
+    assert (out.shape, pre.shape, dpre.shape, gated.shape) == ((t, 40), (t, 2 * n), (t, 2 * n), (t, n))
+    assert {each.dtype for each in (out, pre, dpre, gated)} == {x.dtype}
+    results = []
+    for convert in (lambda each: each, lambda each: each if each is None else each.double()):
+        given = [convert(each) for each in args]
+        products = torch.cat([F.linear(given[0], *given[1:3]), F.linear(given[0], *given[3:])], 1)
+        leaf = convert(pre).clone().requires_grad_()
+        activated, factor = leaf.chunk(2, 1)
+        between = reference.GATES[name](activated) * factor
+        (gradient,) = torch.autograd.grad(between, leaf, convert(grad) @ convert(down))
+        whole = F.linear(stock(*given, name), convert(down), convert(bias))
+        results.append((whole, products, gradient, between.detach()))
+    for what, mine, plain, truth in zip(
+        ("out", "pre", "dpre", "gated"), (out, pre, dpre, gated), *results, strict=True
+    ):
+        assert_within_policy(mine, plain, truth, f"{what} {name}")
+
+
+@pytest.mark.parametrize("name", GATES)
+@pytest.mark.parametrize("dtype", kernel_dtypes)
+@pytest.mark.parametrize(("t", "n", "k", "bias"), [(1, 192, 64, True), (37, 100, 70, False), (150, 144, 48, True)])
+def test_training_kernel(t: int, n: int, k: int, bias: bool, name: str, dtype: torch.dtype, device: str) -> None:
+    check_training(linear_gated, arguments(t, n, k, dtype, device, bias), name, joined=t == 37)
+
+
+@pytest.mark.parametrize("name", GATES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("module", [reference, cpu], ids=["reference", "cpu"])
+def test_training_twins(module: Any, dtype: torch.dtype, name: str) -> None:
+    for t, joined in ((37, False), (129, True)):
+        check_training(module, arguments(t, 144, 48, dtype, bias=not joined), name, joined)
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_the_derivative_has_the_right_limits(name: str, device: str) -> None:
+    activated = torch.tensor([[-65504.0, 0.0, 65504.0] * 16], device=device)
+    pre, weight = torch.cat([activated, torch.full_like(activated, 3.0)], 1), torch.eye(16, 48, device=device)
+    grad = torch.ones(1, 16, device=device)
+    dpre, gated = linear_gated.linear_gated_backward(grad, weight, pre, name)
+    assert torch.equal(dpre[0, :3], torch.tensor([0.0, 1.5, 3.0], device=device))
+    assert torch.equal(dpre[0, 48:51], activated[0, :3].clamp(min=0))
+    assert torch.equal(gated, 3 * activated.clamp(min=0))
+    with pytest.raises(ValueError, match=r"^weight has shape \(16, 48\) and pre \(1, 48\); expected .* and \(1, 96\)"):
+        linear_gated.linear_gated_backward(grad, weight, activated, name)
