@@ -810,6 +810,7 @@ _LINEAR_GATED_SM_90 = {**_LINEAR_GATED, 2: Config(128, 128, 64, 8, 3)}
 LINEAR_GATED_UNALIGNED = Config(64, 64, 32, 8, 3)  # as UNALIGNED
 
 
+@_tunable("block_m", "block_n", "block_k", "num_warps", "num_stages", "group_m")
 def linear_gated_config(arch: str, dtype: torch.dtype, n: int, k: int) -> Config:
     """The tiles of `linear_gated`, of weights of shape (n, k)."""
     if n % 16 or k % 16:

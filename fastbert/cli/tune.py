@@ -43,20 +43,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def sizes(arguments: argparse.Namespace) -> Sizes:
     """Of the model that is asked for. Raises UsageError."""
+    import torch
+    from transformers import AutoModel
+
     from ..checkpoints import load_config
+    from ..fuse import base_models
+    from ..measure.cases import config_of
     from ..tune.problems import Sizes
 
-    if arguments.model is None:
-        shape = SHAPES[arguments.size or "large"]
-        sizes = shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"]
-        return Sizes(*sizes, disentangled="relative_attention" in shape)
-    config = load_config(arguments.model)
+    config = config_of(arguments.size or "large") if arguments.model is None else load_config(arguments.model)
     try:
+        with torch.device("meta"):
+            found = base_models(AutoModel.from_config(config))
+        layout = found[0][2].layout if found else None
+        gated = layout is not None and (layout.feed_forward.is_gated or layout.feed_forward.gate is not None)
+        joined = layout is not None and layout.attention.qkv is not None
         wide = config.hidden_dim if hasattr(config, "hidden_dim") else config.intermediate_size  # DistilBERT's name
         biased = hasattr(config, "relative_attention_num_buckets")
         disentangled = bool(getattr(config, "relative_attention", False) and getattr(config, "pos_att_type", None))
-        return Sizes(config.hidden_size, wide, config.num_attention_heads, biased, disentangled)
-    except AttributeError as error:
+        more = biased, disentangled, gated, joined
+        return Sizes(config.hidden_size, wide, config.num_attention_heads, *more)
+    except (AttributeError, ValueError) as error:
         raise UsageError(f"--model {arguments.model}: {in_a_line(error)[:300]}") from error
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..kernels import launch
 from ..kernels.launch import Config
+from ..kernels.reference import GATES
 from ..kernels.reference_fp8 import mm_on_hopper
 from ..measure.cases import workload
 from ..tuned import Key
@@ -36,6 +37,10 @@ class Sizes(NamedTuple):
     """Whether attention adds a bias by distance, which training moves, as MPNet's does."""
     disentangled: bool = False
     """Whether attention is DeBERTa's."""
+    gated: bool = False
+    """Whether the feed-forward is, as ModernBERT's."""
+    joined: bool = False
+    """Whether one linear layer gives queries, keys and values."""
 
 
 class Problem(NamedTuple):
@@ -122,9 +127,31 @@ def _gemms(sizes: Sizes, dtype: torch.dtype, arch: str, multiprocessors: int) ->
     def stock_qkv(x: Tensor, *rest: Tensor) -> Tensor:
         return torch.stack([F.linear(x, *rest[j : j + 2]) for j in (0, 2, 4)], 1)
 
+    def gates(rows: int, device: torch.device) -> tuple[object, ...]:
+        gate, up = (_normal(device, dtype, i, h, scale=h**-0.5) for _ in range(2))
+        return _normal(device, dtype, rows, h), gate, None, up, None, "gelu"
+
+    def stock_gated(x: Tensor, gate: Tensor, _: None, up: Tensor, __: None, how: str) -> Tensor:
+        return GATES[how](F.linear(x, gate)) * F.linear(x, up)
+
+    if sizes.gated:
+        yield Problem(
+            "gate",
+            key("linear_gated", arch, dtype, n=i, k=h),
+            "linear_gated",
+            "linear_gated",
+            stock_gated,
+            gates,
+            (2048, 32768),
+            lambda c: c.num_stages * (c.block_m + 2 * c.block_n) * c.block_k * dtype.itemsize,
+            lambda c: 2 * c.block_m * c.block_n / (32 * c.num_warps),
+            False,
+        )
+    first = ("qkv", "linear", F.linear, 3 * h, h, 1) if sizes.joined else ("qkv", "qkv_linear", stock_qkv, h, h, 3)
+    up = ("up", "linear_gelu", lambda x, w, b, how: F.gelu(F.linear(x, w, b), approximate=how), i, h, 1)
     for name, function, peer, n, k, segments in (
-        ("qkv", "qkv_linear", stock_qkv, h, h, 3),
-        ("up", "linear_gelu", lambda x, w, b, how: F.gelu(F.linear(x, w, b), approximate=how), i, h, 1),
+        first,
+        *(() if sizes.gated else (up,)),
         ("down", "linear_add", lambda x, w, b, residual: F.linear(x, w, b) + residual, h, i, 1),
         ("projection", "linear_add", lambda x, w, b, residual: F.linear(x, w, b) + residual, h, h, 1),
     ):
@@ -443,6 +470,16 @@ def _rows(sizes: Sizes, dtype: torch.dtype, arch: str, train: bool) -> Iterator[
         dpre = torch.ops.aten.gelu_backward(grad @ weight, pre, approximate=approximate)
         return dpre, F.gelu(pre, approximate=approximate)
 
+    def gated_backward(rows: int, device: torch.device) -> tuple[object, ...]:
+        grad, weight, *_ = gelu_backward(rows, device)
+        return grad, weight, _normal(device, dtype, rows, 2 * i), "gelu"
+
+    def stock_gated_backward(grad: Tensor, weight: Tensor, pre: Tensor, how: str) -> tuple[Tensor, Tensor]:
+        activated, factor = pre.chunk(2, 1)
+        between, dgated = GATES[how](activated), grad @ weight
+        dactivated = torch.ops.aten.gelu_backward(dgated * factor, activated)
+        return torch.cat([dactivated, dgated * between], 1), between * factor
+
     yield Problem(
         "LayerNorm",
         key("row", arch, dtype, width=h),
@@ -469,12 +506,12 @@ def _rows(sizes: Sizes, dtype: torch.dtype, arch: str, train: bool) -> Iterator[
             False,
         )
         yield Problem(
-            "GELU, backward",
+            "gate, backward" if sizes.gated else "GELU, backward",
             key("linear_backward", arch, dtype, n=i, k=h),
-            "linear",
-            "linear_gelu_backward",
-            stock_gelu_backward,
-            gelu_backward,
+            "linear_gated" if sizes.gated else "linear",
+            "linear_gated_backward" if sizes.gated else "linear_gelu_backward",
+            stock_gated_backward if sizes.gated else stock_gelu_backward,
+            gated_backward if sizes.gated else gelu_backward,
             rows,
             lambda c: c.num_stages * (c.block_m + c.block_n) * c.block_k * dtype.itemsize,
             lambda c: c.block_m * c.block_n / (32 * c.num_warps),

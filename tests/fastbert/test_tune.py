@@ -16,7 +16,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import BertConfig, DebertaV2Config, DistilBertConfig, MPNetConfig
+from transformers import (
+    BertConfig,
+    DebertaV2Config,
+    DistilBertConfig,
+    JinaEmbeddingsV3Config,
+    ModernBertConfig,
+    MPNetConfig,
+)
 
 from fastbert import checkpoints, tuned
 from fastbert.cli.__main__ import main
@@ -322,6 +329,11 @@ def on_this_device(device: str) -> list[Problem]:
         for problem in problems(SMALL._replace(disentangled=True), torch.float32, arch, train=True)
         if problem.module == "disentangled"
     ]
+    known += [
+        problem
+        for problem in problems(Sizes(16, 48, 1, gated=True), torch.float32, arch, train=True)
+        if problem.module == "linear_gated"
+    ]
     return [*known, *(problem for problem in eight if problem.key[0] == "linear_fp8")]
 
 
@@ -481,17 +493,26 @@ def test_the_sizes_of_a_checkpoint(tmp_path: Path) -> None:
             (DistilBertConfig(dim=96, n_heads=3, hidden_dim=160), False),
             (DebertaV2Config(**own, relative_attention=True, pos_att_type=["c2p"]), None),
             (DebertaV2Config(**own), False),  # without positions it is plain attention
+            (ModernBertConfig(**own), False),
+            (JinaEmbeddingsV3Config(**own), False),
         )
     ):
         config.save_pretrained(tmp_path / str(i))
         found = sizes(argparse.Namespace(model=str(tmp_path / str(i)), size=None))
-        assert found == Sizes(96, 160, 3, bool(biased), biased is None)
+        gated = isinstance(config, ModernBertConfig)
+        assert found == Sizes(96, 160, 3, bool(biased), biased is None, gated, gated)
         names = [problem.name for problem in problems(found, torch.bfloat16, "sm_90", train=True)]
         assert ("attention, bias's gradient" in names) == bool(biased)
         assert ("scores by position" in names) == (biased is None)
+        assert ({"gate", "gate, backward"} <= set(names)) == ("up, 64 rows" not in names) == gated
     deberta = sizes(argparse.Namespace(model=None, size="deberta-v3-large"))
     assert deberta == LARGE._replace(disentangled=True)
     assert sizes(argparse.Namespace(model=None, size="large")) == LARGE
+    modern = sizes(argparse.Namespace(model=None, size="modernbert-base"))
+    assert modern == Sizes(768, 1152, 12, gated=True, joined=True)
+    keys = {problem.key for problem in problems(modern, torch.bfloat16, "sm_90")}
+    assert ("linear", "sm_90", torch.bfloat16, 2304, 768, 1, 64) in keys  # as Wqkv asks
+    assert ("linear_gated", "sm_90", torch.bfloat16, 1152, 768) in keys
 
 
 def test_bad_usage(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
