@@ -18,6 +18,8 @@ adds up the square tiles of dS, the gradient of the scores, that lie equally far
 and only at its end sums along the diagonals of what it has. A fourth adds up what the programs found, in a fixed order.
 
 Scores by position, which `disentangled.py` makes, are two more tiles that the same kernels add to each tile of scores.
+With a band, rows have such scores of the columns near to them alone: of those before and of those behind, one number.
+The kernels walk the three parts one after the other, in the same order; no bit depends on where they meet.
 
 `attention_fp8` writes what `quantize_fp8` would make of the result: in inference, where a scale is given.
 
@@ -131,14 +133,53 @@ def locate(cu_seqlens_ptr, tiles_ptr, heads, max_seqlen, BLOCK: tl.constexpr, LI
 
 
 @triton.jit
-def reached(start, length, WINDOW: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """Of BLOCK rows from `start` on, where the others that a window lets them reach begin, by steps, and end."""
+def reached(
+    start,
+    length,
+    WINDOW: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    BAND: tl.constexpr,
+    BLOCKS: tl.constexpr,  # PITCH
+    PART: tl.constexpr,
+):
+    """Of BLOCK rows from `start` on, where the others that a window lets them reach begin, by steps, and end.
+
+    With a band, of one part: 0, those before it; 1, in it; 2, behind it.
+    """
     first = 0
     last = length
     if WINDOW is not None:
         first = tl.maximum(start - WINDOW, 0) // STEP * STEP
         last = tl.minimum(start + BLOCK + WINDOW, length)
+    if BAND is not None:
+        block = start // BLOCKS
+        before = tl.maximum(block - BAND // BLOCKS, 0) * BLOCKS
+        behind = tl.minimum(block * BLOCKS + (BLOCKS + BAND), length)
+        if PART == 0:
+            last = before
+        elif PART == 1:
+            first = before
+            last = behind
+        else:
+            first = behind
     return first, last
+
+
+@triton.jit
+def pitch_of(max_seqlen, BAND: tl.constexpr, BLOCKS: tl.constexpr):
+    """How far the scores by position of two rows lie apart, a multiple of BLOCKS, which is PITCH."""
+    if BAND is None:
+        pitch = tl.cdiv(max_seqlen, BLOCKS) * BLOCKS
+    else:
+        pitch = 2 * BAND + BLOCKS
+    return pitch
+
+
+@triton.jit
+def band_place(row, column, BAND: tl.constexpr, BLOCKS: tl.constexpr):
+    """Where a row, of a block of BLOCKS, which is PITCH, has the score by position of a column."""
+    return column - row // BLOCKS * BLOCKS + BAND
 
 
 @triton.jit
@@ -161,6 +202,52 @@ def score_row(scores_ptr, head, rows, row, pitch):
     if scores_ptr is not None:
         scores_ptr += (head * rows + row) * pitch
     return scores_ptr
+
+
+@triton.jit
+def ends_row(scores_ptr, head, heads, rows, row, pitch, SIDE: tl.constexpr):
+    """Where, after the scores by position, those of a row begin that are before its band, or behind it; or None."""
+    if scores_ptr is not None:
+        scores_ptr += heads.to(tl.int64) * rows * pitch + (SIDE * heads + head) * rows + row
+    return scores_ptr
+
+
+@triton.jit
+def near_tile(scores_ptr, tile_ptr, head, rows, row, start, columns, pitch, BAND: tl.constexpr, BLOCKS: tl.constexpr):
+    """Where the scores of rows from `row` on, `start` of their sequence, have those columns: with a band, not at
+    `tile_ptr`; or None."""
+    if BAND is not None and scores_ptr is not None:
+        tile_ptr = score_row(scores_ptr, head, rows, row, pitch) + band_place(start, columns, BAND, BLOCKS)
+    return tile_ptr
+
+
+@triton.jit
+def sums_row(delta_ptr, head, heads, rows, row, plane):
+    """Where, after delta, the sums beyond the band begin of a row: of queries in planes 0 and 1, of keys in 2 and 3."""
+    return delta_ptr + ((1 + plane) * heads + head) * rows + row
+
+
+@triton.jit
+def load_ends(ptr, valid, N: tl.constexpr):
+    """Scores by position, beyond their band, of N rows that are `valid`; None if there are none."""
+    ends = None
+    if ptr is not None:
+        ends = tl.load(ptr + tl.arange(0, N), mask=valid, other=0.0)
+    return ends
+
+
+@triton.jit
+def sum_ends(own, other, inverse_scale, M: tl.constexpr, N: tl.constexpr):
+    """`sum_positions` of a tile beyond the band, where each row and each column has one score: the same operations."""
+    total = None
+    if own is not None:
+        total = tl.broadcast_to((own.to(tl.float32) * inverse_scale)[:, None], (M, N))
+    if other is not None:
+        if own is not None:
+            total = tl.fma(other.to(tl.float32)[None, :], inverse_scale, total)
+        else:
+            total = tl.broadcast_to((other.to(tl.float32) * inverse_scale)[None, :], (M, N))
+    return total
 
 
 @triton.jit
@@ -210,6 +297,7 @@ def attention_kernel(
     tiles_ptr,  # (entries, 4) int32, as `attention_tiles` returns; None: the grid is of blocks, heads and sequences
     c2p_ptr,  # (heads, rows, pitch): of each query its scaled scores by the positions of keys; or None
     p2c_ptr,  # the same of each key, by the positions of queries; or None. pitch: max_seqlen, up to a multiple of PITCH
+    # With a band, pitch is 2 * BAND + PITCH; and (2, heads, rows) behind them: of all keys before and of all behind it
     heads,
     max_seqlen,
     scale_log2e,  # scale * log2(e)
@@ -232,6 +320,7 @@ def attention_kernel(
     INPUT_PRECISION: tl.constexpr,
     WINDOW: tl.constexpr = None,  # how many tokens before it and after it a query attends to; None: to all
     DEPENDENT: tl.constexpr = False,
+    BAND: tl.constexpr = None,  # beyond so many tokens, a multiple of PITCH, a row's score by position is one; or None
 ):
     wait_for_previous(DEPENDENT)
     head, sequence, row, length, start_m = locate(cu_seqlens_ptr, tiles_ptr, heads, max_seqlen, BLOCK_M, TILE_ROWS)
@@ -256,61 +345,84 @@ def attention_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-    pitch = tl.cdiv(max_seqlen, PITCH) * PITCH
-    c2p_ptr = score_row(c2p_ptr, head, rows, row + start_m, pitch)
-    p2c_ptr = score_row(p2c_ptr, head, rows, row, pitch)
+    pitch = pitch_of(max_seqlen, BAND, PITCH)
+    own = start_m // BLOCK_M * BLOCK_M  # start_m; from a list of tiles, the compiler knows no multiple of it
+    c2p_tile_ptr = score_row(c2p_ptr, head, rows, row + start_m, pitch)
+    p2c_tile_ptr = score_row(p2c_ptr, head, rows, row, pitch)
     if p2c_ptr is not None:
-        p2c_ptr += start_m // BLOCK_M * BLOCK_M  # start_m; from a list of tiles, the compiler knows no multiple of it
-    first, last = reached(start_m, length, WINDOW, BLOCK_M, BLOCK_N)
-    if WINDOW is not None:
-        k_tile_ptr += first.to(tl.int64) * stride_kt
-        v_tile_ptr += first.to(tl.int64) * stride_vt
-    for start_n in range(first, last, BLOCK_N):
-        keep = offs_n < length - start_n
-        mask_kv = keep[:, None] & mask_d
-        if key_mask_ptr is not None:  # asked for before the matmul, which hides its latency
-            keep = tl.load(key_mask_ptr + sequence * max_seqlen + start_n + offs_n, mask=keep, other=False)
-        k = tl.load(k_tile_ptr + k_offs, mask=mask_kv, other=0.0)
-        c2p = load_positions(c2p_ptr, pitch, start_m + offs_m < length, BLOCK_M, BLOCK_N)
-        p2c = load_positions(p2c_ptr, pitch, start_n + offs_n < length, BLOCK_N, BLOCK_M)
-        start = sum_positions(c2p, p2c, inverse_scale)
-        scores = tl.dot(q, tl.trans(k), start, input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
-        if bias_ptr is not None:
-            queries, keys = (start_m + offs_m)[:, None], (start_n + offs_n)[None, :]
-            scores = add_bias(scores, bias_ptr, bias_span, inverse_scale, head, queries, keys, length)
+        p2c_tile_ptr += own
+    FROM: tl.constexpr = 1 if BAND is None else 0
+    TO: tl.constexpr = 2 if BAND is None else 3
+    for part in tl.static_range(FROM, TO):
+        first, last = reached(start_m, length, WINDOW, BLOCK_M, BLOCK_N, BAND, PITCH, part)
         if WINDOW is not None:
-            near = is_near((start_m + offs_m)[:, None], (start_n + offs_n)[None, :], WINDOW)
-            scores = tl.where(near & keep[None, :], scores, float("-inf"))
-        elif key_mask_ptr is not None:
-            scores = tl.where(keep[None, :], scores, float("-inf"))
-        elif start_n + BLOCK_N > length:
-            # In a branch, so that full blocks don't pay; not in a copy of the loop's body for the last block, whose
-            # loads nothing would hide. Compared anew: `keep` would be carried here from loads issued blocks ago, at
-            # twenty registers a thread.
-            scores = tl.where((start_n + offs_n < length)[None, :], scores, float("-inf"))
+            k_tile_ptr += first.to(tl.int64) * stride_kt
+            v_tile_ptr += first.to(tl.int64) * stride_vt
+        if BAND is not None:
+            if part == 1:
+                if c2p_ptr is not None:
+                    c2p_tile_ptr += band_place(own, first, BAND, PITCH)
+            else:
+                c2p_ends_ptr = ends_row(c2p_ptr, head, heads, rows, row + start_m, pitch, part // 2)
+                c2p_ends = load_ends(c2p_ends_ptr, start_m + offs_m < length, BLOCK_M)
+                p2c_ends_ptr = ends_row(p2c_ptr, head, heads, rows, row + first, pitch, 1 - part // 2)
+                p2c_ends = load_ends(p2c_ends_ptr, first + offs_n < last, BLOCK_N)
+        for start_n in range(first, last, BLOCK_N):
+            keep = offs_n < length - start_n
+            mask_kv = keep[:, None] & mask_d
+            if key_mask_ptr is not None:  # asked for before the matmul, which hides its latency
+                keep = tl.load(key_mask_ptr + sequence * max_seqlen + start_n + offs_n, mask=keep, other=False)
+            k = tl.load(k_tile_ptr + k_offs, mask=mask_kv, other=0.0)
+            if part == 1:
+                p2c_near_ptr = near_tile(
+                    p2c_ptr, p2c_tile_ptr, head, rows, row + start_n, start_n, own, pitch, BAND, PITCH
+                )
+                c2p = load_positions(c2p_tile_ptr, pitch, start_m + offs_m < length, BLOCK_M, BLOCK_N)
+                p2c = load_positions(p2c_near_ptr, pitch, start_n + offs_n < length, BLOCK_N, BLOCK_M)
+                start = sum_positions(c2p, p2c, inverse_scale)
+            else:
+                start = sum_ends(c2p_ends, p2c_ends, inverse_scale, BLOCK_M, BLOCK_N)
+                if p2c_ptr is not None:  # of the next keys, as early as that
+                    p2c_ends_ptr += BLOCK_N
+                    p2c_ends = load_ends(p2c_ends_ptr, start_n + BLOCK_N + offs_n < length, BLOCK_N)
+            scores = tl.dot(q, tl.trans(k), start, input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
+            if bias_ptr is not None:
+                queries, keys = (start_m + offs_m)[:, None], (start_n + offs_n)[None, :]
+                scores = add_bias(scores, bias_ptr, bias_span, inverse_scale, head, queries, keys, length)
+            if WINDOW is not None:
+                near = is_near((start_m + offs_m)[:, None], (start_n + offs_n)[None, :], WINDOW)
+                scores = tl.where(near & keep[None, :], scores, float("-inf"))
+            elif key_mask_ptr is not None:
+                scores = tl.where(keep[None, :], scores, float("-inf"))
+            elif start_n + BLOCK_N > length:
+                # In a branch, so that full blocks don't pay; not in a copy of the loop's body for the last block, whose
+                # loads nothing would hide. Compared anew: `keep` would be carried here from loads issued blocks ago, at
+                # twenty registers a thread.
+                scores = tl.where((start_n + offs_n < length)[None, :], scores, float("-inf"))
 
-        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2e)
-        shift = new_max
-        if key_mask_ptr is not None or WINDOW is not None:
-            # Without a key so far the maximum is -inf, and -inf - -inf is NaN.
-            shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        p = tl.exp2(tl.fma(scores, scale_log2e, -shift[:, None]))
-        correction = tl.exp2(row_max - shift)
-        sums = tl.fma(sums, correction[:, None], tl.sum(p.reshape(BLOCK_M, BLOCK_N // 8, 8), 1))
-        row_max = new_max
+            new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2e)
+            shift = new_max
+            if key_mask_ptr is not None or WINDOW is not None:
+                # Without a key so far the maximum is -inf, and -inf - -inf is NaN.
+                shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+            p = tl.exp2(tl.fma(scores, scale_log2e, -shift[:, None]))
+            correction = tl.exp2(row_max - shift)
+            sums = tl.fma(sums, correction[:, None], tl.sum(p.reshape(BLOCK_M, BLOCK_N // 8, 8), 1))
+            row_max = new_max
 
-        if seed_ptr is not None:  # the sum is of all, kept or not
-            queries = row + start_m + offs_m
-            p = tl.where(keep_tile(seed, queries, start_n, head, threshold, BLOCK_M, BLOCK_N), p, 0.0)
-        v = tl.load(v_tile_ptr + v_offs, mask=mask_kv, other=0.0)
-        acc = acc * correction[:, None]
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=INPUT_PRECISION)
-        k_tile_ptr += BLOCK_N * stride_kt
-        v_tile_ptr += BLOCK_N * stride_vt
-        if c2p_ptr is not None:
-            c2p_ptr += BLOCK_N
-        if p2c_ptr is not None:
-            p2c_ptr += BLOCK_N * pitch
+            if seed_ptr is not None:  # the sum is of all, kept or not
+                queries = row + start_m + offs_m
+                p = tl.where(keep_tile(seed, queries, start_n, head, threshold, BLOCK_M, BLOCK_N), p, 0.0)
+            v = tl.load(v_tile_ptr + v_offs, mask=mask_kv, other=0.0)
+            acc = acc * correction[:, None]
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=INPUT_PRECISION)
+            k_tile_ptr += BLOCK_N * stride_kt
+            v_tile_ptr += BLOCK_N * stride_vt
+            if part == 1:
+                if c2p_ptr is not None:
+                    c2p_tile_ptr += BLOCK_N
+                if BAND is None and p2c_ptr is not None:
+                    p2c_tile_ptr += BLOCK_N * pitch
 
     row_sum = tl.sum(sums, 1)
     if key_mask_ptr is not None or WINDOW is not None:
@@ -350,7 +462,9 @@ def attention_backward_q_kernel(
     grad_ptr,  # (rows, heads, HEAD_DIM), contiguous
     out_ptr,  # the same
     stats_ptr,  # (planes, heads, rows)
-    delta_ptr,  # (heads, rows) float32, written here: grad . out of each row, as the other kernel needs it
+    # (heads, rows) float32, written here: grad . out of each row, as the other kernel needs it. With a band (5, heads,
+    # rows): after these the sums of `ds` before it and behind it, of queries, written here, and of keys, written there
+    delta_ptr,
     dqkv_ptr,  # (rows, 3, heads, HEAD_DIM), contiguous; here the first third
     cu_seqlens_ptr,
     key_mask_ptr,
@@ -359,7 +473,7 @@ def attention_backward_q_kernel(
     tiles_ptr,
     c2p_ptr,
     p2c_ptr,
-    ds_ptr,  # (heads, rows, pitch), written here where c2p is given: the gradients of scores, not yet scaled
+    ds_ptr,  # as c2p, written here where that is given: the gradients of scores, not yet scaled
     heads,
     rows,
     max_seqlen,
@@ -377,6 +491,7 @@ def attention_backward_q_kernel(
     BLOCK_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     WINDOW: tl.constexpr = None,
+    BAND: tl.constexpr = None,
 ):
     head, sequence, row, length, start_m = locate(cu_seqlens_ptr, tiles_ptr, heads, max_seqlen, BLOCK_M, TILE_ROWS)
     if start_m >= length:
@@ -407,53 +522,86 @@ def attention_backward_q_kernel(
     k_tile_ptr = qkv_ptr + row * stride_qt + third + head * HEAD_DIM
     kv_offs = offs_n[:, None] * stride_qt + offs_d[None, :]
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    pitch = tl.cdiv(max_seqlen, PITCH) * PITCH
-    c2p_ptr = score_row(c2p_ptr, head, rows, row + start_m, pitch)
-    p2c_ptr = score_row(p2c_ptr, head, rows, row, pitch)
-    ds_ptr = score_row(ds_ptr, head, rows, row + start_m, pitch)
+    pitch = pitch_of(max_seqlen, BAND, PITCH)
+    own = start_m // BLOCK_M * BLOCK_M  # as in attention_kernel, with all of the next
+    c2p_tile_ptr = score_row(c2p_ptr, head, rows, row + start_m, pitch)
+    p2c_tile_ptr = score_row(p2c_ptr, head, rows, row, pitch)
+    ds_tile_ptr = score_row(ds_ptr, head, rows, row + start_m, pitch)
     if p2c_ptr is not None:
-        p2c_ptr += start_m // BLOCK_M * BLOCK_M  # start_m; from a list of tiles, the compiler knows no multiple of it
-    first, last = reached(start_m, length, WINDOW, BLOCK_M, BLOCK_N)
-    if WINDOW is not None:
-        k_tile_ptr += first.to(tl.int64) * stride_qt
-    for start_n in range(first, last, BLOCK_N):
-        takes_part = offs_n < length - start_n
-        mask_kv = takes_part[:, None] & mask_d
-        if key_mask_ptr is not None:
-            takes_part = tl.load(key_mask_ptr + sequence * max_seqlen + start_n + offs_n, mask=takes_part, other=False)
-        k = tl.load(k_tile_ptr + kv_offs, mask=mask_kv, other=0.0)
-        v = tl.load(k_tile_ptr + third + kv_offs, mask=mask_kv, other=0.0)
-        c2p = load_positions(c2p_ptr, pitch, valid_m, BLOCK_M, BLOCK_N)
-        p2c = load_positions(p2c_ptr, pitch, start_n + offs_n < length, BLOCK_N, BLOCK_M)
-        start = sum_positions(c2p, p2c, inverse_scale)
-        scores = tl.dot(q, tl.trans(k), start, input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
-        if bias_ptr is not None:
-            queries, keys = (start_m + offs_m)[:, None], (start_n + offs_n)[None, :]
-            scores = add_bias(scores, bias_ptr, bias_span, inverse_scale, head, queries, keys, length)
-        p = tl.exp2(tl.fma(scores, scale_log2e, shift[:, None]))
-        if qkv_ptr.dtype.element_ty == tl.float32:
-            p = p * norm[:, None]
+        p2c_tile_ptr += own
+    FROM: tl.constexpr = 1 if BAND is None else 0
+    TO: tl.constexpr = 2 if BAND is None else 3
+    for part in tl.static_range(FROM, TO):
+        first, last = reached(start_m, length, WINDOW, BLOCK_M, BLOCK_N, BAND, PITCH, part)
         if WINDOW is not None:
-            near = is_near((start_m + offs_m)[:, None], (start_n + offs_n)[None, :], WINDOW)
-            p = tl.where(near & takes_part[None, :], p, 0.0)
-        elif key_mask_ptr is not None:
-            p = tl.where(takes_part[None, :], p, 0.0)
-        elif start_n + BLOCK_N > length:  # as in attention_kernel
-            p = tl.where((start_n + offs_n < length)[None, :], p, 0.0)
-        dp = tl.dot(grad, tl.trans(v), input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
-        if seed_ptr is not None:
-            queries = row + start_m + offs_m
-            dp = tl.where(keep_tile(seed, queries, start_n, head, threshold, BLOCK_M, BLOCK_N), dp, 0.0)
-        ds = (p * (dp - delta[:, None])).to(k.dtype)
-        dq = tl.dot(ds, k, dq, input_precision=INPUT_PRECISION)
-        if ds_ptr is not None:  # zeros where there is no key
-            tl.store(ds_ptr + (offs_m[:, None] * pitch + offs_n[None, :]), ds, mask=valid_m[:, None])
-            ds_ptr += BLOCK_N
-        k_tile_ptr += BLOCK_N * stride_qt
-        if c2p_ptr is not None:
-            c2p_ptr += BLOCK_N
-        if p2c_ptr is not None:
-            p2c_ptr += BLOCK_N * pitch
+            k_tile_ptr += first.to(tl.int64) * stride_qt
+        if BAND is not None:
+            if part == 1:
+                if c2p_ptr is not None:
+                    c2p_tile_ptr += band_place(own, first, BAND, PITCH)
+                    ds_tile_ptr += band_place(own, first, BAND, PITCH)
+            else:
+                c2p_ends_ptr = ends_row(c2p_ptr, head, heads, rows, row + start_m, pitch, part // 2)
+                c2p_ends = load_ends(c2p_ends_ptr, valid_m, BLOCK_M)
+                p2c_ends_ptr = ends_row(p2c_ptr, head, heads, rows, row + first, pitch, 1 - part // 2)
+                p2c_ends = load_ends(p2c_ends_ptr, first + offs_n < last, BLOCK_N)
+                sums = tl.zeros([BLOCK_M, 8], tl.float32)
+        for start_n in range(first, last, BLOCK_N):
+            takes_part = offs_n < length - start_n
+            mask_kv = takes_part[:, None] & mask_d
+            if key_mask_ptr is not None:
+                takes_part = tl.load(
+                    key_mask_ptr + sequence * max_seqlen + start_n + offs_n, mask=takes_part, other=False
+                )
+            k = tl.load(k_tile_ptr + kv_offs, mask=mask_kv, other=0.0)
+            v = tl.load(k_tile_ptr + third + kv_offs, mask=mask_kv, other=0.0)
+            if part == 1:
+                p2c_near_ptr = near_tile(
+                    p2c_ptr, p2c_tile_ptr, head, rows, row + start_n, start_n, own, pitch, BAND, PITCH
+                )
+                c2p = load_positions(c2p_tile_ptr, pitch, valid_m, BLOCK_M, BLOCK_N)
+                p2c = load_positions(p2c_near_ptr, pitch, start_n + offs_n < length, BLOCK_N, BLOCK_M)
+                start = sum_positions(c2p, p2c, inverse_scale)
+            else:
+                start = sum_ends(c2p_ends, p2c_ends, inverse_scale, BLOCK_M, BLOCK_N)
+                if p2c_ptr is not None:  # of the next keys, as early as that
+                    p2c_ends_ptr += BLOCK_N
+                    p2c_ends = load_ends(p2c_ends_ptr, start_n + BLOCK_N + offs_n < length, BLOCK_N)
+            scores = tl.dot(q, tl.trans(k), start, input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
+            if bias_ptr is not None:
+                queries, keys = (start_m + offs_m)[:, None], (start_n + offs_n)[None, :]
+                scores = add_bias(scores, bias_ptr, bias_span, inverse_scale, head, queries, keys, length)
+            p = tl.exp2(tl.fma(scores, scale_log2e, shift[:, None]))
+            if qkv_ptr.dtype.element_ty == tl.float32:
+                p = p * norm[:, None]
+            if WINDOW is not None:
+                near = is_near((start_m + offs_m)[:, None], (start_n + offs_n)[None, :], WINDOW)
+                p = tl.where(near & takes_part[None, :], p, 0.0)
+            elif key_mask_ptr is not None:
+                p = tl.where(takes_part[None, :], p, 0.0)
+            elif start_n + BLOCK_N > length:  # as in attention_kernel
+                p = tl.where((start_n + offs_n < length)[None, :], p, 0.0)
+            dp = tl.dot(grad, tl.trans(v), input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
+            if seed_ptr is not None:
+                queries = row + start_m + offs_m
+                dp = tl.where(keep_tile(seed, queries, start_n, head, threshold, BLOCK_M, BLOCK_N), dp, 0.0)
+            ds = p * (dp - delta[:, None])
+            if ds_ptr is not None and part != 1:
+                sums += tl.sum(ds.reshape(BLOCK_M, BLOCK_N // 8, 8), 1)
+            ds = ds.to(k.dtype)
+            dq = tl.dot(ds, k, dq, input_precision=INPUT_PRECISION)
+            if ds_ptr is not None and part == 1:  # zeros where there is no key
+                tl.store(ds_tile_ptr + (offs_m[:, None] * pitch + offs_n[None, :]), ds, mask=valid_m[:, None])
+                ds_tile_ptr += BLOCK_N
+            k_tile_ptr += BLOCK_N * stride_qt
+            if part == 1:
+                if c2p_ptr is not None:
+                    c2p_tile_ptr += BLOCK_N
+                if BAND is None and p2c_ptr is not None:
+                    p2c_tile_ptr += BLOCK_N * pitch
+        if ds_ptr is not None and part != 1:
+            ends_ptr = sums_row(delta_ptr, head, heads, rows, row + start_m, part // 2)
+            tl.store(ends_ptr + offs_m, tl.sum(sums, 1), mask=valid_m)
 
     out_tile_ptr = dqkv_ptr + (row + start_m) * 3 * third + head * HEAD_DIM
     out_offs = offs_m[:, None] * 3 * third + offs_d[None, :]
@@ -497,6 +645,7 @@ def attention_backward_kv_kernel(
     BLOCK_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     WINDOW: tl.constexpr = None,
+    BAND: tl.constexpr = None,
 ):
     head, sequence, row, length, start_n = locate(cu_seqlens_ptr, tiles_ptr, heads, max_seqlen, BLOCK_N, TILE_ROWS)
     if start_n >= length:
@@ -518,67 +667,97 @@ def attention_backward_kv_kernel(
     q_tile_ptr = qkv_ptr + row * stride_qt + head * HEAD_DIM
     grad_tile_ptr = grad_ptr + row * third + head * HEAD_DIM
     stats_ptr += head * rows + row
-    delta_ptr += head * rows + row
+    delta_row_ptr = delta_ptr + head * rows + row
     q_offs = offs_m[:, None] * stride_qt + offs_d[None, :]
     grad_offs = offs_m[:, None] * third + offs_d[None, :]
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    pitch = tl.cdiv(max_seqlen, PITCH) * PITCH
-    c2p_ptr = score_row(c2p_ptr, head, rows, row, pitch)
-    p2c_ptr = score_row(p2c_ptr, head, rows, row + start_n, pitch)
+    pitch = pitch_of(max_seqlen, BAND, PITCH)
+    own = start_n // BLOCK_N * BLOCK_N  # as in attention_kernel, with all of the next
+    c2p_tile_ptr = score_row(c2p_ptr, head, rows, row, pitch)
+    p2c_tile_ptr = score_row(p2c_ptr, head, rows, row + start_n, pitch)
     if c2p_ptr is not None:
-        c2p_ptr += start_n // BLOCK_N * BLOCK_N
+        c2p_tile_ptr += own
     if p2c_ptr is not None and key_mask_ptr is not None:
         offs_mask = sequence * max_seqlen + start_n + offs_n
         takes_part = tl.load(key_mask_ptr + offs_mask, mask=start_n + offs_n < length, other=False)
-    first, last = reached(start_n, length, WINDOW, BLOCK_N, BLOCK_M)
-    if WINDOW is not None:
-        q_tile_ptr += first.to(tl.int64) * stride_qt
-        grad_tile_ptr += first.to(tl.int64) * third
-    for start_m in range(first, last, BLOCK_M):
-        valid_m = offs_m < length - start_m
-        mask_q = valid_m[:, None] & mask_d
-        # Queries past the end are zeros, as are their gradients: what they add to dK and dV is zero.
-        q = tl.load(q_tile_ptr + q_offs, mask=mask_q, other=0.0)
-        grad = tl.load(grad_tile_ptr + grad_offs, mask=mask_q, other=0.0)
-        shift = tl.load(stats_ptr + start_m + offs_m, mask=valid_m, other=0.0)
-        delta = tl.load(delta_ptr + start_m + offs_m, mask=valid_m, other=0.0)
-        c2p = load_positions(c2p_ptr, pitch, valid_m, BLOCK_M, BLOCK_N)
-        p2c = load_positions(p2c_ptr, pitch, start_n + offs_n < length, BLOCK_N, BLOCK_M)
-        start = sum_positions(p2c, c2p, inverse_scale)
-        scores = tl.dot(k, tl.trans(q), start, input_precision=INPUT_PRECISION)  # [BLOCK_N, BLOCK_M]
-        if bias_ptr is not None:
-            queries, keys = (start_m + offs_m)[None, :], (start_n + offs_n)[:, None]
-            scores = add_bias(scores, bias_ptr, bias_span, inverse_scale, head, queries, keys, length)
-        p = tl.exp2(tl.fma(scores, scale_log2e, shift[None, :]))
-        if qkv_ptr.dtype.element_ty == tl.float32:
-            norm = tl.load(stats_ptr + heads.to(tl.int64) * rows + start_m + offs_m, mask=valid_m, other=0.0)
-            p = p * norm[None, :]
+    FROM: tl.constexpr = 1 if BAND is None else 0
+    TO: tl.constexpr = 2 if BAND is None else 3
+    for part in tl.static_range(FROM, TO):
+        first, last = reached(start_n, length, WINDOW, BLOCK_N, BLOCK_M, BAND, PITCH, part)
         if WINDOW is not None:
-            p = tl.where(is_near((start_m + offs_m)[None, :], (start_n + offs_n)[:, None], WINDOW), p, 0.0)
-        if p2c_ptr is not None and key_mask_ptr is not None:  # here gradients of scores are kept, beyond this program
-            p = tl.where(takes_part[:, None], p, 0.0)
-        dp = tl.dot(v, tl.trans(grad), input_precision=INPUT_PRECISION)  # [BLOCK_N, BLOCK_M]
-        kept = p
-        if seed_ptr is not None:
-            queries = row + start_m + offs_m
-            keep = keep_tile_transposed(seed, queries, start_n, head, threshold, BLOCK_M, BLOCK_N)
-            kept = tl.where(keep, p, 0.0)
-            ds = tl.fma(kept, dp, -p * delta[None, :])
-        else:
-            ds = p * (dp - delta[None, :])
-        dv = tl.dot(kept.to(grad.dtype), grad, dv, input_precision=INPUT_PRECISION)
-        ds = ds.to(q.dtype)
-        dk = tl.dot(ds, q, dk, input_precision=INPUT_PRECISION)
-        if p2c_ptr is not None:
-            tl.store(
-                p2c_ptr + (offs_n[:, None] * pitch + offs_m[None, :]), ds, mask=(start_n + offs_n < length)[:, None]
-            )
-            p2c_ptr += BLOCK_M
-        if c2p_ptr is not None:
-            c2p_ptr += BLOCK_M * pitch
-        q_tile_ptr += BLOCK_M * stride_qt
-        grad_tile_ptr += BLOCK_M * third
+            q_tile_ptr += first.to(tl.int64) * stride_qt
+            grad_tile_ptr += first.to(tl.int64) * third
+        if BAND is not None:
+            if part == 1:
+                if p2c_ptr is not None:
+                    p2c_tile_ptr += band_place(own, first, BAND, PITCH)
+            else:
+                p2c_ends_ptr = ends_row(p2c_ptr, head, heads, rows, row + start_n, pitch, part // 2)
+                p2c_ends = load_ends(p2c_ends_ptr, start_n + offs_n < length, BLOCK_N)
+                c2p_ends_ptr = ends_row(c2p_ptr, head, heads, rows, row + first, pitch, 1 - part // 2)
+                c2p_ends = load_ends(c2p_ends_ptr, first + offs_m < last, BLOCK_M)
+                sums = tl.zeros([BLOCK_N, 8], tl.float32)
+        for start_m in range(first, last, BLOCK_M):
+            valid_m = offs_m < length - start_m
+            mask_q = valid_m[:, None] & mask_d
+            # Queries past the end are zeros, as are their gradients: what they add to dK and dV is zero.
+            q = tl.load(q_tile_ptr + q_offs, mask=mask_q, other=0.0)
+            grad = tl.load(grad_tile_ptr + grad_offs, mask=mask_q, other=0.0)
+            shift = tl.load(stats_ptr + start_m + offs_m, mask=valid_m, other=0.0)
+            delta = tl.load(delta_row_ptr + start_m + offs_m, mask=valid_m, other=0.0)
+            if part == 1:
+                c2p_near_ptr = near_tile(
+                    c2p_ptr, c2p_tile_ptr, head, rows, row + start_m, start_m, own, pitch, BAND, PITCH
+                )
+                c2p = load_positions(c2p_near_ptr, pitch, valid_m, BLOCK_M, BLOCK_N)
+                p2c = load_positions(p2c_tile_ptr, pitch, start_n + offs_n < length, BLOCK_N, BLOCK_M)
+                start = sum_positions(p2c, c2p, inverse_scale)
+            else:
+                start = sum_ends(p2c_ends, c2p_ends, inverse_scale, BLOCK_N, BLOCK_M)
+                if c2p_ptr is not None:
+                    c2p_ends_ptr += BLOCK_M
+                    c2p_ends = load_ends(c2p_ends_ptr, start_m + BLOCK_M + offs_m < length, BLOCK_M)
+            scores = tl.dot(k, tl.trans(q), start, input_precision=INPUT_PRECISION)  # [BLOCK_N, BLOCK_M]
+            if bias_ptr is not None:
+                queries, keys = (start_m + offs_m)[None, :], (start_n + offs_n)[:, None]
+                scores = add_bias(scores, bias_ptr, bias_span, inverse_scale, head, queries, keys, length)
+            p = tl.exp2(tl.fma(scores, scale_log2e, shift[None, :]))
+            if qkv_ptr.dtype.element_ty == tl.float32:
+                norm = tl.load(stats_ptr + heads.to(tl.int64) * rows + start_m + offs_m, mask=valid_m, other=0.0)
+                p = p * norm[None, :]
+            if WINDOW is not None:
+                p = tl.where(is_near((start_m + offs_m)[None, :], (start_n + offs_n)[:, None], WINDOW), p, 0.0)
+            if p2c_ptr is not None and key_mask_ptr is not None:  # gradients of scores are kept, beyond this program
+                p = tl.where(takes_part[:, None], p, 0.0)
+            if part == 2 and start_m + BLOCK_M > length:  # a key's own score may be too large for a power of two
+                p = tl.where(valid_m[None, :], p, 0.0)
+            dp = tl.dot(v, tl.trans(grad), input_precision=INPUT_PRECISION)  # [BLOCK_N, BLOCK_M]
+            kept = p
+            if seed_ptr is not None:
+                queries = row + start_m + offs_m
+                keep = keep_tile_transposed(seed, queries, start_n, head, threshold, BLOCK_M, BLOCK_N)
+                kept = tl.where(keep, p, 0.0)
+                ds = tl.fma(kept, dp, -p * delta[None, :])
+            else:
+                ds = p * (dp - delta[None, :])
+            if p2c_ptr is not None and part != 1:
+                sums += tl.sum(ds.reshape(BLOCK_N, BLOCK_M // 8, 8), 1)
+            dv = tl.dot(kept.to(grad.dtype), grad, dv, input_precision=INPUT_PRECISION)
+            ds = ds.to(q.dtype)
+            dk = tl.dot(ds, q, dk, input_precision=INPUT_PRECISION)
+            if part == 1:
+                if p2c_ptr is not None:
+                    offs_ds = offs_n[:, None] * pitch + offs_m[None, :]
+                    tl.store(p2c_tile_ptr + offs_ds, ds, mask=(start_n + offs_n < length)[:, None])
+                    p2c_tile_ptr += BLOCK_M
+                if BAND is None and c2p_ptr is not None:
+                    c2p_tile_ptr += BLOCK_M * pitch
+            q_tile_ptr += BLOCK_M * stride_qt
+            grad_tile_ptr += BLOCK_M * third
+        if p2c_ptr is not None and part != 1:
+            ends_ptr = sums_row(delta_ptr, head, heads, rows, row + start_n, 2 + part // 2)
+            tl.store(ends_ptr + offs_n, tl.sum(sums, 1), mask=start_n + offs_n < length)
 
     dk = dk * (scale * kept_scale)
     dv = dv * kept_scale

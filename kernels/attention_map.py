@@ -328,10 +328,10 @@ def disentangled_attention_map(
         ValueError: as `disentangled_attention`, and as `attention_map`.
     """
     qkv = _rows_of(qkv)
-    tables = _tables(qkv, c2p, p2c, slots, max_seqlen)
+    tables = _tables(qkv, c2p, p2c, slots)
     batch, key_mask, tiles = _checked(qkv.shape[0], cu_seqlens, key_mask, max_seqlen, scale, tiles, qkv.device)
-    scores = [None if table is None else _empty_scores(qkv, max_seqlen) for table in tables]
+    scores = [None if table is None else _empty_scores(qkv, max_seqlen, None) for table in tables]
     if qkv.shape[0]:
-        _position_scores(qkv, tables, slots, scores, cu_seqlens, max_seqlen, scale, batch, tiles)
+        _position_scores(qkv, tables, slots, scores, cu_seqlens, max_seqlen, scale, batch, tiles, None)
     q, k, _ = qkv.unbind(1)
     return _write(q, k, cu_seqlens, key_mask, max_seqlen, scale, places, width, None, tiles, batch, *scores)

@@ -598,12 +598,19 @@ _TABLES: tuple[MutableMapping[Tensor, _Table], MutableMapping[Tensor, _Table]] =
 
 
 class _Positions:
-    """The tables of `disentangled_attention`, by distance: for sequences of any length, a slice of them."""
+    """The tables of `disentangled_attention`, by distance: for sequences of any length, a slice of them.
+
+    Beyond `band`, the distances that `slots` has, there is one score of each row before it and one behind it.
+    """
 
     def __init__(self, c2p: Tensor | None, p2c: Tensor | None, slots: Tensor, length: int, dtype: torch.dtype) -> None:
-        self.most, middle = length, (slots.shape[0] - 1) // 2
+        self.band = middle = slots.shape[0] // 2
+        self.most = most = min(length, middle + _POSITION_ROWS)  # of a block of rows some reach further than others
         # Distances 1 - S to S - 1 of query and key: of a key's row from left to right, of a query's from right to left.
-        slots = slots[middle - length + 1 : middle + length]
+        if most > middle + 1:
+            slots = slots[torch.arange(1 - most, most).clamp(-middle, middle) + middle]
+        else:
+            slots = slots[middle - most + 1 : middle + most]
         self.slots = slots.flip(0), slots
         self.tables = tuple(
             None if table is None else _table(table, order, dtype, kept)
@@ -611,11 +618,20 @@ class _Positions:
         )
         """[heads, D, 2 S - 1]"""
 
-    def blocks(self, length: int) -> Iterator[tuple[slice, slice]]:
-        """Rows of a sequence of that length, and which distances of the tables they have."""
+    def blocks(self, length: int) -> Iterator[tuple[slice, slice, slice]]:
+        """Rows of a sequence of that length, the columns of their band, and their distances in the tables."""
         for start in range(0, length, _POSITION_ROWS):
             end = min(start + _POSITION_ROWS, length)
-            yield slice(start, end), slice(self.most - end, self.most - start + length - 1)
+            first, last = max(start - self.band, 0), min(end + self.band, length)
+            yield slice(start, end), slice(first, last), slice(self.most - end + first, self.most - start + last - 1)
+
+    def ends(self, length: int) -> Iterator[tuple[int, slice, slice]]:
+        """Which distance of the tables rows have beyond their band, these rows and their columns."""
+        for rows, columns, _ in self.blocks(length):
+            if columns.start:
+                yield 0, rows, slice(columns.start)
+            if columns.stop < length:
+                yield 2 * self.most - 2, rows, slice(columns.stop, length)
 
     def scores(self, query: Tensor, key: Tensor, heads: slice, scale: float) -> Tensor:
         """query, key (heads, B, S, D), those of `heads` -> the scores, (heads, B, S, S), in their dtype."""
@@ -624,9 +640,12 @@ class _Positions:
         scores = scores.view(count, batch, length, length)
         for table, x, own in zip(self.tables, (query, key), (scores, scores.transpose(2, 3)), strict=True):
             if table is not None:
-                for rows, distances in self.blocks(length):
+                for rows, columns, distances in self.blocks(length):
                     found = _scaled(x[:, :, rows].flatten(1, 2), table[heads, :, distances], scale)
-                    own[:, :, rows] += _by_place(found.unflatten(1, (batch, -1)))
+                    own[:, :, rows, columns] += _by_place(found.unflatten(1, (batch, -1)))
+                for distance, rows, columns in self.ends(length):
+                    found = _scaled(x[:, :, rows].flatten(1, 2), table[heads, :, distance, None], scale)
+                    own[:, :, rows, columns] += found.unflatten(1, (batch, -1))
         return scores
 
     def gradients(
@@ -635,21 +654,25 @@ class _Positions:
         """Of `dscores`, scaled, those of query and key; those of tables are added to `dtables`, by distance."""
         transposed = dscores.transpose(2, 3)
         dquery, dkey = torch.matmul(dscores, key), torch.matmul(transposed, query)
-        places: dict[int, Tensor] = {}  # zeros but where scores are, by the number of rows
+        places: dict[tuple[int, int], Tensor] = {}  # zeros but where scores are, by the number of rows and distances
         for table, dtable, x, dx, own in zip(
             self.tables, dtables, (query, key), (dquery, dkey), (dscores, transposed), strict=True
         ):
             if table is None or dtable is None:
                 continue
-            for rows, distances in self.blocks(query.shape[2]):
-                some, count = x[:, :, rows], rows.stop - rows.start
-                if count not in places:
-                    places[count] = dscores.new_zeros(*some.shape[:3], distances.stop - distances.start)
-                _by_place(places[count]).copy_(own[:, :, rows])
-                together = places[count].flatten(1, 2)
+            for rows, columns, distances in self.blocks(query.shape[2]):
+                some, size = x[:, :, rows], (rows.stop - rows.start, distances.stop - distances.start)
+                if size not in places:
+                    places[size] = dscores.new_zeros(*some.shape[:3], size[1])
+                _by_place(places[size]).copy_(own[:, :, rows, columns])
+                together = places[size].flatten(1, 2)
                 dx[:, :, rows] += torch.bmm(together, table[heads, :, distances].transpose(1, 2)).view(some.shape)
                 found = torch.bmm(together.transpose(1, 2), some.flatten(1, 2))
                 dtable[heads, distances] += found
+            for distance, rows, columns in self.ends(query.shape[2]):
+                some, total = x[:, :, rows].flatten(1, 2), own[:, :, rows, columns].sum(-1).flatten(1, 2)[:, None]
+                dx[:, :, rows] += (total.transpose(1, 2) * table[heads, None, :, distance]).view(dx[:, :, rows].shape)
+                dtable[heads, distance] += torch.bmm(total, some)[:, 0]
         return dquery, dkey
 
     def by_slot(
@@ -775,7 +798,7 @@ def disentangled_attention_backward(
     dtype, generator = _matmul_dtype(qkv), _generator(seed)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
     positions = _Positions(c2p, p2c, slots, max_seqlen, dtype)
-    distances = max(2 * max_seqlen - 1, 0)
+    distances = positions.slots[0].shape[0]
     dtables = [None if t is None else stats.new_zeros(heads, distances, t.shape[-1]) for t in (c2p, p2c)]
     for group, batch, some, mask in _parts(rows, heads, cu_seqlens, key_mask, max_seqlen):
         query, key, value = (_of_heads(x[:, some], batch).to(dtype) for x in qkv[group].unbind(1))

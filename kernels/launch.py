@@ -458,12 +458,13 @@ _DISENTANGLED: dict[str, dict[tuple[int, int], Config]] = {
     "sm_90": {
         (2, 16): Config(64, 64, 0, 4, 2),
         (2, 32): Config(64, 64, 0, 4, 2),
-        (2, 64): Config(64, 64, 0, 4, 2),  # 147 registers, 162 with dropout, and 56 KiB: three programs an SM
-        (2, 128): Config(64, 64, 0, 4, 2),
+        # 147 registers, 162 with dropout, and 56 KiB: three programs an SM; beyond a band 226.
+        (2, 64): Config(64, 64, 0, 4, 2),
+        (2, 128): Config(64, 32, 0, 4, 2),  # 64 keys spill beyond a band
         (4, 16): Config(32, 32, 0, 8, 1),
         (4, 32): Config(32, 32, 0, 8, 1, max_registers=168),
         (4, 64): Config(32, 32, 0, 8, 1, max_registers=168),
-        (4, 128): Config(16, 32, 0, 8, 1),
+        (4, 128): Config(16, 32, 0, 8, 1, max_registers=128),
     },
     "portable": {
         (2, 16): Config(64, 32, 0, 4, 1),
@@ -479,8 +480,8 @@ _DISENTANGLED: dict[str, dict[tuple[int, int], Config]] = {
 _DISENTANGLED["sm_89"] = _DISENTANGLED["sm_80"]  # by the same instructions, within 99 KiB
 _DISENTANGLED["sm_100"] = {
     **_DISENTANGLED["sm_90"],
-    (2, 64): Config(64, 32, 0, 4, 2),  # 64 keys spill where a head is padded
-    (2, 128): Config(64, 32, 0, 4, 2),
+    # 64 keys spill beyond a band, or where a head is padded.
+    **dict.fromkeys(((2, 16), (2, 32), (2, 64)), Config(64, 32, 0, 4, 2)),
 }
 _DISENTANGLED_BACKWARD: dict[str, dict[tuple[int, int], Config]] = {
     "sm_80": {
@@ -488,21 +489,27 @@ _DISENTANGLED_BACKWARD: dict[str, dict[tuple[int, int], Config]] = {
         (2, 16): Config(64, 32, 0, 4, 2),
         (2, 32): Config(64, 32, 0, 4, 2),
         (2, 64): Config(32, 32, 0, 4, 2),  # 168 registers: three programs an SM
+        (2, 128): Config(32, 32, 0, 8, 2),  # 64 rows spill beyond a band
+        (4, 32): Config(32, 32, 0, 8, 1, max_registers=255),
     },
-    "sm_90": _ATTENTION_BACKWARD["sm_90"],
+    "sm_90": {
+        **_ATTENTION_BACKWARD["sm_90"],
+        (2, 16): Config(64, 32, 0, 4, 2),
+        (2, 32): Config(64, 32, 0, 4, 2),
+        (4, 32): Config(32, 32, 0, 8, 1),
+    },
     "sm_100": {
         **_ATTENTION_BACKWARD["sm_100"],
         # Left alone, ptxas stops at 168 and at 128 registers and spills.
-        (2, 32): Config(64, 64, 0, 4, 2, max_registers=255),
+        (2, 16): Config(64, 32, 0, 4, 2, max_registers=255),
+        (2, 32): Config(64, 32, 0, 4, 2, max_registers=255),
         (2, 64): Config(64, 32, 0, 4, 2, max_registers=255),
         (2, 128): Config(64, 32, 0, 8, 2, max_registers=255),
+        (4, 64): Config(32, 16, 0, 8, 1, max_registers=255),
     },
     "portable": _ATTENTION_BACKWARD["portable"],
 }
-_DISENTANGLED_BACKWARD["sm_89"] = {
-    **_DISENTANGLED_BACKWARD["sm_80"],
-    (4, 32): Config(32, 32, 0, 8, 1, max_registers=255),
-}
+_DISENTANGLED_BACKWARD["sm_89"] = _DISENTANGLED_BACKWARD["sm_80"]
 
 
 @_tunable("block_m", "block_n", "num_warps", "num_stages", most=64)
@@ -549,7 +556,7 @@ _POSITION["sm_89"], _POSITION["sm_100"] = _POSITION["sm_80"], _POSITION["sm_90"]
 _POSITION_SLOTS.update(dict.fromkeys(("sm_89", "sm_90", "sm_100"), _POSITION_SLOTS["sm_80"]))
 
 
-@_tunable("block_m", "block_n", "num_warps", "num_stages")
+@_tunable("block_m", "block_n", "num_warps", "num_stages", most=64)
 def position_config(arch: str, dtype: torch.dtype, head_dim: int) -> Config:
     """The tiles of scores by position, and of their gradients. Arguments as `attention_config`'s."""
     return _of(_POSITION, arch)[dtype.itemsize]
@@ -562,6 +569,8 @@ def position_slots_config(arch: str, dtype: torch.dtype, head_dim: int) -> Confi
 
 POSITION_PROGRAMS = 2048
 """The gradients of tables by distance are shared out as `DBIAS_PROGRAMS` says."""
+POSITION_ENDS = Config(32, 0, 0, 4, 1)
+"""Of distances beyond a band: `block_m` rows at a time. Unmeasured: it reads queries and keys once."""
 
 
 # Linear layers: by architecture and bytes an element, (n below which it applies, configuration). Not measured yet:

@@ -181,7 +181,9 @@ def _scores(
             scores = scores + bias.to(scores.dtype)[:, bias.shape[1] // 2 + places - places[:, None]]
         if positions is not None:
             c2p, p2c, slots = positions
-            chosen = slots[slots.shape[0] // 2 + places[:, None] - places].long().expand_as(scores)
+            furthest = slots.shape[0] // 2
+            away = (places[:, None] - places).clamp(-furthest, furthest)
+            chosen = slots[furthest + away].long().expand_as(scores)
             if c2p is not None:
                 scores = scores + (query @ c2p.to(query.dtype).permute(1, 2, 0)).gather(2, chosen) * scale
             if p2c is not None:

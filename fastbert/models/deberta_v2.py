@@ -6,6 +6,7 @@ Its model hands no arguments on to its encoder, so that the fused one has a forw
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,19 +46,32 @@ _LAYOUT = Layer(
 _BUCKETS = hf.make_log_bucket_position  # as it was: tables are kept, and what replaces it later may be gone again
 
 
-def _slots(longest: int, buckets: int, furthest: int, span: int, device: torch.device) -> Tensor:
-    """(2 R - 1,) int32, R at least `longest`: of distances of query and key from 1 - R to R - 1, as stock has them."""
-    longest = -(-longest // 128) * 128
-    distances = torch.arange(1 - longest, longest, device=device)
+def _slots_reach(longest: int, buckets: int, furthest: int, span: int) -> int:
+    """The R of `_slots` for sequences up to `longest`: beyond a distance of R - 1 each sign has one slot."""
+    rounded, middle = -(-longest // 128) * 128, buckets // 2
+    if not isinstance(longest, int):  # not known yet
+        return rounded
+    if buckets <= 0 or furthest <= 0:
+        return min(rounded, span + 1)
+    if middle < 2 or furthest - 1 <= middle:
+        return rounded
+    # A distance is in the last bucket once its logarithm is; by a hundredth of a bucket more, however it is rounded.
+    buckets_out = (span - middle - 1 + 0.01) / (middle - 1)
+    return min(rounded, math.ceil(middle * ((furthest - 1) / middle) ** buckets_out) + 1)
+
+
+def _slots(reach: int, buckets: int, furthest: int, span: int, device: torch.device) -> Tensor:
+    """(2 R - 1,) int32: of distances of query and key from 1 - R to R - 1, R `reach`, as stock has them."""
+    distances = torch.arange(1 - reach, reach, device=device)
     if buckets > 0 and furthest > 0:
         distances = _BUCKETS(distances, buckets, furthest).to(torch.int64)
     return (distances + span).clamp(0, 2 * span - 1).int()
 
 
 @functools.lru_cache(64)
-def _kept_slots(longest: int, buckets: int, furthest: int, span: int, device: torch.device) -> Tensor:
+def _kept_slots(reach: int, buckets: int, furthest: int, span: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return _slots(longest, buckets, furthest, span, device)
+        return _slots(reach, buckets, furthest, span, device)
 
 
 def tables(
@@ -102,7 +116,8 @@ def _place(
     encoder: hf.DebertaV2Encoder, buckets: int, device: torch.device, longest: int
 ) -> tuple[int, int, int, int, torch.device]:
     """What slots are made for."""
-    return -(-longest // 128) * 128, buckets, encoder.max_relative_positions, _span(encoder, buckets), device
+    kind = buckets, encoder.max_relative_positions, _span(encoder, buckets)
+    return _slots_reach(longest, *kind), *kind, device
 
 
 def _embeddings(encoder: hf.DebertaV2Encoder, span: int) -> Tensor:

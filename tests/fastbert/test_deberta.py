@@ -112,15 +112,20 @@ def test_lengths(kind: Any, seqlen: int, dtype: torch.dtype) -> None:
     assert not stock_calls(fused)
 
 
-@pytest.mark.parametrize(("buckets", "furthest"), [(256, 512), (-1, 512), (32, 128)])
-def test_slots_are_stocks_at_every_distance(buckets: int, furthest: int) -> None:
+@pytest.mark.parametrize(
+    ("buckets", "furthest", "reach"),
+    [(256, 512, 513), (-1, 512, 513), (32, 128, 129), (31, 128, 150), (5, 9, 34), (2, 512, 1152), (64, 20, 1152)],
+)
+def test_slots_are_stocks_at_every_distance(buckets: int, furthest: int, reach: int) -> None:
+    """Beyond those that are kept, too, which have the first or the last; some numbers of buckets end nowhere."""
     length, span = 1025, buckets if buckets > 0 else furthest
     rows = torch.empty(length, 1)
     relative = hf.build_relative_position(rows, rows, buckets, furthest)[0]
     expected = (relative + span).clamp(0, 2 * span - 1)
-    slots = deberta_v2._slots(length, buckets, furthest, span, rows.device)
+    assert deberta_v2._slots_reach(length, buckets, furthest, span) == reach
+    slots = deberta_v2._slots(reach, buckets, furthest, span, rows.device)
     places = torch.arange(length)
-    found = slots[len(slots) // 2 + places[:, None] - places]
+    found = slots[reach - 1 + (places[:, None] - places).clamp(1 - reach, reach - 1)]
     assert torch.equal(found.long(), expected)
     if buckets < 0:
         assert torch.equal(relative, v1.build_relative_position(rows, rows)[0])

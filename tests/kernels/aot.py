@@ -363,6 +363,7 @@ def _disentangled(arch: str, full: bool) -> Iterator[Spec]:
         drops: bool = False,
         precision: str = "ieee",
         backward: bool = True,
+        band: int | None = None,
     ) -> Iterator[Spec]:
         """Every kernel of a forward, and of a backward."""
         pointer, wide = f"*{TYPE_NAMES[dtype]}", "*fp32"
@@ -389,9 +390,10 @@ def _disentangled(arch: str, full: bool) -> Iterator[Spec]:
                 "INPUT_PRECISION": precision,
                 held: config.block_m,
                 walked: config.block_n,
+                **({} if band is None else {"BAND": band}),
             }
             given = {name: value for name, value in {**shared, **arguments}.items() if name in kernel.arg_names}
-            variant = f"{name} {kinds} {layout} {precision} d{head_dim}" + " dropout" * drops
+            variant = f"{name} {kinds} {layout} {precision} d{head_dim}" + " dropout" * drops + " band" * bool(band)
             return Spec(variant, kernel, given, config, matrix)
 
         def by_kind(suffix: str, of: str) -> dict[str, Any]:
@@ -435,7 +437,7 @@ def _disentangled(arch: str, full: bool) -> Iterator[Spec]:
             "rows",
             disentangled.position_rows_kernel,
             launch.position_config,
-            {**gradients, "dqkv_ptr": pointer},
+            {**gradients, "dqkv_ptr": pointer, "delta_ptr": wide},
         )
         yield spec(
             "table",
@@ -443,15 +445,23 @@ def _disentangled(arch: str, full: bool) -> Iterator[Spec]:
             launch.position_config,
             {**gradients, "qkv_ptr": pointer, "partial_ptr": wide, "sequences": 32},
         )
-        counts = {"chunks": 4, "distances": 1024, "slots": 512}
+        counts = {"chunks": 4, "parts": 64, "distances": 1024, "slots": 512}
         given = {f"d{name}": table for name, table in by_kind("", pointer).items()}
         yield spec(
             "slots",
             disentangled.position_slots_kernel,
             launch.position_slots_config,
-            {**position, **given, "partial_ptr": wide, **counts},
+            {**position, **given, "partial_ptr": wide, "ends_ptr": wide if band else None, **counts},
             matrix=False,  # it adds up in float32
         )
+        if band:
+            yield spec(
+                "ends",
+                disentangled.position_ends_kernel,
+                lambda *_: launch.POSITION_ENDS,
+                {**gradients, "qkv_ptr": pointer, "delta_ptr": wide, "ends_ptr": wide, "sequences": 32, "FIRST": 0},
+                matrix=False,  # it adds up in float32
+            )
 
     both = "c2p p2c"
     if full:
@@ -464,8 +474,14 @@ def _disentangled(arch: str, full: bool) -> Iterator[Spec]:
                         yield spec
             if dtype is torch.float32:
                 yield from family(dtype, head_dim, both, "packed", True, "tf32")
+            banded = ((both, "packed", True), (both, "masked", False), ("c2p", "dense", False))
+            for kinds, layout, drops in banded if arch.startswith("sm_") else ():  # as `disentangled._band` has it
+                yield from family(dtype, head_dim, kinds, layout, drops, band=512)
     else:
         yield from family(torch.bfloat16, 64, both, "packed", True)
+        if arch.startswith("sm_"):
+            yield from family(torch.bfloat16, 64, both, "packed", False, band=512)
+            yield from family(torch.float32, 32, "p2c", "masked", True, band=512)
         yield from family(torch.float16, 32, "p2c", "masked", True)
         yield from family(torch.float32, 64, both, "packed", True, "tf32")
         for spec in family(torch.bfloat16, 64, both, "masked", True):

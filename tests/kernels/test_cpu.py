@@ -72,10 +72,14 @@ def _disentangled(lengths: list[int], longest: int) -> tuple[Tensor, Tensor, Ten
 
 @pytest.mark.parametrize("mask", [None, "ragged", "empty"])
 @pytest.mark.parametrize("scores", [1, 2 * 140**2, 10**9])
-def test_disentangled_attention_in_parts(monkeypatch: pytest.MonkeyPatch, scores: int, mask: str | None) -> None:
-    """Of one head and sequence, of two sequences of three, and all at once: with more rows than a block has."""
+@pytest.mark.parametrize("reach", [150, 20, 1])
+def test_disentangled_attention_in_parts(
+    monkeypatch: pytest.MonkeyPatch, reach: int, scores: int, mask: str | None
+) -> None:
+    """Of one head and sequence, of two sequences of three, and all at once: more rows than a block has, or a band."""
     monkeypatch.setattr(cpu, "_SCORES", scores)
-    qkv, *given, grad = _disentangled([140] * 3, 150)
+    monkeypatch.setattr(cpu, "_POSITION_ROWS", 128 if reach == 150 else 16)
+    qkv, *given, grad = _disentangled([140] * 3, reach)
     keys = None
     if mask is not None:
         keys = torch.arange(140) < torch.tensor([140, 9 if mask == "ragged" else 0, 77])[:, None]

@@ -41,7 +41,7 @@ def make(
     number: int = 24,
     heads: int = 2,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """qkv, both tables and the slots, with `room` for distances that no sequence has."""
+    """qkv, both tables and the slots, with `room` for distances that no sequence has; below 0, all beyond are one."""
     qkv = torch.stack(make_qkv(sum(lengths), heads, head_dim, dtype, device), 1)
     draw = (
         torch.randn(2, number, heads, head_dim, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 1.5
@@ -65,7 +65,8 @@ def weigh(
     for i, length in enumerate(lengths):
         q, k, _ = qkv[row : row + length].permute(1, 2, 0, 3)  # [heads, S, D]
         places = torch.arange(length, device=qkv.device)
-        chosen = slots.long()[len(slots) // 2 + places[:, None] - places[None, :]]
+        furthest = len(slots) // 2
+        chosen = slots.long()[furthest + (places[:, None] - places[None, :]).clamp(-furthest, furthest)]
         scores = (q @ k.transpose(1, 2)) * scale
         if c2p is not None:
             scores = scores + (q.unsqueeze(2) * c2p[chosen].permute(2, 0, 1, 3)).sum(3) * scale
@@ -113,9 +114,10 @@ def check(
     mask: Tensor | None = None,
     packed: bool = True,
     heads: int = 2,
+    room: int = 3,
 ) -> None:
     """Holds output and gradients to the policy."""
-    inputs = make(lengths, head_dim, dtype, device, kinds, slots, heads=heads)
+    inputs = make(lengths, head_dim, dtype, device, kinds, slots, room, heads=heads)
     scale, rows = (head_dim * (1 + len(kinds.split()))) ** -0.5, sum(lengths)
     grad = torch.randn(rows, heads, head_dim, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     seed = torch.tensor([SEED], device=device) if dropout else None
@@ -170,6 +172,35 @@ def test_long_sequences(dtype: torch.dtype, length: int, device: str) -> None:
     check([length], 16, dtype, device, slots="buckets", heads=1)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "reach", "kinds", "slots", "mask", "dropout", "dtype"),
+    in_turn(
+        ([193, 1, 0, 64], 33, "c2p p2c", "any", None, 0.3),
+        ([257, 130], 65, "c2p p2c", "clamped", None, 0.0),
+        ([194, 65], 1, "c2p", "any", None, 0.0),
+        ([300], 7, "p2c", "any", None, 0.3),
+        ([200, 200], 50, "c2p p2c", "any", "holes", 0.0),
+        ([200, 200], 50, "p2c", "any", "all-masked row", 0.3),
+    ),
+)
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
+def test_beyond_a_band(
+    lengths: list[int],
+    reach: int,
+    kinds: str,
+    slots: str,
+    mask: str | None,
+    dropout: float,
+    dtype: torch.dtype,
+    device: str,
+) -> None:
+    """Sequences that end in every part of it, and some that have none."""
+    room = reach - max(lengths)
+    assert kernel._band(make(lengths, 16, dtype, device, room=room)[3], max(lengths)) == (64 if reach > 1 else 0)
+    masked = None if mask is None else make_mask(mask, len(lengths), lengths[0], device)
+    check(lengths, 16, dtype, device, kinds, slots, dropout, masked, mask is None, 1, room)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 128])
@@ -205,6 +236,17 @@ def test_a_sequence_is_bitwise_the_same_in_any_company(dtype: torch.dtype, devic
             alone, _ = kernel.disentangled_attention(part, c2p, p2c, own, None, mask, length, *rest, None)
             assert torch.equal(alone, together[begin : begin + length])
         begin += length
+
+
+@pytest.mark.parametrize("dtype", kernel_dtypes)
+def test_no_bit_of_a_sequence_hangs_on_whether_its_company_has_a_band(dtype: torch.dtype, device: str) -> None:
+    lengths, reach = [190, 193], 60
+    qkv, c2p, p2c, slots = make(lengths, 16, dtype, device, slots="any", room=reach - 193, heads=1)
+    rest = (0.2, 0.0, None, None)
+    together, _ = kernel.disentangled_attention(qkv, c2p, p2c, slots, cumulative(lengths, device), None, 193, *rest)
+    alone, _ = kernel.disentangled_attention(qkv[:190], c2p, p2c, slots, None, None, 190, *rest)
+    assert kernel._band(slots, 193) == 64 and kernel._band(slots, 190) is None
+    assert torch.equal(together[:190], alone)
 
 
 def test_more_sequences_than_a_grid_has_room_for_change_no_bit(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +348,6 @@ def test_no_rows(device: str) -> None:
         ({"c2p": torch.zeros(24, 2, 8)}, "c2p has shape"),
         ({"p2c": torch.zeros(24, 2, 16).half()}, "p2c has shape"),
         ({"p2c": torch.zeros(25, 2, 16)}, "expected the same"),
-        ({"slots": torch.zeros(13, dtype=torch.int32)}, "slots has shape"),
         ({"slots": torch.zeros(16, dtype=torch.int32)}, "slots has shape"),
         ({"slots": torch.zeros(15, dtype=torch.int64)}, "slots has shape"),
         ({"scale": 0.0}, "scale is 0.0"),
