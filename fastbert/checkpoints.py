@@ -129,7 +129,7 @@ def load_tokenizer(path: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever reading files and asking the hub raises: to a user it is one thing
-        raise UsageError(f"{path}: {in_a_line(error)}", "model") from error
+        raise UsageError(f"{path}: its tokenizer can't be loaded: {in_a_line(error)}", "model") from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes up where there is none
         raise UsageError(f"{path}: holds no tokenizer; expected one that its save_pretrained wrote there", "model")
     return tokenizer

@@ -32,6 +32,7 @@ from fastbert.cli.__main__ import main, parser
 from fastbert.kernels import launch
 from fastbert.measure import bench, cases, cold, counts, info, machine, records
 from fastbert.usage import UsageError, check_file, write_text
+from tests.fastbert import test_families
 from tests.models import seeded
 
 
@@ -238,6 +239,28 @@ def test_verify_refuses_a_checkpoint(tokenizer: Any, tmp_path: Path, capsys: pyt
     model.resize_token_embeddings(len(tokenizer))
     model.save_pretrained(tmp_path)
     assert "'pooler.dense.bias' holds NaN or infinity" in bad_usage(capsys, *command)
+
+
+@pytest.mark.parametrize(
+    ("family", "forward", "step"),
+    [
+        ("modernbert", "linear_gated", "linear_gated_backward"),
+        pytest.param("esm", "linear_gelu", "linear_gelu_backward", marks=test_families.OF_ESM),
+    ],
+)
+def test_profile_and_verify_of_rotary_families(
+    family: str, forward: str, step: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A fresh checkpoint without a tokenizer: profile needs none; verify says that it does."""
+    base = test_families.adapter(family).base.__name__
+    test_families.seeded(family, base, hidden_size=64, intermediate_size=96).save_pretrained(tmp_path)
+    capsys.readouterr()
+    for train, operator in ((), forward), (("--train",), step):
+        assert main(["profile", "--model", str(tmp_path), "--device", "cpu", "--lengths", "1,37", *train]) == 0
+        said = capsys.readouterr().out
+        assert "fastbert::rotate" in said and f"fastbert::{operator} " in said
+    said = bad_usage(capsys, "verify", "--model", str(tmp_path), "--device", "cpu")
+    assert "its tokenizer can't be loaded: " in said or "holds no tokenizer" in said
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
