@@ -57,6 +57,8 @@ class FeedForward:
     """Whether `up` gives both, side by side: first what is activated, then what it is multiplied by."""
     activation: Path = ("intermediate", "intermediate_act_fn")
     """Of a module or a function that works element by element."""
+    function: nn.Module | None = None
+    """That itself, where stock code calls a function of its file and no path leads to it: `activation` is ()."""
     down: Path = ("output", "dense")
     down_dropout: Path | None = ("output", "dropout")
     """As `Attention.output_dropout`."""
@@ -83,6 +85,8 @@ class FeedForward:
 
     def activation_of(self, layer: nn.Module) -> Any:
         """What is applied between the two linear layers."""
+        if self.function is not None:
+            return self.function
         *holder, name = self.activation
         return getattr(child(layer, *holder), name)
 

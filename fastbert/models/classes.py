@@ -7,6 +7,7 @@ what to wrap), and because a saved config records them.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import threading
 import warnings
@@ -33,7 +34,7 @@ from ..runtime.graphs import Stale
 from ..runtime.plan import Plan, check_taken, count, plan_call
 from ..runtime.readers import Args, Kwargs, Reader, know, named_arguments, parameter_names
 from ..runtime.registry import REGISTERED, embeddings_of, encoder_of, wrapped_encoder_of
-from .family import Family
+from .family import Family, Given
 from .heads import Vocabulary, labelled_loss, takes_labelled_rows
 from .probe import check_description, hands_nothing_on, try_family
 
@@ -68,6 +69,8 @@ def register(family: Family, module: str) -> Family:
     outside = not module.startswith("fastbert.")
     if outside:
         check_description(family)
+    if family.handed is not None and family.handed not in inspect.signature(family.encoder.forward).parameters:
+        raise ValueError(f"Family.handed is {family.handed!r}; {family.encoder.__name__} takes no such argument")
     family.unknown_arguments = _unknown_arguments(family)
     recorded = getattr(family.base, "_can_record_outputs", None) or {}
     family.records_hidden_states = family.run is None and "hidden_states" in recorded
@@ -134,6 +137,9 @@ def bert_like(
     parts: tuple[str, ...] = (),
     vocabularies: Mapping[str, Callable[..., Vocabulary]] | None = None,
     dropout: str = "dropout",
+    attention: Given | None = None,
+    feed_forward: Given | None = None,
+    pre_norm: bool = False,
     **differences: Any,
 ) -> Family:
     """A family whose layers and embeddings are BERT's after renaming.
@@ -143,28 +149,33 @@ def bert_like(
         prefix: what the names of its classes begin with: "Bert".
         heads, others, parts, vocabularies: as `Family` has them, by the rest of the name: "ForMaskedLM".
         dropout: as `Attention` has it.
+        attention, feed_forward: what else is not BERT's, of `Attention` and of `FeedForward`.
+        pre_norm: as `Layer` has it.
         differences: what else is not BERT's, of `Family`.
     """
 
     def named(rest: str) -> Any:
         return getattr(code, prefix + rest)
 
-    attention = Attention(
+    half = Attention(
         kinds={
             ("attention",): named("Attention"),
             ("attention", "self"): named("SelfAttention"),
             ("attention", "output"): named("SelfOutput"),
         },
         dropout=dropout,
+        **(attention or {}),
     )
-    feed_forward = FeedForward(kinds={("intermediate",): named("Intermediate"), ("output",): named("Output")})
+    other = FeedForward(
+        kinds={("intermediate",): named("Intermediate"), ("output",): named("Output")}, **(feed_forward or {})
+    )
     base = named("Model")
     family = Family(
         code,
         base,
         named("Encoder"),
         named("Layer"),
-        Layer(attention, feed_forward),
+        Layer(half, other, pre_norm),
         named("Embeddings"),
         base.config_class,
         fuses_embeddings=True,
@@ -298,7 +309,8 @@ def predictions(model: Any) -> Vocabulary:
 
 
 def lm_head(model: Any) -> Vocabulary:
-    """The vocabulary head of RoBERTa and its kin, and of MPNet."""
+    """The vocabulary head of RoBERTa and its kin, of MPNet, and of ESM, whose decoder has no bias."""
     found = model.lm_head
     code = sys.modules[type(found).__module__]  # which has a function of its own
-    return Vocabulary(lambda x: found.layer_norm(code.gelu(found.dense(x))), found.decoder, (found,))
+    bias = found.bias if getattr(found.decoder, "bias", found) is None else None
+    return Vocabulary(lambda x: found.layer_norm(code.gelu(found.dense(x))), found.decoder, (found,), bias=bias)

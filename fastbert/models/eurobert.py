@@ -11,15 +11,6 @@ from .classes import register
 from .heads import Vocabulary
 from .rotary import GATED, kin
 
-
-def _pools_first(head: hf.EuroBertForSequenceClassification) -> bool:
-    return bool(head.classifier_pooling == "bos")
-
-
-def _vocabulary(model: hf.EuroBertForMaskedLM) -> Vocabulary:
-    return Vocabulary(lambda x: x, model.lm_head)
-
-
 FAMILY = register(
     kin(
         hf,
@@ -35,11 +26,12 @@ FAMILY = register(
         final_norm="norm",
         output=BaseModelOutput,
         heads={
-            hf.EuroBertForMaskedLM: LABELS,
-            hf.EuroBertForSequenceClassification: Reader(around=True, first=_pools_first),  # others by the mask
-            hf.EuroBertForTokenClassification: LABELS,
+            **{"ForMaskedLM": LABELS, "ForTokenClassification": LABELS},
+            "ForSequenceClassification": Reader(
+                around=True, first=lambda head: head.classifier_pooling == "bos"
+            ),  # others by the mask
         },
-        vocabularies={hf.EuroBertForMaskedLM: _vocabulary},
+        vocabularies={"ForMaskedLM": lambda model: Vocabulary(lambda x: x, model.lm_head)},
     ),
     __name__,
 )

@@ -18,6 +18,9 @@ from ..layers.layer import Layer
 from ..runtime.readers import Reader
 from .heads import Vocabulary
 
+Given = dict[str, Any]
+"""Fields of a half, or of a family, by name."""
+
 IDS = {
     "input_ids": "word_embeddings",
     "token_type_ids": "token_type_embeddings",

@@ -21,13 +21,11 @@ FAMILY = register(
         ids=EMBEDDED,
         output=BaseModelOutputWithPooling,
         heads={
-            hf.JinaEmbeddingsV3ForMaskedLM: LABELS,
-            hf.JinaEmbeddingsV3ForQuestionAnswering: SPANS,
-            hf.JinaEmbeddingsV3ForSequenceClassification: FIRST,
-            hf.JinaEmbeddingsV3ForTokenClassification: LABELS,
+            **{"ForMaskedLM": LABELS, "ForQuestionAnswering": SPANS},
+            **{"ForSequenceClassification": FIRST, "ForTokenClassification": LABELS},
         },
-        parts=(hf.JinaEmbeddingsV3ClassificationHead, hf.JinaEmbeddingsV3LMHead, hf.JinaEmbeddingsV3Pooler),
-        vocabularies={hf.JinaEmbeddingsV3ForMaskedLM: lm_head},
+        parts=("ClassificationHead", "LMHead", "Pooler"),
+        vocabularies={"ForMaskedLM": lm_head},
     ),
     __name__,
 )

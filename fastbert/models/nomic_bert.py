@@ -17,18 +17,9 @@ FAMILY = register(
         {**GATED, **AFTER[1]},
         ids=EMBEDDED,
         output=BaseModelOutputWithPooling,
-        heads={
-            hf.NomicBertForMaskedLM: LABELS,
-            hf.NomicBertForSequenceClassification: REAL,
-            hf.NomicBertForTokenClassification: LABELS,
-        },
-        parts=(
-            hf.NomicBertLMPredictionHead,
-            hf.NomicBertOnlyMLMHead,
-            hf.NomicBertPooler,
-            hf.NomicBertPredictionHeadTransform,
-        ),
-        vocabularies={hf.NomicBertForMaskedLM: predictions},
+        heads={"ForMaskedLM": LABELS, "ForSequenceClassification": REAL, "ForTokenClassification": LABELS},
+        parts=("LMPredictionHead", "OnlyMLMHead", "Pooler", "PredictionHeadTransform"),
+        vocabularies={"ForMaskedLM": predictions},
     ),
     __name__,
 )

@@ -542,9 +542,9 @@ def _check_activation(stock: nn.Module, family: Family, call: _Call) -> None:
         taken = seen[last][0]
         error = relative_error(taken, expected.double()) if taken.shape == expected.shape else float("inf")
         if not error <= _TOLERANCE / 10:
-            name = type(layer).__name__
+            name, said = type(layer).__name__, half.function or ".".join(half.activation)
             raise ValueError(
-                f"FeedForward.activation is {'.'.join(half.activation)}; what {name} hands to {'.'.join(last)} is "
+                f"FeedForward.activation is {said}; what {name} hands to {'.'.join(last)} is "
                 f"off by {error:.1e} from what that makes of {'.'.join(first)}"
             )
 

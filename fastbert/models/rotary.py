@@ -5,6 +5,7 @@ Their base models call their layers themselves, and make cosines and sines by a 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -15,10 +16,9 @@ from ..layers.attention import Attention
 from ..layers.feed_forward import FeedForward
 from ..layers.layer import Layer
 from ..runtime.packing import Packing
-from .family import Family
-
-Given = dict[str, Any]
-"""Fields of a half, or of a family, by name."""
+from ..runtime.readers import Reader
+from .family import Family, Given
+from .heads import Vocabulary
 
 
 def _places(hidden_states: Tensor, packing: Packing, position_ids: Tensor | None) -> Tensor:
@@ -74,6 +74,9 @@ def kin(
     prefix: str,
     attention: Given,
     feed_forward: Given,
+    heads: Mapping[str, Reader],
+    parts: tuple[str, ...] = (),
+    vocabularies: Mapping[str, Callable[..., Vocabulary]] | None = None,
     layer: str = "Layer",
     pre_norm: bool = False,
     norm: type[nn.Module] = nn.LayerNorm,
@@ -85,9 +88,10 @@ def kin(
         code: the module of its classes.
         prefix: what the names of its classes begin with: "NomicBert".
         attention, feed_forward: what else there is of `Attention` and of `FeedForward`.
+        heads, parts, vocabularies: as `Family` has them, by the rest of the name: "ForMaskedLM".
         layer: the rest of the name of its layers' class.
         pre_norm, norm: as `Layer` has them.
-        differences: what else there is of `Family`, its heads by class.
+        differences: what else there is of `Family`.
     """
 
     def named(rest: str) -> Any:
@@ -114,6 +118,9 @@ def kin(
         "makes_tables": {"rotary_emb": named("RotaryEmbedding")},
         "refuses": refuses,
         "sizes": SIZES,
+        "heads": {named(rest): reads for rest, reads in heads.items()},
+        "parts": tuple(map(named, parts)),
+        "vocabularies": {named(rest): vocabulary for rest, vocabulary in (vocabularies or {}).items()},
         **differences,
     }
     base = named("Model")

@@ -375,6 +375,14 @@ WRONG: dict[str, tuple[Callable[[Family], dict[str, Any]], str]] = {
         quirk("a GELU by tanh"),
         r"FeedForward.activation is mlp.act; what QuillBlock hands to mlp.wo is off by .* makes of mlp.wi",
     ),
+    "a function that is another": (
+        feed_forward(activation=(), function=torch.nn.GELU(approximate="tanh")),
+        r"FeedForward.activation is GELU\(approximate='tanh'\); what QuillBlock hands to mlp.wo is off by",
+    ),
+    "an argument that is not handed on": (
+        lambda f: {"handed": "turns_of_all"},
+        "Family.handed is 'turns_of_all'; QuillEncoder takes no such argument",
+    ),
     "a qkv by heads": (quirk("queries, keys and values of each head side by side"), DEPARTS),
     "a scale of its own": (quirk("a scale"), DEPARTS),
     "a window": (quirk("a window"), f"{DEPARTS} .* of 300 tokens a sequence"),
