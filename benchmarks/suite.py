@@ -56,6 +56,8 @@ OUT_OF_TIME = 3
 """The exit status of first.py where it has more to do."""
 PACKED_EVERY_S = 20.0
 GATES = "gates.jsonl"
+LEAST_S = 12.0
+"""With fewer seconds left no step begins."""
 GRACE_S = 20.0
 """What an interrupted step is given to write what it has."""
 
@@ -456,7 +458,7 @@ def go_through(
     """Runs steps until the deadline; returns the exit status."""
     since = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     for i, step in enumerate(wanted):
-        if deadline - time.monotonic() < 12:
+        if deadline - time.monotonic() < LEAST_S:
             names = ", ".join(step.name for step in wanted[i:])
             print(f"out of time: {names} not begun; the same command goes on", file=sys.stderr)
             return 3

@@ -326,7 +326,7 @@ def test_expected_failures_prove_nothing(workers: tuple[str, ...], project: Path
     }
 
 
-@pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["alone", "workers"])
+@pytest.mark.parametrize("workers", [pytest.param((), marks=pytest.mark.slow), ("-n", "1")], ids=["alone", "workers"])
 def test_killed_at_any_moment_what_passed_is_kept(workers: tuple[str, ...], project: Path) -> None:
     """Ended by force in the middle, twice: none that was noted runs again. A worker may have run what it was given."""
     (project / "mended").touch()

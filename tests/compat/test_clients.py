@@ -84,9 +84,9 @@ HERE = [
     *(f"sentence_transformers_{name}" for name in ("cnn", "late_interaction", "splade")),
     *(
         pytest.param(name, marks=pytest.mark.slow)
-        for name in ("sentence_transformers_encode", "sentence_transformers_cross_encoder", "peft_lora")
+        for name in ("sentence_transformers_encode", "sentence_transformers_cross_encoder")
     ),
-    "peft_prompt_tuning",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("peft_lora", "peft_prompt_tuning")),
 ]
 
 

@@ -551,7 +551,7 @@ def test_a_convolution_packs() -> None:
     [
         pytest.param("encoder", marks=pytest.mark.slow),
         pytest.param("encoder.layer.1", marks=pytest.mark.slow),
-        "encoder.layer.0.attention.self",
+        pytest.param("encoder.layer.0.attention.self", marks=pytest.mark.slow),
         pytest.param("encoder.layer.0.attention.output.LayerNorm", marks=pytest.mark.slow),
         pytest.param("encoder.layer.1.output.dense", marks=pytest.mark.slow),
         pytest.param("encoder.layer.1.intermediate.intermediate_act_fn", marks=pytest.mark.slow),

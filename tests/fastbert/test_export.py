@@ -47,10 +47,12 @@ def pair(family: str) -> tuple[Any, Any]:
     ("family", "strict"),
     [
         ("bert", False),
-        ("distilbert", True),
         ("deberta_v2", False),
         ("modernbert", False),
-        *(pytest.param(*rest, marks=pytest.mark.slow) for rest in (("bert", True), ("distilbert", False))),
+        *(
+            pytest.param(*rest, marks=pytest.mark.slow)
+            for rest in (("bert", True), ("distilbert", True), ("distilbert", False))
+        ),
         *(pytest.param(family, True, marks=pytest.mark.slow) for family in ROTARY),
     ],
 )

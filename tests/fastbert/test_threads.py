@@ -223,7 +223,14 @@ SWAPS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "swap"), [*((hf.BertForMaskedLM, swap) for swap in SWAPS), (hf.BertForQuestionAnswering, "unfused")]
+    ("kind", "swap"),
+    [
+        *(
+            pytest.param(hf.BertForMaskedLM, swap, marks=[pytest.mark.slow] * (swap == "unfused"))  # ten seconds
+            for swap in SWAPS
+        ),
+        (hf.BertForQuestionAnswering, "unfused"),
+    ],
 )
 def test_heads_are_swapped_at_any_line(kind: Any, swap: str) -> None:
     """Another thread swaps a head while this one is in it, at the first run of each line: its loss is the model's.

@@ -143,7 +143,7 @@ def test_gradients_under_autocast(dtype: torch.dtype, cast: torch.dtype, padding
         pytest.param(
             *(kind, dtype, autocast),
             id=f"{kind.__name__}-{dtype}-{autocast}",
-            marks=pytest.mark.slow if autocast and kind is hf.BertForPreTraining else (),
+            marks=[pytest.mark.slow] * autocast,
         )
         for kind in (hf.BertForMaskedLM, hf.BertForPreTraining)
         for dtype, autocast in ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True))
@@ -378,7 +378,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("padding", ["packed", "dense"])
+@pytest.mark.parametrize("padding", ["packed", pytest.param("dense", marks=pytest.mark.slow)])
 def test_triton_in_the_interpreter(padding: str) -> None:
     """A whole step through the kernels: gradients against float64, and with dropout a second step like the first."""
     kind = hf.BertForTokenClassification

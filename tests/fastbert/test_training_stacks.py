@@ -816,7 +816,7 @@ def test_compiled_without_a_graph_break(family: str, padding: str, masked: bool)
     [
         pytest.param("bert", "model", marks=pytest.mark.slow),
         ("bert", "layers"),
-        ("modernbert", "layers"),
+        pytest.param("modernbert", "layers", marks=pytest.mark.slow),
         *(pytest.param(family, "model", marks=pytest.mark.slow) for family in test_families.ROTARY),
     ],
 )

@@ -324,10 +324,10 @@ def result(model: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("kind", "wrap"),
     [
-        pytest.param(kind, wrap, marks=pytest.mark.slow if compiles and kind is hf.BertModel else ())
+        pytest.param(kind, wrap, marks=[pytest.mark.slow] * (wrap is twice or slow))
         for kind in (hf.BertModel, hf.BertForSequenceClassification)
         for wrap in FORWARDS
-        for compiles in [wrap in (compiled_forward, twice)]  # which takes seconds
+        for slow in [wrap is compiled_forward and kind is hf.BertModel]  # what compiles takes seconds
     ],
 )
 def test_a_wrapped_forward_goes_on_to_the_right_one(wrap: Any, kind: Any) -> None:
