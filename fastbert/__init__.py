@@ -12,6 +12,8 @@ Nothing is loaded before it is used, torch neither. A program with fastbert's op
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -73,6 +75,10 @@ if TYPE_CHECKING:
         EuroBertForSequenceClassification as EuroBertForSequenceClassification,
         EuroBertForTokenClassification as EuroBertForTokenClassification,
         EuroBertModel as EuroBertModel,
+        GteForMaskedLM as GteForMaskedLM,
+        GteForSequenceClassification as GteForSequenceClassification,
+        GteForTokenClassification as GteForTokenClassification,
+        GteModel as GteModel,
         JinaEmbeddingsV3ForMaskedLM as JinaEmbeddingsV3ForMaskedLM,
         JinaEmbeddingsV3ForQuestionAnswering as JinaEmbeddingsV3ForQuestionAnswering,
         JinaEmbeddingsV3ForSequenceClassification as JinaEmbeddingsV3ForSequenceClassification,
@@ -150,13 +156,25 @@ _MODELS = {
     "nomic_bert": ("NomicBert", _TAGGING),
     "esm": ("Esm", _TAGGING),
     "eurobert": ("EuroBert", _TAGGING),
+    "gte": ("Gte", _TAGGING),
     "jina_embeddings_v3": ("JinaEmbeddingsV3", (*_TAGGING, "ForQuestionAnswering")),
     "mpnet": ("MPNet", _COMMON),
     "roberta": ("Roberta", (*_COMMON, "ForCausalLM")),
     "xlm_roberta": ("XLMRoberta", (*_COMMON, "ForCausalLM")),
 }
+_TRANSFORMERS = importlib.util.find_spec("transformers")
+_FOLDERS = [] if _TRANSFORMERS is None else list(_TRANSFORMERS.submodule_search_locations or ())
+
+
+def _is_there(family: str) -> bool:
+    """Whether the transformers that is installed has that family: by its files, for it is not loaded yet."""
+    return any(os.path.isdir(os.path.join(folder, "models", family)) for folder in _FOLDERS)
+
+
 _PLACES = {name: module for module, names in _VERBS.items() for name in names}
-_PLACES |= {begin + end: f"models.{module}" for module, (begin, ends) in _MODELS.items() for end in ends}
+_PLACES |= {
+    begin + end: f"models.{module}" for module, (begin, ends) in _MODELS.items() if _is_there(module) for end in ends
+}
 
 __all__ = ["__version__", *sorted(_PLACES)]
 

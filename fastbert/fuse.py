@@ -41,12 +41,13 @@ FAMILIES = (
     "modernbert",
     "nomic_bert",
     "eurobert",
+    "gte",
     "jina_embeddings_v3",
     "esm",
 )
 """Modules of `fastbert.models`, each named as transformers names the family's."""
 
-LATE = frozenset(("modernbert", "nomic_bert", "eurobert", "jina_embeddings_v3", "esm"))
+LATE = frozenset(("modernbert", "nomic_bert", "eurobert", "gte", "jina_embeddings_v3", "esm"))
 """Those that transformers has changed or added since the oldest supported: where they can't be made, they run stock."""
 
 

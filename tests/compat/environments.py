@@ -25,7 +25,7 @@ BROKEN_HEADS = {"5.4.0": ("XLMRobertaForMultipleChoice", "CamembertForMultipleCh
 
 # Families that run stock, by the version of transformers. It has none; its configs can't be made; its embeddings look
 # types up by position; each layer makes a rotation of its own.
-ABSENT = {"5.4.0": ("nomic_bert", "eurobert", "jina_embeddings_v3", "esm")}
+ABSENT = {"5.4.0": ("nomic_bert", "eurobert", "gte", "jina_embeddings_v3", "esm"), "5.17.0": ("gte",)}
 
 # Versions of transformers whose masks torch.jit.trace can't record, nor torch.onnx.export by it: of stock models, too.
 BROKEN_TRACES = ("5.4.0",)

@@ -35,6 +35,7 @@ OWN: dict[str, dict[str, Any]] = {
     "modernbert": {"local_attention": 4, **SMALL_IDS},  # half of it on either side
     "nomic_bert": SMALL_IDS,
     "eurobert": {"num_key_value_heads": 2, **SMALL_IDS},
+    "gte": SMALL_IDS,
     "jina_embeddings_v3": SMALL_IDS,
     "esm": {"position_embedding_type": "rotary", "token_dropout": True, "mask_token_id": 2, **SMALL_IDS},
 }

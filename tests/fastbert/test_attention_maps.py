@@ -17,7 +17,6 @@ from transformers.models.deberta import modeling_deberta as deberta
 from transformers.models.deberta_v2 import modeling_deberta_v2 as deberta_v2
 
 import fastbert
-from fastbert.fuse import FAMILIES
 from fastbert.models import probe
 from fastbert.numerics import assert_within_policy
 from fastbert.runtime import encoder
@@ -26,7 +25,7 @@ from tests.fastbert import test_deberta, test_families
 
 WINDOWED = ("modernbert",)
 """Families with layers of which no map can be computed."""
-NAMES = tuple(FAMILIES)
+NAMES = test_families.FAMILIES
 CONFIGS: dict[str, dict[str, Any]] = {
     "deberta_v2 without positions": {"relative_attention": False},
     "deberta_v2, one term": {"pos_att_type": ["p2c"], "conv_kernel_size": 3, "conv_act": "gelu"},

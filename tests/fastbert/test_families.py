@@ -6,6 +6,7 @@ import ast
 import contextlib
 import copy
 import importlib
+import importlib.util
 import inspect
 import json
 import pickle
@@ -449,6 +450,10 @@ def test_every_name_is_exported() -> None:
     names = {name for _, name in heads(*FAMILIES)}
     assert names < set(fastbert.__all__)
     assert names < set(dir(fastbert))
+    for family, (begin, _) in fastbert._MODELS.items():  # none of models that this transformers has not
+        there = importlib.util.find_spec(f"transformers.models.{family}") is not None
+        assert (f"{begin}Model" in fastbert.__all__) is there
+        assert there or not hasattr(fastbert, f"{begin}Model")
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -897,6 +902,12 @@ def test_descriptions_of_rotary_families(family: str) -> None:
     """As `register` tries those from outside: masks, lengths, positions, gradients, each dropout alone, heads."""
     probe.check_description(adapter(family))
     probe.try_family(adapter(family))
+
+
+def test_rotary_families_are_short() -> None:
+    for family in LATE - {"modernbert"}:  # whose layers are of two kinds, and called as no others'
+        code = Path(probe.__file__).with_name(f"{family}.py").read_text(encoding="utf-8")
+        assert code.count("\n") < 40, family
 
 
 @OF_ESM
