@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.support import is_hooked, is_plain
-from .derived import Derived
+from .derived import Derived, Watch
 from .gemm import PLAIN, Gemm, Quantized, plain
 from .layer import Bound, FusedLayer
 
@@ -69,8 +69,10 @@ class _Kept(NamedTuple):
     seen: object
     """`fastbert.runtime.coverage.Seen.bound`."""
     stock: Sequence[bool]
-    made: list[tuple[int, Sequence[Tensor | None], Gemms]]
-    """By layer: what its GEMMs are made of, and they."""
+    parameters: list[Tensor | None]
+    """What its GEMMs are made of."""
+    watch: Watch
+    """Of the parameters, as they were."""
     bound: list[Bound | None]
 
 
@@ -189,20 +191,21 @@ class Copies:
         same, `fastbert.runtime.coverage.Seen.bound`: nothing of the layers has changed but, perhaps, their weights.
         """
         kept = self._kept
-        if kept is None or seen is None or kept.seen is not seen or kept.stock != stock or not self._holds(kept):
-            made = [
-                (i, *self.gemms(i, layer, len(layers)))
-                for i, (layer, is_stock) in enumerate(zip(layers, stock, strict=True))
-                if not is_stock and isinstance(layer, FusedLayer)
-            ]
-            kept = _Kept(seen, stock, made, self._bound(layers, {i: gemms for i, _, gemms in made}))
-            self._kept = None if seen is None else kept
+        if kept is None or kept.seen is not seen or kept.stock != stock or not kept.watch.holds(kept.parameters):
+            gemms: dict[int, Gemms] = {}
+            parameters: list[Tensor | None] = []
+            for i, (layer, is_stock) in enumerate(zip(layers, stock, strict=True)):
+                if not is_stock and isinstance(layer, FusedLayer):
+                    own, gemms[i] = self.gemms(i, layer, len(layers))
+                    parameters += own
+            bound = self._bound(layers, gemms)
+            self._kept = None
+            if seen is not None and not any(p is not None and p.is_inference() for p in parameters):
+                self._kept = _Kept(seen, stock, parameters, Watch(parameters, sampled=True), bound)
+        else:
+            bound = kept.bound
         handed: list[tuple[Tensor, Quantized]] = []
-        return [None if own is None else own._replace(handed=handed) for own in kept.bound]
-
-    def _holds(self, kept: _Kept) -> bool:
-        """Whether GEMMs that were kept are still of the weights as they are."""
-        return all(self.derived.kept(i, tensors) is gemms for i, tensors, gemms in kept.made)
+        return [None if own is None else own._replace(handed=handed) for own in bound]
 
     def _bound(self, layers: Layers, gemms: Mapping[int, Gemms]) -> list[Bound | None]:
         # A layer quantizes its result for the next one; where somebody may change that in between, it doesn't.

@@ -13,17 +13,44 @@ from torch.multiprocessing.reductions import StorageWeakRef
 T = TypeVar("T")
 
 
+_SAMPLED = 4
+
+
+class Watch:
+    """Parameters as they were: addresses, versions, and some elements of those that a CPU can read at once."""
+
+    def __init__(self, parameters: Sequence[Tensor | None], sampled: bool) -> None:
+        """`sampled`: elements too, which a write to all of a parameter changes."""
+        self._key = _key(parameters)
+        # While storages live, no other parameter can have their address.
+        self._storages = [StorageWeakRef(p.untyped_storage()) for p in parameters if p is not None]
+        self._views = [
+            torch.as_strided(p.detach(), (_SAMPLED,), (p.numel() // _SAMPLED,))
+            for p in parameters
+            if sampled and p is not None and p.device.type == "cpu" and p.is_contiguous() and p.numel()
+        ]
+        self._sample = torch.cat(self._views) if self._views else None
+
+    def holds(self, parameters: Sequence[Tensor | None]) -> bool:
+        """Whether `parameters` are those, as far as that can tell."""
+        if _key(parameters) != self._key or any(storage.expired() for storage in self._storages):
+            return False
+        if self._sample is None:
+            return True
+        now = torch.cat(self._views)
+        return torch.equal(now, self._sample) or torch.equal(now.view(torch.uint8), self._sample.view(torch.uint8))
+
+
+def _key(parameters: Sequence[Tensor | None]) -> list[tuple[int, int] | None]:
+    return [None if p is None else (p.data_ptr(), p._version) for p in parameters]
+
+
 class _Made(NamedTuple):
-    key: tuple[tuple[int, int] | None, ...]
-    """Address and version of every parameter."""
-    storages: tuple[StorageWeakRef, ...]
-    """While they live, no other parameter can have their address."""
+    parameters: Watch
     source: object
     """What else it was made of: an object, which is kept, so that no other is the same."""
     prints: list[Tensor]
     """`_prints`, where writes that leave no version are looked for."""
-    sample: Tensor | None
-    """`_sample`, where that is asked for."""
     seen: dict[int, Tensor]
     """What GEMMs of so many rows made of `directions`, with the same parameters."""
     value: Any
@@ -47,19 +74,6 @@ def directions(length: int) -> Tensor:
         return torch.randn(length, generator=generator, dtype=torch.float32, device="cpu")
 
 
-_SAMPLED = 8
-
-
-def _sample(parameters: Sequence[Tensor | None]) -> Tensor | None:
-    """Some elements of each that a CPU can read at once: what is written to all of a parameter changes them."""
-    found = [
-        torch.as_strided(p.detach(), (_SAMPLED,), (p.numel() // _SAMPLED,))
-        for p in parameters
-        if p is not None and p.device.type == "cpu" and p.is_contiguous() and p.numel()
-    ]
-    return torch.cat(found) if found else None
-
-
 _SEEN = 16
 """Of each place, so many of `_Made.seen` are kept: 2 KB each of a base model."""
 
@@ -77,24 +91,6 @@ def _is_as_seen(made: _Made, parameters: Sequence[Tensor | None], seen: tuple[in
             made.seen.clear()
         made.seen[seen[0]] = seen[1].clone()
     return True
-
-
-def _key(parameters: Sequence[Tensor | None]) -> tuple[tuple[int, int] | None, ...]:
-    return tuple([None if p is None else (p.data_ptr(), p._version) for p in parameters])
-
-
-def _is_of(made: _Made, key: object, parameters: Sequence[Tensor | None]) -> bool:
-    """Whether it was made of `parameters`, of that `_key`, as they are: as far as that and a sample can tell."""
-    if made.key != key or any(storage.expired() for storage in made.storages):
-        return False
-    return made.sample is None or _is_same(made.sample, _sample(parameters))
-
-
-def _is_same(before: Tensor, now: Tensor | None) -> bool:
-    """Bit for bit, NaN too."""
-    if now is None or now.shape != before.shape or now.dtype is not before.dtype:
-        return False
-    return torch.equal(before, now) or torch.equal(before.view(torch.uint8), now.view(torch.uint8))
 
 
 class Derived:
@@ -137,21 +133,15 @@ class Derived:
         if any(p is not None and p.is_inference() for p in parameters):  # writing to it leaves no trace
             return make()
         watched = watched and all(p is None or p.device.type == "cpu" for p in parameters)
-        key, made = _key(parameters), self.made.get(place)
-        if made is not None and _is_of(made, key, parameters):
+        made = self.made.get(place)
+        if made is not None and made.parameters.holds(parameters):
             same = made.source is source or (isinstance(source, tuple) and made.source == source)
             if same and (not watched or _is_as_seen(made, parameters, seen)):
                 found: T = made.value
                 return found
-        prints, sample = _prints(parameters) if watched else [], _sample(parameters) if sampled else None
+        seen_now, prints = Watch(parameters, sampled), _prints(parameters) if watched else []
         value = make()
         # What a CUDA graph makes as it is captured is the graph's own, made again at each replay.
         if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-            storages = tuple(StorageWeakRef(p.untyped_storage()) for p in parameters if p is not None)
-            self.made[place] = _Made(key, storages, source, prints, sample, {}, value)
+            self.made[place] = _Made(seen_now, source, prints, {}, value)
         return value
-
-    def kept(self, place: Hashable, parameters: Sequence[Tensor | None]) -> object:
-        """What `get` has kept there, made of `parameters` alone, if it would return that again; else None."""
-        made = self.made.get(place)
-        return made.value if made is not None and _is_of(made, _key(parameters), parameters) else None

@@ -21,7 +21,7 @@ from transformers.models.mpnet import modeling_mpnet as mpnet
 import fastbert
 from fastbert import calibration, fuse, ops
 from fastbert.kernels import attention, launch, linear_fp8, quantize_fp8, reference_fp8
-from fastbert.layers import copies, fp8
+from fastbert.layers import copies, derived, fp8
 from fastbert.models.bert import BertModel
 from fastbert.numerics import as_fp8, assert_within_policy, relative_error
 from fastbert.runtime import graphs, packing, support
@@ -332,16 +332,18 @@ def test_attention_goes_by_the_list_of_tiles(monkeypatch: pytest.MonkeyPatch) ->
     assert all(isinstance(tiles, Tensor) for tiles in given)
 
 
-def test_a_new_weight_at_an_old_address_is_seen() -> None:
-    """A freed weight's address and version may both come back with another weight."""
+def test_a_new_weight_at_an_old_address_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A freed weight's address and version may both come back with another weight, where nothing holds the old one."""
+    right = derived.Watch.__init__
+    monkeypatch.setattr(derived.Watch, "__init__", lambda self, parameters, sampled: right(self, parameters, False))
     model = fuse(models.seeded(), precision="fp8")
     run(model)
-    dense = model.encoder.layer[0].output.dense
+    model.encoder.layer[0].output.dense.weight.data = torch.randn(128, 256)
     state = model.encoder.fastbert.precision
-    made = state.derived.made[0]
-    dense.weight.data = torch.randn(128, 256)
-    own = tuple(None if x is None else (x.data_ptr(), x._version) for x in _tensors(model.encoder.layer[0]))
-    state.derived.made[0] = made._replace(key=own)  # as if it had the address of the old one
+    watches = [(state._kept.watch, state._kept.parameters)]
+    watches += [(made.parameters, _tensors(model.encoder.layer[i])) for i, made in state.derived.made.items()]
+    for watch, of in watches:
+        watch._key = derived._key(of)  # as if it had the address of the old one
     assert torch.equal(run(model), run(fuse(fastbert.unfuse(copy.deepcopy(model)), precision="fp8")))
 
 
