@@ -51,11 +51,11 @@ class EncoderExplanation:
     graph_calls: dict[str, int] = field(default_factory=dict)
     """What came of CUDA graphs so far: "replayed", "captured", too, "eager: " and why, "dropped: " and why."""
     precision: str | None = None
-    """The precision asked of `fuse`."""
+    """The precision asked of `fuse`; "prepacked" where that was."""
     quantized: str | None = None
     """Where there is one: what an ordinary call at this moment would make of it, in a line."""
     not_quantized: dict[str, str] = field(default_factory=dict)
-    """There, GEMMs of layers that stay in the model's dtype, by name ("layer 0 down"), each with the reason."""
+    """There, GEMMs of layers that run on the model's own weights, by name ("layer 0 down"), each with the reason."""
     dense: str | None = None
     """Why calls with padding run in the dense layout; None where they are packed, if what they ask for allows it."""
     loss_only: str | None = None
