@@ -254,13 +254,14 @@ def test_outputs(family: str, name: str, dtype: torch.dtype, padding: str) -> No
 
 @pytest.mark.parametrize(("family", "name"), BASES)
 def test_kernels(family: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One layer of it on the Triton kernels, in the interpreter."""
+    """One layer of each kind on the Triton kernels, in the interpreter."""
     if torch.cuda.is_available():
         pytest.skip("the kernels run for real here; see test_on_a_gpu")
     for operator in ops.CPU_BACKEND:
         monkeypatch.setitem(ops.CPU_BACKEND, operator, ops.registry.kernel(operator))
     given = [each for each in calls(family, name, 3, 19) if each[0]["attention_mask"] is not None][1:4]
-    shape = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 2}
+    layers = 2 if family == "modernbert" else 1
+    shape = {"num_hidden_layers": layers, "hidden_size": 64, "num_attention_heads": 2}
     shape |= {"num_key_value_heads": 2} if family == "eurobert" else {}
     for padding in ("packed", "dense") if family in ("mpnet", "deberta_v2") else ("packed",):  # positions in both
         compare(seeded(family, name, **shape), given, torch.float32, padding)
@@ -843,8 +844,10 @@ def test_lengths(family: str, length: int) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_the_edges_of_a_window(attention: str, padding: str) -> None:
     """A token sees those as far away as half of `local_attention`, on both sides, and none beyond."""
-    sizes = {"num_hidden_layers": 1, "layer_types": ["sliding_attention"], "attn_implementation": attention}
-    model = seeded("modernbert", "ModernBertModel", **sizes)
+    kinds = ["sliding_attention", "full_attention"]  # configs of transformers 5.4 must have both
+    model = seeded("modernbert", "ModernBertModel", layer_types=kinds, attn_implementation=attention)
+    del model.layers[1:]
+    model.config.num_hidden_layers = 1
     fused = fastbert.fuse(copy.deepcopy(model), padding=padding)
     ids, mask = models.ids(2, 37), torch.ones(2, 37, dtype=torch.long)
     mask[1, 31:] = 0
