@@ -477,7 +477,12 @@ _DISENTANGLED: dict[str, dict[tuple[int, int], Config]] = {
         (4, 128): Config(16, 32, 0, 8, 1),
     },
 }
-_DISENTANGLED["sm_89"] = _DISENTANGLED["sm_80"]  # by the same instructions, within 99 KiB
+_DISENTANGLED["sm_89"] = {  # by the same instructions, within 99 KiB
+    **_DISENTANGLED["sm_80"],
+    # Left alone, ptxas stops at 168 and at 80 registers and spills beyond a band.
+    (2, 16): Config(64, 64, 0, 4, 2, max_registers=255),
+    (4, 128): Config(16, 32, 0, 8, 1, max_registers=128),
+}
 _DISENTANGLED["sm_100"] = {
     **_DISENTANGLED["sm_90"],
     # 64 keys spill beyond a band, or where a head is padded.
