@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..runtime.support import is_hooked, is_plain
+from ..runtime.support import is_faked, is_hooked, is_plain
 from .derived import Derived, Watch
 from .gemm import PLAIN, Gemm, Quantized, plain
 from .layer import Bound, FusedLayer
@@ -181,7 +181,7 @@ class Copies:
     def runs(self, layers: Layers, sample: Tensor) -> bool:
         """Whether it is for a forward of `layers` at this moment, over activations like `sample`."""
         off = torch.is_grad_enabled() or torch.is_autocast_enabled(sample.device.type) or torch.compiler.is_compiling()
-        off = off or torch.jit.is_tracing() or any(layer.training for layer in layers)
+        off = off or is_faked() or torch.jit.is_tracing() or any(layer.training for layer in layers)
         return not off and type(sample) in (Tensor, nn.Parameter) and self.unsupported(sample.device) is None
 
     def bind(self, layers: Layers, stock: Sequence[bool], seen: object = None) -> list[Bound | None]:
@@ -200,6 +200,7 @@ class Copies:
                     parameters += own
             bound = self._bound(layers, gemms)
             self._kept = None
+            self.derived.retain(range(len(layers)))
             if seen is not None and not any(p is not None and p.is_inference() for p in parameters):
                 self._kept = _Kept(seen, stock, parameters, Watch(parameters, sampled=True), bound)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Container, Hashable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -25,9 +25,9 @@ class Watch:
         # While storages live, no other parameter can have their address.
         self._storages = [StorageWeakRef(p.untyped_storage()) for p in parameters if p is not None]
         self._views = [
-            torch.as_strided(p.detach(), (_SAMPLED,), (p.numel() // _SAMPLED,))
+            torch.as_strided(p.detach(), (_SAMPLED,), (_step(p),))
             for p in parameters
-            if sampled and p is not None and p.device.type == "cpu" and p.is_contiguous() and p.numel()
+            if sampled and p is not None and p.device.type == "cpu" and p.numel()
         ]
         self._sample = torch.cat(self._views) if self._views else None
 
@@ -39,6 +39,11 @@ class Watch:
             return True
         now = torch.cat(self._views)
         return torch.equal(now, self._sample) or torch.equal(now.view(torch.uint8), self._sample.view(torch.uint8))
+
+
+def _step(p: Tensor) -> int:
+    """From one of `_SAMPLED` elements to the next in memory: along the diagonal, however `p` lies there."""
+    return sum(size // _SAMPLED * stride for size, stride in zip(p.shape, p.stride(), strict=True))
 
 
 def _key(parameters: Sequence[Tensor | None]) -> list[tuple[int, int] | None]:
@@ -105,6 +110,11 @@ class Derived:
     def drop(self) -> None:
         """Frees it; the next forward makes it again."""
         self.made = {}
+
+    def retain(self, places: Container[Hashable]) -> None:
+        """Frees what was made of other places."""
+        for place in [each for each in list(self.made) if each not in places]:
+            self.made.pop(place, None)
 
     def get(
         self,

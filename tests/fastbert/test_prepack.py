@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.models.bert import modeling_bert as hf
 
 import fastbert
@@ -28,6 +31,7 @@ WEIGHTS = sum(p.numel() for p in models.seeded().encoder.parameters() if p.dim()
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The weights that are laid out from now on."""
     seen: list[Any] = []
+    cpu_prepacked._mkl_works()  # lays one out, once
     right = cpu_prepacked.pack
     monkeypatch.setattr(cpu_prepacked, "pack", lambda weight: seen.append(weight) or right(weight))
     return seen
@@ -133,6 +137,11 @@ def test_writes_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     check(4)
     both(lambda layer: setattr(layer.output.dense.weight, "data", layer.output.dense.weight.data - 0.2))
     check(4)
+    for lay in (lambda weight: weight.t().contiguous().t(), lambda weight: torch.cat([weight, weight], 1)[:, :256]):
+        both(lambda layer, lay=lay: setattr(layer.output.dense, "weight", nn.Parameter(lay(layer.output.dense.weight))))
+        check(4)  # rows that don't lie one after the other
+        both(lambda layer: layer.output.dense.weight.data.mul_(2.0))
+        check(4)
     state = models.seeded(seed=3).state_dict()
     for m in (model, plain):
         m.load_state_dict(state)
@@ -146,6 +155,36 @@ def test_writes_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
         optimizer.step()
         m.eval()
     check(8)
+
+
+def test_layers_that_are_taken_out_leave_nothing() -> None:
+    model = fuse(models.seeded(), prepack=True)
+    out, state = run(model), model.encoder.fastbert.precision
+    whole, removed = model.encoder.layer, StorageWeakRef(model.encoder.layer[1].output.dense.weight.untyped_storage())
+    model.encoder.layer = whole[:1]
+    assert not torch.equal(run(model), out)
+    assert state.memory() == 4 * WEIGHTS // 2
+    model.encoder.layer = whole
+    assert torch.equal(run(model), out)
+    assert state.memory() == 4 * WEIGHTS
+    model.encoder.layer, whole = whole[:1], None
+    run(model)
+    gc.collect()
+    assert removed.expired()
+
+
+@pytest.mark.parametrize("given", [{"prepack": True}, {"precision": "int8"}], ids=str)
+def test_traced_by_make_fx(given: dict[str, Any]) -> None:
+    """What is traced reads the weights themselves, not whether they were written to."""
+    model, plain = fuse(models.seeded(), **given), fuse(models.seeded())
+    with torch.no_grad():
+        for _ in range(2):
+            traced = make_fx(lambda ids: model(ids).last_hidden_state)(models.ids(2, 20))
+            model(models.ids(2, 20))
+        for m in (model, plain):
+            m.encoder.layer[1].output.dense.weight.mul_(2.0)
+        ids = models.ids(2, 20, seed=4)
+        torch.testing.assert_close(traced(ids), plain(ids).last_hidden_state, rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_bound_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
