@@ -84,8 +84,8 @@ def _product(x: Tensor, weight: Prepacked, bias: Tensor | None) -> Tensor:
     dtype = weight.like.dtype
     x, bias = cpu._rounded(x, dtype), None if bias is None else cpu._rounded(bias, dtype)
     # The last argument says that x has the number of rows laid out for; `like` is read where it has not.
-    product: Tensor = torch.ops.mkl._mkl_linear(x, weight.values, weight.like, bias, x.shape[0])
-    return product
+    product: Tensor = torch.ops.mkl._mkl_linear(x, weight.values, weight.like, None, x.shape[0])
+    return product if bias is None else product.add_(bias)  # as `cpu._mm_add`
 
 
 def linear(x: Tensor, weight: Prepacked, bias: Tensor | None) -> Tensor:
