@@ -123,8 +123,9 @@ class Copies:
             if not is_plain(linear, nn.Linear):
                 watched = " that is hooked or sharded" if type(linear) is nn.Linear else ""
                 return f"a {type(linear).__name__}{watched}"
-            if linear.weight.is_inference():
-                return "its weight was made under torch.inference_mode, where writing to it leaves no trace"
+            for name, tensor in (("weight", linear.weight), ("bias", linear.bias)):
+                if tensor is not None and tensor.is_inference():
+                    return f"its {name} was made under torch.inference_mode, where writing to it leaves no trace"
         return None
 
     def reasons(self, layers: Layers, classes: Mapping[Any, Any]) -> dict[Key, str]:

@@ -273,6 +273,14 @@ def test_where_nothing_can_be_laid_out_it_is_the_model(monkeypatch: pytest.Monke
         made_there = fuse(models.seeded(), prepack=True)
     assert torch.equal(run(made_there), plain)
     assert "its weight was made under torch.inference_mode" in explained(made_there)
+    dense, seen = model.encoder.layer[0].output.dense, made(monkeypatch)
+    with torch.inference_mode():
+        dense.bias = nn.Parameter(dense.bias.clone(), requires_grad=False)
+    torch.testing.assert_close(run(model), plain, rtol=1e-4, atol=1e-4)
+    assert "layer 0 down: its bias was made under torch.inference_mode" in explained(model)
+    seen.clear()
+    run(model)
+    assert not seen  # in every call, it would take longer than without
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(models.seeded(), peft.LoraConfig(target_modules=["query"], init_lora_weights=False))
     twin = fuse(copy.deepcopy(adapted).eval())
