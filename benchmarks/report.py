@@ -129,7 +129,8 @@ def readme(records: Iterable[dict[str, Any]]) -> str:
 def texts(records: Iterable[dict[str, Any]]) -> str:
     """The table of what begins with strings: on one device the model and dtype that most was measured of.
 
-    Of two ways to run fused, the model's own method and `fastbert.encode`, the faster; others of the same precision.
+    Of the ways to run fused, the model's own method, prepacked too, and `fastbert.encode`, the fastest; others of the
+    same precision.
     """
     runs = {case: run for case, run in latest(records).items() if case[1].startswith(TEXTS)}
     header = ["what", "model", "dtype", "workload", "padded / real rows", "stock, ms", "fused, ms", "x stock"]
