@@ -501,7 +501,7 @@ _DISENTANGLED_BACKWARD: dict[str, dict[tuple[int, int], Config]] = {
         **_ATTENTION_BACKWARD["sm_90"],
         (2, 16): Config(64, 32, 0, 4, 2),
         (2, 32): Config(64, 32, 0, 4, 2),
-        (4, 32): Config(32, 32, 0, 8, 1),
+        (4, 32): Config(32, 32, 0, 8, 1, max_registers=255),
     },
     "sm_100": {
         **_ATTENTION_BACKWARD["sm_100"],
@@ -557,7 +557,8 @@ _POSITION_SLOTS: dict[str, Config] = {
     "sm_80": Config(16, 32, 0, 4, 1, max_registers=168),
     "portable": Config(16, 32, 0, 4, 1),
 }
-_POSITION["sm_89"], _POSITION["sm_100"] = _POSITION["sm_80"], _POSITION["sm_90"]
+_POSITION["sm_89"] = _POSITION["sm_80"]
+_POSITION["sm_100"] = {**_POSITION["sm_90"], 4: Config(32, 32, 0, 8, 1, max_registers=255)}
 _POSITION_SLOTS.update(dict.fromkeys(("sm_89", "sm_90", "sm_100"), _POSITION_SLOTS["sm_80"]))
 
 
