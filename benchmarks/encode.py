@@ -49,7 +49,6 @@ LEAST = 3
 QUERY = 12
 """Words of the query that passages are ranked for."""
 AHEAD = "fused, fastbert.encode"
-"""Of the prepacked model on a CPU."""
 PREPACKED = "fused, prepacked"
 CHECKED = ("stock", "fused", PREPACKED, "stock, its own unpadding")
 """Runs that are held to the policy; peers take no segment ids, and are timed without."""
@@ -356,7 +355,7 @@ def run(
         if each in CHECKED:
             numerics.assert_within_policy(values(way.head, model, some), expected, exact, each)
     if way.ahead:
-        found = {**found, AHEAD: found.get(PREPACKED, found["fused"])}
+        found = {**found, AHEAD: found["fused"]}
     call = _call(way, texts, batch)
     samples = _timed(found, call, repeats, seconds, QUERIES_IN_A_ROW if name.startswith("query ") else 1)
     chunks = [item.lengths[i : i + batch] for i in range(0, len(texts), batch)]

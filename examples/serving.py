@@ -32,7 +32,7 @@ class Embedder:
 
     def __init__(self, model: str, fused: bool = True) -> None:
         loaded = SentenceTransformer(model)
-        self.model = fastbert.fuse(loaded, prepack=True) if fused else loaded
+        self.model = fastbert.fuse(loaded) if fused else loaded
         self.model.encode("the first call compiles")
 
     async def __call__(self, request: Request) -> JSONResponse:

@@ -144,9 +144,9 @@ def fuse(
             GPUs of compute capability 8.0 to 9.0; see docs/int8.md. Both are outside the numerical policy. Training,
             calls with gradients enabled, autocast and torch.compile run in the model's dtype.
         prepack: whether inference on a CPU keeps a second copy of the weights of GEMMs, in the order in which they are
-            read: one text takes four fifths of the time or less, and as much memory again: see docs/latency.md. Copies
-            follow weights that are written to; a write past torch's versions, as by `weight.data`, to less than the
-            whole of a weight is not seen. Elsewhere it changes nothing; `explain` says why.
+            read, for one text of 16 tokens or more at a time; it takes as much memory again: see docs/latency.md.
+            Copies follow weights that are written to; a write past torch's versions, as by `weight.data`, to less than
+            the whole of a weight is not seen. Elsewhere it changes nothing; `explain` says why.
 
     Returns:
         The same object.
@@ -155,7 +155,7 @@ def fuse(
         UnsupportedModelError: nothing in `model` could be fused, or not in this `precision`; nothing was changed:
             whatever fails, or is interrupted, leaves the model as it was.
         ValueError: `padding` or `precision` is none of those; what the config says of it doesn't fit the model;
-            `prepack` is asked for in another precision, whose weights are copies already.
+            `prepack` is asked for beside a `precision`, which keeps copies of its own.
         TypeError: `model` is not a torch.nn.Module, or `cuda_graphs` or `prepack` not a bool.
     """
     for name, value in (("cuda_graphs", cuda_graphs), ("prepack", prepack)):
@@ -166,7 +166,9 @@ def fuse(
     if precision not in (None, *PRECISIONS):
         raise ValueError(f"precision is {precision!r}; expected one of {', '.join(map(repr, (None, *PRECISIONS)))}")
     if prepack and precision is not None:
-        raise ValueError(f"prepack is True with precision={precision!r}, whose weights are prepacked as they are")
+        raise ValueError(
+            f"prepack is True with precision={precision!r}, which keeps copies of its own; expected one of both"
+        )
     found = base_models(model)
     reasons = [model_is_unsupported(base) for _, base, _ in found]
     if all(reasons):

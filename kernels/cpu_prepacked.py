@@ -1,7 +1,7 @@
 """GEMMs of weights that are laid out once, in the order in which the library that multiplies reads them.
 
-PyTorch hands a weight to oneMKL, or in 16 bits to oneDNN, which lays it out anew in every call: of a few rows that
-takes as long as their multiplications.
+PyTorch hands a weight to oneMKL, or in 16 bits to oneDNN, which lays it out anew in every call: of a few rows that may
+be a third of the time.
 """
 
 from __future__ import annotations

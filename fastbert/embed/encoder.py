@@ -258,7 +258,7 @@ def load(
 def _fused(model: nn.Module, path: str, precision: Precision | None) -> None:
     """Fuses the model of a checkpoint. Raises UsageError where it can't be, or would run stock."""
     try:
-        fuse(model, precision=precision, prepack=precision is None)
+        fuse(model, precision=precision)
     except ValueError as error:  # UnsupportedModelError is one
         raise UsageError(f"{path}: {in_a_line(error)}", "model") from error
     with torch.inference_mode():

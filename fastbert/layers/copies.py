@@ -67,8 +67,7 @@ class _Kept(NamedTuple):
     """The layers of one model, bound, while what was found of them holds."""
 
     seen: object
-    """`fastbert.runtime.coverage.Seen.bound`."""
-    stock: Sequence[bool]
+    """`fastbert.runtime.coverage.Seen.bound`, which is another one where other layers run stock."""
     parameters: list[Tensor | None]
     """What its GEMMs are made of."""
     watch: Watch
@@ -192,7 +191,7 @@ class Copies:
         same, `fastbert.runtime.coverage.Seen.bound`: nothing of the layers has changed but, perhaps, their weights.
         """
         kept = self._kept
-        if kept is None or kept.seen is not seen or kept.stock != stock or not kept.watch.holds(kept.parameters):
+        if kept is None or kept.seen is not seen or not kept.watch.holds(kept.parameters):
             gemms: dict[int, Gemms] = {}
             parameters: list[Tensor | None] = []
             for i, (layer, is_stock) in enumerate(zip(layers, stock, strict=True)):
@@ -202,8 +201,8 @@ class Copies:
             bound = self._bound(layers, gemms)
             self._kept = None
             self.derived.retain(range(len(layers)))
-            if seen is not None and not any(p is not None and p.is_inference() for p in parameters):
-                self._kept = _Kept(seen, stock, parameters, Watch(parameters, sampled=True), bound)
+            if seen is not None:
+                self._kept = _Kept(seen, parameters, Watch(parameters, sampled=True), bound)
         else:
             bound = kept.bound
         handed: list[tuple[Tensor, Quantized]] = []

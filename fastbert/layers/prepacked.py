@@ -59,4 +59,4 @@ class Prepack(Copies):
         return super()._unsupported(group) or ops.cpu_prepacked.unsupported(group[0].weight.dtype)
 
     def told(self, device: torch.device) -> str:
-        return "weights in the order that they are read in"
+        return "weights in the order that they are read in (in float32 for 16 rows or more)"

@@ -96,7 +96,6 @@ def test_families(family: str, padding: Any, dtype: torch.dtype) -> None:
     name = families.adapter(family).base.__name__
     model, stock, truth = models.three(families.seeded(family, name), dtype)
     fuse(model, padding=padding, prepack=True)
-    layouts = set()
     with torch.inference_mode():
         for given, real in families.calls(family, name):
             found, plain, wide = (families.outputs(m, given, real) for m in (model, stock, truth))
@@ -128,6 +127,8 @@ def test_writes_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     both(lambda layer: layer.output.dense.weight.mul_(1.5))
     check(4)  # those of a layer
     both(lambda layer: layer.attention.self.key.bias.add_(1.0))
+    check(4)
+    both(lambda layer: layer.output.dense.weight[3, 5].add_(2.0))  # one element, of which no sample tells
     check(4)
     both(lambda layer: layer.intermediate.dense.weight.data.mul_(0.5))
     check(4)
@@ -237,7 +238,8 @@ def test_nothing_of_it_is_in_the_model(tmp_path: Path) -> None:
         assert other.encoder.fastbert.precision.memory() == 0
         assert torch.equal(run(other), out)
         assert other.encoder.fastbert.precision.memory() == 4 * WEIGHTS
-    line = f"prepacked: 8 of 8 GEMMs, weights in the order that they are read in; {4 * WEIGHTS / 1e6:,.1f} MB beside"
+    how = "weights in the order that they are read in (in float32 for 16 rows or more)"
+    line = f"prepacked: 8 of 8 GEMMs, {how}; {4 * WEIGHTS / 1e6:,.1f} MB beside"
     assert line in explained(model)
     state = model.encoder.fastbert.precision
     model.to(torch.bfloat16)
@@ -253,7 +255,7 @@ def test_it_is_refused_before_anything_changes() -> None:
     model = models.seeded()
     with pytest.raises(TypeError, match=r"^prepack is 'yes'; expected True or False$"):
         fuse(model, prepack="yes")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"^prepack is True with precision='int8', whose weights are prepacked"):
+    with pytest.raises(ValueError, match=r"^prepack is True with precision='int8', which keeps copies of its own"):
         fuse(model, precision="int8", prepack=True)
     assert type(model) is hf.BertModel
 
