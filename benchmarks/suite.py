@@ -90,6 +90,7 @@ MODERN, MODERN_STEP = "ModernBertModel forward", "ModernBertModel training step"
 PYTEST = "-m pytest -q --tb=short --maxfail=100 --continue-on-collection-errors -m gpu --gates {output}/gates.jsonl"
 BENCH = "-m fastbert.cli bench --output {output} --minutes {minutes} --dtype"
 DEBERTA_PEERS = "disentangled-flash flashdeberta"
+MODERN_PEERS = "packed-encoders"
 SMALL_PEERS = "graphs graphs-pdl fp8-graphs torch-varlen"
 OPERATORS = "-m pytest -q benchmarks --records {output} --workload"
 TEXTS = "sentence_transformers"
@@ -157,19 +158,19 @@ ON_A_GPU = (
     Step(
         "modernbert",
         1.5,
-        f"{BENCH} bfloat16 --size modernbert-large --workload squad dense512",
+        f"{BENCH} bfloat16 --size modernbert-large --workload squad dense512 --peers {MODERN_PEERS}",
         rows=((MODERN, "fused", "bfloat16"),),
     ),
     Step(
         "modernbert long",
         1.0,
-        f"{BENCH} bfloat16 --size modernbert-base --workload dense8192 --batch 2",
+        f"{BENCH} bfloat16 --size modernbert-base --workload dense8192 --batch 2 --peers {MODERN_PEERS}",
         rows=((MODERN, "fused", "bfloat16"),),
     ),
     Step(
         "modernbert training",
         1.0,
-        f"{BENCH} bfloat16 --train --size modernbert-base --workload squad --batch 64",
+        f"{BENCH} bfloat16 --train --size modernbert-base --workload squad --batch 64 --peers {MODERN_PEERS}",
         rows=((MODERN_STEP, "fused", "bfloat16"),),
     ),
     Step("tests: kernels", 9.5, f"{PYTEST} tests/kernels"),

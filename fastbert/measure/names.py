@@ -87,5 +87,6 @@ PEERS = (
     "torchao-int8",
     "disentangled-flash",
     "flashdeberta",
+    "packed-encoders",
 )
 """What each is: `peers.PEERS`."""

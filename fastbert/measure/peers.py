@@ -1,8 +1,8 @@
 """What `fastbert bench --peers` times beside stock and fused: other ways to run the same model, in the same process.
 
-A peer is made from a stock BertModel or DebertaV2Model and shares its weights where it can. It is called as the model
-is, with padded ids and their mask, (B, S) int64, and returns what has `last_hidden_state`, (B, S, hidden); rows of
-padding hold anything.
+A peer is made from a stock BertModel, DebertaV2Model or ModernBertModel and shares its weights where it can. It is
+called as the model is, with padded ids and their mask, (B, S) int64, and returns what has `last_hidden_state`,
+(B, S, hidden); rows of padding hold anything.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, BertModel, DebertaV2Model
+from transformers import AttentionInterface, AttentionMaskInterface, BertModel, DebertaV2Model, ModernBertModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..calibration import calibrate
@@ -340,11 +340,15 @@ def _torchao(model: BertModel) -> nn.Module:
     return made
 
 
-def _need_deberta(model: nn.Module, package: str) -> None:
-    if not isinstance(model, DebertaV2Model):
-        raise Unavailable("it is for DeBERTa")
+def _need(model: nn.Module, kind: type[nn.Module], called: str, package: str) -> None:
+    if not isinstance(model, kind):
+        raise Unavailable(f"it is for {called}")
     if importlib.util.find_spec(package.replace("-", "_")) is None:
         raise Unavailable(f"{package} is not installed")
+
+
+def _need_deberta(model: nn.Module, package: str) -> None:
+    _need(model, DebertaV2Model, "DeBERTa", package)
 
 
 class _DisentangledFlash(nn.Module):
@@ -397,6 +401,17 @@ def _flash_deberta(model: DebertaV2Model) -> nn.Module:
     return made.eval()
 
 
+def _packed_encoders(model: ModernBertModel) -> nn.Module:
+    """packed-encoders, which tries itself against stock first and raises beyond its own bound, a cosine of 0.997."""
+    _need(model, ModernBertModel, "ModernBERT", "packed-encoders")
+    if model.device.type != "cuda" or model.dtype != torch.bfloat16:
+        raise Unavailable("packed-encoders is for bfloat16 on CUDA")
+    from packed_encoders import pack
+
+    made: nn.Module = pack(share(model).eval())
+    return made
+
+
 PEERS: dict[str, tuple[str, Callable[[Any], object]]] = {
     "prepacked": ("fused, prepacked", _prepacked),
     "graphs": ("fused + CUDA graphs", _graphs),
@@ -418,6 +433,7 @@ PEERS: dict[str, tuple[str, Callable[[Any], object]]] = {
     "torchao-int8": ("torchao int8", _torchao),
     "disentangled-flash": ("disentangled-flash", _DisentangledFlash),
     "flashdeberta": ("flashdeberta", _flash_deberta),
+    "packed-encoders": ("packed-encoders", _packed_encoders),
 }
 """By the name on the command line: the name in records, and what makes one from a stock model or raises Unavailable."""
 

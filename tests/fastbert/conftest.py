@@ -18,6 +18,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cases.SHAPES, "minilm", shape)
     for size in ("deberta-v3-xsmall", "deberta-v2-xlarge"):
         monkeypatch.setitem(cases.SHAPES, size, {**cases.SHAPES[size], **shape, "vocab_size": 30000})
+    monkeypatch.setitem(cases.SHAPES, "modernbert-base", {**cases.SHAPES["modernbert-base"], **shape})
     monkeypatch.setattr(machine.Machine, "__init__", lambda self, device: setattr(self, "bytes_per_s", 1e10))
     monkeypatch.setattr(machine.Machine, "flops_per_s", lambda self, dtype: 1e11)
 

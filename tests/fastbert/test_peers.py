@@ -178,6 +178,67 @@ def test_a_peer_that_is_wrong_is_not_timed(disentangled_flash: Any) -> None:
     assert record["status"] == "UNAVAILABLE: it is for DeBERTa"
 
 
+@pytest.fixture
+def packed_encoders(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A package of that name, whose `pack` has a live model run stock over one sequence at a time, as on a GPU."""
+
+    def pack(model: Any) -> Any:
+        stock = model.forward
+
+        def forward(input_ids: Tensor, attention_mask: Tensor) -> BaseModelOutput:
+            alone = [stock(row[mask.bool()][None])[0][0] for row, mask in zip(input_ids, attention_mask, strict=True)]
+            return BaseModelOutput(last_hidden_state=nn.utils.rnn.pad_sequence(alone, batch_first=True))
+
+        model.forward = forward
+        return model
+
+    def build(model: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(model), "device", torch.device("cuda"))
+            return peers._packed_encoders(model)
+
+    module = types.ModuleType("packed_encoders")
+    module.__spec__ = importlib.machinery.ModuleSpec("packed_encoders", None)
+    module.pack = pack  # type: ignore
+    monkeypatch.setitem(sys.modules, "packed_encoders", module)
+    monkeypatch.setitem(peers.PEERS, "packed-encoders", ("packed-encoders", build))
+    return module
+
+
+@pytest.mark.usefixtures("tiny", "packed_encoders")
+@pytest.mark.parametrize("train", [False, True])
+def test_modernbert_and_its_peer(train: bool) -> None:
+    records = run(["packed-encoders"], torch.bfloat16, train, "modernbert-base")
+    for case, name in itertools.product(("three", "one"), ("stock", "fused", "packed-encoders")):
+        record = records[f"{case} {name}"]
+        assert (record["status"], record["repeats"]) == ("ok", 3)
+        assert 0 < record["error"] < 0.02
+        assert record["what"] == f"ModernBertModel {'training step' if train else 'forward'}"
+
+
+@pytest.mark.usefixtures("tiny")
+def test_packed_encoders_where_it_cannot_run(packed_encoders: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another model, another dtype, a CPU, no package; and one that is wrong is not timed."""
+
+    def status(dtype: torch.dtype = torch.bfloat16, size: str = "modernbert-base") -> str:
+        return str(run(["packed-encoders"], dtype, size=size)["three packed-encoders"]["status"])
+
+    pack = packed_encoders.pack
+
+    def wrong(model: Any) -> Any:
+        pack(model).final_norm.register_forward_hook(lambda module, args, out: 1.05 * out)
+        return model
+
+    packed_encoders.pack = wrong
+    assert status().startswith("FAILED: ")
+    assert status(torch.float32) == "UNAVAILABLE: packed-encoders is for bfloat16 on CUDA"
+    assert status(size="minilm") == "UNAVAILABLE: it is for ModernBERT"
+    monkeypatch.setitem(peers.PEERS, "packed-encoders", ("packed-encoders", peers._packed_encoders))
+    assert status() == "UNAVAILABLE: packed-encoders is for bfloat16 on CUDA"
+    monkeypatch.delitem(sys.modules, "packed_encoders")
+    assert status() == "UNAVAILABLE: packed-encoders is not installed"
+
+
 @pytest.mark.usefixtures("tiny")
 def test_8_bits_are_judged_by_their_own_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are further from float64 than stock may be, and within the bound of stock with FP8 GEMMs."""
