@@ -149,6 +149,8 @@ def position_scores_kernel(
         mask = valid_m & (column >= first) & (column < columns)
         tl.store(scores_ptr + (offs_m[:, None] * pitch + column), scores, mask=mask)
     if BAND is not None:  # by the same dot, so that the same pair has the same bits in a band and beyond one
+        # Loaded again: held through the loop, in float32 it spills.
+        x = tl.load(x_ptr + (offs_m[:, None] * stride_qt + offs_d[None, :]), mask=mask_x, other=0.0)
         distance = tl.where(offs_n == 0, reach, -reach)
         table = load_table(table_ptr, slots_ptr, distance, length, by_key, head, heads, reach, HEAD_DIM, offs_d)
         scores = tl.dot(x, tl.trans(table), input_precision=INPUT_PRECISION) * scale

@@ -87,7 +87,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "runtime.registry",
         "runtime.support",
     },
-    "runtime.settings": {"layers.copies", "runtime.coverage", "runtime.graphs", "runtime.readers"},
+    "runtime.settings": {"exporting", "layers.copies", "runtime.coverage", "runtime.graphs", "runtime.readers"},
     "fuse": {
         "layers.copies",
         "layers.fp8",
@@ -104,6 +104,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "flatten": {"fuse", "layers.embeddings", "runtime.packing", "runtime.registry"},
     "runtime.plan": {
+        "exporting",
         "layers.embeddings",
         "runtime.arguments",
         "runtime.coverage",

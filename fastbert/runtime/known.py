@@ -114,6 +114,12 @@ def _is_left(function: object, name: str, first: object) -> bool:
     return named or (function is first and (isinstance(layers[0], FunctionType) or name.startswith("__")))
 
 
+def _is_exporters(function: object) -> bool:
+    """Whether torch.export has put a function in another's place for as long as it traces: one for numbers that it
+    traces as symbols. Stock code is recorded by the same."""
+    return torch.compiler.is_exporting() and _defined_in(function).startswith(("torch._export.", "torch.export."))
+
+
 def _made_of(function: FunctionType) -> list[object]:
     """What decides what a function computes: its code, its defaults, and what is in the cells of its closure."""
     named, cells = function.__kwdefaults__ or {}, function.__closure__ or ()
@@ -410,7 +416,7 @@ class Code:
                     own = _is_own(value, module.__name__, name)
                 else:
                     own = _is_left(value, name, self._first[module, name])
-                if not own:
+                if not own and not _is_exporters(value):
                     return f"{module.__name__}.{name} is {said(value)}"
         methods = [
             n for n, x in vars(Tensor).items() if n in self._methods and (callable(x) or isinstance(x, property))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from ..exporting import tell_of_stock
 from ..layers.embeddings import default_positions, embeddings_are_foreign
 from . import known
 from .arguments import check_arguments, shape_of
@@ -360,6 +361,8 @@ def plan_call(model: Any, names: tuple[str, ...], args: Args, kwargs: Kwargs, as
         return (), call
     if seen.embeddings is None and not foreign:
         known.vouch_for(embeddings_of(model))
+    if mixed:
+        tell_of_stock("some layers", next(filter(None, seen.reasons)))
     mask = call.get("attention_mask")
     if cu_seqlens is None:
         packing = _lay_out(model, call, settings, reads, foreign, mixed or watched)

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 import torch
 
+from ..exporting import tell_of_stock
 from ..layers.copies import Copies
 from .coverage import Coverage
 from .graphs import Graphs
@@ -43,6 +44,8 @@ class Counts:
 
     def add(self, which: Counter[str], key: str) -> None:
         """Counts one forward; none that is compiled, nor one that a backward runs, as checkpointing runs it again."""
+        if which is self.stock:
+            tell_of_stock("the model", key)
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
             with _COUNTING:
                 which[key] += 1
