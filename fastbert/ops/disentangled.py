@@ -31,7 +31,7 @@ def disentangled_attention(
     Args:
         qkv: (T, 3, heads, head_dim): queries, keys and values; rows of any stride, the rest contiguous.
         c2p: (P, heads, head_dim), contiguous, of the dtype of qkv: keys of positions. None: no such term.
-        p2c: the same: queries of positions.
+        p2c: the same: queries of positions. On a GPU one of the two is there.
         slots: (2 R - 1,) int32: element R - 1 + d is the row of c2p and p2c for keys that stand d tokens before the
             query; the first and the last are also those of keys that are further away.
         cu_seqlens, max_seqlen, tiles: as `attention` has them.

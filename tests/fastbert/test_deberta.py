@@ -383,6 +383,24 @@ def test_gradients(kind: Any, shared: bool, padding: str) -> None:
     judge(model, torch.float32, padding, [mask for mask in masks if mask is not None], padding)
 
 
+@pytest.mark.parametrize("padding", ["packed", "dense"])
+@pytest.mark.parametrize("changes", [{"pos_att_type": []}, {"relative_attention": False}], ids=str)
+def test_gradients_without_positions(changes: dict[str, Any], padding: str) -> None:
+    """Plain attention, which stock has eager: of queries and keys, more precise than flash attention's on a CPU."""
+    trio = [each.train() for each in models.three(seeded(**QUIET, **changes), torch.float32)]
+    fastbert.fuse(trio[0], padding=padding)
+    found: list[list[Tensor]] = [[], [], []]
+    for model, parts in zip(trio, found, strict=True):
+        parameters = [p for name, p in model.named_parameters() if "query_proj.w" in name or "key_proj.w" in name]
+        for seed in range(6):
+            call = padded(6, 17 + 5 * seed)
+            hidden = model(**call).last_hidden_state[call["attention_mask"].bool()]
+            weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            parts += torch.autograd.grad((hidden * weights.to(hidden)).sum(), parameters)
+    numerics.assert_within_policy(*(torch.cat([each.flatten() for each in parts]) for parts in found))
+    assert fused_calls(trio[0]) == {padding: 6}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("padding", ["packed", "dense"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
