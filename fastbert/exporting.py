@@ -16,7 +16,8 @@ FUSED = False
 def fused_export() -> Iterator[None]:
     """Within it, torch.export of a fused model records fastbert's operators; outside, the stock code.
 
-    What it records stock all the same, it warns of. For AOTInductor, and whoever else runs the program in a Python that has imported fastbert.ops. Tools that look for
+    A warning names what is recorded stock all the same. For AOTInductor, and whoever else runs the program in a Python
+    that has imported fastbert.ops. Tools that look for
     torch's own operators (exporters to ONNX and OpenVINO, quantization by torchao, ExecuTorch) take the program that
     torch.export records outside of it.
 
