@@ -18,25 +18,37 @@ ROWS = 512
 """Rows that weights are laid out for. Fewer rows are as fast so as laid out for their number, 2,048 nearly."""
 
 
-class Prepacked(NamedTuple):
-    """A weight (N, K)."""
+class _Part(NamedTuple):
+    """Some columns of a weight (N, K)."""
 
+    columns: slice
     values: Tensor
     """Laid out: opaque."""
     like: Tensor
-    """Of its shape and of the dtype that is multiplied, with one element."""
+    """Of their shape and of the dtype that is multiplied, with one element."""
+
+
+class Prepacked(NamedTuple):
+    """A weight (N, K)."""
+
+    parts: tuple[_Part, ...]
 
     @property
-    def fewest(self) -> int:
-        """Rows at least that are to be multiplied by it.
-
-        Of fewer than 16, oneMKL sums up a weight that is not laid out in another order, to a third of the error.
-        """
-        return 16 if self.like.dtype is torch.float32 else 1
+    def dtype(self) -> torch.dtype:
+        """That is multiplied."""
+        return self.parts[0].like.dtype
 
     def nbytes(self) -> int:
         """What it takes beside the weight, but for what a library adds."""
-        return self.like.numel() * self.like.element_size()
+        return sum(part.like.numel() * part.like.element_size() for part in self.parts)
+
+
+def fewest(dtype: torch.dtype) -> int:
+    """Rows at least that are to be multiplied by a weight that is laid out.
+
+    Of fewer than 16, oneMKL sums up a weight that is not laid out in another order, to a third of the error.
+    """
+    return 16 if _multiplied(dtype) is torch.float32 else 1
 
 
 def _multiplied(dtype: torch.dtype) -> torch.dtype:
@@ -69,44 +81,73 @@ def _mkl_works() -> bool:
     return True
 
 
-def pack(weight: Tensor) -> Prepacked:
-    """Lays out a weight (N, K); see `unsupported`."""
+def width(shape: torch.Size, dtype: torch.dtype) -> int | None:
+    """How many columns of a weight of `shape` and `dtype` are to be laid out as one, for the threads there are.
+
+    None: it is not to be laid out; see `cpu.exact_width`.
+    """
+    if _multiplied(dtype) is not torch.float32:
+        return shape[1]
+    return _width(shape[0], shape[1], torch.get_num_threads())
+
+
+@functools.cache
+def _width(rows: int, columns: int, threads: int) -> int | None:
+    def multiply(x: Tensor, weight: Tensor, width: int) -> Tensor:
+        return _product(x, pack(weight, width), None)
+
+    return cpu.exact_width(rows, columns, (512, 192), (16, 128, ROWS), multiply)
+
+
+def pack(weight: Tensor, width: int | None = None) -> Prepacked:
+    """Lays out a weight (N, K), in parts of `width` columns, or in one; see `unsupported`."""
     dtype = _multiplied(weight.dtype)
-    weight = weight.detach().to(dtype).contiguous()
-    like = weight.new_empty(1, 1).expand(weight.shape)
-    if dtype is torch.float32:
-        return Prepacked(torch.ops.mkl._mkl_reorder_linear_weight(weight, ROWS), like)
-    return Prepacked(torch.ops.mkldnn._reorder_linear_weight(weight, ROWS), like)
+    weight = weight.detach().to(dtype)
+    parts, step = [], width or max(weight.shape[1], 1)
+    for start in range(0, max(weight.shape[1], 1), step):
+        columns = slice(start, min(start + step, weight.shape[1]))
+        part = weight[:, columns].contiguous()
+        like = part.new_empty(1, 1).expand(part.shape)
+        if dtype is torch.float32:
+            parts.append(_Part(columns, torch.ops.mkl._mkl_reorder_linear_weight(part, ROWS), like))
+        else:
+            parts.append(_Part(columns, torch.ops.mkldnn._reorder_linear_weight(part, ROWS), like))
+    return Prepacked(tuple(parts))
 
 
 def _product(x: Tensor, weight: Prepacked, bias: Tensor | None) -> Tensor:
     """In the dtype of the product: a new tensor, for an epilogue to change in place."""
-    dtype = weight.like.dtype
-    x, bias = cpu._rounded(x, dtype), None if bias is None else cpu._rounded(bias, dtype)
+    x, bias = cpu._rounded(x, weight.dtype), None if bias is None else cpu._rounded(bias, weight.dtype)
     # The last argument says that x has the number of rows laid out for; `like` is read where it has not.
-    product: Tensor = torch.ops.mkl._mkl_linear(x, weight.values, weight.like, None, x.shape[0])
-    return product if bias is None else product.add_(bias)  # as `cpu._mm_add`
+    multiply, rows = torch.ops.mkl._mkl_linear, x.shape[0]
+    if len(weight.parts) == 1:
+        _, values, like = weight.parts[0]
+        total: Tensor = multiply(x, values, like, None, rows)
+    else:
+        first, *others = (multiply(x[:, part.columns].contiguous(), *part[1:], None, rows) for part in weight.parts)
+        total = functools.reduce(Tensor.add_, others, first)
+    return total if bias is None else total.add_(bias)  # as `cpu._mm_add`
 
 
 def linear(x: Tensor, weight: Prepacked, bias: Tensor | None) -> Tensor:
-    """x (T, K), T at least `weight.fewest` -> (T, N), as `cpu.linear`."""
-    if weight.like.dtype is torch.float32:
+    """x (T, K), T at least `fewest` -> (T, N), as `cpu.linear`."""
+    if weight.dtype is torch.float32:
         return cpu._rounded(_product(x, weight, bias), x.dtype)
-    fused: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.values, bias, "none", [], "")
+    fused: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.parts[0].values, bias, "none", [], "")
     return fused
 
 
 def linear_gelu(x: Tensor, weight: Prepacked, bias: Tensor | None, approximate: str) -> Tensor:
     """The same, as `cpu.linear_gelu`."""
-    if weight.like.dtype is torch.float32:
+    if weight.dtype is torch.float32:
         return cpu._rounded(cpu._gelu_(_product(x, weight, bias), approximate=approximate), x.dtype)
-    fused: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.values, bias, "gelu", [], approximate)
+    fused: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.parts[0].values, bias, "gelu", [], approximate)
     return fused
 
 
 def linear_add(x: Tensor, weight: Prepacked, bias: Tensor | None, residual: Tensor) -> Tensor:
     """The same, as `cpu.linear_add`; residual (T, N)."""
-    if weight.like.dtype is torch.float32:
+    if weight.dtype is torch.float32:
         return cpu._rounded(_product(x, weight, bias).add_(residual), x.dtype)
-    fused: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight.values, bias, "add")
+    fused: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight.parts[0].values, bias, "add")
     return fused

@@ -13,33 +13,53 @@ from .gemm import Form, Quantized, plain
 
 
 class PrepackedGemm(CopiedGemm):
-    """A GEMM of a weight that is laid out; of few rows, of the weight itself."""
+    """A GEMM of a weight that is laid out, or where that is less exact of the weight itself: see `cpu_prepacked`."""
 
     def __init__(self, group: Sequence[nn.Linear]) -> None:
+        self.group, self.plain = tuple(group), plain("", tuple(group))
+        self.by_width: dict[int, ops.cpu_prepacked.Prepacked] = {}
+        self.by_threads: dict[int, ops.cpu_prepacked.Prepacked | None] = {}
+        self.fewest = ops.cpu_prepacked.fewest(group[0].weight.dtype)
+        self._lay_out(torch.get_num_threads())
+
+    def _lay_out(self, threads: int) -> None:
         with torch.no_grad():
-            weight, self.bias = side_by_side(group)
-            self.weight = ops.cpu_prepacked.pack(weight)
-        self.fewest, self.plain = self.weight.fewest, plain("", tuple(group))
+            weight, self.bias = side_by_side(self.group)
+            widths = [ops.cpu_prepacked.width(linear.weight.shape, weight.dtype) for linear in self.group]
+            width = None if None in widths else min(filter(None, widths))
+            if width is not None and width not in self.by_width:
+                self.by_width[width] = ops.cpu_prepacked.pack(weight, width)
+            self.by_threads[threads] = None if width is None else self.by_width[width]
 
     def nbytes(self) -> int:
-        return self.weight.nbytes()
+        return sum(weight.nbytes() for weight in self.by_width.values())
+
+    def _laid_out(self, x: Tensor) -> ops.cpu_prepacked.Prepacked | None:
+        """The weight for as many rows as `x` has, by the threads of this caller; None: itself."""
+        if x.shape[0] < self.fewest:
+            return None
+        threads = torch.get_num_threads()
+        if threads not in self.by_threads:
+            self._lay_out(threads)
+        return self.by_threads[threads]
 
     def __call__(self, x: Tensor, quantized: Quantized | None = None) -> Tensor:
-        if x.shape[0] < self.fewest:
-            return self.plain(x)
-        return ops.cpu_prepacked.linear(x, self.weight, self.bias)
+        weight = self._laid_out(x)
+        return self.plain(x) if weight is None else ops.cpu_prepacked.linear(x, weight, self.bias)
 
     def gelu(
         self, x: Tensor, quantized: Quantized | None, approximate: str, following: Form
     ) -> tuple[Tensor, Quantized | None]:
-        if x.shape[0] < self.fewest:
+        weight = self._laid_out(x)
+        if weight is None:
             return self.plain.gelu(x, None, approximate, following)
-        return ops.cpu_prepacked.linear_gelu(x, self.weight, self.bias, approximate), None
+        return ops.cpu_prepacked.linear_gelu(x, weight, self.bias, approximate), None
 
     def add(self, x: Tensor, quantized: Quantized | None, residual: Tensor) -> Tensor:
-        if x.shape[0] < self.fewest:
+        weight = self._laid_out(x)
+        if weight is None:
             return self.plain.add(x, None, residual)
-        return ops.cpu_prepacked.linear_add(x, self.weight, self.bias, residual)
+        return ops.cpu_prepacked.linear_add(x, weight, self.bias, residual)
 
 
 class Prepack(Copies):

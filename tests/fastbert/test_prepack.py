@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     seen: list[Any] = []
     cpu_prepacked._mkl_works()  # lays one out, once
     right = cpu_prepacked.pack
-    monkeypatch.setattr(cpu_prepacked, "pack", lambda weight: seen.append(weight) or right(weight))
+    monkeypatch.setattr(cpu_prepacked, "width", lambda shape, dtype: shape[1])  # which lays some out to try
+    monkeypatch.setattr(cpu_prepacked, "pack", lambda weight, width: seen.append(weight) or right(weight, width))
     return seen
 
 
@@ -73,6 +75,7 @@ def test_products(rows: int, dtype: torch.dtype, native: bool, monkeypatch: pyte
 
 def test_few_rows_are_multiplied_by_the_weights_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose sums are more exact there in float32: oneMKL's are others below 16 rows."""
+    made(monkeypatch)
     model, plain, products = fuse(models.seeded(), prepack=True), fuse(models.seeded()), []
     right = cpu_prepacked._product
     monkeypatch.setattr(cpu_prepacked, "_product", lambda *given: products.append(given) or right(*given))
@@ -300,6 +303,56 @@ def test_a_library_whose_layout_is_for_a_number_of_rows_is_not_used(monkeypatch:
     assert cpu_prepacked._mkl_works.__wrapped__()
     monkeypatch.setattr(cpu_prepacked, "_product", wrong)
     assert not cpu_prepacked._mkl_works.__wrapped__()
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+def test_sums_are_as_exact_with_more_threads() -> None:
+    """Where oneMKL shares out columns among them and sums up fewer at a time, so does what is laid out."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(1024, 1024, generator=generator), torch.randn(64, 1024, generator=generator)
+    truth = x.double() @ weight.double().t()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        width = cpu_prepacked.width(weight.shape, torch.float32)
+        assert width in (1024, 512, 192)
+        found = cpu_prepacked.linear(x, cpu_prepacked.pack(weight, width), None)
+        assert relative_error(found, truth) <= 1.1 * relative_error(x @ weight.t(), truth)
+
+
+@pytest.mark.parametrize("exact", [0, 40, 64, 128], ids=lambda n: f"{n} columns")
+def test_a_layout_is_as_wide_as_is_exact(exact: int) -> None:
+    """By a product whose sums of more columns at a time are off."""
+
+    def multiply(x: Tensor, weight: Tensor, width: int) -> Tensor:
+        return x @ weight.t() * (1 + (width > exact) * 1e-5)
+
+    width = cpu.exact_width(80, 128, (64, 40), (16, 33), multiply)
+    assert width == (exact or None)
+
+
+@pytest.mark.usefixtures("threads")
+def test_each_number_of_threads_has_its_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, products = made(monkeypatch), []
+    widths: dict[int, int | None] = {1: 512, 2: 48, 3: None}
+    monkeypatch.setattr(cpu_prepacked, "width", lambda shape, dtype: widths[torch.get_num_threads()])
+    right = cpu_prepacked._product
+    monkeypatch.setattr(cpu_prepacked, "_product", lambda *given: products.append(given) or right(*given))
+    model, plain = fuse(models.seeded(), prepack=True), fuse(models.seeded())
+    parts = {1: {1}, 2: {3, 6}, 3: set()}  # of 128 columns and of 256
+    for count in (1, 2, 3, 2, 1):
+        seen.clear(), products.clear()
+        torch.set_num_threads(count)
+        torch.testing.assert_close(run(model), run(plain), rtol=1e-4, atol=1e-4)
+        assert {len(weight.parts) for _, weight, _ in products} == parts[count]
+    assert not seen  # the third time it is there
+    assert model.encoder.fastbert.precision.memory() == 2 * 4 * WEIGHTS  # both layouts
 
 
 def test_threads_share_what_is_laid_out() -> None:

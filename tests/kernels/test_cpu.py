@@ -6,10 +6,12 @@ import inspect
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert import ops
 from fastbert.kernels import cpu, reference, reference_fp8, reference_int8
+from fastbert.numerics import assert_within_policy, relative_error
 from tests.fastbert.test_ops import arguments
 
 EXACT = ("attention_tiles", "mask_layout", "pack", "unpack")
@@ -34,6 +36,43 @@ def test_cpu_is_the_oracle(name: str, dtype: torch.dtype) -> None:
         elif its.numel():
             # Both round once or twice to the dtype: within eight units in the last place of the largest number.
             assert (mine - its).abs().max() <= 8 * torch.finfo(dtype).eps * its.abs().max()
+
+
+@pytest.mark.parametrize("width", [None, 512, 1040])
+@pytest.mark.parametrize("rows", [15, 16, 48, 49])
+def test_few_rows_by_a_large_weight(rows: int, width: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the transposed problem, whole or in parts, with and without a bias, into a tensor and into a new one."""
+    asked: list[tuple[int, ...]] = []
+    monkeypatch.setattr(cpu, "_transposed_width", lambda *shape: asked.append(shape) or width)
+    generator = torch.Generator().manual_seed(rows)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((rows, 1040), (48, 1040), (48,)))
+    for b in (bias, None):
+        truth = F.linear(x.double(), weight.double(), None if b is None else bias.double())
+        out = torch.full((3, rows, 48), torch.nan)
+        for found in (cpu.linear(x, weight, b), cpu._mm_add(x, weight, b, out[1])):
+            assert found.is_contiguous()
+            assert_within_policy(found, F.linear(x, weight, b), truth)
+        assert torch.equal(out[1], found)
+        assert out[::2].isnan().all()
+        assert torch.equal(cpu.linear_add(x, weight, b, found), cpu.linear(x, weight, b) + found)
+    assert asked == ([(48, 1040, torch.get_num_threads())] * 8 if 16 <= rows <= 48 else [])
+    wide = cpu.linear(x.double(), weight.double(), bias.double())
+    torch.testing.assert_close(wide, F.linear(x.double(), weight.double(), bias.double()))
+
+
+def test_the_transposed_problem_is_as_exact() -> None:
+    """Where it is taken, by its own measure."""
+    before, generator = torch.get_num_threads(), torch.Generator().manual_seed(1)
+    weight = torch.randn(1024, 1024, generator=generator)
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for rows in (16, 40):
+                x = torch.randn(rows, 1024, generator=generator)
+                truth = x.double() @ weight.double().t()
+                assert relative_error(cpu.linear(x, weight, None), truth) <= 1.1 * relative_error(x @ weight.t(), truth)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", ["attention_forward", "add_layer_norm"])
