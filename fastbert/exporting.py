@@ -17,9 +17,8 @@ def fused_export() -> Iterator[None]:
     """Within it, torch.export of a fused model records fastbert's operators; outside, the stock code.
 
     A warning names what is recorded stock all the same. For AOTInductor, and whoever else runs the program in a Python
-    that has imported fastbert.ops. Tools that look for
-    torch's own operators (exporters to ONNX and OpenVINO, quantization by torchao, ExecuTorch) take the program that
-    torch.export records outside of it.
+    that has imported fastbert.ops. Tools that look for torch's own operators (exporters to ONNX and OpenVINO,
+    quantization by torchao, ExecuTorch) take the program that torch.export records outside of it.
 
     with fastbert.fused_export():
         program = torch.export.export(model, (), call)
