@@ -209,7 +209,7 @@ FAULTS = {
     ),
     "B: embeddings that a convolution reads": Fault(
         "fastbert/runtime/plan.py",
-        "watched or (foreign and family_of(model).after_first is not None)",
+        "watched or family_of(model).after_first(encoder_of(model)) is not None",
         "watched",
         "tests/fastbert/test_changed_calls.py -k beside",
     ),

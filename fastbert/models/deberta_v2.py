@@ -198,8 +198,6 @@ def _reach(conv: hf.ConvLayer) -> int | None:
 
 def _convolve(encoder: hf.DebertaV2Encoder, first: Tensor, hidden_states: Tensor, plan: Plan) -> Tensor:
     """The convolution after the first layer, in which every row sees its neighbours: zeros beyond a sequence's ends."""
-    if encoder.conv is None:
-        return hidden_states
     mask, starts = _mask_rows(plan), plan.packing.cu_seqlens
     if mask is None:
         mask = hidden_states.new_ones(hidden_states.shape[:2])
@@ -215,6 +213,11 @@ def _convolve(encoder: hf.DebertaV2Encoder, first: Tensor, hidden_states: Tensor
     apart = (x.new_zeros(1, whole, *x.shape[2:]).index_copy(1, places, x) for x in (first, hidden_states, mask))
     rows_apart: Tensor = encoder.conv(*apart)
     return rows_apart.index_select(1, places)
+
+
+def _after_first(encoder: hf.DebertaV2Encoder) -> Callable[..., Tensor] | None:
+    """`Family.after_first`."""
+    return None if encoder.conv is None else _convolve
 
 
 def vocabulary(model: hf.DebertaV2ForMaskedLM) -> Vocabulary:
@@ -276,7 +279,7 @@ FAMILY = register(
         graph_tables=graph_tables,
         shared=shared,
         run=run,
-        after_first=_convolve,
+        after_first=_after_first,
         takes_square_mask=False,
         refuses=refuses,
         heads={

@@ -79,8 +79,9 @@ class Family:
     them of a layer and fastbert of the encoder, or the other way round. A layer that differs runs stock."""
     window: Callable[..., int] | None = None
     """(base model) -> how many tokens before it and after it a token sees in layers with a window."""
-    after_first: Callable[..., Any] | None = None
-    """(encoder, hidden_states before the first layer, after it, plan) -> those that the second layer takes."""
+    after_first: Callable[..., Callable[..., Any] | None] = lambda encoder: None
+    """(encoder) -> what makes the hidden states that the second layer takes, of (encoder, those before the first layer,
+    after it, plan); None where that takes the first layer's."""
     takes_square_mask: bool = True
     """Whether the base model takes a 4-D mask, which says for every pair of tokens whether they see each other."""
     refuses: Callable[[Any], str | None] | None = None

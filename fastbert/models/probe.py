@@ -633,7 +633,7 @@ def _try_dropout(family: Family, call: _Call) -> None:
         _set_rate(stock, path, 0.0)
     seen: list[tuple[tuple[object, ...], dict[str, object]]] = []
     encoder = encoder_of(stock)
-    if family.after_first is not None:  # which calls modules of the encoder
+    if family.after_first(encoder) is not None:  # which calls modules of the encoder
         for module in (
             each for child in encoder.children() if child is not layers_of(stock) for each in child.modules()
         ):

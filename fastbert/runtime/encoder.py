@@ -93,7 +93,7 @@ class FusedEncoder(Mixin):
         if precision is not None:
             quantized = precision.bind(layers, plan.stock_layers, plan.bound)
             found = [own or plain for own, plain in zip(quantized, found, strict=True)]
-        first, after, maps = hidden_states, family.after_first, None
+        first, after, maps = hidden_states, family.after_first(self), None
         if plan.maps is not None:
             maps = _Maps(plan.maps, packing, self)
         collected = [hidden_states]

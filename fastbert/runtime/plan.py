@@ -161,7 +161,8 @@ def decide(
     # What foreign embeddings are given, and what comes of them, has stock's shape anyway.
     watched = seen.hooked or (seen.watched and not foreign)
     # At padding, they may give what the second layer's rows take up.
-    watched = watched or (foreign and family_of(model).after_first is not None)
+    if foreign and reason is None:
+        watched = watched or family_of(model).after_first(encoder_of(model)) is not None
     watched = watched or (not assumed and is_asked(model, call, "output_hidden_states"))
     return Decision(reason, seen, assumed, watched)
 

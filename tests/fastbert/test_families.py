@@ -389,10 +389,14 @@ def test_gradients(family: str, name: str, dtype: torch.dtype, padding: str) -> 
 
 @pytest.mark.parametrize(
     ("family", "padding"),
-    [("modernbert", "auto"), *((family, "auto" if family == "eurobert" else "dense") for family in ROTARY)],
+    [
+        ("deberta_v2", "auto"),
+        ("modernbert", "auto"),
+        *((family, "auto" if family == "eurobert" else "dense") for family in ROTARY),
+    ],
 )
 def test_gradients_under_autocast(family: str, padding: str) -> None:
-    """Cosines and sines stay in float32 there, queries and keys don't."""
+    """Stock DeBERTa v1 can't. Cosines and sines stay in float32 there, queries and keys don't."""
     name = next(name for name in names_of(adapter(family)) if name.endswith("TokenClassification"))
     compare_gradients(seeded(family, name, **NO_DROPOUT), family, name, torch.float32, padding, torch.bfloat16)
 
@@ -751,6 +755,8 @@ def test_decoders_stay_stock() -> None:
         ("distilbert", "DistilBertForSequenceClassification"),
         ("xlm_roberta", "XLMRobertaModel"),
         ("mpnet", "MPNetForSequenceClassification"),
+        ("deberta", "DebertaForTokenClassification"),
+        ("deberta_v2", "DebertaV2ForMultipleChoice"),
         *heads(*ROTARY),
     ],
 )
@@ -768,7 +774,7 @@ def test_verify_knows_them(family: str, name: str) -> None:
 
 @pytest.mark.parametrize("calibrated", [False, True])
 @pytest.mark.parametrize("precision", ["fp8", "int8"])
-@pytest.mark.parametrize("family", ROTARY)
+@pytest.mark.parametrize("family", ["deberta", "deberta_v2", *ROTARY])
 def test_eight_bits(family: str, precision: Any, calibrated: bool) -> None:
     """Beside stock whose linear layers quantize, in both layouts: calibrated, attention itself may write e4m3."""
     model = seeded(family, adapter(family).base.__name__)
