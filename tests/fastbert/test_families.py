@@ -209,7 +209,7 @@ STATES: dict[str, Callable[[], Any]] = {
         (family, state)
         for family in ("bert", "mpnet", "deberta_v2", "modernbert")
         for state in STATES
-        if family in FAMILIES and (family, state) != ("mpnet", "a default device")  # which its stock code can't run in
+        if family in FAMILIES
     ],
 )
 def test_a_call_leaves_nothing_of_its_state_to_the_next(family: str, state: str) -> None:
@@ -224,8 +224,17 @@ def test_a_call_leaves_nothing_of_its_state_to_the_next(family: str, state: str)
     assert mask is not None
     call = {"input_ids": padded(family, mask), "attention_mask": mask}
     with torch.no_grad(), STATES[state]():
-        first, expected = (model(**call).last_hidden_state for model in (fused, stock))
-    if state == "fake tensors":
+        try:
+            expected = stock(**call).last_hidden_state
+        except (NotImplementedError, RuntimeError) as error:  # MPNet's code, of newer transformers DeBERTa's, on "meta"
+            expected = None
+            with pytest.raises(type(error), match=re.escape(str(error))):
+                fused(**call)
+        else:
+            first = fused(**call).last_hidden_state
+    if expected is None:
+        assert state == "a default device" and family in ("mpnet", "deberta_v2")
+    elif state == "fake tensors":
         assert first.shape == expected.shape
     else:
         torch.testing.assert_close(first[mask > 0], expected[mask > 0], rtol=1e-4, atol=1e-4)
