@@ -168,6 +168,12 @@ ON_A_GPU = (
         rows=((MODERN, "fused", "bfloat16"),),
     ),
     Step(
+        "modernbert latency",
+        1.0,
+        f"{BENCH} bfloat16 --size modernbert-large --workload dense128 --batch 1 8 --peers graphs {MODERN_PEERS}",
+        rows=((MODERN, "fused", "bfloat16"), (MODERN, "fused + CUDA graphs", "bfloat16")),
+    ),
+    Step(
         "modernbert training",
         1.0,
         f"{BENCH} bfloat16 --train --size modernbert-base --workload squad --batch 64 --peers {MODERN_PEERS}",

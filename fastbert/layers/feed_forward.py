@@ -136,7 +136,7 @@ class BoundFeedForward(NamedTuple):
     def is_static(self) -> bool:
         """Whether tensors say all that it computes."""
         static = self.first.is_static and self.last.is_static and (self.gate is None or self.gate.is_static)
-        return static and gelu_of(self.activation) is not None
+        return static and gate_of(self.activation) is not None
 
     def infer(self, x: Tensor, quantized: Quantized | None, context: Context) -> tuple[Tensor, Quantized | None]:
         """x (T, H) -> what the last GEMM multiplies, (T, I)."""

@@ -46,7 +46,7 @@ def _tables(
 
 def _graph_tables(
     encoder: hf.DebertaEncoder, device: torch.device, longest: int
-) -> Callable[[], Mapping[str, object]] | None:
+) -> Callable[..., Mapping[str, object]] | None:
     """`Family.graph_tables`."""
     return made_in_a_graph(encoder, -1, device, longest)
 

@@ -85,7 +85,7 @@ def tables(
 
 def graph_tables(
     encoder: hf.DebertaV2Encoder, device: torch.device, longest: int
-) -> Callable[[], Mapping[str, object]] | None:
+) -> Callable[..., Mapping[str, object]] | None:
     """`Family.graph_tables`: by a convolution's place in a row GPUs choose how to add up, so that there are none."""
     if encoder.conv is not None:
         return None
@@ -94,14 +94,14 @@ def graph_tables(
 
 def made_in_a_graph(
     encoder: hf.DebertaV2Encoder, buckets: int, device: torch.device, longest: int
-) -> Callable[[], Mapping[str, object]] | None:
+) -> Callable[..., Mapping[str, object]] | None:
     """Of `graph_tables`."""
     if not encoder.relative_attention:
-        return lambda: {"relative": None}
+        return lambda *_: {"relative": None}
     span, slots = _span(encoder, buckets), _kept_slots(*_place(encoder, buckets, device, longest))
     if longest > _LONGEST_IN_A_GRAPH or not _is_of_weights(encoder):
         return None
-    return lambda: {"relative": Relative(_embeddings(encoder, span), slots, None)}
+    return lambda encoder, *_: {"relative": Relative(_embeddings(encoder, span), slots, None)}
 
 
 _LONGEST_IN_A_GRAPH = 1024

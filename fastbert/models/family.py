@@ -71,9 +71,9 @@ class Family:
     handed: str | None = None
     """The keyword argument in which the base model hands its encoder a rotation for every row, or None: cosines and
     sines, each (1, S, head_dim) or (B, S, head_dim). It is in `Context.tables`, by that name."""
-    graph_tables: Callable[..., Callable[[], Mapping[str, object]] | None] | None = None
-    """(encoder, device, longest sequence) -> what makes `tables` as a CUDA graph is captured: of weights, anew at each
-    replay, and of what it holds itself. None: no graph is captured."""
+    graph_tables: Callable[..., Callable[..., Mapping[str, object]] | None] | None = None
+    """(encoder, device, longest sequence) -> what makes `tables` as a CUDA graph is captured, `graphs.Tables`: of
+    weights and positions, anew at each replay, and of what it holds itself. None: no graph is captured."""
     shared: Callable[..., Mapping[str, object]] | None = None
     """(encoder) -> attributes, with their values, that the attention of every layer must have: where stock code reads
     them of a layer and fastbert of the encoder, or the other way round. A layer that differs runs stock."""

@@ -12,7 +12,7 @@ from ..runtime.readers import LABELS, SPANS, Reader
 from .classes import register
 from .family import Family
 from .heads import Vocabulary
-from .rotary import SIZES, refuses, tables_by_kind, window
+from .rotary import SIZES, graph_tables, refuses, tables_by_kind, window
 
 _LAYOUT = Layer(
     Attention(
@@ -76,6 +76,7 @@ FAMILY = register(
         final_norm="final_norm",
         output=BaseModelOutput,
         tables=tables_by_kind,
+        graph_tables=graph_tables(tables_by_kind),
         makes_tables={"rotary_emb": hf.ModernBertRotaryEmbedding},
         window=window,
         takes_square_mask=False,

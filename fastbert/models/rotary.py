@@ -48,6 +48,11 @@ def tables_by_kind(
     }
 
 
+def graph_tables(make: Callable[..., Mapping[str, object]]) -> Callable[..., Callable[..., Mapping[str, object]]]:
+    """`Family.graph_tables`, of one of the two above: positions are what comes beside the rows."""
+    return lambda *_: lambda encoder, rows, packing, beside: make(encoder, rows, packing, *beside)
+
+
 def window(model: PreTrainedModel) -> int:
     """`Family.window`."""
     return int(model.config.sliding_window)
@@ -115,6 +120,7 @@ def kin(
     given: Given = {
         "stack": ("layers",),
         "tables": tables,
+        "graph_tables": graph_tables(tables),
         "makes_tables": {"rotary_emb": named("RotaryEmbedding")},
         "refuses": refuses,
         "sizes": SIZES,

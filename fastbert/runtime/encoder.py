@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
 import torch
@@ -73,10 +74,13 @@ class FusedEncoder(Mixin):
             precision = None
         result = None
         if settings.graphs is not None and not torch.compiler.is_compiling():
-            result = settings.graphs.run(self, hidden_states, plan, precision)
+            beside = functools.partial(self._beside, hidden_states, plan, kwargs)
+            result = settings.graphs.run(self, hidden_states, plan, precision, beside)
         layout = "dense" if packing.cu_seqlens is None else "packed"
         receipt.fused = layout if precision is None else f"{layout}, {precision.name}"
         if result is not None:
+            if family.final_norm is not None:
+                result = packing.unpack(self._modules[family.final_norm](result))
             return family.output(last_hidden_state=result)
         if family.handed is not None:
             context = Context(packing, {family.handed: _laid_out(kwargs[family.handed], packing)})
@@ -135,6 +139,16 @@ class FusedEncoder(Mixin):
         if maps is not None and family.run is not None:
             more["attentions"] = tuple(maps.kept)
         return family.output(last_hidden_state=packing.unpack(hidden_states), **more)
+
+    def _beside(self, hidden_states: Tensor, plan: Plan, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+        """What tables of a graph are made of, row by row: a rotation that is handed on, or positions."""
+        family, packing = type(self).family, plan.packing
+        if family.handed is not None:
+            return _laid_out(kwargs[family.handed], packing) or ()
+        if not family.makes_tables:
+            return ()
+        places = packing.positions(hidden_states.device) if plan.position_ids is None else plan.position_ids
+        return (places.flatten(),)
 
     def _is_changed(self, i: int, layer: nn.Module, packing: Packing) -> bool:
         """Whether layer `i`, which was to run fused, runs stock, by what was done to it since this forward began.

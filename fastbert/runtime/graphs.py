@@ -3,7 +3,8 @@
 A graph repeats launches with the same sizes and addresses. So a call is rounded up to a bucket of tokens, sequences and
 longest length; its rows are copied into buffers that the graph of the bucket reads, and the result is copied out, so
 that nothing handed out is written to again. Rows beyond the tokens are sequences of their own: they hold numbers, as
-others do, and no other sequence sees them. A bucket is captured when it is met for the second time.
+others do, and no other sequence sees them. A bucket is captured when it is met for the second time. What tables are
+made of row by row, positions or a rotation that the base model has made, is copied as rows are.
 
 What a graph was captured from may change: weights are replaced, modules, hooks. Looking costs as much as a small batch
 takes on the device, and the device is busy meanwhile: so first the graph is replayed, then everything is compared
@@ -19,6 +20,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +46,10 @@ FILLER = 64
 """Tokens of a sequence that fills up a bucket; also the smallest bucket of tokens and of lengths."""
 
 
+Tables = Callable[[nn.Module, Tensor, Packing, tuple[Tensor, ...]], Mapping[str, object]]
+"""(encoder, rows, their layout, what comes beside them) -> `Context.tables`; it holds the encoder by nothing."""
+
+
 class Stale(Exception):
     """What a call was planned from has changed since it was looked at: it is to be planned again."""
 
@@ -59,6 +65,8 @@ class Bucket(NamedTuple):
     """`launch.float32_precision()`."""
     batch_invariant: bool
     """As `fastbert.set_batch_invariant` has it."""
+    beside: tuple[tuple[torch.Size, torch.dtype], ...] = ()
+    """Of what comes beside the rows: of each the shape of a row's, and the dtype."""
 
 
 def bucket_of(tokens: int, sequences: int, longest: int) -> Bucket:
@@ -71,6 +79,19 @@ def bucket_of(tokens: int, sequences: int, longest: int) -> Bucket:
     whole = -(-tokens // step) * step
     count = (1 << (sequences - 1).bit_length()) + step // FILLER
     return Bucket(whole, count, length, launch.float32_precision(), launch.batch_invariant)
+
+
+def _makers(encoder: nn.Module) -> list[nn.Module]:
+    """Its submodules that tables are made by."""
+    family = type(encoder).family  # type: ignore[attr-defined]
+    return [encoder.get_submodule(name) for name in family.makes_tables]
+
+
+def _said(encoder: nn.Module) -> tuple[object, ...]:
+    """The config that such tables are made by, and what it says; nothing of other families."""
+    family = type(encoder).family  # type: ignore[attr-defined]
+    config = encoder.config if family.makes_tables or family.handed is not None else None
+    return () if config is None else (config, *vars(config).values())
 
 
 def _version(parameter: Tensor) -> int:
@@ -86,31 +107,44 @@ class Fingerprint:
         self._kinds: tuple[Any, ...] = (Tensor.data_ptr, Tensor.size, Tensor.stride)
         self._kinds += (_version,) if versions else ()
         groups: list[list[nn.Module]] = [[layers], *(list(layer.modules()) for layer in layers)]
-        if type(encoder).family.tables is not None:  # type: ignore[attr-defined]  # which are made of it
+        family = type(encoder).family  # type: ignore[attr-defined]
+        self._makers, self._said = _makers(encoder), _said(encoder)
+        if self._makers:
+            groups += [[module] for maker in self._makers for module in maker.modules()]
+        elif family.tables is not None:  # which are made of it
             others = (module for child in encoder.children() if child is not layers for module in child.modules())
             groups.append([encoder, *others])
         self._snapshot = Snapshot(groups)
         self._layouts = self._look()
         # Until `holds` has said no a graph may be replayed: the memory it reads stays.
-        self._memory = [parameter.detach() for parameter in self._snapshot.parameters]
+        self._memory = [tensor.detach() for tensor in self._read()]
 
-    def holds(self, layers: nn.ModuleList) -> bool:
+    def holds(self, encoder: nn.Module) -> bool:
         """Whether nothing of it has changed."""
-        return layers is self._layers and self._snapshot.holds() and self._look() == self._layouts
+        if layers_in(encoder) is not self._layers or _makers(encoder) != self._makers or _said(encoder) != self._said:
+            return False
+        return self._snapshot.holds() and self._look() == self._layouts
+
+    def _read(self) -> list[Tensor]:
+        """Parameters, and buffers that tables are made of."""
+        return [*self._snapshot.parameters, *chain.from_iterable(maker.buffers() for maker in self._makers)]
 
     def _look(self) -> list[list[Any]]:
-        return [list(map(kind, self._snapshot.parameters)) for kind in self._kinds]
+        tensors = self._read()
+        return [list(map(kind, tensors)) for kind in self._kinds]
 
 
 _DOES_MORE = "its encoder does more than to call its layers"
 
 
-def _tables_of(encoder: nn.Module, device: torch.device, longest: int) -> Callable[[], Mapping[str, object]] | None:
+def _tables_of(encoder: nn.Module, device: torch.device, longest: int) -> Tables | None:
     """What makes the tables of a graph; None where none is captured."""
     family = type(encoder).family  # type: ignore[attr-defined]
+    if family.handed is not None:
+        return lambda encoder, rows, packing, beside: {family.handed: beside or None}
     if family.tables is None:
-        return dict
-    made: Callable[[], Mapping[str, object]] | None = family.graph_tables(encoder, device, longest)
+        return lambda *_: {}
+    made: Tables | None = family.graph_tables(encoder, device, longest)
     return made
 
 
@@ -126,7 +160,7 @@ def _is_open(encoder: nn.Module, layers: nn.ModuleList) -> str | None:
         if is_hooked(module) or "forward" in vars(module):
             return "a layer has hooks"
     if not all(layer.layout.bind(layer).is_static() for layer in layers):  # type: ignore[operator]
-        return "a layer has an adapter, or an activation other than GELU"
+        return "a layer has an adapter, or an activation other than GELU and SiLU"
     if any(type(parameter) is not nn.Parameter for parameter in layers.parameters()):
         return "parameters of a kind of their own"
     return None
@@ -216,12 +250,14 @@ class Graphs:
         self._graphs: OrderedDict[Bucket, Any] = OrderedDict()
         """By bucket, the least recently used first."""
         self._tables: dict[Bucket, object] = {}
-        """What has made each one's tables, and holds the memory that it reads."""
+        """What has made each one's tables, and holds what else they read."""
         self._met: OrderedDict[Bucket, None] = OrderedDict()
         self._buffers: tuple[Tensor, Tensor, Tensor] | None = None
         """Rows (MAX_TOKENS, H); cu_seqlens; and multiples of FILLER, of which the end of cu_seqlens is made."""
         self._written: Any = None
         """What cu_seqlens holds, where it is of sequences of one length."""
+        self._beside: dict[tuple[tuple[torch.Size, torch.dtype], ...], tuple[Tensor, ...]] = {}
+        """By `Bucket.beside`, what comes beside rows: (MAX_TOKENS, ...) each."""
         self._pool: Any = None
         self._quantized: Any = None
         """What holds the quantized weights that graphs read."""
@@ -245,7 +281,7 @@ class Graphs:
     def _refuses(self, encoder: Any, x: Tensor) -> str | None:
         """The same of calls with rows like `x`, whatever the layers are."""
         family = type(encoder).family
-        if (family.tables is not None and family.graph_tables is None) or family.final_norm is not None:
+        if family.tables is not None and family.graph_tables is None:
             return _DOES_MORE
         return self._state() or self._broken or self._device.refuses(x)
 
@@ -280,7 +316,14 @@ class Graphs:
             return f"more than {MAX_SEQUENCES} sequences"
         return None
 
-    def run(self, encoder: nn.Module, x: Tensor, plan: Any, precision: Copies | None) -> Tensor | None:
+    def run(
+        self,
+        encoder: nn.Module,
+        x: Tensor,
+        plan: Any,
+        precision: Copies | None,
+        beside: Callable[[], tuple[Tensor, ...]],
+    ) -> Tensor | None:
         """The result of a call by a graph, or None where it has to run eagerly.
 
         Args:
@@ -288,9 +331,10 @@ class Graphs:
             x: (1, T, H) or (B, S, H), hidden states as `plan` lays them out.
             plan: the `fastbert.runtime.plan.Plan` of the call.
             precision: of the encoder, where the call is one in FP8 or int8.
+            beside: makes what comes beside the rows of `x`, (T, ...) or (B * S, ...) each.
 
         Returns:
-            (B, S, H), or (1, T, H) of a flattened call: its own memory.
+            (B, S, H), or (1, T, H) of a flattened call: its own memory. Where a final norm is to come, laid out as `x`.
 
         Raises:
             Stale: `plan` was assumed, and that was wrong.
@@ -305,9 +349,9 @@ class Graphs:
                     fingerprint = self._fingerprint = Fingerprint(encoder, layers, precision is not None)
             if reason is None and fingerprint is not None:
                 with self._device.guard(x):
-                    result, reason = self._run(encoder, x, plan.packing, precision)
+                    result, reason = self._run(encoder, x, plan.packing, precision, beside())
         # The device is at work by now.
-        if (result is not None or plan.assumed) and not (fingerprint is not None and fingerprint.holds(layers)):
+        if (result is not None or plan.assumed) and not (fingerprint is not None and fingerprint.holds(encoder)):
             counts.add(counts.graphs, "dropped: the model has changed")
             self.drop(fingerprint)
             if plan.assumed:
@@ -317,10 +361,11 @@ class Graphs:
         return result
 
     def _run(
-        self, encoder: nn.Module, x: Tensor, packing: Packing, precision: Copies | None
+        self, encoder: Any, x: Tensor, packing: Packing, precision: Copies | None, beside: tuple[Tensor, ...]
     ) -> tuple[Tensor | None, str]:
         """The result, or None; and what there is to count."""
         bucket = bucket_of(x.shape[0] * x.shape[1], _sequences(packing), packing.max_seqlen)
+        bucket = bucket._replace(beside=tuple([(each.shape[1:], each.dtype) for each in beside]))
         graph, what = self._graphs.get(bucket), "replayed"
         if graph is not None:
             self._graphs.move_to_end(bucket)
@@ -333,7 +378,7 @@ class Graphs:
             return None, "the first call of its size"
         else:
             try:
-                graph, what = self._capture(layers_in(encoder), tables, x, packing, bucket, precision), "captured"
+                graph, what = self._capture(encoder, tables, x, packing, bucket, precision, beside), "captured"
             except RuntimeError as error:  # out of memory, or what the driver refuses to capture
                 self._device.finish()
                 self._forget()
@@ -341,22 +386,25 @@ class Graphs:
                 warnings.warn(f"fastbert runs without CUDA graphs: {self._broken}", stacklevel=2)
                 return None, self._broken
         try:
-            self._write(x, packing, bucket)
+            self._write(x, packing, bucket, beside)
             graph.replay()
             assert self._buffers is not None
             rows = self._buffers[0][: x.shape[0] * x.shape[1]]
-            result = rows.clone().view_as(x) if packing.indices is None else packing.unpack(rows[None])
+            as_laid_out = packing.indices is None or type(encoder).family.final_norm is not None
+            result = rows.clone().view_as(x) if as_laid_out else packing.unpack(rows[None])
         finally:
             self._device.end()
         return result, what
 
-    def _write(self, x: Tensor, packing: Packing, bucket: Bucket) -> None:
+    def _write(self, x: Tensor, packing: Packing, bucket: Bucket, beside: tuple[Tensor, ...]) -> None:
         """Hands a call to the graphs: rows, and where sequences start, those that fill up behind them."""
         assert self._buffers is not None
         rows, cu_seqlens, steps = self._buffers
-        self._device.begin(rows, cu_seqlens, steps)
+        self._device.begin(rows, cu_seqlens, steps, *chain.from_iterable(self._beside.values()))
         tokens, sequences = x.shape[0] * x.shape[1], _sequences(packing)
         rows[:tokens].copy_(x.flatten(0, 1))
+        for buffer, own in zip(self._beside[bucket.beside], beside, strict=True):
+            buffer[:tokens].copy_(own)
         same = None if packing.cu_seqlens is not None else (bucket, packing.batch, packing.seqlen)
         if same is None or same != self._written:
             self._written = None
@@ -371,21 +419,26 @@ class Graphs:
 
     def _capture(
         self,
-        layers: nn.ModuleList,
-        tables: Callable[[], Mapping[str, object]],
+        encoder: nn.Module,
+        tables: Tables,
         x: Tensor,
         packing: Packing,
         bucket: Bucket,
         precision: Copies | None,
+        beside: tuple[Tensor, ...],
     ) -> Any:
+        layers = layers_in(encoder)
         with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode could not be written to later
             if self._buffers is None:
                 most = MAX_SEQUENCES + MAX_TOKENS // FILLER
                 rows = x.new_zeros(MAX_TOKENS, x.shape[2])
                 steps = torch.arange(FILLER, most * FILLER, FILLER, dtype=torch.int32, device=x.device)
                 self._buffers = rows, torch.zeros(most, dtype=torch.int32, device=x.device), steps
+            if bucket.beside not in self._beside:
+                made = [x.new_zeros(MAX_TOKENS, *shape, dtype=dtype) for shape, dtype in bucket.beside]
+                self._beside[bucket.beside] = tuple(made)
             rows, cu_seqlens, _ = self._buffers
-            whole = rows[: bucket.tokens]
+            whole, given = rows[: bucket.tokens], tuple([each[: bucket.tokens] for each in self._beside[bucket.beside]])
             starts = cu_seqlens[: bucket.sequences + 1]
             layout = Packing(1, bucket.tokens, bucket.longest, starts)
 
@@ -398,7 +451,8 @@ class Graphs:
             def run() -> None:
                 hidden_states = whole[None]
                 # At each replay: lengths differ, and weights may have been written to.
-                context = Context(layout._replace(tiles=tiles_of(starts, bucket.tokens)), tables())
+                tiles = tiles_of(starts, bucket.tokens)
+                context = Context(layout._replace(tiles=tiles), tables(encoder, hidden_states, layout, given))
                 for layer, own in zip(layers, bound, strict=True):
                     hidden_states = layer(hidden_states, context=context, bound=own)
                 whole.copy_(hidden_states[0])
@@ -408,7 +462,7 @@ class Graphs:
                 self._tables.pop(self._graphs.popitem(last=False)[0])
             if not self._graphs:  # a pool is gone with the last graph in it
                 self._pool = self._device.pool()
-            self._write(x, packing, bucket)
+            self._write(x, packing, bucket, beside)
             with _CAPTURING:
                 graph = self._device.capture(run, self._pool)
             self._graphs[bucket], self._tables[bucket] = graph, tables

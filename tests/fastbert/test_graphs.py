@@ -275,11 +275,8 @@ def test_other_families_replay(kind: Any, recorded: None) -> None:
     assert torch.equal(last(model, padded([37, 9, 60])), last(twin, padded([37, 9, 60])))
 
 
-@pytest.mark.parametrize("family", ["mpnet", *test_families.ROTARY])
-def test_attention_by_distance_runs_eagerly(family: str, recorded: None) -> None:
-    """And by turned queries and keys, whose tables are made anew in each call."""
-    name = test_families.adapter(family).base.__name__
-    check_eager(test_families.seeded(family, name, **SMALL, num_key_value_heads=2))
+def test_attention_by_distance_runs_eagerly(recorded: None) -> None:
+    check_eager(test_families.seeded("mpnet", "MPNetModel", **SMALL))
 
 
 def check_eager(model: Any) -> None:
@@ -382,6 +379,136 @@ def test_what_graphs_of_deberta_leave_out(recorded: None) -> None:
     for _ in range(3):
         assert torch.equal(last(model, call), last(twin, call))
     assert calls(model) == {"eager: its sequences are too long for scores by position": 3}
+
+
+def rotary_pair(family: str, device: str = "cpu", **changes: Any) -> tuple[Any, Any]:
+    given = {"num_key_value_heads": 2, "max_position_embeddings": 512, "num_hidden_layers": 4, **SMALL, **changes}
+    model = test_families.seeded(family, test_families.adapter(family).base.__name__, **given).to(device)
+    twin = copy.deepcopy(model)
+    return fastbert.fuse(model, padding="packed", cuda_graphs=True), fastbert.fuse(twin, padding="packed")
+
+
+def with_mask(rows: list[list[int]]) -> dict[str, Any]:
+    mask = torch.tensor(rows)
+    return {"input_ids": models.ids(*mask.shape), "attention_mask": mask}
+
+
+@pytest.mark.parametrize("family", test_families.ROTARY)
+def test_rotary_families_replay(family: str, recorded: None) -> None:
+    """Positions are the call's own: a bucket's graph turns rows that begin elsewhere, or have gaps, as they stand."""
+    check_rotary(family, "cpu")
+
+
+def check_rotary(family: str, device: str) -> None:
+    model, twin = rotary_pair(family, device)
+    for lengths in ([37, 9, 60], [129, 1], [300]):
+        assert_replays(model, padded(lengths), twin)
+    here = range(20)
+    near = with_mask([[int(i < 12) for i in here], [1] * 20])
+    far = with_mask([[int(i >= 8) for i in here], [1] * 20])
+    gaps = with_mask([[int(i % 5 != 2 and i < 15) for i in here], [1] * 20])
+    assert len({int(call["attention_mask"].sum()) for call in (near, far, gaps)}) == 1
+    assert_replays(model, near, twin)
+    captured, rows = calls(model)["captured"], []
+    for call in (near, far, gaps):
+        for _ in range(2):
+            result = last(model, call)
+            rows.append(result[call["attention_mask"].bool().to(result.device)])
+            torch.testing.assert_close(result, last(twin, call), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(rows[0], rows[4], rtol=1e-2, atol=1e-2)  # gaps tell
+    assert_replays(model, {"input_ids": models.ids(2, 16)}, twin)  # no mask: one layout more
+    if family != "esm":  # whose sequences of a row don't know each other's masked tokens
+        assert_replays(model, models.ragged([20, 12]), twin)
+    assert calls(model)["captured"] == captured  # all of one bucket
+    for each in (model, twin):
+        with torch.no_grad():
+            for parameter in encoder_of(each).parameters():
+                parameter.mul_(1.1).add_(0.01)
+    assert_replays(model, near, twin)
+    assert calls(model)["captured"] == captured
+
+
+def test_places_are_those_that_are_given(recorded: None) -> None:
+    """By position_ids of a caller: in the same graph."""
+    model, twin = rotary_pair("modernbert")
+    call = {"input_ids": models.ids(2, 40)}
+    assert_replays(model, call, twin)
+    before = last(model, call)
+    given = {**call, "position_ids": torch.arange(40).flip(0).pow(2).expand(2, -1)}
+    assert_replays(model, given, twin)
+    assert not torch.allclose(last(model, given), before, rtol=1e-2, atol=1e-2)
+    assert calls(model)["captured"] == 1
+
+
+ROTATIONS: dict[str, Callable[[Any], object]] = {
+    "another buffer": lambda m: setattr(
+        m.rotary_emb, "full_attention_inv_freq", m.rotary_emb.full_attention_inv_freq.flip(0)
+    ),
+    "other data": lambda m: setattr(
+        m.rotary_emb.sliding_attention_inv_freq, "data", m.rotary_emb.sliding_attention_inv_freq.data.flip(0)
+    ),
+    "in place": lambda m: m.rotary_emb.full_attention_inv_freq.mul_(2),
+    "a scale": lambda m: setattr(m.rotary_emb, "full_attention_attention_scaling", 2.0),
+    "another rotation": lambda m: setattr(m, "rotary_emb", type(m.rotary_emb)(changed(m.config, theta=10.0))),
+    "a hook": lambda m: m.rotary_emb.register_forward_hook(lambda module, args, out: (out[1], out[0])),
+    "a method": lambda m: setattr(m.rotary_emb, "forward", lambda x, places, kind: 2 * [x.new_ones(1, x.shape[1], 16)]),
+    "the window": lambda m: setattr(m.config, "sliding_window", 2),
+    "another config": lambda m: setattr(m, "config", changed(m.config, window=2)),
+    "a hook of the norm": lambda m: m.final_norm.register_forward_hook(lambda module, args, out: 2 * out),
+    "another norm": lambda m: setattr(m, "final_norm", nn.LayerNorm(32, eps=0.5)),
+    "the norm's weight": lambda m: setattr(m.final_norm, "weight", nn.Parameter(2 * m.final_norm.weight.detach())),
+    "a layer": lambda m: setattr(m.layers[1].mlp, "act", nn.SiLU()),
+}
+
+
+def changed(config: Any, theta: float | None = None, window: int | None = None) -> Any:
+    config = copy.deepcopy(config)
+    if theta is not None:
+        for parameters in config.rope_parameters.values():
+            parameters["rope_theta"] = theta
+    if window is not None:
+        config.sliding_window = window
+    return config
+
+
+@pytest.mark.parametrize("change", ROTATIONS)
+def test_no_change_of_rotations_goes_unnoticed(change: str, recorded: None) -> None:
+    model, twin = rotary_pair("modernbert")
+    call = padded([37, 9, 60])
+    assert_replays(model, call, twin)
+    before = last(model, call)
+    for each in (model, twin):
+        with torch.no_grad():
+            ROTATIONS[change](each)
+    expected = last(twin, call)
+    assert not torch.allclose(expected, before, rtol=1e-3, atol=1e-3)
+    for _ in range(4):
+        torch.testing.assert_close(last(model, call), expected)
+
+
+def test_a_rotation_that_is_handed_on_or_not(recorded: None) -> None:
+    """ESM's, which its base model makes anew in each call."""
+    model, twin = rotary_pair("esm")
+    call = padded([37, 9, 60])
+    assert_replays(model, call, twin)
+    before = last(model, call)
+    for each in (model, twin):
+        each.rotary_embeddings.register_forward_hook(lambda module, args, out: (out[0], -out[1]))
+    expected = last(twin, call)
+    assert not torch.allclose(expected, before, rtol=1e-3, atol=1e-3)
+    for _ in range(3):
+        torch.testing.assert_close(last(model, call), expected)
+    assert calls(model)["captured"] == 1
+
+
+def test_a_rotary_model_that_is_gone_leaves_nothing(recorded: None) -> None:
+    model, _ = rotary_pair("modernbert")
+    for _ in range(3):
+        last(model, padded([5, 9]))
+    graph, norm = graphs_of(model)._device.captures[0], weakref.ref(model.final_norm.weight)
+    assert graph() is not None
+    del model
+    assert graph() is None and norm() is None
 
 
 def test_inference_mode_and_no_grad_share_graphs(recorded: None) -> None:
@@ -613,7 +740,7 @@ def test_adapters_run_eagerly(recorded: None) -> None:
         plain = last(wrapped, call)
     assert not torch.allclose(adapted, plain)
     assert torch.equal(adapted, last(wrapped, call))
-    assert calls(model)["eager: a layer has an adapter, or an activation other than GELU"] >= 2
+    assert calls(model)["eager: a layer has an adapter, or an activation other than GELU and SiLU"] >= 2
 
 
 def test_the_least_recently_used_graph_goes(recorded: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -932,6 +1059,12 @@ def test_on_a_gpu_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", DEBERTAS)
 def test_on_a_gpu_deberta_replays_to_the_bit(name: str) -> None:
     check_deberta(name, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", test_families.ROTARY)
+def test_on_a_gpu_rotary_families_replay_to_the_bit(family: str) -> None:
+    check_rotary(family, "cuda")
 
 
 @pytest.mark.gpu
