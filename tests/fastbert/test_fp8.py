@@ -25,7 +25,9 @@ from fastbert.layers import copies, derived, fp8
 from fastbert.models.bert import BertModel
 from fastbert.numerics import as_fp8, assert_within_policy, relative_error
 from fastbert.runtime import graphs, packing, support
+from fastbert.runtime.registry import layers_of
 from tests import models
+from tests.fastbert import test_families
 from tests.fastbert.test_encoder import launches
 from tests.fastbert.test_graphs import StandIn
 
@@ -624,10 +626,13 @@ def test_as_fp8_is_what_the_kernels_round_to() -> None:
     torch.testing.assert_close(as_fp8(x), values.float() * scales[:, None], rtol=1e-6, atol=0)
 
 
-def test_graphs_replay_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_graphs_replay_8_bits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the stand-in of test_graphs: a replay reads the quantized weights of its capture, until a weight changes."""
     monkeypatch.setattr(graphs, "Cuda", StandIn)
-    model, twin = fuse(models.seeded(), precision="fp8", cuda_graphs=True), fuse(models.seeded(), precision="fp8")
+    made = models.seeded() if family == "bert" else test_families.seeded(family, "ModernBertModel")
+    model = fuse(copy.deepcopy(made), precision="fp8", cuda_graphs=True)
+    twin = fuse(made, precision="fp8")
     outs = [run(model) for _ in range(3)]
     assert fastbert.explain(model).encoders[0].graph_calls["replayed"] == 1
     assert fastbert.explain(model).encoders[0].fused_calls == {"packed, fp8": 3}
@@ -635,7 +640,8 @@ def test_graphs_replay_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
         assert relative_error(out, run(twin).double()) < 2e-3
     for each in (model, twin):
         with torch.no_grad():
-            each.encoder.layer[1].output.dense.weight.mul_(0.5)
+            layer = layers_of(each)[1]
+            (layer.output.dense if family == "bert" else layer.mlp.Wo).weight.mul_(0.5)
     changed = run(twin)
     assert relative_error(changed, outs[0].double()) > 0.1
     for _ in range(4):
