@@ -361,9 +361,10 @@ class Graphs:
         return result
 
     def _run(
-        self, encoder: Any, x: Tensor, packing: Packing, precision: Copies | None, beside: tuple[Tensor, ...]
+        self, encoder: nn.Module, x: Tensor, packing: Packing, precision: Copies | None, beside: tuple[Tensor, ...]
     ) -> tuple[Tensor | None, str]:
         """The result, or None; and what there is to count."""
+        family = type(encoder).family  # type: ignore[attr-defined]
         bucket = bucket_of(x.shape[0] * x.shape[1], _sequences(packing), packing.max_seqlen)
         bucket = bucket._replace(beside=tuple([(each.shape[1:], each.dtype) for each in beside]))
         graph, what = self._graphs.get(bucket), "replayed"
@@ -390,7 +391,7 @@ class Graphs:
             graph.replay()
             assert self._buffers is not None
             rows = self._buffers[0][: x.shape[0] * x.shape[1]]
-            as_laid_out = packing.indices is None or type(encoder).family.final_norm is not None
+            as_laid_out = packing.indices is None or family.final_norm is not None
             result = rows.clone().view_as(x) if as_laid_out else packing.unpack(rows[None])
         finally:
             self._device.end()
