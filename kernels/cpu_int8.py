@@ -1,4 +1,4 @@
-"""int8 on a CPU: GEMMs by oneDNN or FBGEMM, which multiply integers, and the rest by PyTorch, a few rows at a time.
+"""int8 on a CPU: GEMMs by oneDNN or FBGEMM, which multiply integers, and the rest by PyTorch, some rows at a time.
 
 Neither library has scales by row: both are asked for the integers' own product, in float32, times the scale of the
 column; offset, scale of the row, bias and what follows are an epilogue, over rows that are still in the cache.
@@ -24,11 +24,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import reference, reference_int8
 
-_MULTIPLIED_AT_ONCE = 2**20
-"""Elements that a GEMM makes at a time: enough rows that reading the weight is no matter."""
-
-_CHANGED_AT_ONCE = 2**18
-"""Elements that an epilogue or the quantizing pass works on at a time: 1 MB in float32."""
+_AT_ONCE = 2**21
+"""Elements that are made at a time: few enough for a cache, and many enough that reading the weight is no matter."""
 
 
 class _Packed(NamedTuple):
@@ -123,51 +120,74 @@ def _packed(weight: Tensor, col_scale: Tensor, col_sum: Tensor, using: _Engine) 
     return found
 
 
-def _parts(rows: int, width: int, at_once: int) -> Iterator[slice]:
-    step = max(32, at_once // max(width, 1))
+def _parts(rows: int, width: int) -> Iterator[slice | None]:
+    """Rows, some after the others; None: all of them."""
+    if rows * width <= 2 * _AT_ONCE:
+        return iter((None,))
+    step = max(32, _AT_ONCE // width)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-class _Rows(NamedTuple):
-    """Rows in int8, filled in a few after the others: what `quantize_int8` returns."""
+def _some(x: Tensor, rows: slice | None) -> Tensor:
+    """Of one short text slices are a tenth of the time."""
+    return x if rows is None else x[rows]
 
-    values: Tensor
-    row_scale: Tensor
-    row_zero: Tensor
 
-    @classmethod
-    def empty(cls, rows: int, width: int) -> _Rows:
-        values = torch.empty(rows, width, dtype=torch.int8)
-        return cls(values, torch.empty(rows), torch.empty(rows, dtype=torch.int32))
+def _quantized(x: Tensor, factors: Tensor | None, spent: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """What `quantize_int8` returns, the values and what stands for 0 in float32; x, where `spent`, is written to."""
+    if x.dtype is not torch.float32:
+        x, spent = x.float(), True
+    if factors is not None:
+        x, spent = torch.mul(x, factors, out=x if spent else None), True
+    scale, inverse, zero = reference_int8.row_scales(x.amin(1), x.amax(1))
+    steps = torch.mul(x, inverse[:, None], out=x if spent else None)
+    return steps.round_().add_(zero[:, None]), scale, zero
 
-    def fill(self, rows: slice, x: Tensor, factors: Tensor | None, spent: bool = False) -> None:
+
+class _Rows:
+    """Rows in int8, filled in some after the others: what `quantize_int8` returns."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        self.shape = rows, width
+        self.made: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def fill(self, rows: slice | None, x: Tensor, factors: Tensor | None, spent: bool = False) -> None:
         """Quantizes `x`, which may be written to where it is `spent`, for these rows."""
-        if x.dtype is not torch.float32:
-            x, spent = x.float(), True
-        if factors is not None:
-            x, spent = torch.mul(x, factors, out=x if spent else None), True
-        scale, inverse, zero = reference_int8.row_scales(x.amin(1), x.amax(1))
-        steps = torch.mul(x, inverse[:, None], out=x if spent else None)
-        self.values[rows] = steps.round_().add_(zero[:, None])
-        self.row_scale[rows], self.row_zero[rows] = scale, zero
+        values, scale, zero = _quantized(x, factors, spent)
+        if rows is None:
+            self.made = values.to(torch.int8), scale, zero.to(torch.int32)
+            return
+        if self.made is None:
+            number = self.shape[0]
+            empty = torch.empty(self.shape, dtype=torch.int8)
+            self.made = empty, torch.empty(number), torch.empty(number, dtype=torch.int32)
+        for whole, part in zip(self.made, (values, scale, zero), strict=True):
+            whole[rows] = part
+
+    def whole(self) -> tuple[Tensor, Tensor, Tensor]:
+        assert self.made is not None
+        return self.made
 
 
 def quantize_int8(x: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    made = _Rows.empty(x.shape[0], x.shape[1])
-    for rows in _parts(x.shape[0], x.shape[1], _CHANGED_AT_ONCE):
-        made.fill(rows, x[rows], factors)
-    return made
+    made = _Rows(x.shape[0], x.shape[1])
+    for rows in _parts(x.shape[0], x.shape[1]):
+        made.fill(rows, _some(x, rows), factors)
+    return made.whole()
 
 
 def layer_norm_int8(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, factors: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    normal, made = torch.empty(x.shape, dtype=x.dtype), _Rows.empty(x.shape[0], x.shape[1])
-    for rows in _parts(x.shape[0], x.shape[1], _CHANGED_AT_ONCE):
-        few = reference.layer_norm(x[rows], weight, bias, eps)
-        normal[rows] = few
-        made.fill(rows, few, factors, spent=True)
-    return normal, *made
+    normal, made = torch.empty(x.shape, dtype=x.dtype), _Rows(x.shape[0], x.shape[1])
+    for rows in _parts(x.shape[0], x.shape[1]):
+        few = reference.layer_norm(_some(x, rows), weight, bias, eps)
+        if rows is None:
+            normal = few
+        else:
+            normal[rows] = few
+        made.fill(rows, few, factors, spent=rows is not None)
+    return normal, *made.whole()
 
 
 def _affine(
@@ -178,43 +198,39 @@ def _affine(
     col_scale: Tensor,
     col_sum: Tensor,
     bias: Tensor | None,
-    out: Tensor | None,
-) -> Iterator[tuple[slice, Tensor]]:
-    """The GEMM's rows in float32, a few after the others: in `out` where that is in float32, else by themselves."""
-    inside = out is not None and out.dtype is torch.float32
+) -> Iterator[tuple[slice | None, Tensor]]:
+    """The GEMM's rows in float32, some after the others, to be written to; None: all of them."""
     name = engine()
     if name is None:
-        y = reference_int8.linear_int8(x, row_scale, row_zero, weight, col_scale, col_sum, bias, torch.float32)
-        yield slice(0, len(x)), out.copy_(y) if out is not None and inside else y
+        yield None, reference_int8.linear_int8(x, row_scale, row_zero, weight, col_scale, col_sum, bias, torch.float32)
         return
     packed = _packed(weight, col_scale, col_sum, _ENGINES[name])
     zero, row_scale = row_zero.float()[:, None], row_scale[:, None]
     bias = None if bias is None else bias.float()
-    for many in _parts(x.shape[0], weight.shape[0], _MULTIPLIED_AT_ONCE):
-        product = _ENGINES[name].multiply(x[many], packed)
-        for few in _parts(product.shape[0], product.shape[1], _CHANGED_AT_ONCE):
-            y, rows = product[few], slice(many.start + few.start, many.start + few.stop)
-            y.addcmul_(zero[rows], packed.offset, value=-1)
-            to = out[rows] if out is not None and inside else y
-            if bias is None:
-                torch.mul(y, row_scale[rows], out=to)
-            else:
-                torch.addcmul(bias, y, row_scale[rows], out=to)
-            yield rows, to
+    for rows in _parts(x.shape[0], weight.shape[0]):
+        y, scale = _ENGINES[name].multiply(_some(x, rows), packed), _some(row_scale, rows)
+        y.addcmul_(_some(zero, rows), packed.offset, value=-1)
+        yield rows, y.mul_(scale) if bias is None else torch.addcmul(bias, y, scale, out=y)
 
 
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]
 """The first seven of every GEMM."""
 
 
-def _linear(given: Arguments, dtype: torch.dtype, last: Callable[[Tensor, slice], object] | None = None) -> Tensor:
+def _linear(
+    given: Arguments, dtype: torch.dtype, last: Callable[[Tensor, slice | None], object] | None = None
+) -> Tensor:
     """A GEMM, of whose rows `last` makes what they are to be, in place."""
-    out = torch.empty(given[0].shape[0], given[3].shape[0], dtype=dtype)
-    for rows, y in _affine(*given, out):
+    out: Tensor | None = None
+    for rows, y in _affine(*given):
         if last is not None:
             last(y, rows)
-        if y.dtype is not dtype:
-            out[rows] = y
+        if rows is None:
+            return y.to(dtype)
+        if out is None:
+            out = torch.empty(given[0].shape[0], given[3].shape[0], dtype=dtype)
+        out[rows] = y
+    assert out is not None
     return out
 
 
@@ -263,10 +279,10 @@ def linear_gelu_quantize_int8(
     approximate: str,
     factors: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    made = _Rows.empty(x.shape[0], weight.shape[0])
-    for rows, y in _affine(x, row_scale, row_zero, weight, col_scale, col_sum, bias, None):
+    made = _Rows(x.shape[0], weight.shape[0])
+    for rows, y in _affine(x, row_scale, row_zero, weight, col_scale, col_sum, bias):
         made.fill(rows, _gelu_(y, approximate).to(dtype), factors, spent=True)
-    return made
+    return made.whole()
 
 
 def linear_add_int8(
@@ -280,7 +296,7 @@ def linear_add_int8(
     residual: Tensor,
 ) -> Tensor:
     given = x, row_scale, row_zero, weight, col_scale, col_sum, bias
-    return _linear(given, residual.dtype, lambda y, rows: y.add_(residual[rows]))
+    return _linear(given, residual.dtype, lambda y, rows: y.add_(_some(residual, rows)))
 
 
 def packed_bytes(weight: Tensor) -> int:

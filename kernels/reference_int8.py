@@ -19,10 +19,11 @@ STEPS = 254.99
 
 def row_scales(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(scale, its inverse, what stands for 0) of rows between `low` and `high`, float32; NaN where not finite."""
-    reach = high.clamp(min=0).sub_(low.clamp(max=0))
+    low = low.clamp(max=0)
+    reach = high.clamp(min=0).sub_(low)
     reach = reach.add_(reach - reach).clamp_(min=1e-30)  # infinity less itself is NaN
-    inverse = STEPS / reach
-    return reach / STEPS, inverse, (low.clamp(max=0) * inverse).round_().add_(128).neg_()
+    inverse = reach.reciprocal().mul_(STEPS)
+    return reach.div_(STEPS), inverse, low.mul_(inverse).round_().add_(128).neg_()
 
 
 def quantize_int8(x: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

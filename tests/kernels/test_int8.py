@@ -171,10 +171,13 @@ def test_engines_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(cpu.linear_int8(*args, torch.float32).double(), exact(args), rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("at_once", [2**15, cpu_int8._AT_ONCE], ids=["in parts", "whole"])
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
-def test_a_row_is_the_same_in_any_batch(approximate: str) -> None:
+def test_a_row_is_the_same_in_any_batch(approximate: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bitwise: alone, among a few, and where rows are taken in parts."""
     x = normal(700, 128).float()
+    monkeypatch.setattr(cpu_int8, "_AT_ONCE", at_once)
+    assert len(list(cpu_int8._parts(700, 128))) == (1 if at_once > 2**15 else 3)
     weight, bias = normal(1024, 128, seed=1).float(), normal(1024, seed=2).float()
     args = product_args(x, weight, bias=bias)
     residual = normal(700, 1024, seed=3).float()
@@ -183,6 +186,8 @@ def test_a_row_is_the_same_in_any_batch(approximate: str) -> None:
         cpu.linear_gelu_int8(*args, torch.float32, approximate),
         cpu.linear_add_int8(*args, residual),
     ]
+    half = cpu.linear_add_int8(*args, residual.bfloat16())
+    normalized = cpu.layer_norm_int8(x, weight[0], bias[:128], 1e-5, None)
     factors = torch.exp2(normal(1024, seed=4)).float()
     raised = cpu.linear_gelu_quantize_int8(*args, torch.float32, approximate, factors)
     assert all(map(torch.equal, raised, cpu.quantize_int8(whole[1], factors)))
@@ -193,6 +198,9 @@ def test_a_row_is_the_same_in_any_batch(approximate: str) -> None:
         assert torch.equal(cpu.linear_int8(*own, torch.float32), whole[0][some])
         assert torch.equal(cpu.linear_gelu_int8(*own, torch.float32, approximate), whole[1][some])
         assert torch.equal(cpu.linear_add_int8(*own, residual[some]), whole[2][some])
+        assert torch.equal(cpu.linear_add_int8(*own, residual[some].bfloat16()), half[some])
+        found = cpu.layer_norm_int8(x[some], weight[0], bias[:128], 1e-5, None)
+        assert all(torch.equal(mine, its[some]) for mine, its in zip(found, normalized, strict=True))
         found = cpu.linear_gelu_quantize_int8(*own, torch.float32, approximate, factors)
         assert all(map(torch.equal, found, (each[some] for each in raised)))
 
