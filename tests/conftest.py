@@ -92,13 +92,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.gpu)
         elif not has_gpu and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no GPU"))
-    unwanted = [item for item in items if item.get_closest_marker("slow")] if not config.getoption("--slow") else []
+    unwanted = {item for item in items if item.get_closest_marker("slow")} if not config.getoption("--slow") else set()
     if config.getoption("--data") is None:
-        unwanted += [item for item in items if "data_folder" in getattr(item, "fixturenames", ())]
+        unwanted |= {item for item in items if "data_folder" in getattr(item, "fixturenames", ())}
     kept = [item for item in items if item not in unwanted]
     if config.getoption("--quick"):
         kept = quick.select(kept)
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    config.hook.pytest_deselected(items=list(set(items) - set(kept)))
     # The longest first, so that workers end together: to compile takes a minute, in processes of its own.
     items[:] = sorted(kept, key=lambda item: item.path.name != "test_aot.py")
 

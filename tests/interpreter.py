@@ -68,11 +68,62 @@ def look_types_up_once(patch: pytest.MonkeyPatch, interpreter: Any) -> None:
     patch.setattr(interpreter, "_get_np_dtype", numpy_type)
 
 
+def make_types_once(patch: pytest.MonkeyPatch, interpreter: Any) -> None:
+    """What follows from types alone: of a block its size and name, of a value its shape, of two operands their sum's.
+
+    Triton works it out at each operation, from constexpr in tuples of its own: most of the time of a launch. Nothing
+    changes a type once it is made, or its shape.
+    """
+    core, semantic = interpreter.tl.core, interpreter.TritonSemantic
+    make_block, make_value, unwrap = core.block_type.__init__, core.tensor.__init__, core._unwrap_if_constexpr
+    broadcast, promote, cast = semantic.broadcast_impl_value, semantic.computation_type_impl, semantic.cast
+    blocks, values, promoted = dict[Any, Any](), dict[str, Any](), dict[Any, Any]()
+    themselves = {int, float, bool, str, type(None), core.tensor, core.dtype, core.block_type, core.pointer_type}
+
+    def unwrapped(value: Any) -> Any:
+        kind = type(value)
+        return value.value if kind is core.constexpr else value if kind in themselves else unwrap(value)
+
+    def block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (element_ty.name, *map(unwrapped, shape))
+        if key not in blocks:
+            make_block(self, element_ty, shape)
+            blocks[key] = dict(vars(self))
+        vars(self).update(blocks[key], element_ty=element_ty)
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        if type.name not in values:
+            make_value(self, handle, type)
+            values[type.name] = dict(vars(self))
+        vars(self).update(values[type.name], handle=handle, type=type, dtype=type.scalar)
+
+    def broadcast_values(self: Any, lhs: Any, rhs: Any) -> Any:
+        one, other = lhs.type, rhs.type
+        same = one.is_block() and other.is_block() and one.shape.values == other.shape.values
+        return (lhs, rhs) if same else broadcast(self, lhs, rhs)
+
+    def computation_type(self: Any, one: Any, one_is_scalar: bool, other: Any, *rest: bool) -> Any:
+        key = (one.name, one_is_scalar, other.name, *rest)
+        if key not in promoted:
+            promoted[key] = promote(self, one, one_is_scalar, other, *rest)
+        return promoted[key]
+
+    def cast_value(self: Any, value: Any, dtype: Any, *rounding: Any, **more: Any) -> Any:
+        return value if value.type.scalar is dtype.scalar and not more else cast(self, value, dtype, *rounding, **more)
+
+    patch.setattr(core, "_unwrap_if_constexpr", unwrapped)
+    patch.setattr(core.block_type, "__init__", block_type)
+    patch.setattr(core.tensor, "__init__", tensor)
+    patch.setattr(semantic, "broadcast_impl_value", broadcast_values)
+    patch.setattr(semantic, "computation_type_impl", computation_type)
+    patch.setattr(semantic, "cast", cast_value)
+
+
 @contextmanager
 def patched() -> Iterator[None]:
     from triton.runtime import interpreter
 
     with pytest.MonkeyPatch.context() as patch:
-        for change in (round_once, patch_the_language_once, check_nothing_in_vain, look_types_up_once):
+        for change in (round_once, patch_the_language_once, check_nothing_in_vain, look_types_up_once, make_types_once):
             change(patch, interpreter)
         yield

@@ -7,6 +7,7 @@ is run, so that no figure comes of a lucky draw.
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import statistics
@@ -63,6 +64,7 @@ def check_batch(batch: int) -> None:
         raise UsageError(f"is {batch}; expected 1 to {MAX_SEQUENCES}", "batch")
 
 
+@functools.cache
 def draw(*parts: tuple[str, int]) -> tuple[int, ...]:
     """Lengths of a typical batch: of each (histogram of lengths.json, count), so many; shuffled."""
     histograms = json.loads(Path(__file__).with_name("lengths.json").read_text(encoding="utf-8"))

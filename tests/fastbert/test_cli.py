@@ -761,6 +761,7 @@ def test_a_cold_start_that_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_lengths_are_those_of_the_data() -> None:
     squad, search = cases.workload("squad"), cases.workload("search", 32)
+    cases.draw.cache_clear()
     assert cases.workload("squad") == squad  # the same at every call
     assert (len(squad.lengths), len(search.lengths)) == (16, 32)
     assert squad.real_tokens / 16 == pytest.approx(166, rel=0.02)
