@@ -8,6 +8,7 @@ int8's are in `cpu_int8`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -63,6 +64,13 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
+@contextlib.contextmanager
+def untouched() -> Iterator[None]:
+    """What is tried once is not of the modes in which it is first asked for."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
+        yield
+
+
 def exact_width(
     rows: int,
     columns: int,
@@ -76,7 +84,7 @@ def exact_width(
     oneMKL sums up blocks of up to 384 columns, and fewer where it shares out columns, too, among threads: by the shape,
     the `numbers` of rows of x and of threads. It is tried, in float32, on random numbers that are always the same.
     """
-    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+    with untouched():
         generator = torch.Generator().manual_seed(0)
         weight = torch.empty(rows, columns, dtype=torch.float32).uniform_(-1, 1, generator=generator)
         some = weight[:256].double().t()

@@ -70,7 +70,7 @@ def _mkl_works() -> bool:
     """Whether oneMKL is there, and what was laid out for ROWS rows multiplies fewer and more as well."""
     if not torch.backends.mkl.is_available() or not hasattr(torch.ops.mkl, "_mkl_linear"):
         return False
-    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+    with cpu.untouched():
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(80, 96, generator=generator, dtype=torch.float32)
         packed = pack(weight)

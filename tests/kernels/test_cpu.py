@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert import ops
-from fastbert.kernels import cpu, reference, reference_fp8, reference_int8
+from fastbert.kernels import cpu, cpu_prepacked, reference, reference_fp8, reference_int8
 from fastbert.numerics import assert_within_policy, relative_error
 from tests.fastbert.test_ops import arguments
 
@@ -58,6 +60,25 @@ def test_few_rows_by_a_large_weight(rows: int, width: int | None, monkeypatch: p
     assert asked == ([(48, 1040, torch.get_num_threads())] * 8 if 16 <= rows <= 48 else [])
     wide = cpu.linear(x.double(), weight.double(), bias.double())
     torch.testing.assert_close(wide, F.linear(x.double(), weight.double(), bias.double()))
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [torch.inference_mode, lambda: torch.autocast("cpu", dtype=torch.bfloat16), lambda: torch.device("meta")],
+    ids=["inference", "autocast", "device"],
+)
+def test_what_is_tried_once_is_tried_alike_in_every_mode(mode: Callable[[], AbstractContextManager[None]]) -> None:
+    def multiply(x: Tensor, weight: Tensor, width: int) -> Tensor:
+        return x @ weight.t() * (1 + (width > 64) * 1e-5)
+
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with mode():
+            assert cpu.exact_width(80, 128, (64,), (16,), multiply) == 64
+            assert cpu_prepacked._mkl_works.__wrapped__() == cpu_prepacked._mkl_works()
+    finally:
+        torch.set_default_dtype(before)
 
 
 def test_the_transposed_problem_is_as_exact() -> None:
