@@ -503,9 +503,10 @@ def test_gradients_of_kernels(kind: Any, dtype: torch.dtype, padding: str, monke
     judge(seeded(kind, num_hidden_layers=1, **QUIET), dtype, padding, masks, f"{kind.__name__} {dtype} {padding}")
 
 
-def test_gradient_checkpointing_changes_nothing() -> None:
+@pytest.mark.parametrize("kind", [hf.DebertaV2Model, v1.DebertaModel])
+def test_gradient_checkpointing_changes_nothing(kind: Any) -> None:
     """All three dropouts are drawn again as they were: of positions, of probabilities, of what is added."""
-    model = fastbert.fuse(seeded()).train()
+    model = fastbert.fuse(seeded(kind)).train()
     ids = models.ids(2, 9, high=100)
     found = []
     for checkpointing in (False, True):
@@ -592,10 +593,13 @@ def test_lora(kind: Any) -> None:
     assert fused_calls(found) == {"packed": 4}
 
 
-def test_compiled() -> None:
+@pytest.mark.parametrize(
+    "kind",  # which say of their calls what they read
+    [hf.DebertaV2ForTokenClassification, pytest.param(v1.DebertaForTokenClassification, marks=pytest.mark.slow)],
+)
+def test_compiled(kind: Any) -> None:
     """Without a graph break, dense, in training."""
     torch.compiler.reset()
-    kind = hf.DebertaV2ForTokenClassification  # which says of its calls what they read
     fused, stock = (each.train() for each in pair(kind, "auto", num_hidden_layers=1, **QUIET))
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(steps(fused, compiled), steps(stock, stock), rtol=1e-4, atol=1e-4)
