@@ -359,14 +359,15 @@ def judged_with(name: str) -> str:
     return name.removesuffix("bias") + "weight" if name.endswith(few) else name
 
 
-def gradients(model: Any, family: str, name: str, batches: int = 8) -> dict[str, Tensor]:
-    """Each parameter's gradients of several batches, one after the other."""
+def gradients(
+    model: Any, family: str, name: str, batches: int = 8, masks: tuple[Tensor, ...] = ()
+) -> dict[str, Tensor]:
+    """Each parameter's gradients of several batches, one after the other; of `masks`, or of those here."""
     found: dict[str, list[Tensor]] = {}
     device = next(model.parameters()).device
-    for seed in range(batches):
-        # Of several lengths: how a vendor's GEMM splits its sum hangs on them, and so does its error.
-        mask = models.masks(12, 19 + 4 * seed)["right"]
-        assert mask is not None
+    # Of several lengths: how a vendor's GEMM splits its sum hangs on them, and so does its error.
+    masks = masks or tuple(m for i in range(batches) if (m := models.masks(12, 19 + 4 * i)["right"]) is not None)
+    for seed, mask in enumerate(masks):
         model.zero_grad()
         call = {"input_ids": padded(family, mask, seed).to(device), "attention_mask": mask.to(device)}
         if "Model" in name:
@@ -439,14 +440,20 @@ def test_gradients_under_autocast(family: str, padding: str) -> None:
 
 
 def compare_gradients(
-    model: Any, family: str, name: str, dtype: torch.dtype, padding: str, cast: torch.dtype | None = None
+    model: Any,
+    family: str,
+    name: str,
+    dtype: torch.dtype,
+    padding: str,
+    cast: torch.dtype | None = None,
+    masks: tuple[Tensor, ...] = (),
 ) -> None:
     trio = [each.train() for each in models.three(model, dtype)]
     fastbert.fuse(trio[0], padding=padding)
     found = []
     for each in trio:
         with torch.autocast("cpu", cast, enabled=cast is not None and each is not trio[2]):
-            found.append(gradients(each, family, name))
+            found.append(gradients(each, family, name, masks=masks))
     models.assert_all_within_policy(*found, f"{name} {padding}")
     assert not fastbert.explain(trio[0]).encoders[0].stock_calls
 
@@ -863,15 +870,19 @@ def test_parts_of_a_gate_that_are_frozen(frozen: str) -> None:
 LENGTHS = [1, 37, 128, 129, 1024]
 
 
+def narrow(family: str, **changes: Any) -> Any:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    if family == "modernbert":
+        sizes["local_attention"] = 128
+    return seeded(family, adapter(family).base.__name__, max_position_embeddings=8192, **sizes, **changes)
+
+
 @pytest.mark.parametrize("length", [*LENGTHS, pytest.param(8192, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", ROTARY)
 def test_lengths(family: str, length: int) -> None:
     """To the longest that ModernBERT knows; its window the usual one, which padding is longer than, and layers of both
     kinds."""
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
-    if family == "modernbert":
-        sizes["local_attention"] = 128
-    model = seeded(family, adapter(family).base.__name__, max_position_embeddings=8192, **sizes)
+    model = narrow(family)
     mask = torch.ones(3 if length < 8192 else 2, length, dtype=torch.long)
     mask[1, length // 5 + 1 :] = 0
     given = [
@@ -881,6 +892,26 @@ def test_lengths(family: str, length: int) -> None:
     fused = compare(model, given, torch.float32, "auto")
     pooled = getattr(model, "pooler", None) is not None  # from the first row, which is padding on the left
     assert fused_calls(fused).get("packed", 0) == (0 if length == 1 else 1 if pooled else 2)
+
+
+@pytest.mark.parametrize(
+    ("family", "length"),
+    [
+        pytest.param(family, length, marks=[pytest.mark.slow] * (length > 1024 or family not in ("modernbert", "esm")))
+        for family in ROTARY
+        for length in (*LENGTHS[1:], 8192)
+    ],
+)
+def test_gradients_at_lengths(family: str, length: int) -> None:
+    """Of rows that are whole, of one that ends within a window or beyond it, and of one of a single token: alone,
+    queries and keys would have no gradient."""
+    mask = torch.ones(12 if length < 1024 else 3 if length < 8192 else 1, length, dtype=torch.long)
+    if len(mask) > 1:
+        mask[1, length // 5 + 1 :] = 0
+        mask[2, 1:] = 0
+    model = narrow(family, **NO_DROPOUT)
+    # Of flash attention on a CPU, stock's and this one, few rows have most of the error: it takes several batches.
+    compare_gradients(model, family, "Model", torch.float32, "packed", masks=(mask, mask.flip(0)) * 4)
 
 
 @pytest.mark.parametrize("padding", ["packed", "dense"])
