@@ -199,26 +199,29 @@ def add_bias(scores, bias_ptr, bias_span, inverse_scale, head, queries, keys, le
 @triton.jit
 def score_row(scores_ptr, head, rows, row, pitch):
     """Where the scores by position of a row begin, in (heads, rows, pitch); None if there are none."""
+    row_ptr = scores_ptr  # Triton 3.6 returns no argument that is None
     if scores_ptr is not None:
-        scores_ptr += (head * rows + row) * pitch
-    return scores_ptr
+        row_ptr += (head * rows + row) * pitch
+    return row_ptr
 
 
 @triton.jit
 def ends_row(scores_ptr, head, heads, rows, row, pitch, SIDE: tl.constexpr):
     """Where, after the scores by position, those of a row begin that are before its band, or behind it; or None."""
+    row_ptr = scores_ptr  # as above
     if scores_ptr is not None:
-        scores_ptr += heads.to(tl.int64) * rows * pitch + (SIDE * heads + head) * rows + row
-    return scores_ptr
+        row_ptr += heads.to(tl.int64) * rows * pitch + (SIDE * heads + head) * rows + row
+    return row_ptr
 
 
 @triton.jit
 def near_tile(scores_ptr, tile_ptr, head, rows, row, start, columns, pitch, BAND: tl.constexpr, BLOCKS: tl.constexpr):
     """Where the scores of rows from `row` on, `start` of their sequence, have those columns: with a band, not at
     `tile_ptr`; or None."""
+    near_ptr = tile_ptr
     if BAND is not None and scores_ptr is not None:
-        tile_ptr = score_row(scores_ptr, head, rows, row, pitch) + band_place(start, columns, BAND, BLOCKS)
-    return tile_ptr
+        near_ptr = score_row(scores_ptr, head, rows, row, pitch) + band_place(start, columns, BAND, BLOCKS)
+    return near_ptr
 
 
 @triton.jit
