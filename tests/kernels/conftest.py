@@ -74,11 +74,12 @@ class Watched:
 
     def load(self, pointers: Any, mask: Any, other: Any, dtype: Any) -> Any:
         self._check(pointers, mask, np.dtype(dtype).itemsize)
-        return self._real.load(pointers, mask, other, dtype)
+        # Of a block and a scalar of program_id Triton 3.9 interprets a mask of integers, which it then refuses.
+        return self._real.load(pointers, np.asarray(mask, bool), other, dtype)
 
     def store(self, pointers: Any, value: Any, mask: Any) -> Any:
         self._check(pointers, mask, value.dtype.itemsize)
-        return self._real.store(pointers, value, mask)
+        return self._real.store(pointers, value, np.asarray(mask, bool))
 
     def atomic_rmw(self, operation: Any, pointers: Any, value: Any, mask: Any, order: Any) -> Any:
         self._check(pointers, mask, value.dtype.itemsize)
