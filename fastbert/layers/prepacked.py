@@ -41,7 +41,10 @@ class PrepackedGemm(CopiedGemm):
         threads = torch.get_num_threads()
         if threads not in self.by_threads:
             self._lay_out(threads)
-        return self.by_threads[threads]
+        weight = self.by_threads[threads]
+        # To add up parts of many rows takes longer than to lay the weight out.
+        few = weight is None or len(weight.parts) == 1 or x.shape[0] <= ops.cpu_prepacked.ROWS
+        return weight if few else None
 
     def __call__(self, x: Tensor, quantized: Quantized | None = None) -> Tensor:
         weight = self._laid_out(x)

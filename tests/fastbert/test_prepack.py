@@ -352,6 +352,12 @@ def test_each_number_of_threads_has_its_layout(monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(run(model), run(plain), rtol=1e-4, atol=1e-4)
         assert {len(weight.parts) for _, weight, _ in products} == parts[count]
     assert not seen  # the third time it is there
+    for count, rows in ((2, cpu_prepacked.ROWS), (2, cpu_prepacked.ROWS + 64), (1, cpu_prepacked.ROWS + 64)):
+        products.clear()
+        torch.set_num_threads(count)
+        many = {"input_ids": models.ids(rows // 64, 64)}
+        torch.testing.assert_close(run(model, **many), run(plain, **many), rtol=1e-4, atol=1e-4)
+        assert bool(products) == (count == 1 or rows <= cpu_prepacked.ROWS)  # many rows are not added up in parts
     assert model.encoder.fastbert.precision.memory() == 2 * 4 * WEIGHTS  # both layouts
 
 
