@@ -186,11 +186,15 @@ def test_two_launches_are_compared_with_one() -> None:
     assert launch.SPLIT_ROWS == launch.MANY_ROWS == 8192
 
 
+def timed(found: Sequence[dict[str, Any]]) -> int:
+    return sum(r["median_s"] is not None for r in found)
+
+
 def test_the_deadline_is_kept() -> None:
     start = time.monotonic()
     found = run([128], minutes=1 / 60, rig=Arithmetic(slow=0.02))
     assert time.monotonic() - start < 20
-    assert 0 < len(found) < len(run([128]))
+    assert 0 < timed(found) < timed(run([128]))  # what isn't checked in time has a record, too
 
 
 def test_what_is_not_right_has_no_time(found: list[dict[str, Any]]) -> None:
