@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import numerics
 from .explain import explain
@@ -426,7 +426,7 @@ def batches_of(
 
 
 def _tokenized(
-    model: PreTrainedModel, texts: Sequence[str], tokenizer: Any, batch_size: int
+    model: PreTrainedModel, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, batch_size: int
 ) -> Iterator[dict[str, Tensor]]:
     if tokenizer is None:
         raise ValueError("tokenizer is None, and inputs holds texts; expected the model's tokenizer")
@@ -542,7 +542,7 @@ def _recorded(
     kind: Any = type(module)
 
     class Recorder(kind):
-        def forward(self, *args: object, **kwargs: object) -> Any:
+        def forward(self, *args: object, **kwargs: object) -> object:
             if taken is not None:
                 outputs[taken] = at_real_tokens(cast(Tensor, args[0]), real)
             result = super().forward(*args, **kwargs)

@@ -17,7 +17,8 @@ import tempfile
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TextIO
 
 from ..usage import UsageError, in_a_line
 from ..version import VERSION, install
@@ -42,7 +43,7 @@ class _PrintCompletion(argparse.Action):
         own.exit(0)
 
 
-def _module(name: str) -> Any:
+def _module(name: str) -> ModuleType:
     return importlib.import_module(f".{name}", __package__)
 
 
@@ -95,7 +96,7 @@ def _json_on_stdout(arguments: argparse.Namespace) -> Iterator[None]:
             print(file.read_text(encoding="utf-8"), end="")
 
 
-def _is_closed(stream: Any) -> bool:
+def _is_closed(stream: TextIO | None) -> bool:
     """Whether a standard stream is a pipe, or a socket, that nobody reads any more."""
     if stream is None:
         return False

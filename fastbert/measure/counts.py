@@ -11,12 +11,13 @@ the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedConfig
 
@@ -181,7 +182,7 @@ _TORCH_FLOPS = {
 _GATHERS = {_aten.embedding, _aten.index, _aten.index_select, _aten.gather}
 
 
-def torch_cost(operator: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Cost:
+def torch_cost(operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, object], result: object) -> Cost:
     """The same of an operator of torch's own, a torch._ops.OpOverload; 0 for one that returns a view."""
     packet = operator._overloadpacket
     aliases = [each.alias_info for each in operator._schema.returns]
@@ -282,7 +283,7 @@ def _rotary(config: PreTrainedConfig, lengths: Sequence[int], dtype: torch.dtype
 _DROPOUTS = ("attention_probs_dropout_prob", "hidden_dropout_prob")
 
 
-def encoder(config: Any, lengths: Sequence[int], dtype: torch.dtype, train: bool = False) -> Cost:
+def encoder(config: PreTrainedConfig, lengths: Sequence[int], dtype: torch.dtype, train: bool = False) -> Cost:
     """The least that the layers of a packed encoder cost, without its embeddings and without packing and unpacking.
 
     A forward is the seven launches of each layer. A training step is the same with what the backward needs written, the
