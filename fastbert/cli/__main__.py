@@ -50,7 +50,7 @@ def _module(name: str) -> ModuleType:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="fastbert",
-        description="The fused BERT encoder: is it right, is it fast, what is it.",
+        description="Check, time and run encoders like BERT on fused kernels.",
         epilog="Exit status: 0 done; 1 the numbers are not right, or something is slower, or failed; 2 bad usage; "
         "130 interrupted; 141 whoever read the output has closed it.",
     )

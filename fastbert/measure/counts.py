@@ -52,12 +52,12 @@ def _bytes(value: object) -> int:
     return sum(min(x.numel() * x.itemsize, x.untyped_storage().nbytes()) for x in _tensors(value))
 
 
-def _products(*shapes: tuple[int, int, int]) -> int:
+def _matmul_flops(*shapes: tuple[int, int, int]) -> int:
     return sum(2 * m * n * k for m, n, k in shapes)
 
 
 def _linear(x: Tensor, weight: Tensor, *rest: object) -> int:
-    return _products((x.shape[0], *weight.shape))
+    return _matmul_flops((x.shape[0], *weight.shape))
 
 
 def _pairs(rows: int, cu_seqlens: Tensor | None, max_seqlen: int, most: int | None = None) -> int:
@@ -222,7 +222,7 @@ def _rotary(config: PreTrainedConfig, lengths: Sequence[int], dtype: torch.dtype
         """Of the weights of linear layers side by side, and of their input."""
         n, k = sum(each.out_features for each in linears), linears[0].in_features
         for a, b, c in [(n, tokens, k), (tokens, n, k)][: 1 + of_input]:
-            found.append(Cost(_products((a, c, b)), (a * b + b * c + a * c) * dtype.itemsize))
+            found.append(Cost(_matmul_flops((a, c, b)), (a * b + b * c + a * c) * dtype.itemsize))
 
     for layer, kind in zip(layers, getattr(config, "layer_types", [""] * len(layers)), strict=True):
         gemms, norms = layout.gemms(layer), [norm for _, norm in layout.norms(layer)]
@@ -310,7 +310,7 @@ def encoder(config: PreTrainedConfig, lengths: Sequence[int], dtype: torch.dtype
         return cost(name, args, ops.OPERATORS[name].fake(*args))
 
     def matmul(m: int, k: int, n: int) -> Cost:
-        return Cost(_products((m, n, k)), (m * k + k * n + m * n) * dtype.itemsize)
+        return Cost(_matmul_flops((m, n, k)), (m * k + k * n + m * n) * dtype.itemsize)
 
     def positions(calls: int) -> list[Cost]:
         """Of the linear layers that make keys and queries of positions."""
