@@ -162,7 +162,10 @@ def calibrate(
         while (total := error(chosen)) > tolerance and chosen:
             del chosen[_dearest(chosen, gemms)]
     if not math.isfinite(total):
-        raise ValueError("inputs: the model's last hidden states on the first batch are not finite")
+        raise ValueError(
+            "inputs: the model's last hidden states on the first batch are not finite; look for NaN in its weights "
+            "and in inputs_embeds, and load it in bfloat16 or float32 where float16 overflows"
+        )
 
     config = inner.base_model.config
     before = getattr(config, "fastbert", None)
@@ -232,7 +235,10 @@ def _observe(
 
     _look(base, batches, gemms, look)
     if not all(bool(column.isfinite().all()) for column in found.values()):
-        raise ValueError("inputs: what the model multiplies on them is not finite")
+        raise ValueError(
+            "inputs: what the model multiplies on them is not finite; look for NaN in its weights and in inputs_embeds, "
+            "and load it in bfloat16 or float32 where float16 overflows"
+        )
     return found
 
 

@@ -174,9 +174,9 @@ def fuse(
     reasons = [model_is_unsupported(base) for _, base, _ in found]
     if all(reasons):
         why = "; ".join(f"{name}: {reason}" for (name, _, _), reason in zip(found, reasons, strict=True))
-        raise UnsupportedModelError(
-            f"nothing in this {type(model).__name__} can be fused: {why or 'it holds no encoder of a supported family'}"
-        )
+        none = f"it holds no encoder of a supported family ({', '.join(FAMILIES)}; "
+        none += "fastbert.models.classes.register adds one)"
+        raise UnsupportedModelError(f"nothing in this {type(model).__name__} can be fused: {why or none}")
     supported = []
     for (name, base, family), reason in zip(found, reasons, strict=True):
         if reason is None:

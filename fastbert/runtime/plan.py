@@ -342,7 +342,10 @@ def plan_call(model: PreTrainedModel, names: tuple[str, ...], args: Args, kwargs
         reason = reason or no_maps_now(model, call)
         reason = reason or next((seen.reasons[i] for i in sorted(reads.maps.layers) if seen.stock[i]), None)
         if reason is not None:
-            raise RuntimeError(f"attention maps can't be computed of this call, which runs stock: {reason}")
+            raise RuntimeError(
+                f"attention maps can't be computed of this call, which runs stock: {reason}; a model loaded with "
+                "attn_implementation='eager' gives them by output_attentions=True"
+            )
     elif reason is None and before is None and is_asked(model, call, "output_attentions"):
         layers = frozenset(i for i, stock in enumerate(seen.stock) if not stock)
         reads = reads._replace(maps=Maps(layers))
