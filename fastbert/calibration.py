@@ -236,8 +236,8 @@ def _observe(
     _look(base, batches, gemms, look)
     if not all(bool(column.isfinite().all()) for column in found.values()):
         raise ValueError(
-            "inputs: what the model multiplies on them is not finite; look for NaN in its weights and in inputs_embeds, "
-            "and load it in bfloat16 or float32 where float16 overflows"
+            "inputs: what the model multiplies on them is not finite; look for NaN in its weights and in "
+            "inputs_embeds, and load it in bfloat16 or float32 where float16 overflows"
         )
     return found
 
