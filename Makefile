@@ -8,7 +8,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo quick test test-all coverage mutants hf-suite compat clients tensorflow lint gpu bench clean
+.PHONY: help demo quick test test-all coverage mutants hf-suite compat clients tensorflow browser lint gpu bench clean
 
 help:
 	@echo "make demo      verify fused models against stock and time both, on this machine"
@@ -19,6 +19,7 @@ help:
 	@echo "make compat    tests under each version of triton and transformers that is tried; slow"
 	@echo "make clients   other people's packages over fused models, in environments of their own; slow"
 	@echo "make tensorflow  what TensorFlow and transformers 4 have written, converted; slow"
+	@echo "make browser   the page of fastbert explain, opened in a browser that pip brings"
 	@echo "make coverage  branches of the library that make test runs"
 	@echo "make mutants   plants faults one at a time: which test catches which"
 	@echo "make lint      ruff and mypy"
@@ -49,6 +50,9 @@ clients: $(INSTALLED)
 
 tensorflow: $(INSTALLED)
 	$(VENV)/bin/python -m tests.compat.from_tensorflow $(ARGS)
+
+browser: $(INSTALLED)
+	$(VENV)/bin/python -m tests.compat.in_a_browser $(ARGS)
 
 coverage: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -q -n auto --dist worksteal --cov=fastbert --cov-branch --cov-report=term-missing:skip-covered

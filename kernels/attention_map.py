@@ -25,6 +25,7 @@ from .attention import (
     _grid,
     _rows_of,
     add_bias,
+    is_near,
     load_positions,
     locate,
     score_row,
@@ -65,6 +66,7 @@ def score_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
     """Scores of BLOCK_M queries and the BLOCK_N keys from start_n on, -inf where there is no key: as attention's."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -73,13 +75,16 @@ def score_tile(
     mask_kv = keep[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
     if key_mask_ptr is not None:
         keep = tl.load(key_mask_ptr + offs_n, mask=keep, other=False)
+    keep = keep[None, :]
+    if WINDOW is not None:
+        keep &= is_near(offs_m[:, None], offs_n[None, :], WINDOW)
     k = tl.load(k_tile_ptr + k_offs, mask=mask_kv, other=0.0)
     c2p = load_positions(c2p_ptr, pitch, offs_m < length, BLOCK_M, BLOCK_N)
     p2c = load_positions(p2c_ptr, pitch, offs_n < length, BLOCK_N, BLOCK_M)
     scores = tl.dot(q, tl.trans(k), sum_positions(c2p, p2c, inverse_scale), input_precision=INPUT_PRECISION)
     if bias_ptr is not None:
         scores = add_bias(scores, bias_ptr, bias_span, inverse_scale, head, offs_m[:, None], offs_n[None, :], length)
-    return tl.where(keep[None, :], scores, float("-inf"))  # [BLOCK_M, BLOCK_N]
+    return tl.where(keep, scores, float("-inf"))  # [BLOCK_M, BLOCK_N]
 
 
 @triton.jit(
@@ -113,6 +118,7 @@ def attention_map_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,  # power of two, HEAD_DIM or more
     INPUT_PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr = None,  # as in attention_kernel
 ):
     head, sequence, row, length, start_m = locate(cu_seqlens_ptr, tiles_ptr, heads, max_seqlen, BLOCK_M, TILE_ROWS)
     if start_m >= length:
@@ -161,6 +167,7 @@ def attention_map_kernel(
             BLOCK_N,
             BLOCK_D,
             INPUT_PRECISION,
+            WINDOW,
         )
         new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2e)
         # Without a key so far the maximum is -inf, and -inf - -inf is NaN.
@@ -204,6 +211,7 @@ def attention_map_kernel(
             BLOCK_N,
             BLOCK_D,
             INPUT_PRECISION,
+            WINDOW,
         )
         p = tl.exp2(tl.fma(scores, scale_log2e, -shift[:, None])) * norm[:, None]
         valid_n = start_n + offs_n < length
@@ -220,7 +228,9 @@ def attention_map_kernel(
 
 
 @planned
-def _plan(choose: Choose, arch: str, dtype: torch.dtype, head_dim: int, precision: str) -> tuple[Config, Constants]:
+def _plan(
+    choose: Choose, arch: str, dtype: torch.dtype, head_dim: int, precision: str, window: int | None
+) -> tuple[Config, Constants]:
     """The configuration of `attention_map_kernel` and its constants."""
     config: Config = choose(arch, dtype, head_dim)
     constants = {
@@ -229,6 +239,7 @@ def _plan(choose: Choose, arch: str, dtype: torch.dtype, head_dim: int, precisio
         "BLOCK_N": config.block_n,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
         "INPUT_PRECISION": precision,
+        **({} if window is None else {"WINDOW": window}),
         **options(config),
     }
     return config, Constants(constants)
@@ -248,6 +259,8 @@ def _write(
     batch: int,
     c2p: Tensor | None = None,
     p2c: Tensor | None = None,
+    *,
+    window: int | None = None,
 ) -> Tensor:
     """The launch, of arguments that have been looked at; `c2p` and `p2c` are scores by position."""
     rows, heads, head_dim = q.shape
@@ -263,7 +276,7 @@ def _write(
     if rows == 0:
         return out
     arch, precision = architecture(q.device), input_precision(q.dtype)
-    config, constants = _plan(attention_map_config, arch, q.dtype, head_dim, precision)
+    config, constants = _plan(attention_map_config, arch, q.dtype, head_dim, precision, window)
     arguments = (
         *(q, k, out, cu_seqlens, key_mask, bias, tiles, None if places is None else contiguous(places), c2p, p2c),
         *(heads, max_seqlen, scale * LOG2E, *q.stride()[:2], *k.stride()[:2], rows, width),
@@ -284,25 +297,26 @@ def attention_map(
     width: int,
     bias: Tensor | None = None,
     tiles: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """The probabilities by which `attention` weighs values; never waits for the device.
 
     Args:
-        q, k, cu_seqlens, key_mask, max_seqlen, scale, bias, tiles: as `attention` has them.
+        q, k, cu_seqlens, key_mask, max_seqlen, scale, bias, tiles, window: as `attention` has them.
         places: (T,) int64, 0 to width - 1: at which row and column of its sequence's map each token stands; packed
             layout only. None: in order, from 0 on.
         width: rows and columns of a map: max_seqlen, or more in the packed layout.
 
     Returns:
         (B, heads, width, width), contiguous, the dtype of q: of every query, what it gives to each key. Zeros where no
-        token is, and in rows whose keys are all masked.
+        token is, outside a window, and in rows whose keys are all masked.
 
     Raises:
         ValueError: as `attention`; `places` or `width` is not as above.
     """
     _check_inference(q, k, q, max_seqlen, bias)
     batch, key_mask, tiles = _checked(q.shape[0], cu_seqlens, key_mask, max_seqlen, scale, tiles, q.device)
-    return _write(q, k, cu_seqlens, key_mask, max_seqlen, scale, places, width, bias, tiles, batch)
+    return _write(q, k, cu_seqlens, key_mask, max_seqlen, scale, places, width, bias, tiles, batch, window=window)
 
 
 def disentangled_attention_map(

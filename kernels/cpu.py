@@ -483,6 +483,7 @@ def attention_map(
     width: int,
     bias: Tensor | None = None,
     tiles: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     dtype = _matmul_dtype(q)
 
@@ -492,7 +493,7 @@ def attention_map(
         whole = slice(0, scores.shape[-1])
         return scores if bias is None else scores + _biased(bias[heads].to(scores.dtype), whole, whole, None)
 
-    return _mapped(q, cu_seqlens, key_mask, max_seqlen, places, width, score)
+    return _mapped(q, cu_seqlens, key_mask, max_seqlen, places, width, score, window)
 
 
 def _mapped(
@@ -503,6 +504,7 @@ def _mapped(
     places: Tensor | None,
     width: int,
     score: Callable[[slice, int, slice], Tensor],
+    window: int | None = None,
 ) -> Tensor:
     """Attention maps, as `attention_map` has them, of what `score` gives of rows, sequences in them and heads.
 
@@ -514,11 +516,13 @@ def _mapped(
     starts = None if cu_seqlens is None else {start: i for i, start in enumerate(cu_seqlens.tolist())}
     for group, count, some, mask in _parts(rows, heads, cu_seqlens, key_mask, max_seqlen):
         scores = score(group, count, some)
-        if mask is not None:
-            scores = scores.masked_fill_(~mask[:, None], torch.finfo(scores.dtype).min)
+        whole = slice(0, scores.shape[-1])
+        there = _within(whole, whole, None if mask is None else mask[:, None], window)
+        if there is not None:
+            scores = scores.masked_fill_(~there, torch.finfo(scores.dtype).min)
         weights = scores.softmax(-1)
-        if mask is not None:  # without a key they are all alike
-            weights.mul_(mask[:, None])
+        if there is not None:  # without a key they are all alike
+            weights.mul_(there)
         length = weights.shape[-1]
         first = group.start // length if starts is None else starts[group.start]
         own = maps[first : first + count, some]

@@ -233,10 +233,12 @@ def attention_map(
     width: int,
     bias: Tensor | None = None,
     tiles: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """The probabilities by which `attention` weighs values: (B, heads, width, width)."""
     batch = q.shape[0] // max(max_seqlen, 1) if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return _maps(q, _scores(q, k, cu_seqlens, key_mask, max_seqlen, scale, bias), batch, places, width)
+    sequences = _scores(q, k, cu_seqlens, key_mask, max_seqlen, scale, bias, window=window)
+    return _maps(q, sequences, batch, places, width)
 
 
 def attention_tiles(cu_seqlens: Tensor, rows: int) -> Tensor:

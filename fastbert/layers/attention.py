@@ -137,7 +137,7 @@ class BoundAttention(NamedTuple):
         q, k, v = qkv.unbind(1)  # [T, heads, head_dim]
         bias, window = None if self.bias is None else context.tables[self.bias], self._own(self.window, context)
         if context.map is not None:
-            context.map.found = self._map(q, k, bias, context, context.map.heads)
+            context.map.found = self._map(q, k, bias, window, context)
         near = () if window is None else (window,)
         return self.last.attention(q, k, v, *context.sequences(), self.scale, bias, context.packing.tiles, *near)
 
@@ -152,12 +152,12 @@ class BoundAttention(NamedTuple):
         turns = self._own(self.rotary, context)
         return qkv if turns is None else ops.rotate(qkv, *turns)
 
-    def _map(self, q: Tensor, k: Tensor, bias: Tensor | None, context: Context, heads: list[int] | None) -> Tensor:
-        """The map of some heads, (B, heads, S, S)."""
-        if heads is not None:
+    def _map(self, q: Tensor, k: Tensor, bias: Tensor | None, window: int | None, context: Context) -> Tensor:
+        """The map of the heads that are asked for, (B, heads, S, S)."""
+        if (heads := context.map.heads) is not None:
             q, k, bias = q[:, heads], k[:, heads], None if bias is None else bias[heads]
         layout = *context.sequences(), self.scale, *context.places(q.device)
-        return ops.attention_map(q, k, *layout, bias, context.packing.tiles)
+        return ops.attention_map(q, k, *layout, bias, context.packing.tiles, window)
 
     def train(self, x: Tensor, context: Context, rate: float, seed: Tensor | None) -> Tensor:
         """x (T, H) -> (T, H), the last GEMM's result; differentiable, with dropout of the probabilities."""

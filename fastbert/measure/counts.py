@@ -114,7 +114,7 @@ _FLOPS: dict[str, Callable[..., int]] = {
     "linear_gated_backward": _linear,
     "attention": lambda q, k, v, *sequences: _attention(q, sequences, 2, place=6),
     "attention_fp8": lambda q, k, v, *sequences: _attention(q, sequences, 2),
-    "attention_map": lambda q, k, *sequences: _attention(q, sequences, 1),
+    "attention_map": lambda q, k, *sequences: _attention(q, sequences, 1, place=8),
     "attention_forward": lambda qkv, *sequences: _attention(qkv, sequences, 2, place=8),
     "attention_backward": lambda grad, qkv, out, stats, *sequences: _attention(qkv, sequences, 5, place=9),
     "disentangled_attention": lambda *args: _disentangled(args, 2, 1),

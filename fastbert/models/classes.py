@@ -75,7 +75,6 @@ def register(family: Family, module: str) -> Family:
     recorded = getattr(family.base, "_can_record_outputs", None) or {}
     family.records_hidden_states = family.run is None and "hidden_states" in recorded
     family.returns_maps = "attentions" in (recorded if family.run is None else family.output.__dataclass_fields__)
-    family.returns_maps = family.returns_maps and family.window is None
     kinds = {
         family.base: _base_model(family, module),
         family.layer: _derive(family, family.layer, module, FusedLayer, layout=family.layout),

@@ -70,18 +70,19 @@ def attention_map(
     width: int,
     bias: Tensor | None = None,
     tiles: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """The probabilities by which `attention` weighs values.
 
     Args:
-        q, k, cu_seqlens, key_mask, max_seqlen, scale, bias, tiles: as `attention` has them.
+        q, k, cu_seqlens, key_mask, max_seqlen, scale, bias, tiles, window: as `attention` has them.
         places: (T,) int64, 0 to width - 1: at which row and column of its sequence's map each token stands; packed
             layout only. None: in order, from 0 on.
         width: rows and columns of a map: max_seqlen, or more in the packed layout.
 
     Returns:
         (B, heads, width, width), contiguous, the dtype of q: of every query, what it gives to each key. Zeros where no
-        token is, and in rows whose keys are all masked.
+        token is, outside a window, and in rows whose keys are all masked.
     """
     return q.new_empty(sequences_of(q, cu_seqlens, max_seqlen), q.shape[1], width, width)
 

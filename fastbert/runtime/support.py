@@ -414,8 +414,6 @@ def no_maps_now(model: nn.Module, call: Mapping[str, object]) -> str | None:
     """Why no attention map can be computed of a call at this moment."""
     if call.get("cu_seq_lens_q") is not None:
         return "of a flattened call (cu_seq_lens_q)"
-    if family_of(model).window is not None:
-        return "of layers with a window"
     if torch.compiler.is_compiling():
         return "in torch.compile or torch.export"
     parameter = first_parameter(model)

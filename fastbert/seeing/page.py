@@ -145,7 +145,11 @@ def image(title: str, seen: Sequence[Seen], file: Path) -> None:
         top += 1.3 * line
         for (before, piece), score in zip(each.pieces, each.scores, strict=True):
             x += width(" ", 9) if before else 0.0
-            wide = width(piece, 9)
+            wide, kept = width(piece, 9), piece
+            while left + wide > right:  # no line holds it
+                kept = kept[: min(len(kept) - 1, int(len(kept) * (right - left) / wide))]
+                piece = f"{kept}\N{HORIZONTAL ELLIPSIS}"
+                wide = width(piece, 9)
             if x + wide > right:
                 x, top = left, top + line
             placed.append((x, top, piece, _Style(9, behind=color(score, largest))))

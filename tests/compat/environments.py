@@ -61,6 +61,9 @@ REQUIRED = {
 TENSORFLOW = ("tensorflow-cpu==2.21.0", "h5py==3.14.0")
 TRANSFORMERS_4 = ("transformers==4.57.6", "tensorflow-cpu==2.21.0", "tf-keras==2.21.0")
 
+# A browser, in an environment of its own; the last is Chromium.
+BROWSER = ("PyQt6==6.11.0", "PyQt6-Qt6==6.11.2", "PyQt6-WebEngine==6.11.0", "PyQt6-WebEngine-Qt6==6.11.2")
+
 # Clients that can't be installed beside a transformers that is supported, with what they ask for.
 LEFT_OUT = {
     "pylate 1.6.0": "transformers <= 5.3.0",

@@ -23,8 +23,6 @@ from fastbert.runtime import encoder
 from tests import fresh, models
 from tests.fastbert import test_deberta, test_families
 
-WINDOWED = ("modernbert",)
-"""Families with layers of which no map can be computed."""
 NAMES = test_families.FAMILIES
 CONFIGS: dict[str, dict[str, Any]] = {
     "deberta_v2 without positions": {"relative_attention": False},
@@ -79,11 +77,12 @@ def test_output_attentions_are_stocks_at_every_token(name: str, kind: str) -> No
     with torch.no_grad():
         found, expected, exact = (model(**given, output_attentions=True) for model in (fused, stock, truth))
     assert list(found) == list(expected)
-    if name in WINDOWED or (name in ("eurobert", "esm") and kind == "empty"):  # of an empty sequence stock makes NaN
+    windowed = name == "modernbert" and kind in ("right", "left", "empty")  # padding with no real token in its window
+    if windowed or (name in ("eurobert", "esm") and kind == "empty"):  # of an empty sequence stock makes NaN
         pairs = zip((found[0], *found.attentions), (expected[0], *expected.attentions), strict=True)
         assert all(torch.equal(one.nan_to_num(7), other.nan_to_num(7)) for one, other in pairs)
         ((reason, times),) = counts(fused)[1].items()
-        assert times == 1 and ("output_attentions" if name in WINDOWED else "without a real token") in reason
+        assert times == 1 and ("without a real token" in reason or "no real token in its window" in reason)
         return
     assert_maps(found.attentions, expected.attentions, exact.attentions, None)
     assert_within_policy(found[0], expected[0], exact[0])
@@ -97,7 +96,7 @@ def test_output_attentions_are_stocks_at_every_token(name: str, kind: str) -> No
     ("name", "padding", "dtype"),
     [
         pytest.param(name, padding, dtype, marks=() if dtype == torch.float32 or in_turn else pytest.mark.slow)
-        for i, name in enumerate([*(name for name in NAMES if name not in WINDOWED), *CONFIGS])
+        for i, name in enumerate([*NAMES, *CONFIGS])
         for j, padding in enumerate(("packed", "dense"))
         for k, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16))
         for in_turn in [(i + j + k) % 4 == 0]
@@ -124,12 +123,17 @@ def test_maps_of_every_family(name: str, padding: str, dtype: torch.dtype) -> No
     assert padding in counts(fused)[0]
 
 
-@pytest.mark.parametrize("name", WINDOWED)
-def test_maps_of_layers_with_a_window_are_refused(name: str) -> None:
-    fused = fastbert.fuse(seeded(name))
-    with pytest.raises(RuntimeError, match="of layers with a window"):
-        fastbert.attention_maps(fused, call(name, "right"))
-    assert counts(fused)[0] == {}
+@pytest.mark.parametrize("padding", ["packed", "dense"])
+def test_a_layer_with_a_window_gives_nothing_outside_of_it(padding: str) -> None:
+    """To either side; and one without gives to all."""
+    stock = seeded("modernbert")
+    fused, given = fastbert.fuse(copy.deepcopy(stock), padding=padding), call("modernbert", "none")
+    places = torch.arange(37)
+    for layer, maps in fastbert.attention_maps(fused, given).items():
+        local = stock.config.layer_types[layer] == "sliding_attention"
+        near = (places[:, None] - places).abs() <= (stock.config.sliding_window if local else 37)
+        assert torch.equal(maps > 0, near.expand_as(maps))
+    assert set(stock.config.layer_types) == {"sliding_attention", "full_attention"}
 
 
 def test_chosen_layers_and_heads_are_those_of_all() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import copy
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -155,6 +156,9 @@ def test_of_maps_that_are_too_many_the_means_are_shown() -> None:
     assert "of so long a text the means over heads alone" in text and "layer 3, mean over heads" in text
 
 
+QT = os.environ.get("FASTBERT_TEST_BROWSER")
+"""A Python with Qt's browser: `make browser` brings it."""
+QT_BROWSER = Path(__file__).parents[1] / "compat" / "qt_browser.py"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 MEASURE = """<script>
 const page = document.documentElement;
@@ -173,7 +177,7 @@ page.dataset.chosen = document.querySelector(".large h2").textContent;
 </script></body>"""
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
+@pytest.mark.skipif(QT is None and BROWSER is None, reason="no browser is installed; make browser brings one")
 @pytest.mark.parametrize("width", [1280, 400])
 def test_in_a_browser(width: int, folder: Path, tmp_path: Path) -> None:
     """Drawn; nothing sticks out, nothing lies over another, no map is blank, right-to-left text runs that way."""
@@ -181,9 +185,14 @@ def test_in_a_browser(width: int, folder: Path, tmp_path: Path) -> None:
     given = [word for text in TEXTS for word in ("--text", text)]
     assert main(["explain", "--model", str(folder), *given, "--output", str(file)]) == 0
     file.write_text(file.read_text(encoding="utf-8").replace("</body>", MEASURE), encoding="utf-8")
-    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += [f"--window-size={width},900", "--virtual-time-budget=10000", "--dump-dom", file.as_uri()]
+    if QT is not None:
+        command = [QT, str(QT_BROWSER), str(file), str(width)]
+    else:
+        command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu"]
+        command += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900"]
+        command += ["--virtual-time-budget=10000", "--dump-dom", file.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
     given = dict(Parsed(done.stdout).seen[0][1])  # type: ignore[assignment]
     told = {name: value for name, value in dict(given).items() if name.startswith("data-")}
     assert told == {
@@ -203,7 +212,9 @@ def test_an_image(folder: Path, tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     with image.open(file) as found:
         assert found.width == 1350 and found.height > 600
-        colors = {pixel for _, pixel in found.convert("RGB").getcolors(1 << 20) or ()}
+        pixels = found.convert("RGB")
+    colors = {pixel for _, pixel in pixels.getcolors(1 << 20) or ()}
+    assert pixels.crop((1335, 0, 1350, pixels.height)).getcolors() == [(15 * pixels.height, (255, 255, 255))]
     assert (242, 142, 43) in colors or (88, 140, 220) in colors  # of what counts most
 
 

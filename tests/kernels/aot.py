@@ -512,11 +512,12 @@ def _attention_map(arch: str, full: bool) -> Iterator[Spec]:
                 "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
                 "BLOCK_M": config.block_m,
                 "BLOCK_N": config.block_n,
+                **({"WINDOW": 64} if more == "window" else {}),
             },
             config=config,
         )
 
-    kinds = ("", "bias", "c2p p2c", "c2p", "p2c")
+    kinds = ("", "bias", "c2p p2c", "c2p", "p2c", "window")
     if full:
         layouts = ("packed", "dense", "masked")
         for head_dim, dtype in itertools.product((16, 32, 40, 64, 80, 96, 128), TYPE_NAMES):
@@ -527,6 +528,7 @@ def _attention_map(arch: str, full: bool) -> Iterator[Spec]:
     else:
         yield spec(torch.bfloat16, 64, "packed", "c2p p2c")
         yield spec(torch.float16, 40, "masked", "bias")
+        yield spec(torch.bfloat16, 64, "packed", "window")
         yield spec(torch.float32, 64, "dense", "c2p p2c")
         for head_dim in (64, 128):
             yield spec(torch.bfloat16, head_dim, "packed")

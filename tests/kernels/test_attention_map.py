@@ -123,6 +123,47 @@ def test_disentangled(kinds: str, layout: str, dtype: torch.dtype, device: str) 
         assert_within_policy(cpu.disentangled_attention_map(qkv, *tables, slots, *given, None), stock, exact)
 
 
+@pytest.mark.parametrize(("layout", "dtype"), in_turn("packed", *KINDS))
+@pytest.mark.parametrize("window", [0, 5, 64, 200])
+def test_windows(window: int, layout: str, dtype: torch.dtype, device: str) -> None:
+    """Of some queries no key is left where there is a mask; a tile of keys may be outside of the window of all."""
+    lengths, scale = ([130, 1, 65] if layout == "packed" else [130] * 3), 0.2
+    q, k, _ = make_qkv(sum(lengths), 2, 32, dtype, device)
+    mask = None if layout in ("packed", "none") else make_mask(layout, 3, 130, device)
+    starts = cumulative(lengths, device) if layout == "packed" else None
+    where = [list(range(2, 2 + n)) for n in lengths] if starts is not None else [list(range(130))] * 3
+    places = None if starts is None else torch.tensor([p for each in where for p in each], device=device)
+    width = 133 if starts is not None else 130
+    given = starts, mask, 130, scale, places, width, None
+
+    def near(i: int, n: int) -> Tensor:
+        at = torch.arange(n, device=device)
+        found = (at[:, None] - at).abs() <= window
+        return found if mask is None else found & mask[i]
+
+    def windowed(query: Tensor, key: Tensor) -> Tensor:
+        found = []
+        for i, (a, b) in enumerate(zip(query.split(lengths), key.split(lengths), strict=True)):
+            there, scores = near(i, len(a)), a.transpose(0, 1) @ b.permute(1, 2, 0) * scale
+            weights = scores.masked_fill(~there, torch.finfo(scores.dtype).min).softmax(-1)
+            found.append(weights * there.any(1)[:, None])
+        return placed(found, where, width)
+
+    exact, stock = windowed(q.double(), k.double()), windowed(q, k)
+    torch.testing.assert_close(reference.attention_map(q.double(), k.double(), *given, window=window), exact)
+    there = placed([near(i, n).float().expand(2, -1, -1) for i, n in enumerate(lengths)], where, width).bool()
+    tiles = None if starts is None else attention.attention_tiles(starts, sum(lengths))
+    found = [kernel.attention_map(q, k, *given, tiles, window)]
+    if device == "cpu":
+        found.append(cpu.attention_map(q, k, *given, None, window))
+    for each in found:
+        assert_within_policy(each, stock, exact)
+        assert each[~there].eq(0).all() and each.isfinite().all()
+    if window == 200:
+        whole = kernel.attention_map(q, k, *given, tiles)
+        torch.testing.assert_close(found[0], whole)
+
+
 def test_what_it_is_given_is_checked(device: str) -> None:
     q, k, _ = make_qkv(8, 2, 16, torch.float32, device)
     starts, places = cumulative([3, 5], device), torch.arange(8, device=device)
