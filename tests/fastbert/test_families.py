@@ -31,6 +31,7 @@ import fastbert
 from fastbert import ops
 from fastbert.fuse import FAMILIES as ALL_FAMILIES
 from fastbert.fuse import LATE
+from fastbert.kernels import cpu
 from fastbert.layers import derived
 from fastbert.models import deberta_v2, probe
 from fastbert.models.family import Family
@@ -231,7 +232,7 @@ STATES: dict[str, Callable[[], Any]] = {
 )
 def test_a_call_leaves_nothing_of_its_state_to_the_next(family: str, state: str) -> None:
     """What is kept of a first call is fit for others, with gradients, too; and the first is as stock's."""
-    for kept in (derived.directions, deberta_v2._kept_slots):
+    for kept in (derived.directions, deberta_v2._kept_slots, cpu._distances):
         kept.cache_clear()
     stock = seeded(family, adapter(family).base.__name__)
     for norm in stock.modules() if family == "bert" else ():
@@ -912,6 +913,21 @@ def test_gradients_at_lengths(family: str, length: int) -> None:
     model = narrow(family, **NO_DROPOUT)
     # Of flash attention on a CPU, stock's and this one, few rows have most of the error: it takes several batches.
     compare_gradients(model, family, "Model", torch.float32, "packed", masks=(mask, mask.flip(0)) * 4)
+
+
+@pytest.mark.parametrize("padding", ["packed", "dense"])
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[] if f in ("modernbert", "esm") else pytest.mark.slow) for f in ROTARY]
+)
+def test_gradients_under_masks_of_every_kind(family: str, padding: str) -> None:
+    """Of real tokens that padding, or a hole longer than a window, lies before or between; and of none."""
+    kinds = [kind for kind in COVERED.get(family, models.MASKS) if kind not in ("none", "right")]
+    masks = [models.masks(12, 19 + 4 * i)[kind] for kind in kinds for i in range(2)]
+    apart = torch.ones(12, 41, dtype=torch.long)
+    apart[:, 8:30] = 0
+    given = tuple(mask for mask in (*masks, apart) if mask is not None)
+    model = seeded(family, adapter(family).base.__name__, **NO_DROPOUT)
+    compare_gradients(model, family, "Model", torch.float32, padding, masks=given)
 
 
 @pytest.mark.parametrize("padding", ["packed", "dense"])
