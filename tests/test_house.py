@@ -142,6 +142,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "explain",
         "fuse",
         "layers.embeddings",
+        "runtime.readers",
         "runtime.registry",
         "runtime.support",
         "usage",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
+from ..runtime.readers import HOLDS
 from .batches import batch_tokens_on, batches_of
 
 BYTES_PER_TOKEN = 4
@@ -93,6 +94,7 @@ def encode(
     ):
         ahead = _Ahead(model.preprocess, [[texts[i] for i in rows] for rows in chosen], thread)
         view = copy.copy(model)  # the same modules
+        view.__dict__.pop(HOLDS, None)  # of what may hold the base model the original is looked at, not this
         view.preprocess = ahead
         for batch in ahead.batches:
             parts.append(getattr(view, call)(batch, batch_size=len(batch), show_progress_bar=False, **options))

@@ -16,7 +16,7 @@ from fastbert.runtime.registry import family_of
 from tests import models
 from tests.fastbert.test_families import BASES, padded
 from tests.fastbert.test_families import seeded as of_family
-from tests.fastbert.test_readers import folder
+from tests.fastbert.test_readers import folder, layouts
 
 st = pytest.importorskip("sentence_transformers")
 WORDS = ["drums", "beat", "across", "the", "quiet", "river", "while", "nobody", "listens", "to", "them", "at", "night"]
@@ -178,6 +178,14 @@ def test_an_error_is_raised_and_leaves_nothing(embedder: Any, where: str) -> Non
 def test_the_same_text_many_times(embedder: Any) -> None:
     given = [WORDS[0], *["drums"] * 30, WORDS[0], "", *WORDS] * 2
     same(fastbert.encode(embedder, given, batch_tokens=BUDGET), embedder.encode(given))
+
+
+def test_batches_are_packed(embedder: Any) -> None:
+    """What holds the base model is looked at for readers of padding, not the copy whose batches are tokenised ahead."""
+    model = fastbert.fuse(fastbert.unfuse(copy.deepcopy(embedder)))
+    given = [" ".join(WORDS[:n]) for n in (13, 9, 9, 7, 7, 5, 3, 2)]  # each batch has padding
+    fastbert.encode(model, given, batch_tokens=50)
+    assert layouts(model) == {"packed": 2}
 
 
 def test_one_or_none(embedder: Any) -> None:
