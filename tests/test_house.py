@@ -140,6 +140,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "embed": {
         "checkpoints",
         "explain",
+        "flatten",
         "fuse",
         "layers.embeddings",
         "runtime.readers",

@@ -28,6 +28,7 @@ from .tokens import Tokens
 
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder, MultiVectorEncoder
+    from sentence_transformers.base.modules import Transformer
     from transformers import PreTrainedTokenizerBase
 
 POOLINGS = ("mean", "cls", "max", "mean_sqrt_len", "lasttoken")
@@ -214,7 +215,7 @@ def load_late(
     model = cast("MultiVectorEncoder", load_pipeline(path, dtype, device))
     _fused(model, path, precision)
     ((_, base, _),) = base_models(model)
-    first: Any = model[0]
+    first = cast("Transformer", model[0])
     own = model.max_seq_length if first.document_length is None else first.document_length
     first.document_length = _limit(longest_sequence(base), own, max_length, tokenizer.num_special_tokens_to_add())
     if prompt is None:  # as `encode_document` chooses it

@@ -315,7 +315,7 @@ def embed(
             if is_late:
                 late, before, longest = load_late(model, tokenizer, where, dtype, prompt, max_length, precision)
                 encoder = LateEncoder(late, before, batch_tokens)
-                own: dict[str, Any] = {"prompt": before, "modules": [repr(module) for module in late]}
+                own: dict[str, object] = {"prompt": before, "modules": [repr(module) for module in late]}
             elif query_column is None:
                 given |= {"dtype": dtype, "max_length": max_length, "precision": precision}
                 loaded, recipe, longest = load(model, tokenizer, where, **given)
