@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from . import numerics
 from .fuse import PRECISIONS, Precision, fuse, unfuse
@@ -161,7 +162,10 @@ def calibrate(
         while (total := error(chosen)) > tolerance and chosen:
             del chosen[_dearest(chosen, gemms)]
     if not math.isfinite(total):
-        raise ValueError("inputs: the model's last hidden states on the first batch are not finite")
+        raise ValueError(
+            "inputs: the model's last hidden states on the first batch are not finite; look for NaN in its weights "
+            "and in inputs_embeds, and load it in bfloat16 or float32 where float16 overflows"
+        )
 
     config = inner.base_model.config
     before = getattr(config, "fastbert", None)
@@ -187,7 +191,7 @@ def _least_scale(largest: float) -> float:
     return 2.0 ** max(-126, math.ceil(math.log2(largest / 448))) if largest else 1.0
 
 
-def _call(base: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _call(base: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a call, where and as the base model takes them."""
     flat = {name: x.to(base.device).flatten(0, -3 if name == "inputs_embeds" else -2) for name, x in batch.items()}
     return {name: x.to(base.dtype) if x.is_floating_point() else x for name, x in flat.items()}
@@ -202,7 +206,7 @@ Look = Callable[[Tensor, Key], None]
 
 
 def _look(
-    base: Any, batches: Sequence[Mapping[str, Tensor]], gemms: Mapping[Key, Sequence[nn.Module]], look: Look
+    base: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], gemms: Mapping[Key, Sequence[nn.Module]], look: Look
 ) -> None:
     """Shows what the GEMMs of a stock model multiply, (rows, K) float32 at real tokens, over all batches."""
 
@@ -220,7 +224,7 @@ def _look(
 
 
 def _observe(
-    base: Any, batches: Sequence[Mapping[str, Tensor]], gemms: Mapping[Key, Sequence[nn.Module]]
+    base: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], gemms: Mapping[Key, Sequence[nn.Module]]
 ) -> dict[Key, Tensor]:
     """The largest magnitude in each column (K,) of what is multiplied, by layer and GEMM."""
     found: dict[Key, Tensor] = {}
@@ -231,12 +235,15 @@ def _observe(
 
     _look(base, batches, gemms, look)
     if not all(bool(column.isfinite().all()) for column in found.values()):
-        raise ValueError("inputs: what the model multiplies on them is not finite")
+        raise ValueError(
+            "inputs: what the model multiplies on them is not finite; look for NaN in its weights and in "
+            "inputs_embeds, and load it in bfloat16 or float32 where float16 overflows"
+        )
     return found
 
 
 def _errors(
-    base: Any,
+    base: PreTrainedModel,
     batches: Sequence[Mapping[str, Tensor]],
     gemms: Mapping[Key, Sequence[nn.Module]],
     smallest: Mapping[Key, float],

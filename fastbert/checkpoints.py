@@ -6,11 +6,18 @@ import importlib.util
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import cached_file
 
 from .usage import UsageError, in_a_line
@@ -43,7 +50,7 @@ def default_device(name: str | None) -> torch.device:
     return device
 
 
-def load_config(path: str) -> Any:
+def load_config(path: str) -> PreTrainedConfig:
     """The config of a checkpoint. Raises UsageError where there is none."""
     check_folder(path)
     try:
@@ -52,7 +59,7 @@ def load_config(path: str) -> Any:
         raise UsageError(f"{path}: {in_a_line(error)}", "model") from error
 
 
-def load_base(path: str, dtype: str | None, device: torch.device) -> Any:
+def load_base(path: str, dtype: str | None, device: torch.device) -> PreTrainedModel:
     """The base model of a checkpoint, in the dtype it is stored in where `dtype` is None. Raises UsageError."""
     config = load_config(path)
     try:
@@ -62,7 +69,7 @@ def load_base(path: str, dtype: str | None, device: torch.device) -> Any:
         raise UsageError(f"{path}: {in_a_line(error)}", "model") from error
 
 
-def load_model(path: str) -> tuple[Any, Any]:
+def load_model(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model, tokenizer) of a checkpoint: the class its config names, in the dtype it is stored in.
 
     Raises:
@@ -125,7 +132,7 @@ def load_pipeline(path: str, dtype: str | None, device: torch.device) -> BaseMod
     return made.eval()
 
 
-def load_tokenizer(path: str) -> Any:
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint.
 
     Raises:

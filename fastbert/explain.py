@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from .fuse import base_models
 from .layers.embeddings import embeddings_are_foreign
@@ -105,7 +106,7 @@ def explain(model: nn.Module) -> Explanation:
     return Explanation([_explain_base(model, *found) for found in base_models(model)])
 
 
-def _explain_base(model: nn.Module, name: str, base: Any, family: Any) -> EncoderExplanation:
+def _explain_base(model: nn.Module, name: str, base: PreTrainedModel, family: Any) -> EncoderExplanation:
     encoder = encoder_of(base)
     settings: Settings | None = getattr(encoder, "fastbert", None)
     if settings is None or not hasattr(base, "own_embeddings"):  # another class since

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from .runtime.packing import pack_mask
 from .runtime.registry import embeddings_of, family_of, has_fused_encoder
 
 
-def flatten(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+def flatten(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor | int]:
     """A padded batch as the flattened call of transformers takes it: one row of all real tokens.
 
     `model(**fastbert.flatten(model, batch)).last_hidden_state[0]` is (T, hidden), T the number of real tokens; those of

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import transformers
 from torch import nn
+from transformers import PreTrainedModel
 
 from .layers.copies import GEMMS, Copies
 from .layers.fp8 import Fp8
@@ -20,7 +21,7 @@ from .layers.int8 import Int8
 from .layers.layer import STOCK, Mixin
 from .layers.low_precision import LowPrecision
 from .layers.prepacked import Prepack
-from .runtime.readers import HOLDS, HOOKS, Holder, reader_of
+from .runtime.readers import HOLDS, HOOKS, Holder, Hook, reader_of
 from .runtime.registry import REGISTERED, encoder_of, layers_of
 from .runtime.settings import PADDINGS, Padding, Running, Settings
 from .runtime.support import model_is_unsupported
@@ -173,9 +174,9 @@ def fuse(
     reasons = [model_is_unsupported(base) for _, base, _ in found]
     if all(reasons):
         why = "; ".join(f"{name}: {reason}" for (name, _, _), reason in zip(found, reasons, strict=True))
-        raise UnsupportedModelError(
-            f"nothing in this {type(model).__name__} can be fused: {why or 'it holds no encoder of a supported family'}"
-        )
+        none = f"it holds no encoder of a supported family ({', '.join(FAMILIES)}; "
+        none += "fastbert.models.classes.register adds one)"
+        raise UnsupportedModelError(f"nothing in this {type(model).__name__} can be fused: {why or none}")
     supported = []
     for (name, base, family), reason in zip(found, reasons, strict=True):
         if reason is None:
@@ -218,7 +219,7 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _fuse(model: nn.Module, supported: list[tuple[Any, Any, Settings]], loss_only: bool) -> None:
+def _fuse(model: nn.Module, supported: list[tuple[PreTrainedModel, Any, Settings]], loss_only: bool) -> None:
     for base, family, _ in supported:
         for module in base.modules():
             if type(module) in family.fused:
@@ -247,7 +248,7 @@ def _fuse(model: nn.Module, supported: list[tuple[Any, Any, Settings]], loss_onl
         encoder.fastbert = settings
 
 
-def _low_precision(precision: Precision, name: str, base: Any, family: Any) -> LowPrecision:
+def _low_precision(precision: Precision, name: str, base: PreTrainedModel, family: Any) -> LowPrecision:
     """What inference of a base model in a precision needs; raises where there can be none."""
     kind, refused = PRECISIONS[precision], f"{name} can't be fused with precision={precision!r}:"
     if reason := kind.unsupported(next(encoder_of(base).parameters()).device):
@@ -264,14 +265,14 @@ def _low_precision(precision: Precision, name: str, base: Any, family: Any) -> L
 _FORWARDS = ("forward", "_old_forward", "_original_forward")
 
 
-def _become(module: Any, kind: Any) -> None:
+def _become(module: nn.Module, kind: type[nn.Module]) -> None:
     """Makes `module` one of another class; a forward of its own that ends in the class's then ends in the new one's.
 
     What it ended in is what its stock code is from then on, whatever becomes of the class.
     """
     own, held = type(module).forward, module.__dict__.pop(STOCK, None)
     target = kind.forward if held is None else held
-    seen: dict[int, Any] = {}
+    seen: dict[int, tuple[object, object]] = {}
     for name in _FORWARDS:
         if (before := module.__dict__.get(name)) is not None:
             module.__dict__[name] = redirect(before, {own: target}, seen)
@@ -280,7 +281,7 @@ def _become(module: Any, kind: Any) -> None:
     module.__class__ = kind
 
 
-def _add_hook(module: nn.Module, hook: Any) -> None:
+def _add_hook(module: nn.Module, hook: Hook) -> None:
     if hook not in module._forward_pre_hooks.values():
         module.register_forward_pre_hook(hook, with_kwargs=True)
 

@@ -125,7 +125,7 @@ def _tensors(found: object, name: str) -> Iterator[tuple[str, Tensor]]:
 def _filled(model: nn.Module, fill: float) -> Iterator[None]:
     """Puts noise at padding. By a forward, not a hook: sentence-transformers calls `forward` itself."""
 
-    def replaced(base: object, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    def replaced(base: object, forward: Any, *args: object, **kwargs: object) -> Any:
         output = forward(*args, **kwargs)
         mask = named_arguments(type(base), args, kwargs).get("attention_mask")
         hidden: Tensor = output[0]

@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import numerics
 from .explain import explain
@@ -290,7 +290,10 @@ def verify(
     unfuse(working)
     for name, parameter in working.named_parameters():
         if not parameter.isfinite().all():
-            raise ValueError(f"model: parameter {name!r} holds NaN or infinity in {dtype}")
+            raise ValueError(
+                f"model: parameter {name!r} holds NaN or infinity in {dtype}; expected finite weights, and a dtype "
+                "that they fit in"
+            )
     truth = twin(inner, torch.device("cpu"), dtype, torch.float64)
     widen(truth)
     if truth.config._attn_implementation not in ("eager", "sdpa"):
@@ -381,7 +384,10 @@ def inner_model(model: nn.Module) -> PreTrainedModel:
         raise ValueError(f"model is of type {type(model).__name__}; expected a torch.nn.Module")
     found = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     if not found:
-        raise ValueError(f"model is of type {type(model).__name__}, which holds no Hugging Face model")
+        raise ValueError(
+            f"model is of type {type(model).__name__}, which holds no Hugging Face model; "
+            "expected a PreTrainedModel or a module around one"
+        )
     inner = next((module for module in found if hasattr(module.base_model, "embeddings")), found[0])
     for name, parameter in inner.named_parameters():
         if parameter.is_meta:
@@ -426,7 +432,7 @@ def batches_of(
 
 
 def _tokenized(
-    model: PreTrainedModel, texts: Sequence[str], tokenizer: Any, batch_size: int
+    model: PreTrainedModel, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, batch_size: int
 ) -> Iterator[dict[str, Tensor]]:
     if tokenizer is None:
         raise ValueError("tokenizer is None, and inputs holds texts; expected the model's tokenizer")
@@ -447,7 +453,7 @@ def _checked(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Tens
         if not isinstance(tensor, Tensor):
             raise ValueError(f"inputs: {name!r} is of type {type(tensor).__name__}; expected a tensor")
         if not tensor.numel():
-            raise ValueError(f"inputs: {name!r} is empty, of shape {tuple(tensor.shape)}")
+            raise ValueError(f"inputs: {name!r} is empty, of shape {tuple(tensor.shape)}; expected a token or more")
     if ("input_ids" in batch) == ("inputs_embeds" in batch):
         raise ValueError("inputs: expected either input_ids or inputs_embeds in every mapping")
     shape = _shape(batch)
@@ -542,7 +548,7 @@ def _recorded(
     kind: Any = type(module)
 
     class Recorder(kind):
-        def forward(self, *args: object, **kwargs: object) -> Any:
+        def forward(self, *args: object, **kwargs: object) -> object:
             if taken is not None:
                 outputs[taken] = at_real_tokens(cast(Tensor, args[0]), real)
             result = super().forward(*args, **kwargs)

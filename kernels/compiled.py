@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITFunction, KernelInterface
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 
-class Constants(dict[str, Any]):
+class Constants(dict[str, object]):
     """Constexprs by name, and options of the compiler. Equal ones are one object, known by its identity."""
 
-    _made: ClassVar[dict[Any, Constants]] = {}
+    _made: ClassVar[dict[tuple[object, ...], Constants]] = {}
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Constants:
         values = sorted(dict(*args, **kwargs).items())
@@ -57,7 +57,9 @@ class Descriptor:
         return TensorDescriptor(self.base, [*self.shape], [*self.strides], self.block_shape)
 
 
-def _write(names: list[str], tensors: int, descriptors: int, specialized: list[str]) -> Callable[..., object]:
+def _write(
+    names: list[str], tensors: int, descriptors: int, specialized: list[str]
+) -> Callable[..., tuple[object, ...] | None]:
     """The function that launches what is known to be compiled, written out for a kernel: loops would double its time.
 
     Args:
@@ -96,17 +98,17 @@ def _write(names: list[str], tensors: int, descriptors: int, specialized: list[s
     ]
     space: dict[str, Any] = {}
     exec("\n    ".join([f"def launch({', '.join(names)}, grid, constants, launches, driver):", *lines]), space)
-    launch: Callable[..., Any] = space["launch"]
+    launch: Callable[..., tuple[object, ...] | None] = space["launch"]
     return launch
 
 
 class _Kernel:
     """What launches of one kernel depend on, and what they were compiled to."""
 
-    def __init__(self, kernel: Any) -> None:
+    def __init__(self, kernel: KernelInterface) -> None:
         self.kernel = kernel  # which goes by its id, and so has to live on
-        self.launches: dict[Any, Any] = {}
-        self.launch: Callable[..., Any] | None = None
+        self.launches: dict[tuple[object, ...], tuple[object, ...]] = {}
+        self.launch: Callable[..., tuple[object, ...] | None] | None = None
         if isinstance(kernel, JITFunction) and not torch.version.hip:
             self._learn()
 
@@ -146,7 +148,7 @@ def forget() -> None:
     _kernels.clear()
 
 
-def _is_watched(kernel: Any) -> bool:
+def _is_watched(kernel: KernelInterface) -> bool:
     """Whether something sees launches, or has kernels compiled in another way."""
     runtime = knobs.runtime
     try:
@@ -162,12 +164,16 @@ def _is_watched(kernel: Any) -> bool:
         return True
 
 
-def _by_triton(kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], constants: Constants) -> Any:
+def _by_triton(
+    kernel: KernelInterface, grid: tuple[int, int, int], arguments: tuple[object, ...], constants: Constants
+) -> Any:
     given = (x.checked() if type(x) is Descriptor else x for x in arguments)
     return kernel[grid](*given, **constants)
 
 
-def run(kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], constants: Constants) -> None:
+def run(
+    kernel: KernelInterface, grid: tuple[int, int, int], arguments: tuple[object, ...], constants: Constants
+) -> None:
     """Launches `kernel` over `grid`, as `kernel[grid](*arguments, **constants)`, on the current device and stream.
 
     Args:

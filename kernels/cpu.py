@@ -342,14 +342,46 @@ def _windows(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
         yield slice(start, end), slice(max(start - window, 0), min(end + window, length))
 
 
+@functools.lru_cache(4)
+def _distances(window: int, dtype: torch.dtype) -> Tensor:
+    """What is added to scores, 0 or -inf, for a query in each row: from `window` keys before row 0 on."""
+    with untouched():
+        rows = window + WINDOW_ROWS  # no block has more
+        distances = torch.arange(rows)[:, None] + window - torch.arange(rows + 2 * window)
+        return torch.zeros(distances.shape, dtype=dtype).masked_fill_(distances.abs() > window, float("-inf"))
+
+
+_KEPT_WINDOW = 256
+"""Of wider windows that table is not kept: it grows with the square, its part in the time does not."""
+
+
 def _within(queries: slice, keys: slice, mask: Tensor | None, window: int | None) -> Tensor | None:
     """Which keys take part, (B or 1, 1, queries or 1, keys) bool, by a mask (B, 1, 1, S) and a window; None: all."""
     part = None if mask is None else mask[..., keys]
-    if window is None or max(queries.stop - keys.start, keys.stop - queries.start) - 1 <= window:
+    if window is None or _all_near(queries, keys, window):
         return part
     places = torch.arange(queries.start, queries.stop)[:, None] - torch.arange(keys.start, keys.stop)
     near = (places.abs() <= window)[None, None]
     return near if part is None else part & near
+
+
+def _all_near(queries: slice, keys: slice, window: int) -> bool:
+    return max(queries.stop - keys.start, keys.stop - queries.start) - 1 <= window
+
+
+def _added(
+    dtype: torch.dtype, queries: slice, keys: slice, mask: Tensor | None, window: int | None, bias: Tensor | None
+) -> Tensor | None:
+    """A bias by distance and which keys take part, as what is added to scores: (B, heads, queries, keys), each or 1."""
+    if mask is None and bias is None and window is not None and window <= _KEPT_WINDOW:
+        if _all_near(queries, keys, window):
+            return None
+        rows, first = queries.stop - queries.start, window - queries.start + keys.start
+        return _distances(window, dtype)[None, None, :rows, first : first + keys.stop - keys.start]
+    within = _within(queries, keys, mask, window)
+    if bias is not None:
+        return _biased(bias.to(dtype), queries, keys, within)
+    return None if within is None else torch.zeros(within.shape, dtype=dtype).masked_fill_(~within, float("-inf"))
 
 
 def _attend_locally(
@@ -372,10 +404,9 @@ def _attend_locally(
             query, key, value = [
                 _rounded(t[:, :, own], dtype) for t, own in zip(rows, (queries, keys, keys), strict=True)
             ]
-            within = _within(queries, keys, mask, window)
-            added = within if bias is None else _biased(bias.to(dtype), queries, keys, within)
+            added = _added(dtype, queries, keys, mask, window, bias)
             found = F.scaled_dot_product_attention(query, key, value, attn_mask=added, scale=scale)
-            if bias is not None and within is not None:
+            if bias is not None and mask is not None and (within := _within(queries, keys, mask, window)) is not None:
                 found = found.where(within.any(-1, keepdim=True), 0.0)
             result[:, :, queries] = found
     return out
@@ -384,12 +415,14 @@ def _attend_locally(
 def rotate(qkv: Tensor, cosines: Tensor, sines: Tensor, back: bool = False) -> Tensor:
     out, dtype = torch.empty(qkv.shape, dtype=qkv.dtype), torch.promote_types(qkv.dtype, torch.float32)
     half = qkv.shape[3] // 2
-    cosine, sine = (_rounded(table, dtype)[:, None, None].split(half, 3) for table in (cosines, sines))
-    left, right = _rounded(qkv[:, :2], dtype).split(half, 3)
-    turned = out[:, :2] if out.dtype is dtype else torch.empty_like(out[:, :2], dtype=dtype)
-    first, second, sign = (*sine, 1) if not back else (*reversed(sine), -1)
-    torch.mul(left, cosine[0], out=turned[..., :half]).addcmul_(right, first, value=-sign)
-    torch.mul(right, cosine[1], out=turned[..., half:]).addcmul_(left, second, value=sign)
+    cosine, sine = (_rounded(table, dtype)[:, None, None] for table in (cosines, sines))
+    own, (first, second) = _rounded(qkv[:, :2], dtype), sine.split(half, 3)
+    turned = out[:, :2] if out.dtype is dtype else torch.empty_like(own)
+    if back:
+        first, second = second, first
+    torch.mul(own, cosine, out=turned)
+    turned[..., :half].addcmul_(own[..., half:], first, value=1 if back else -1)
+    turned[..., half:].addcmul_(own[..., :half], second, value=-1 if back else 1)
     if turned.dtype is not out.dtype:
         out[:, :2] = turned
     out[:, 2] = qkv[:, 2]
@@ -530,10 +563,9 @@ def attention_forward(
         sums = stats[0, :, group].unflatten(1, (batch, -1)).transpose(0, 1)  # [B, heads, S]
         for queries, keys in _windows(whole.shape[3], window):
             query, key, value = whole[0, :, :, queries], whole[1, :, :, keys], whole[2, :, :, keys]
-            within = _within(queries, keys, mask, window)
             if dropout:
                 biased = None if bias is None else _biased(bias, queries, keys, None)
-                scores = _scores(query, key, within, scale, biased)
+                scores = _scores(query, key, _within(queries, keys, mask, window), scale, biased)
                 # Without a key all scores are -inf: there a maximum of 0 makes every weight 0, and no NaN.
                 top = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
                 weights = scores.sub_(top).exp_()
@@ -543,7 +575,7 @@ def attention_forward(
                 weights.mul_(_keep(weights.shape, dropout, generator, weights.dtype)).div_(total)
                 result = torch.matmul(weights.to(dtype), value)
             else:
-                added = _additive(query, queries, keys, within, bias)
+                added = _additive(query, queries, keys, mask, window, bias)
                 result, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                     query, key, value, attn_mask=added, scale=scale
                 )
@@ -552,14 +584,12 @@ def attention_forward(
     return out, stats
 
 
-def _additive(query: Tensor, queries: slice, keys: slice, within: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """Which keys take part and a bias by distance, as what is added to the scores of `query`, (B, heads, S, D)."""
-    if bias is not None:
-        return _biased(bias.to(query.dtype), queries, keys, within).expand(len(query), -1, -1, -1)
-    if within is None:
-        return None
-    added = torch.zeros(within.shape, dtype=query.dtype).masked_fill_(~within, float("-inf"))
-    return added.expand(len(query), 1, query.shape[2], -1)
+def _additive(
+    query: Tensor, queries: slice, keys: slice, mask: Tensor | None, window: int | None, bias: Tensor | None
+) -> Tensor | None:
+    """`_added`, of the shape that scores of `query`, (B, heads, S, D), need."""
+    added = _added(query.dtype, queries, keys, mask, window, bias)
+    return added if added is None else added.expand(len(query), -1, query.shape[2], -1)
 
 
 def attention_backward(
@@ -590,9 +620,9 @@ def attention_backward(
         for queries, keys in blocks:
             query, key, value = whole[0, :, :, queries], whole[1, :, :, keys], whole[2, :, :, keys]
             dout, result, logsumexp = douts[:, :, queries], results[:, :, queries], sums[:, :, queries]
-            within = _within(queries, keys, mask, window)
             if dropout or dbias.numel():
                 biased = None if bias is None else _biased(bias, queries, keys, None)
+                within = _within(queries, keys, mask, window)
                 weights = _scores(query, key, within, scale, biased).sub_(logsumexp[..., None]).exp_()
                 dweights, kept = torch.matmul(dout, value.transpose(-1, -2)).to(weights.dtype), weights
                 if dropout:
@@ -609,7 +639,7 @@ def attention_backward(
                 dscores = dscores.mul_(scale).to(dtype)
                 grads = (torch.matmul(dscores, key), torch.matmul(dscores.transpose(-1, -2), query), dvalue)
             else:
-                added = _additive(query, queries, keys, within, bias)
+                added = _additive(query, queries, keys, mask, window, bias)
                 # It wants queries between heads and rows in memory: [B, S, heads] transposed.
                 logsumexp = logsumexp.transpose(1, 2).contiguous().transpose(1, 2)
                 grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(

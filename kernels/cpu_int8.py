@@ -45,8 +45,11 @@ def _pack_onednn(weight: Tensor, scale: Tensor) -> object:
 
 
 def _multiply_onednn(x: Tensor, packed: _Packed) -> Tensor:
+    # Without AMX oneDNN has kernels for unsigned inputs alone: of signed ones its reference takes thousands of times as
+    # long. With the sign bit turned they are 128 more, which is what stands for 0, and integers are still exact.
+    unsigned = x.view(torch.uint8).bitwise_xor(128)
     product: Tensor = torch.ops.onednn.qlinear_pointwise(
-        x, 1.0, 0, packed.weight, packed.scale, packed.zero, None, 1.0, 0, torch.float32, "none", [], ""
+        unsigned, 1.0, 128, packed.weight, packed.scale, packed.zero, None, 1.0, 0, torch.float32, "none", [], ""
     )
     return product
 

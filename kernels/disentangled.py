@@ -18,7 +18,7 @@ The attention is that of DeBERTa (He et al., 2020, https://arxiv.org/abs/2006.03
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import triton
@@ -385,7 +385,7 @@ def position_slots_kernel(
 
 @planned
 def _plan(
-    choose_config: Any,
+    choose_config: Callable[..., Config],
     arch: str,
     dtype: torch.dtype,
     head_dim: int,

@@ -819,7 +819,7 @@ def full_waves(
     return first if cycles(config, first) + 2 * rates.launch + rest < cycles(config, rows) else rows
 
 
-# Two products at once, by bytes an element: half the columns of a GEMM's tile, for both are held. Not measured.
+# Two GEMMs at once, by bytes an element: half the columns of a GEMM's tile, for both are held. Not measured.
 _LINEAR_GATED = {2: Config(128, 64, 32, 4, 3), 4: Config(64, 32, 32, 4, 3)}
 _LINEAR_GATED_SM_90 = {**_LINEAR_GATED, 2: Config(128, 128, 64, 8, 3)}
 LINEAR_GATED_UNALIGNED = Config(64, 64, 32, 8, 3)  # as UNALIGNED

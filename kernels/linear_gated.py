@@ -2,7 +2,7 @@
 
 `linear_gated` and `gated_feed_forward` are the Triton twins of the functions of those names in `reference`, documented
 at the operators, in fastbert/ops; `linear_gated_backward` is, too, by the kernel of `linear_gelu_backward`. A program
-holds the same tile of both products, so each tile of the input is loaded once and neither product is written, but for
+holds the same tile of both GEMMs, so each tile of the input is loaded once and neither result is written, but for
 a backward; sums are those of `linear`: K in one order, in float32, whatever other rows are in the batch.
 """
 
@@ -144,7 +144,7 @@ def gated_feed_forward(
     down_bias: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """`linear_gated` and the linear layer behind it, down (H, N) -> (T, H); and both products, (T, 2 N).
+    """`linear_gated` and the linear layer behind it, down (H, N) -> (T, H); and what both give, (T, 2 N).
 
     Raises:
         ValueError: shapes that don't fit together; another `activation`.
@@ -177,7 +177,7 @@ def _launch(
     activation: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`linear_gated`; and both products where they are to be kept, else (0,)."""
+    """`linear_gated`; and what both linear layers give, where that is to be kept, else (0,)."""
     if activation not in GATES:
         raise ValueError(f"activation is {activation!r}; expected one of {', '.join(GATES)}")
     if up is None:

@@ -90,7 +90,7 @@ def gated_feed_forward(
     down_bias: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """`linear_gated` and the linear layer behind it, down (H, N) -> (T, H); and both products, (T, 2 N)."""
+    """`linear_gated` and the linear layer behind it, down (H, N) -> (T, H); and what both give, (T, 2 N)."""
     products = [linear(x, gate, gate_bias), *([] if up is None else [linear(x, up, up_bias)])]
     gated = linear_gated(x, gate, gate_bias, up, up_bias, activation)
     return linear(gated, down, down_bias), torch.cat(products, 1)

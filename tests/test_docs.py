@@ -177,6 +177,18 @@ def test_command_lines() -> None:
         parser().parse_args(shlex.split(line.replace("[", "").replace("]", ""))[1:])
 
 
+def test_files() -> None:
+    """What documents name of the tree is there, but for what a command writes; a `*` stands for some."""
+    written = {"benchmarks/commit.txt"}
+    named = re.compile(r"`((?:benchmarks|docs|examples|fastbert|kernels|tests)/[\w./*-]+)`")
+    found = [
+        (page, name) for page in (*PAGES, ROOT / "CONTRIBUTING.md") for name in named.findall(page.read_text("utf-8"))
+    ]
+    assert len({name for _, name in found}) > 50
+    for page, name in found:
+        assert name in written or any(ROOT.glob(name.rstrip("/"))), f"{page} names {name}, which is not there"
+
+
 def test_links() -> None:
     """Between documents; their targets are there."""
     for page in (*PAGES, ROOT / "CONTRIBUTING.md"):

@@ -17,7 +17,8 @@ import tempfile
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TextIO
 
 from ..usage import UsageError, in_a_line
 from ..version import VERSION, install
@@ -42,14 +43,14 @@ class _PrintCompletion(argparse.Action):
         own.exit(0)
 
 
-def _module(name: str) -> Any:
+def _module(name: str) -> ModuleType:
     return importlib.import_module(f".{name}", __package__)
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="fastbert",
-        description="The fused BERT encoder: is it right, is it fast, what is it.",
+        description="Check, time and run encoders like BERT on fused kernels.",
         epilog="Exit status: 0 done; 1 the numbers are not right, or something is slower, or failed; 2 bad usage; "
         "130 interrupted; 141 whoever read the output has closed it.",
     )
@@ -95,7 +96,7 @@ def _json_on_stdout(arguments: argparse.Namespace) -> Iterator[None]:
             print(file.read_text(encoding="utf-8"), end="")
 
 
-def _is_closed(stream: Any) -> bool:
+def _is_closed(stream: TextIO | None) -> bool:
     """Whether a standard stream is a pipe, or a socket, that nobody reads any more."""
     if stream is None:
         return False

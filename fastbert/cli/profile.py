@@ -7,7 +7,7 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..measure.names import DTYPES, SHAPES, WORKLOADS
 from ..usage import UsageError, check_file, in_a_line, write_text
@@ -104,7 +104,7 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
             raise UsageError(f"--plot {arguments.plot}: {in_a_line(error)}; expected a folder") from error
 
 
-def _models(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def _models(arguments: argparse.Namespace, device: torch.device) -> dict[str, PreTrainedModel]:
     """Fused, and stock where it is asked for, over the same weights. Raises UsageError."""
     import torch
 

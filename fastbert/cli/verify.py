@@ -26,8 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--texts", metavar="FILE", help="UTF-8, one text a line; default: a few built-in ones")
     parser.add_argument("--device", help="where fused and stock run; default: cuda where there is one, else cpu")
     parser.add_argument("--padding", choices=("packed", "dense"), help="one layout only; default: both")
-    parser.add_argument("--precision", choices=("fp8", "int8"), help="in that, and what that changes in results")
-    parser.add_argument("--prepack", action="store_true", help="as fuse(model, prepack=True) on a CPU")
+    parser.add_argument(
+        "--precision",
+        choices=("fp8", "int8"),
+        help="inference in FP8 or int8, and how far its results are from stock's",
+    )
+    parser.add_argument(
+        "--prepack", action="store_true", help="with weights laid out for the CPU once, as fuse(model, prepack=True)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the report there, too; -: standard output")
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..checkpoints import load_base, load_pipeline, pipeline_kind
 from ..explain import explain
@@ -119,7 +120,7 @@ class Encoder:
 
     makes = "embedding"
 
-    def __init__(self, model: Any, recipe: Recipe, batch_tokens: int) -> None:
+    def __init__(self, model: PreTrainedModel, recipe: Recipe, batch_tokens: int) -> None:
         self.model, self.recipe, self.batch_tokens = model, recipe, batch_tokens
         self.prompt, self.dtype = recipe.prompt, model.dtype
         self.first = first_position(embeddings_of(model))
@@ -258,7 +259,7 @@ def weights_digest(model: nn.Module) -> str:
     return found.hexdigest()
 
 
-def tokenizer_digest(tokenizer: Any) -> str:
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of how texts become tokens."""
     rust = getattr(tokenizer, "backend_tokenizer", None)
     told = json.dumps(sorted(tokenizer.get_vocab().items())) if rust is None else rust.to_str()
@@ -267,7 +268,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 def load(
     path: str,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
     *,
     dtype: str | None = None,
@@ -276,7 +277,7 @@ def load(
     prompt: str | None = None,
     max_length: int | None = None,
     precision: Precision | None = None,
-) -> tuple[Any, Recipe, int]:
+) -> tuple[PreTrainedModel, Recipe, int]:
     """The fused model of a checkpoint, what is done with its output, and the most tokens of a text.
 
     What is None is as the folder says.

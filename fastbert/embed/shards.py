@@ -19,7 +19,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
@@ -103,7 +103,7 @@ class Shards:
         self._lock_path.unlink(missing_ok=True)
         self._lock.close()
 
-    def _hold(self) -> Any:
+    def _hold(self) -> TextIO:
         """A file locked for as long as this process lives: two of one rank would take each other's files away."""
         path = self._lock_path
         while True:
@@ -187,7 +187,7 @@ class Shards:
         except OSError as error:
             raise UsageError(f"{self.folder}: {in_a_line(error)}", "output") from error
 
-    def finish(self, count: int) -> dict[str, Any] | None:
+    def finish(self, count: int) -> dict[str, object] | None:
         """The totals of `count` shards, put into the manifest; None while another rank's are still missing."""
         found = [self.committed(index) for index in range(count)]
         records = [each for each in found if each is not None]

@@ -127,7 +127,7 @@ class Copies:
                     return f"its {name} was made under torch.inference_mode, where writing to it leaves no trace"
         return None
 
-    def reasons(self, layers: Layers, classes: Mapping[Any, Any]) -> dict[Key, str]:
+    def reasons(self, layers: Layers, classes: Mapping[type[nn.Module], Any]) -> dict[Key, str]:
         """The GEMMs that don't run so, by layer and name, and why; `classes` are fused ones by stock ones."""
         reasons = {}
         for index, layer in enumerate(layers):

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .. import ops
 from ..runtime import known
@@ -58,7 +59,7 @@ _ROWWISE_FORWARDS = {kind.forward for kind in (nn.Embedding, nn.LayerNorm, nn.Dr
 _LINEAR = nn.Linear.forward
 
 
-def embeddings_are_foreign(model: Any) -> str | None:
+def embeddings_are_foreign(model: PreTrainedModel) -> str | None:
     """Why the embeddings of a base model are to be called with the caller's own arguments; None: with packed ones, too.
 
     Packed arguments are one row of tokens, each with its position. What isn't the family's own code may read more into

@@ -43,7 +43,7 @@ STOCK = "_fastbert_stock"
 """Attribute of a fused module whose forward on the instance held a function of its stock class: that function."""
 
 
-def stock_forward(mixin: Any, module: object, *args: Any, **kwargs: Any) -> Any:
+def stock_forward(mixin: Any, module: object, *args: object, **kwargs: object) -> Any:
     """Calls the forward of the class that `mixin` is mixed into; of `module`, which may have been unfused meanwhile.
 
     Where a wrapper on the instance held another function as `fuse` came, it calls that.

@@ -7,9 +7,10 @@ Anything but inference runs in the model's dtype. What is FP8's own is in `fastb
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from ..runtime.support import is_plain
 from .copies import GEMMS, Copies, LayerFound
@@ -44,7 +45,7 @@ class LowPrecision(Copies):
         raise NotImplementedError
 
     @classmethod
-    def of(cls: type[Kind], config: Any) -> Kind:
+    def of(cls: type[Kind], config: PreTrainedConfig) -> Kind:
         """By what `fastbert.calibrate` left in a model's config, if it ran.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Weights laid out once for the GEMMs of a CPU: the same products, within the numerical policy."""
+"""Weights laid out once for the GEMMs of a CPU: the same results, within the numerical policy."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .. import numerics
 from ..explain import explain
@@ -33,7 +34,7 @@ R = TypeVar("R")
 LEAST_REPEATS = 3
 
 
-def what(model: Any, train: bool) -> str:
+def what(model: PreTrainedModel, train: bool) -> str:
     """The field of that name of a record of `model`, stock or fused."""
     return f"{type(model).__name__} {'training step' if train else 'forward'}"
 
@@ -121,9 +122,9 @@ def run(
                 yield from _records(candidates, item, size, dtype, model, rates, train, about)
 
 
-def _ways(model: Any, peers: Sequence[str], train: bool) -> list[tuple[str, Any, str]]:
+def _ways(model: PreTrainedModel, peers: Sequence[str], train: bool) -> list[tuple[str, nn.Module, str]]:
     """Ways to run `model`: (name, what runs it, status); stock and fused first."""
-    found: list[tuple[str, Any, str]] = [("stock", model, "ok"), ("fused", fuse(share(model)), "ok")]
+    found: list[tuple[str, nn.Module, str]] = [("stock", model, "ok"), ("fused", fuse(share(model)), "ok")]
     for peer in peers:
         name, build = PEERS[peer]
         candidate = _Candidate(name)
@@ -141,7 +142,7 @@ def _checked(item: Workload) -> list[int]:
     return sorted({order[0], order[-1]})
 
 
-def _backward(model: Any, inputs: dict[str, Tensor]) -> None:
+def _backward(model: nn.Module, inputs: dict[str, Tensor]) -> None:
     """Gradients of a fixed random projection of every real token's output."""
     hidden = model(**inputs).last_hidden_state
     generator = torch.Generator().manual_seed(SEED)
@@ -154,7 +155,7 @@ def _encoder(model: nn.Module) -> nn.Module:
     return getattr(model, "encoder", model)
 
 
-def _gradients(model: Any, item: Workload, device: torch.device) -> Tensor:
+def _gradients(model: nn.Module, item: Workload, device: torch.device) -> Tensor:
     """Of the sequences that are checked, without dropout: the gradients of the first and the last layer, end to end.
 
     And those of DeBERTa's positions, to which every layer adds.
@@ -174,13 +175,13 @@ def _gradients(model: Any, item: Workload, device: torch.device) -> Tensor:
     return found
 
 
-def _outputs(model: Any, item: Workload, device: torch.device) -> Tensor:
+def _outputs(model: nn.Module, item: Workload, device: torch.device) -> Tensor:
     """Of the sequences that are checked, in the whole batch: (their tokens, hidden)."""
     hidden = model(**item.inputs(device)).last_hidden_state
     return torch.cat([hidden[i, : item.lengths[i]] for i in _checked(item)])
 
 
-def _truths(model: Any, workloads: Sequence[Workload], train: bool) -> list[Tensor]:
+def _truths(model: PreTrainedModel, workloads: Sequence[Workload], train: bool) -> list[Tensor]:
     """For each workload, what its candidates are checked by, in float64; outputs of each sequence alone."""
     reference = twin(model, model.device, torch.float64)
     if train:
@@ -258,7 +259,7 @@ def _records(
     item: Workload,
     size: str,
     dtype: torch.dtype,
-    model: Any,
+    model: PreTrainedModel,
     rates: Rates,
     train: bool,
     about: records.Record,

@@ -13,11 +13,10 @@ import random
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from ..runtime.support import MAX_SEQUENCES
 from ..usage import UsageError
@@ -110,17 +109,17 @@ def workload(name: str, batch: int = 16) -> Workload:
     return Workload(f"{name} b{batch}", draw(*parts))
 
 
-def fields_of(size: str) -> dict[str, Any]:
+def fields_of(size: str) -> dict[str, object]:
     """The fields of a config, for `AutoConfig.for_model`."""
     return {"model_type": "bert", **SHAPES[size]}
 
 
-def config_of(size: str) -> Any:
+def config_of(size: str) -> PreTrainedConfig:
     """The config of a model of that size."""
     return AutoConfig.for_model(**fields_of(size))
 
 
-def build(size: str, dtype: torch.dtype, device: torch.device) -> Any:
+def build(size: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """A stock base model in evaluation mode with seeded weights, on the attention that stock takes: sdpa, or eager."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)

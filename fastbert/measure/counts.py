@@ -11,12 +11,13 @@ the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedConfig
 
@@ -51,12 +52,12 @@ def _bytes(value: object) -> int:
     return sum(min(x.numel() * x.itemsize, x.untyped_storage().nbytes()) for x in _tensors(value))
 
 
-def _products(*shapes: tuple[int, int, int]) -> int:
+def _matmul_flops(*shapes: tuple[int, int, int]) -> int:
     return sum(2 * m * n * k for m, n, k in shapes)
 
 
 def _linear(x: Tensor, weight: Tensor, *rest: object) -> int:
-    return _products((x.shape[0], *weight.shape))
+    return _matmul_flops((x.shape[0], *weight.shape))
 
 
 def _pairs(rows: int, cu_seqlens: Tensor | None, max_seqlen: int, most: int | None = None) -> int:
@@ -181,7 +182,7 @@ _TORCH_FLOPS = {
 _GATHERS = {_aten.embedding, _aten.index, _aten.index_select, _aten.gather}
 
 
-def torch_cost(operator: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Cost:
+def torch_cost(operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, object], result: object) -> Cost:
     """The same of an operator of torch's own, a torch._ops.OpOverload; 0 for one that returns a view."""
     packet = operator._overloadpacket
     aliases = [each.alias_info for each in operator._schema.returns]
@@ -221,7 +222,7 @@ def _rotary(config: PreTrainedConfig, lengths: Sequence[int], dtype: torch.dtype
         """Of the weights of linear layers side by side, and of their input."""
         n, k = sum(each.out_features for each in linears), linears[0].in_features
         for a, b, c in [(n, tokens, k), (tokens, n, k)][: 1 + of_input]:
-            found.append(Cost(_products((a, c, b)), (a * b + b * c + a * c) * dtype.itemsize))
+            found.append(Cost(_matmul_flops((a, c, b)), (a * b + b * c + a * c) * dtype.itemsize))
 
     for layer, kind in zip(layers, getattr(config, "layer_types", [""] * len(layers)), strict=True):
         gemms, norms = layout.gemms(layer), [norm for _, norm in layout.norms(layer)]
@@ -282,7 +283,7 @@ def _rotary(config: PreTrainedConfig, lengths: Sequence[int], dtype: torch.dtype
 _DROPOUTS = ("attention_probs_dropout_prob", "hidden_dropout_prob")
 
 
-def encoder(config: Any, lengths: Sequence[int], dtype: torch.dtype, train: bool = False) -> Cost:
+def encoder(config: PreTrainedConfig, lengths: Sequence[int], dtype: torch.dtype, train: bool = False) -> Cost:
     """The least that the layers of a packed encoder cost, without its embeddings and without packing and unpacking.
 
     A forward is the seven launches of each layer. A training step is the same with what the backward needs written, the
@@ -309,7 +310,7 @@ def encoder(config: Any, lengths: Sequence[int], dtype: torch.dtype, train: bool
         return cost(name, args, ops.OPERATORS[name].fake(*args))
 
     def matmul(m: int, k: int, n: int) -> Cost:
-        return Cost(_products((m, n, k)), (m * k + k * n + m * n) * dtype.itemsize)
+        return Cost(_matmul_flops((m, n, k)), (m * k + k * n + m * n) * dtype.itemsize)
 
     def positions(calls: int) -> list[Cost]:
         """Of the linear layers that make keys and queries of positions."""

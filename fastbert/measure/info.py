@@ -14,7 +14,7 @@ from ..runtime.support import DTYPES, fp8_is_unsupported, int8_is_unsupported, t
 from .machine import backend, device_name, driver, versions
 
 
-def launch_table(device: torch.device) -> list[dict[str, Any]]:
+def launch_table(device: torch.device) -> list[dict[str, object]]:
     """The configuration of every tiled kernel at BERT-large's and MiniLM's shapes, in each dtype, on `device`."""
     arch = launch.architecture(device)
     rows = []

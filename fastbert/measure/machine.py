@@ -61,21 +61,21 @@ class Machine:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._products: dict[torch.dtype, float] = {}
+        self._matmul_rates: dict[torch.dtype, float] = {}
         source = torch.ones((1 << 28) // 4, device=device)
         target = torch.empty_like(source)
         self.bytes_per_s = 2 * source.nbytes / min(timed(lambda: target.copy_(source), device) for _ in range(5))
 
     def flops_per_s(self, dtype: torch.dtype) -> float:
         """Of a square matmul; on a CPU that is slower in 16-bit dtypes than in float32, float32's rate."""
-        if dtype not in self._products:
+        if dtype not in self._matmul_rates:
             n = 8192 if self.device.type == "cuda" else 2048
             a, b = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))
             rate = 2 * n**3 / min(timed(lambda: a @ b, self.device) for _ in range(3))
             if self.device.type == "cpu" and dtype != torch.float32:
                 rate = max(rate, self.flops_per_s(torch.float32))
-            self._products[dtype] = rate
-        return self._products[dtype]
+            self._matmul_rates[dtype] = rate
+        return self._matmul_rates[dtype]
 
     def rates(self, dtype: torch.dtype) -> Rates:
         """Of matmuls in `dtype`, and of copying."""

@@ -7,7 +7,7 @@ from typing import Any
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def _deberta(hidden: int, layers: int, **more: Any) -> dict[str, Any]:
+def _deberta(hidden: int, layers: int, **more: object) -> dict[str, object]:
     """DeBERTa v2 and v3, heads 64 wide."""
     return {
         "model_type": "deberta-v2",

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, BertModel, DebertaV2Model, ModernBertModel
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
 from ..calibration import calibrate
 from ..fuse import Precision, fuse
@@ -48,8 +48,8 @@ def _eager(model: BertModel) -> nn.Module:
     return model
 
 
-def _compiled(mode: str) -> Callable[[BertModel], Any]:
-    def build(model: BertModel) -> Any:
+def _compiled(mode: str) -> Callable[[BertModel], Callable[..., object]]:
+    def build(model: BertModel) -> Callable[..., object]:
         if mode != "default" and model.device.type != "cuda":
             raise Unavailable(f'mode "{mode}" is for CUDA')
         return torch.compile(share(model), mode=mode)
@@ -279,7 +279,7 @@ class _Dependent(nn.Module):
             raise Unavailable("programmatic dependent launch takes sm_90 or later")
         self.model = fuse(share(model), cuda_graphs=True)
 
-    def forward(self, **batch: Tensor) -> Any:
+    def forward(self, **batch: Tensor) -> ModelOutput:
         before = dict(launch.DEPENDENT)
         launch.DEPENDENT[self.arch] = True
         try:
@@ -362,7 +362,7 @@ class _DisentangledFlash(nn.Module):
         self.eval()
 
     @property
-    def encoder(self) -> Any:
+    def encoder(self) -> nn.Module:
         """Whose gradients are looked at."""
         return self._way(True).encoder
 
@@ -412,7 +412,7 @@ def _packed_encoders(model: ModernBertModel) -> nn.Module:
     return made
 
 
-PEERS: dict[str, tuple[str, Callable[[Any], object]]] = {
+PEERS: dict[str, tuple[str, Callable[..., object]]] = {
     "prepacked": ("fused, prepacked", _prepacked),
     "graphs": ("fused + CUDA graphs", _graphs),
     "graphs-pdl": ("fused + CUDA graphs, dependent launches", _Dependent),

@@ -89,8 +89,8 @@ class Trace(NamedTuple):
     copies_to_host: float | None
 
 
-def _named(name: str, call: Callable[..., object]) -> Callable[..., Any]:
-    def named(*args: object) -> Any:
+def _named(name: str, call: Callable[..., object]) -> Callable[..., object]:
+    def named(*args: object) -> object:
         with record_function(name):
             return call(*args)
 
@@ -176,7 +176,7 @@ class _Timeline:
 
     def __init__(self, events: Iterable[Event], names: Iterable[str]) -> None:
         known = set(names)
-        threads: dict[Any, list[_Span]] = defaultdict(list)
+        threads: dict[object, list[_Span]] = defaultdict(list)
         runs: list[_Span] = []
         self.entered: list[tuple[float, int | None]] = []
         """Moments, and the layer that what comes after them belongs to."""

@@ -188,12 +188,12 @@ def bert_like(
 
 
 def _derive(family: Family, kind: type[T], module: str, *mixins: type, **attributes: object) -> type[T]:
-    about: dict[str, Any] = {"__module__": module, "__doc__": f"The stock {kind.__name__}, fused."}
+    about: dict[str, object] = {"__module__": module, "__doc__": f"The stock {kind.__name__}, fused."}
     about.update(family=family, called=known.methods_called(kind))
     return type(kind.__name__, (*mixins, kind), {**about, **attributes})
 
 
-def _base_model(family: Family, module: str) -> Any:
+def _base_model(family: Family, module: str) -> type[nn.Module]:
     """The fused base model; its embeddings' class, too, if that is fused, goes into `family.fused`."""
     kind: Any = family.base
     stock: Any = family.embeddings
@@ -203,7 +203,7 @@ def _base_model(family: Family, module: str) -> Any:
         family.fused[stock] = embeddings
     names = parameter_names(kind)
 
-    def run(self: Any, args: Args, kwargs: Kwargs, assumes: bool) -> Any:
+    def run(self: PreTrainedModel, args: Args, kwargs: Kwargs, assumes: bool) -> ModelOutput:
         planned, named = plan_call(self, names, args, kwargs, assumes)
         plan = named.get("plan")
         try:
@@ -275,13 +275,13 @@ def _introduce(family: Family) -> None:
         warnings.warn(f"fastbert runs {name} on its stock code: {why}", RuntimeWarning, stacklevel=4)
 
 
-def _masked_lm(family: Family, kind: Any, module: str, vocabulary: Callable[..., Vocabulary]) -> Any:
+def _masked_lm(family: Family, kind: Any, module: str, vocabulary: Callable[..., Vocabulary]) -> type[nn.Module]:
     """A masked language model which can return its loss alone; with a loss over the next sentence, too, or without."""
     orders = "next_sentence_label" in parameter_names(kind)
 
     @functools.wraps(kind.forward)
     @can_return_tuple
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: PreTrainedModel, *args: object, **kwargs: object) -> object:
         call, found = named_arguments(kind, args, kwargs), vocabulary(self)
         if orders and call.get("next_sentence_label") is None:
             return kind.forward(self, *args, **kwargs)
@@ -302,13 +302,13 @@ def _masked_lm(family: Family, kind: Any, module: str, vocabulary: Callable[...,
     return _derive(family, kind, module, FusedModel, forward=forward)
 
 
-def predictions(model: Any) -> Vocabulary:
+def predictions(model: PreTrainedModel) -> Vocabulary:
     """The vocabulary head of BERT and of ERNIE."""
     found = model.cls.predictions
     return Vocabulary(found.transform, found.decoder, (model.cls, found))
 
 
-def lm_head(model: Any) -> Vocabulary:
+def lm_head(model: PreTrainedModel) -> Vocabulary:
     """The vocabulary head of RoBERTa and its kin, of MPNet, and of ESM, whose decoder has no bias."""
     found = model.lm_head
     code = sys.modules[type(found).__module__]  # which has a function of its own

@@ -76,7 +76,7 @@ def _kept_slots(reach: int, buckets: int, furthest: int, span: int, device: torc
 
 def tables(
     encoder: hf.DebertaV2Encoder, hidden_states: Tensor, packing: Packing, position_ids: Tensor | None
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Embeddings of positions, and the slots of distances; whatever position_ids are, as stock."""
     if not encoder.relative_attention:
         return {"relative": None}

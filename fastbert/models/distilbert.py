@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.distilbert import modeling_distilbert as hf
 
@@ -37,7 +36,7 @@ _LAYOUT = Layer(
 )
 
 
-def _vocabulary(model: Any) -> Vocabulary:
+def _vocabulary(model: PreTrainedModel) -> Vocabulary:
     parts = model.vocab_transform, model.activation, model.vocab_layer_norm
     return Vocabulary(lambda x: parts[2](parts[1](parts[0](x))), model.vocab_projector, parts, model.mlm_loss_fct)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from transformers import PreTrainedModel
 from transformers.models.electra import modeling_electra as hf
 
 from ..runtime.readers import FIRST, LABELS, REAL, SPANS, SUMMARY
@@ -11,7 +10,7 @@ from .classes import bert_like, register
 from .heads import Vocabulary
 
 
-def _generator(model: Any) -> Vocabulary:
+def _generator(model: PreTrainedModel) -> Vocabulary:
     return Vocabulary(model.generator_predictions, model.generator_lm_head, (model.generator_predictions,))
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, ModelOutput
 
 from ..layers.layer import Layer
@@ -42,7 +43,7 @@ class Family:
     layout: Layer
     """What layers are made of."""
     embeddings: type[nn.Module]
-    config: type[Any]
+    config: type[PreTrainedConfig]
     fuses_embeddings: bool = False
     """Whether embeddings are those of BERT: tables of words, types and positions, LayerNorm, dropout."""
     embeddings_at: tuple[str, ...] = ("embeddings",)
@@ -79,14 +80,14 @@ class Family:
     them of a layer and fastbert of the encoder, or the other way round. A layer that differs runs stock."""
     window: Callable[..., int] | None = None
     """(base model) -> how many tokens before it and after it a token sees in layers with a window."""
-    after_first: Callable[..., Callable[..., Any] | None] = lambda encoder: None
+    after_first: Callable[..., Callable[..., Tensor] | None] = lambda encoder: None
     """(encoder) -> what makes the hidden states that the second layer takes, of (encoder, those before the first layer,
     after it, plan); None where that takes the first layer's."""
     takes_square_mask: bool = True
     """Whether the base model takes a 4-D mask, which says for every pair of tokens whether they see each other."""
-    refuses: Callable[[Any], str | None] | None = None
+    refuses: Callable[[PreTrainedModel], str | None] | None = None
     """Why calls of a base model run stock, by what it is; None where they don't."""
-    widen: Callable[[Any], None] | None = None
+    widen: Callable[[PreTrainedModel], None] | None = None
     """Changes a base model in float64 whose code rounds to float32, so that it tells the truth."""
     spreads_empty: bool = False
     """Whether a sequence without a real token attends to all its tokens, whatever config._attn_implementation says:
@@ -115,7 +116,7 @@ class Family:
     )
     """Of the config of a small model, on which `register` tries whether fused is stock."""
 
-    fused: dict[type[nn.Module], Any] = field(default_factory=dict, init=False)
+    fused: dict[type[nn.Module], type[nn.Module]] = field(default_factory=dict, init=False)
     """Made by `register`: which fused class takes the place of which stock one, inside the base model."""
     loss_heads: dict[type[nn.Module], type[nn.Module]] = field(default_factory=dict, init=False)
     """Made by `register`: the same of `vocabularies`."""

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .. import ops
 from ..runtime import known
@@ -28,7 +29,7 @@ class Vocabulary(NamedTuple):
     """Of the linear layer, where that is not its own."""
 
 
-def takes_labelled_rows(model: Any, vocabulary: Vocabulary, call: Mapping[str, object]) -> bool:
+def takes_labelled_rows(model: PreTrainedModel, vocabulary: Vocabulary, call: Mapping[str, object]) -> bool:
     """Whether a call of a masked language model is to return its loss alone (`fuse(loss_only=True)`), and can.
 
     Args:

@@ -5,11 +5,13 @@ Its model hands no arguments of ours on to its encoder, so that the fused one ha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ModelOutput
 from transformers.models.mpnet import modeling_mpnet as hf
 
 from ..layers.attention import Attention
@@ -52,7 +54,7 @@ def _tables(encoder: Any, hidden_states: Tensor, packing: Packing, position_ids:
     return {"distance": bias.t().contiguous()}
 
 
-def _run(model: Any, call: dict[str, Any], plan: Plan) -> Any:
+def _run(model: PreTrainedModel, call: Mapping[str, object], plan: Plan) -> ModelOutput:
     given = {name: call.get(name) for name in ("input_ids", "position_ids", "inputs_embeds")}
     output = model.encoder(model.embeddings(**given), plan=plan)
     hidden_states, *more = output.to_tuple()

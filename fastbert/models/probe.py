@@ -40,7 +40,7 @@ def hands_nothing_on(model: torch.nn.Module, family: Family) -> str | None:
 
     None, too, where that can't be tried: then `check_taken` finds it, in a call.
     """
-    seen: list[Any] = []
+    seen: list[object] = []
     hook = encoder_of(model).register_forward_pre_hook(
         lambda encoder, args, kwargs: seen.append(kwargs.get("plan")), with_kwargs=True
     )
@@ -434,7 +434,7 @@ def _compare_sequences(stock: nn.Module, fused: nn.Module, family: Family) -> No
     ids = torch.randint(2, _rows(stock, family, words), (1, sum(lengths)))  # 0 and 1 may be padding's
     starts = torch.tensor([0, *lengths]).cumsum(0).int()
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    call: dict[str, Any] = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 9, "max_length_k": 9}
+    call: dict[str, object] = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 9, "max_length_k": 9}
     if family.ids.get("position_ids") is not None:
         call["position_ids"] = positions + first_position(_at(stock, family.embeddings_at, "", ""))
     with torch.no_grad():
@@ -557,7 +557,7 @@ class _Dropped(TorchFunctionMode):
         self.seen: list[tuple[float, Tensor | None]] = []
         """(rate, what it drops elements of), None for the probabilities of `scaled_dot_product_attention`."""
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, function: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is nn.functional.dropout:
             given = inspect.signature(function).bind(*args, **kwargs).arguments

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .attentions import sequences_of
-from .registry import differentiable, on_gradient, operator, wide
+from .registry import BackwardContext, differentiable, on_gradient, operator, wide
 
 
 @operator("disentangled")
@@ -93,7 +93,7 @@ def disentangled_attention_backward(
     return qkv.new_empty(qkv.shape), dc2p, dp2c
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: BackwardContext, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     qkv, c2p, p2c, slots, cu_seqlens, key_mask, max_seqlen, scale, dropout, seed, tiles = inputs
     out, stats = output
     ctx.mark_non_differentiable(stats)
@@ -101,7 +101,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.numbers = max_seqlen, scale, dropout
 
 
-def _gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: BackwardContext, grad: Tensor, _: object) -> tuple[Tensor | None, ...]:
     *given, cu_seqlens, key_mask, seed, tiles = ctx.saved_tensors
     sequences = cu_seqlens, key_mask, *ctx.numbers, seed, tiles
     dqkv, dc2p, dp2c = on_gradient(disentangled_attention_backward, grad, *given, *sequences)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,7 +130,7 @@ def _dtype(x: Tensor | None) -> torch.dtype | None:
     return None if x is None else x.dtype
 
 
-def _save_linear(ctx: BackwardContext, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_linear(ctx: BackwardContext, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
     x, weight, bias = inputs
     ctx.save_for_backward(x, weight)
     ctx.bias_dtype = _dtype(bias)
@@ -142,7 +141,7 @@ def _linear_gradient(ctx: BackwardContext, grad: Tensor) -> tuple[Tensor | None,
     return _linear_gradients(ctx.needs_input_grad, grad, x, weight, ctx.bias_dtype)
 
 
-def _save_qkv_linear(ctx: BackwardContext, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_qkv_linear(ctx: BackwardContext, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
     x, *parameters = inputs
     ctx.save_for_backward(x, *parameters[::2])
     ctx.bias_dtypes = [_dtype(bias) for bias in parameters[1::2]]
@@ -177,7 +176,11 @@ def _gradients_side_by_side(
     return dx, *grads
 
 
-def _save_feed_forward(ctx: BackwardContext, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_feed_forward(
+    ctx: BackwardContext,
+    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, str],
+    output: tuple[Tensor, Tensor],
+) -> None:
     x, weight1, bias1, weight2, bias2, approximate = inputs
     pre = output[1]
     ctx.mark_non_differentiable(pre)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from .registry import BackwardContext, differentiable, on_gradient, operator, wide
@@ -37,7 +35,7 @@ def linear_cross_entropy_backward(
     return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias
 
 
-def _save_cross_entropy(ctx: BackwardContext, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_cross_entropy(ctx: BackwardContext, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*inputs, output[1])
 

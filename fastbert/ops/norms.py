@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from .registry import BackwardContext, differentiable, on_gradient, operator
@@ -56,7 +54,11 @@ def add_layer_norm_backward(
     return dx, residual.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 
-def _save_add_layer_norm(ctx: BackwardContext, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_add_layer_norm(
+    ctx: BackwardContext,
+    inputs: tuple[Tensor, Tensor | None, Tensor, Tensor, float, float, Tensor | None],
+    output: Tensor,
+) -> None:
     x, residual, weight, bias, eps, dropout, seed = inputs
     ctx.save_for_backward(x, residual, weight, seed)
     ctx.numbers = eps, dropout

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -43,7 +41,7 @@ def unpack(x: Tensor, indices: Tensor, inverse: Tensor) -> Tensor:
     return x.new_empty(inverse.shape[0], x.shape[1])
 
 
-def _save_indices(ctx: BackwardContext, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_indices(ctx: BackwardContext, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:])
 
 

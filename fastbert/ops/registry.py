@@ -44,7 +44,7 @@ class BackwardContext(Protocol):
 class Operator(NamedTuple):
     module: str
     """In `fastbert.kernels`, that of the Triton launcher."""
-    fake: Callable[..., Any]
+    fake: Callable[..., object]
     """Empty results of the right shapes and dtypes."""
     of_gradients: bool
     """Whether it runs in a backward: there it is differentiated no more, and takes batches one by one."""
@@ -108,10 +108,10 @@ def _on_cpu(name: str, args: Sequence[object]) -> Any:
         return CPU_BACKEND[name](*args)
 
 
-def _dispatched(name: str, backend: Callable[[str, Sequence[object]], object]) -> Callable[..., Any]:
+def _dispatched(name: str, backend: Callable[[str, Sequence[object]], object]) -> Callable[..., object]:
     """What torch's dispatcher calls: a backend that refuses to be differentiated."""
 
-    def run(*args: object) -> Any:
+    def run(*args: object) -> object:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             again = name.endswith("_backward")
             what = "second derivatives are not implemented" if again else "it is for inference"
@@ -149,7 +149,7 @@ def operator(module: str, *, of_gradients: bool = False) -> Callable[[Callable[P
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             # Of the two, torch.compile knows this one too, and it is one frame less.
             if not (torch.compiler.is_dynamo_compiling() or _is_grad_enabled() or _dispatch_modes() or kwargs):
-                first: Any = args[0]
+                first = args[0]
                 if type(first) is Tensor:
                     if first.is_cpu:
                         result: R = _on_cpu(name, args) if _is_autocast_enabled("cpu") else CPU_BACKEND[name](*args)
@@ -203,7 +203,7 @@ def differentiable(function: Callable[..., object], save: Callable[..., None], b
     torch.library.register_autograd(f"fastbert::{name}", checked, setup_context=save, lib=_LIBRARY)
 
 
-def on_gradient(function: Callable[..., R], grad: Tensor, *args: Any) -> R:
+def on_gradient(function: Callable[..., R], grad: Tensor, *args: object) -> R:
     """An operator on a gradient: through torch's dispatcher where that is a batch of gradients, which it takes apart.
 
     As `torch.autograd.grad(is_grads_batched=True)`, `jacobian(vectorize=True)` and a vmap of `torch.autograd.grad` have
@@ -223,10 +223,10 @@ def on_gradient(function: Callable[..., R], grad: Tensor, *args: Any) -> R:
     return result
 
 
-def _one_by_one(name: str) -> Callable[..., Any]:
+def _one_by_one(name: str) -> Callable[..., object]:
     """The rule by which torch.vmap runs an operator: on one after the other."""
 
-    def rule(info: Any, dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    def rule(info: Any, dims: tuple[int | None, ...], *args: Any) -> tuple[object, object]:
         def each(i: int) -> Any:
             given = (a if dim is None else a.select(dim, i) for a, dim in zip(args, dims, strict=True))
             return getattr(torch.ops.fastbert, name)(*given)

@@ -65,12 +65,12 @@ class Snapshot:
             return False
         return self._look_at_parameters() == self._kinds
 
-    def _holds_what(self, inner: list[object]) -> list[Any]:
+    def _holds_what(self, inner: list[object]) -> list[object]:
         """What is in the dictionaries inside those of attributes, whose values are `inner`, and in configs."""
         inner.extend(self._more)
         return get_referents(*self._pick(inner))
 
-    def _look_at_parameters(self) -> tuple[list[Any], ...]:
+    def _look_at_parameters(self) -> tuple[list[object], ...]:
         return tuple([list(map(kind, self.parameters)) for kind in (type, _dtype, Tensor.get_device, Tensor.numel)])
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -140,7 +141,7 @@ class FusedEncoder(Mixin):
             more["attentions"] = tuple(maps.kept)
         return family.output(last_hidden_state=packing.unpack(hidden_states), **more)
 
-    def _beside(self, hidden_states: Tensor, plan: Plan, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+    def _beside(self, hidden_states: Tensor, plan: Plan, kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
         """What tables of a graph are made of, row by row: a rotation that is handed on, or positions."""
         family, packing = type(self).family, plan.packing
         if family.handed is not None:
@@ -263,7 +264,7 @@ class _FusedAlone:
     """
 
     @classmethod
-    def __torch_function__(cls, *args: object, **kwargs: object) -> Any:
+    def __torch_function__(cls, *args: object, **kwargs: object) -> NoReturn:
         raise RuntimeError(_UNFUSED_MEANWHILE.format("layer"))
 
 
@@ -277,12 +278,12 @@ def _runs_again(layer: nn.Module) -> bool:
     return bool(layer.__dict__.get("gradient_checkpointing")) or type(layer).__name__ == "CheckpointWrapper"
 
 
-def _called_as(kind: Any) -> Any:
+def _called_as(kind: Any) -> object:
     """How layers of a fused class are called, if nobody has replaced that on the class."""
     return kind.family.layer.__call__
 
 
-def _only_infers(layers: Any, bound: tuple[Any, ...], sample: Tensor) -> bool:
+def _only_infers(layers: nn.ModuleList, bound: tuple[object, ...], sample: Tensor) -> bool:
     """Whether nobody sees layers called, so that they need not be: all bound, in inference, of fastbert's own code."""
     if torch.is_grad_enabled() or torch.is_autocast_enabled(sample.device.type) or torch.compiler.is_compiling():
         return False
@@ -305,7 +306,7 @@ def _as_stock(
     return shown, handed
 
 
-def _stock_mask(hidden_states: Tensor, plan: Plan, square: bool = True) -> Any:
+def _stock_mask(hidden_states: Tensor, plan: Plan, square: bool = True) -> Tensor | None:
     """The mask that stock code hands to its encoder; not `square`: it has one of tokens."""
     if not square:
         return hidden_states.new_ones(hidden_states.shape[:2]) if plan.mask is None else plan.mask

@@ -104,7 +104,7 @@ class Fingerprint:
     def __init__(self, encoder: nn.Module, layers: nn.ModuleList, versions: bool) -> None:
         """`versions`: a parameter that has been written to is another one, too."""
         self._layers = layers
-        self._kinds: tuple[Any, ...] = (Tensor.data_ptr, Tensor.size, Tensor.stride)
+        self._kinds: tuple[Callable[[Tensor], object], ...] = (Tensor.data_ptr, Tensor.size, Tensor.stride)
         self._kinds += (_version,) if versions else ()
         groups: list[list[nn.Module]] = [[layers], *(list(layer.modules()) for layer in layers)]
         family = type(encoder).family  # type: ignore[attr-defined]
@@ -129,7 +129,7 @@ class Fingerprint:
         """Parameters, and buffers that tables are made of."""
         return [*self._snapshot.parameters, *chain.from_iterable(maker.buffers() for maker in self._makers)]
 
-    def _look(self) -> list[list[Any]]:
+    def _look(self) -> list[list[object]]:
         tensors = self._read()
         return [list(map(kind, tensors)) for kind in self._kinds]
 
@@ -180,7 +180,7 @@ class Cuda:
             return f"the model is on the {x.device.type}"
         return "inside the capture of another graph" if torch.cuda.is_current_stream_capturing() else None
 
-    def guard(self, x: Tensor) -> AbstractContextManager[Any]:
+    def guard(self, x: Tensor) -> AbstractContextManager[object]:
         """Makes the device of `x` the current one."""
         return torch.cuda.device(x.device)
 
@@ -210,7 +210,7 @@ class Cuda:
         """A pool of memory for graphs to share; one in which a graph is still alive when the next is captured."""
         return torch.cuda.graph_pool_handle()
 
-    def capture(self, run: Callable[[], None], pool: Any) -> Any:
+    def capture(self, run: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
         """The graph of `run`, which is run once before: that compiles and loads its kernels."""
         current = torch.cuda.current_stream()
         if self._side is None:
@@ -247,19 +247,19 @@ class Graphs:
         self._device = Cuda()
         self._broken: str | None = None
         self._fingerprint: Fingerprint | None = None
-        self._graphs: OrderedDict[Bucket, Any] = OrderedDict()
+        self._graphs: OrderedDict[Bucket, torch.cuda.CUDAGraph] = OrderedDict()
         """By bucket, the least recently used first."""
         self._tables: dict[Bucket, object] = {}
         """What has made each one's tables, and holds what else they read."""
         self._met: OrderedDict[Bucket, None] = OrderedDict()
         self._buffers: tuple[Tensor, Tensor, Tensor] | None = None
         """Rows (MAX_TOKENS, H); cu_seqlens; and multiples of FILLER, of which the end of cu_seqlens is made."""
-        self._written: Any = None
+        self._written: object = None
         """What cu_seqlens holds, where it is of sequences of one length."""
         self._beside: dict[tuple[tuple[torch.Size, torch.dtype], ...], tuple[Tensor, ...]] = {}
         """By `Bucket.beside`, what comes beside rows: (MAX_TOKENS, ...) each."""
         self._pool: Any = None
-        self._quantized: Any = None
+        self._quantized: object = None
         """What holds the quantized weights that graphs read."""
 
     def drop(self, fingerprint: Fingerprint | None = None) -> None:
@@ -427,7 +427,7 @@ class Graphs:
         bucket: Bucket,
         precision: Copies | None,
         beside: tuple[Tensor, ...],
-    ) -> Any:
+    ) -> torch.cuda.CUDAGraph:
         layers = layers_in(encoder)
         with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode could not be written to later
             if self._buffers is None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..exporting import tell_of_stock
 from ..layers.embeddings import default_positions, embeddings_are_foreign
@@ -288,7 +289,7 @@ def _keep_decision(
         coverage.calls[alike] = decision.seen, _Kept(decision, config, judged, parameter)
 
 
-def plan_call(model: Any, names: tuple[str, ...], args: Args, kwargs: Kwargs, assumes: bool = True) -> Call:
+def plan_call(model: PreTrainedModel, names: tuple[str, ...], args: Args, kwargs: Kwargs, assumes: bool = True) -> Call:
     """Checks the arguments of a call of a base model, chooses the layout, and adds what tells the encoder.
 
     Args:
@@ -341,7 +342,10 @@ def plan_call(model: Any, names: tuple[str, ...], args: Args, kwargs: Kwargs, as
         reason = reason or no_maps_now(model, call)
         reason = reason or next((seen.reasons[i] for i in sorted(reads.maps.layers) if seen.stock[i]), None)
         if reason is not None:
-            raise RuntimeError(f"attention maps can't be computed of this call, which runs stock: {reason}")
+            raise RuntimeError(
+                f"attention maps can't be computed of this call, which runs stock: {reason}; a model loaded with "
+                "attn_implementation='eager' gives them by output_attentions=True"
+            )
     elif reason is None and before is None and is_asked(model, call, "output_attentions"):
         layers = frozenset(i for i, stock in enumerate(seen.stock) if not stock)
         reads = reads._replace(maps=Maps(layers))
@@ -440,7 +444,7 @@ def _position_ids(call: Mapping[str, Any], packing: Packing) -> Tensor | None:
     return given.expand(packing.batch, packing.seqlen)
 
 
-def _draw_seeds(layers: Any) -> Tensor:
+def _draw_seeds(layers: nn.ModuleList) -> Tensor:
     """Seeds for all dropouts of one forward.
 
     Drawn once, and handed to the layers as arguments: one computed again for its gradients drops the same.
@@ -449,7 +453,7 @@ def _draw_seeds(layers: Any) -> Tensor:
     return torch.randint(2**63 - 1, (len(layers), 3), dtype=torch.int64, device=device)
 
 
-def _has_empty_sequence(model: Any, mask: Tensor | None) -> bool:
+def _has_empty_sequence(model: PreTrainedModel, mask: Tensor | None) -> bool:
     """Whether a row of the mask is all zero where that matters, at the price of a synchronisation.
 
     Eager attention spreads such a sequence evenly over all its keys, padding too; sdpa, and the kernels, give zeros.
@@ -459,7 +463,7 @@ def _has_empty_sequence(model: Any, mask: Tensor | None) -> bool:
     return not host_integers([mask.to(torch.bool).any(1).all()])[0]
 
 
-def _is_out_of_reach(model: Any, mask: Tensor) -> bool:
+def _is_out_of_reach(model: PreTrainedModel, mask: Tensor) -> bool:
     """The same of a token with no real one in its window: it is padding, which the packed layout has none of."""
     window = family_of(model).window
     if window is None or not _spreads(model, mask):
@@ -469,7 +473,7 @@ def _is_out_of_reach(model: Any, mask: Tensor) -> bool:
     return not host_integers([seen.all()])[0]
 
 
-def _spreads(model: Any, mask: Tensor) -> bool:
+def _spreads(model: PreTrainedModel, mask: Tensor) -> bool:
     """Whether attention spreads a row without a real key over all its keys, and the mask can be asked for such rows."""
     family = family_of(model)
     spreads = family.spreads_empty or model.config._attn_implementation in ("eager", None)
@@ -478,7 +482,7 @@ def _spreads(model: Any, mask: Tensor) -> bool:
     return not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _isolate(model: Any, call: Kwargs, reason: str) -> None:
+def _isolate(model: PreTrainedModel, call: Kwargs, reason: str) -> None:
     """Keeps the sequences of a flattened call apart that runs stock: stock code would let them attend to each other."""
     cu_seqlens, implementation = call.get("cu_seq_lens_q"), model.config._attn_implementation
     if cu_seqlens is None or call.get("attention_mask") is not None or is_flash(model):
@@ -519,7 +523,9 @@ def _has_table(model: nn.Module, name: str) -> bool:
     return table_of(embeddings_of(model), family_of(model).ids.get(name)) is not None
 
 
-def _lay_out(model: Any, call: Kwargs, settings: Settings, reads: Reads, foreign: bool, keeps: bool) -> Packing:
+def _lay_out(
+    model: PreTrainedModel, call: Kwargs, settings: Settings, reads: Reads, foreign: bool, keeps: bool
+) -> Packing:
     """Chooses between packed and dense for a padded call, and rewrites its arguments to match.
 
     Those of foreign embeddings stay as they are, and it is the mask that says how long the sequences are. `keeps` as

@@ -85,9 +85,9 @@ class Reader(NamedTuple):
     """Whether it is called with what goes into the base model, so that its pre-hooks don't see the rows."""
     derived: bool = False
     """Whether classes derived from it count, whatever they override, while they keep its forward."""
-    forward: Any = None
+    forward: Callable[..., object] | None = None
     """Its forward, as it was when the class was first met."""
-    methods: Mapping[str, Any] = {}
+    methods: Mapping[str, object] = {}
     """Other methods of the class that its forward calls, as they were then: a replaced one may read padding."""
 
 
@@ -149,7 +149,7 @@ def _lay_aside(call: Mapping[str, object], reads: Reads) -> None:
         _ASIDE.last = (weakref.ref(given), reads) if isinstance(given, Tensor) else None
 
 
-def _first(call: Mapping[str, object]) -> Any:
+def _first(call: Mapping[str, object]) -> object:
     return call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
 
 
@@ -171,7 +171,7 @@ def _once_told_names(hook: Hook) -> Hook:
     """
 
     @functools.wraps(hook)
-    def tell(module: Any, args: Args, kwargs: Kwargs | None = None) -> Call | None:
+    def tell(module: nn.Module, args: Args, kwargs: Kwargs | None = None) -> Call | None:
         return None if kwargs is None else hook(module, args, kwargs)
 
     return tell
@@ -197,7 +197,7 @@ _LOSSES = ("labels", "start_positions", "end_positions")
 
 
 @_once_told_names
-def tell_features(module: Any, args: Args, kwargs: Kwargs) -> Call | None:
+def tell_features(module: nn.Module, args: Args, kwargs: Kwargs) -> Call | None:
     """Of sentence-transformers' Transformer, which calls the forward of its model past the hooks.
 
     Tokens that expand a query have mask 0 unless they are attended to, and are scored.
@@ -259,7 +259,7 @@ def _decoder(module: nn.Module) -> str | None:
     return f"its decoder is {a(kind)}"
 
 
-def _layer_norm(module: Any) -> str | None:
+def _layer_norm(module: nn.LayerNorm) -> str | None:
     return None if len(module.normalized_shape) == 1 else "it normalises over more than the last dimension"
 
 
@@ -470,7 +470,7 @@ class Readings(NamedTuple):
 def readings(root: nn.Module) -> Readings:
     """Looks at every module of `root` that may meet the output of a base model in it, or at a base model alone."""
     first, tells = False, None
-    todo: list[Any] = [root]
+    todo: list[nn.Module] = [root]
     while todo:
         module = todo.pop()
         kind = type(module)

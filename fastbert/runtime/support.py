@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as module_globals
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
+from transformers import PreTrainedModel
 from transformers import modeling_flash_attention_utils as flash
 
 from .. import exporting, ops
@@ -124,7 +125,7 @@ def is_hooked(module: nn.Module, called: bool = False) -> bool:
     attributes = module.__dict__
     if attributes["_backward_hooks"] or attributes["_backward_pre_hooks"]:
         return True
-    own: Any = type(module)
+    own = type(module)
     if torch.compiler.is_dynamo_compiling():  # it guards what is read of a module, and not what its dictionary lacks
         callable(module.forward)
     replaced = "forward" in attributes and not is_placed(module) and not is_wrapper(module)
@@ -205,7 +206,7 @@ def _is_decoder(config: object) -> bool:
     return bool(getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False))
 
 
-def model_is_unsupported(model: Any) -> str | None:
+def model_is_unsupported(model: PreTrainedModel) -> str | None:
     """Why no call of `model`, a base model of a registered family, can run fused."""
     config, family = model.config, family_of(model)
     if family.unsupported is not None:
@@ -440,7 +441,7 @@ def is_unmixable(model: nn.Module, call: Mapping[str, object], stock: str | None
     return stock and f"{stock}, and layers take what only their own encoder gives: all run stock"
 
 
-def first_parameter(module: nn.Module) -> Any:
+def first_parameter(module: nn.Module) -> Tensor | None:
     """The first of a module's parameters, at a fraction of what `module.parameters()` costs; None where it has none."""
     for parameter in module.__dict__["_parameters"].values():
         if parameter is not None:
@@ -449,7 +450,7 @@ def first_parameter(module: nn.Module) -> Any:
     return next((found for found in map(first_parameter, children) if found is not None), None)
 
 
-def is_flash(model: Any) -> bool:
+def is_flash(model: PreTrainedModel) -> bool:
     """Whether stock attention is one of those that keep the sequences of a flattened call apart."""
     return model.config._attn_implementation in _FLASH_ATTENTION
 
@@ -478,7 +479,7 @@ def method_is_replaced(model: nn.Module) -> str | None:
     return None
 
 
-def judged_implementation(model: Any) -> str | None:
+def judged_implementation(model: PreTrainedModel) -> str | None:
     """The attention implementation of a base model, where the code of it is to be torch's or transformers' own.
 
     A kernel of the Hub brings a function of its own; one that isn't known is a reason by itself.

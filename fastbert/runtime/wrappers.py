@@ -10,7 +10,7 @@ its class had. `redirect` makes one like it that ends in another.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
@@ -71,12 +71,14 @@ def _is_followed(value: object) -> bool:
     if isinstance(value, (FunctionType, MethodType, functools.partial)):
         return True
     # An object of Python's, all of which is in its attributes.
-    kind: Any = type(value)
+    kind = type(value)
     plain = kind.__new__ is object.__new__ and not any(vars(c).get("__slots__") for c in kind.__mro__)
     return callable(value) and plain and not isinstance(value, (type, nn.Module)) and hasattr(value, "__dict__")
 
 
-def redirect(function: object, to: Mapping[object, object], seen: dict[int, Any] | None = None) -> object:
+def redirect(
+    function: object, to: Mapping[object, object], seen: dict[int, tuple[object, object]] | None = None
+) -> object:
     """`function` with those functions that it ends in replaced: a copy, or itself where it ends in none of them.
 
     It is followed through bound methods, partials, closures, defaults and attributes. None of these is changed.
@@ -139,14 +141,14 @@ def redirect(function: object, to: Mapping[object, object], seen: dict[int, Any]
     return result
 
 
-def _content(cell: Any) -> object:
+def _content(cell: CellType) -> object:
     try:
         return cell.cell_contents
     except ValueError:  # empty: a name that has no value yet
         return None
 
 
-def _differ(before: Any, after: Any) -> bool:
+def _differ(before: Iterable[object], after: Iterable[object]) -> bool:
     return any(a is not b for a, b in zip(before, after, strict=True))
 
 

@@ -365,7 +365,7 @@ def _stock_disentangled(
     mask: None,
     longest: int,
     scale: float,
-    *_: Any,
+    *_: object,
 ) -> Tensor:
     """Sequence by sequence."""
     each = []

@@ -279,7 +279,10 @@ def test_weights_that_are_not_finite_are_named() -> None:
         ({"layouts": []}, "layouts is"),
         ({"layouts": "packed"}, "layouts is"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"model": nn.Linear(2, 2)}, "model is of type Linear, which holds no Hugging Face model"),
+        (
+            {"model": nn.Linear(2, 2)},
+            "model is of type Linear, which holds no Hugging Face model; expected a PreTrainedModel",
+        ),
         ({"model": None}, "model is of type NoneType"),
         ({"model": seeded(is_decoder=True)}, "decoder"),
         ({"model": seeded().to("meta")}, "meta device"),

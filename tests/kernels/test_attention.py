@@ -602,7 +602,7 @@ def test_a_window_changes_no_bit_of_a_sequence_in_company(device: str) -> None:
         assert torch.equal(kernel.attention(*views, None, None, len(one), 0.125, window=40), one)
 
 
-@pytest.mark.parametrize("window", [0, 7, 64])
+@pytest.mark.parametrize("window", [0, 7, 64, 257])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("layout", ["packed", "dense", "right", "holes"])
 def test_training_of_the_cpu_with_a_window_is_the_oracle(layout: str, dropout: float, window: int) -> None:

@@ -161,6 +161,18 @@ def test_what_torch_has_for_it_is_there(name: str) -> None:
         assert cpu_int8._worst(cpu_int8._ENGINES[name], 64)
 
 
+@pytest.mark.skipif(cpu_int8.engine() != "onednn", reason="oneDNN does not multiply on this CPU")
+@pytest.mark.parametrize("t", [1, 64])
+def test_onednn_has_a_kernel_for_it(t: int, capfd: pytest.CaptureFixture[str]) -> None:
+    """Not its reference, which it falls back to without a word and which takes thousands of times as long."""
+    args = product_args(normal(t, 256).float(), normal(128, 256, seed=1).float())
+    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+        cpu.linear_int8(*args, torch.float32)
+    told = [line for line in capfd.readouterr().out.splitlines() if ",exec," in line and ",matmul," in line]
+    assert told
+    assert not any(",ref" in line for line in told), told
+
+
 @pytest.mark.parametrize("name", cpu_int8._ENGINES)
 def test_engines_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     args = product_args(normal(70, 96).float(), normal(48, 96, seed=1).float(), 64, normal(48, seed=2).float())
