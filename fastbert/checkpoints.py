@@ -93,6 +93,8 @@ def load_model(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def pipeline_kind(path: str) -> str:
     """The class of sentence-transformers that a checkpoint is of: as it says, else by the head that its config names.
 
+    "ColBERT" is one of PyLate or of Stanford's ColBERT, which a MultiVectorEncoder can load, and save as its own.
+
     Raises:
         UsageError: there is no such checkpoint.
     """
@@ -100,8 +102,12 @@ def pipeline_kind(path: str) -> str:
     try:
         file = cached_file(path, "config_sentence_transformers.json", _raise_exceptions_for_missing_entries=False)
         told = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+        if not isinstance(told, dict):
+            raise ValueError(f"config_sentence_transformers.json holds {told!r}; expected an object")
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: {in_a_line(error)}", "model") from error
+    if "HF_ColBERT" in (config.architectures or ()):
+        return str(told.get("model_type") or "ColBERT")
     heads = [name for name in config.architectures or () if name.endswith("ForSequenceClassification")]
     return str(told.get("model_type") or ("CrossEncoder" if heads and not told else "SentenceTransformer"))
 

@@ -30,8 +30,9 @@ def flatten(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor |
         int32; `max_length_q` and `max_length_k`, int.
 
     Raises:
-        ValueError: `model` holds no base model that is fused, or several; `batch` holds other names or shapes; a
-            sequence has no real token; one has padding between real tokens, and the model attends by distance.
+        ValueError: `model` holds no base model that is fused, or several, or a head that does not hand on where
+            sequences begin (MPNet's and DeBERTa's); `batch` holds other names or shapes; a sequence has no real token;
+            one has padding between real tokens, and the model attends by distance.
     """
     fused = [base for _, base, _ in base_models(model) if has_fused_encoder(base)]
     if len(fused) != 1:
@@ -40,7 +41,11 @@ def flatten(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor |
     if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
         told = f"shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"type {type(ids).__name__}"
         raise ValueError(f"input_ids: {told}; expected a tensor (batch, tokens)")
-    names = [name for name in family_of(fused[0]).ids if name != "input_ids"]
+    family = family_of(fused[0])
+    if family.run is not None and any(isinstance(each, (*family.heads, *family.others)) for each in model.modules()):
+        name = type(fused[0]).__name__
+        raise ValueError(f"model holds a head that hands its {name} no cumulative lengths; expected the base model")
+    names = [name for name in family.ids if name != "input_ids"]
     if odd := sorted(set(batch) - {"input_ids", "attention_mask", *names}):
         raise ValueError(f"batch holds {', '.join(odd)}; expected input_ids, attention_mask, {', '.join(names)}")
     mask = batch.get("attention_mask")
@@ -50,7 +55,7 @@ def flatten(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor |
         raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; expected {tuple(ids.shape)}")
     tables: dict[str, Tensor] = {"input_ids": ids, **{name: batch[name] for name in names if name in batch}}
     if "position_ids" in names and "position_ids" not in tables:
-        tables["position_ids"] = default_positions(embeddings_of(fused[0]), ids, ids.shape[1])
+        tables["position_ids"] = default_positions(embeddings_of(fused[0]), ids, ids.shape[1]).to(ids.device)
     for name, values in tables.items():
         if tuple(values.shape) not in (tuple(ids.shape), (1, ids.shape[1])):
             raise ValueError(f"{name} has shape {tuple(values.shape)}; expected {tuple(ids.shape)}")
@@ -58,9 +63,9 @@ def flatten(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor |
     starts, longest, indices = selection.packing.cu_seqlens, selection.packing.max_seqlen, selection.packing.indices
     assert starts is not None
     assert indices is not None
-    if family_of(fused[0]).embeds_padded:
+    if family.embeds_padded:
         raise ValueError("model has embeddings that read the mask of each sequence; expected a padded call")
-    if selection.has_holes and family_of(fused[0]).tables is not None:
+    if selection.has_holes and family.tables is not None:
         raise ValueError(
             "attention_mask has padding between real tokens; expected it at the ends: this model goes by the distance "
             "of tokens, and a flattened call has no room between them"

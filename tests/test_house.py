@@ -141,8 +141,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "embed": {
         "checkpoints",
         "explain",
+        "flatten",
         "fuse",
         "layers.embeddings",
+        "runtime.readers",
         "runtime.registry",
         "runtime.support",
         "usage",

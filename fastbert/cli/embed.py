@@ -17,6 +17,7 @@ EXAMPLES = (
     "fastbert embed --model BAAI/bge-large-en-v1.5 --pooling cls --normalize --output out docs.jsonl more.parquet",
     "fastbert embed --model ./sentence-transformer --column body --id-column key --output out table.csv.gz",
     "fastbert embed --model cross-encoder/ms-marco-MiniLM-L6-v2 --query-column query --output scores pairs.jsonl",
+    "fastbert embed --model ./multi-vector-encoder --format npy --output tokens docs.jsonl",
     "torchrun --nproc-per-node 8 -m fastbert.cli embed --model ./sentence-transformer --output out docs.jsonl",
 )
 
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pooling",
         choices=("mean", "cls", "max", "mean_sqrt_len", "lasttoken"),
-        help="default: what a sentence-transformers folder says, else mean",
+        help="default: what a sentence-transformers folder says, else mean; of token vectors there is none",
     )
     parser.add_argument(
         "--normalize", action=argparse.BooleanOptionalAction, help="to length 1; default: as the folder says, else not"
@@ -51,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-tokens", type=int, metavar="N", help="tokens in a forward; default: 2048 on a CPU, 65536 on a GPU"
     )
-    parser.add_argument("--shard-rows", type=int, default=8192, metavar="N", help="rows of a shard; default: 8192")
+    parser.add_argument(
+        "--shard-rows", type=int, metavar="N", help="rows of a shard; default: 8192, or 1024 of token vectors"
+    )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that tokenise; default: 1")
     parser.add_argument("--json", action="store_true", help="tell the totals as JSON")
 

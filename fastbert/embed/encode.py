@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
+from ..explain import explain
+from ..flatten import flatten
+from ..fuse import base_models
+from ..runtime.readers import HOLDS, HOOKS
 from .batches import batch_tokens_on, batches_of
 
 BYTES_PER_TOKEN = 4
 """Of UTF-8: about what English has. Chinese has 3 or fewer, and batches that are larger by a third."""
 
+Features = dict[str, object]
+"""What `preprocess` of sentence-transformers makes of texts."""
 _OURS = ("batch_size", "pool", "chunk_size")
 
 
@@ -32,7 +39,8 @@ def encode(
     """What `model.encode(inputs, **options)` returns, in batches of about as many tokens, tokenised one ahead.
 
     The longest texts come first, and a thread tokenises the next batch while the model runs one. What is computed of a
-    text is what the model's own method computes of it, to within the rounding that a batch of another size brings.
+    text is what the model's own method computes of it, to within the rounding that a batch of another size brings. The
+    vocabulary head and the pooling of a fused SparseEncoder are computed of real tokens alone, too.
 
     Args:
         model: a SentenceTransformer, CrossEncoder, SparseEncoder or MultiVectorEncoder of sentence-transformers, fused
@@ -79,11 +87,12 @@ def encode(
     texts = inputs.tolist() if isinstance(inputs, np.ndarray) else list(inputs)
     lengths = np.array([_estimate(text, i) for i, text in enumerate(texts)])
     longest = getattr(model, "max_seq_length", None)
-    if longest:
+    if longest and longest < lengths.max():  # a tokenizer without a limit says one that no array holds
         lengths = np.minimum(lengths, longest)
     device = torch.device(str(options.get("device") or model.device))
     chosen = list(batches_of(lengths, batch_tokens or batch_tokens_on(device)))
-    if len(chosen) == 1:  # nothing to tokenise ahead
+    masked = _fused_masked_lm(model)
+    if len(chosen) == 1 and masked is None:  # nothing to tokenise ahead
         return getattr(model, call)(texts, batch_size=len(texts), show_progress_bar=show_progress_bar, **options)
     model.eval()  # as the method does
     parts = []
@@ -91,8 +100,10 @@ def encode(
         ThreadPoolExecutor(1, "fastbert-tokenise") as thread,
         tqdm(total=len(texts), disable=not show_progress_bar) as bar,
     ):
-        ahead = _Ahead(model.preprocess, [[texts[i] for i in rows] for rows in chosen], thread)
+        lay_out = None if masked is None else functools.partial(_without_padding, masked)
+        ahead = _Ahead(model.preprocess, [[texts[i] for i in rows] for rows in chosen], thread, lay_out)
         view = copy.copy(model)  # the same modules
+        view.__dict__.pop(HOLDS, None)  # of what may hold the base model the original is looked at, not this
         view.preprocess = ahead
         for batch in ahead.batches:
             parts.append(getattr(view, call)(batch, batch_size=len(batch), show_progress_bar=False, **options))
@@ -109,6 +120,47 @@ def _estimate(text: object, i: int) -> int:
     return sum(2 + len(part.encode(errors="replace")) // BYTES_PER_TOKEN for part in parts)
 
 
+def _fused_masked_lm(model: nn.Module) -> nn.Module | None:
+    """Of a fused SparseEncoder its masked language model, if that and the pooling can be called without padding.
+
+    As sentence-transformers calls them where it unpads itself. Not where code of others would see that: a hook, say.
+    """
+    parts = list(model.children())
+    if [type(part).__name__.removeprefix("MLM") for part in parts] != ["Transformer", "SpladePooling"]:
+        return None
+    (transformer, pooling), found = parts, base_models(model)
+    masked = getattr(transformer, "model", None)
+    if len(found) != 1 or not isinstance(masked, nn.Module) or getattr(masked, "base_model", None) is not found[0][1]:
+        return None
+    own = type(masked).__name__.endswith("ForMaskedLM") and type(masked).__module__.startswith(_OWNERS)
+    takes = hasattr(pooling, "_forward_flattened") and getattr(transformer, "model_forward_params", ()) is None
+    _, base, family = found[0]
+    if not own or not takes or family.embeds_padded or family.run is not None:
+        return None
+    for module in (model, transformer, masked, base):
+        if module._compiled_call_impl is not None or not set(HOOKS).issuperset(module._forward_pre_hooks.values()):
+            return None
+    with torch.inference_mode():
+        (told,) = explain(model).encoders
+    return None if told.reason or told.layers or told.dense or told.outside else masked
+
+
+_OWNERS = ("transformers.", __name__.partition(".")[0] + ".")
+"""Whose heads hand cumulative lengths on to their base models."""
+
+
+def _without_padding(masked: nn.Module, features: Features) -> Features:
+    """Features as `flatten` lays them out; as they are where a text has no token, or other tensors are by the text."""
+    ((_, _, family),) = base_models(masked)
+    names = ("attention_mask", *family.ids)
+    batch = {name: value for name, value in features.items() if name in names and isinstance(value, Tensor)}
+    rest = {name: value for name, value in features.items() if name not in batch}
+    mask = batch.get("attention_mask")
+    if mask is None or any(isinstance(value, Tensor) for value in rest.values()) or not bool(mask.any(1).all()):
+        return features
+    return {**rest, **flatten(masked, batch)}
+
+
 class _Ahead:
     """In the place of `model.preprocess`: what was tokenised ahead.
 
@@ -118,16 +170,18 @@ class _Ahead:
 
     def __init__(
         self,
-        preprocess: Callable[..., dict[str, object]],
+        preprocess: Callable[..., Features],
         batches: list[list[object]],
         thread: ThreadPoolExecutor,
+        lay_out: Callable[[Features], Features] | None = None,
     ) -> None:
+        self.lay_out = lay_out
         self.preprocess, self.batches, self.thread = preprocess, batches, thread
         self.next = 0
-        self.made: Future[dict[str, object]] | None = None
+        self.made: Future[Features] | None = None
         self.options: dict[str, object] = {}
 
-    def __call__(self, inputs: list[object], **options: object) -> dict[str, object]:
+    def __call__(self, inputs: list[object], **options: object) -> Features:
         features = None
         batch = self.batches[self.next]
         if self.made is not None:
@@ -139,10 +193,10 @@ class _Ahead:
         self.next, self.options, self.made = self.next + 1, options, None
         if self.next < len(self.batches):
             self.made = self.thread.submit(self.preprocess, self.batches[self.next], **options)
-        return features
+        return features if self.lay_out is None else self.lay_out(features)
 
 
-def _as_asked(features: dict[str, object], batch: list[object], inputs: list[object]) -> dict[str, object] | None:
+def _as_asked(features: Features, batch: list[object], inputs: list[object]) -> Features | None:
     """Features of `batch` in the order of `inputs`, which the method has sorted; None where that can't be made."""
     where = {id(text): i for i, text in enumerate(batch)}
     order = [where.get(id(text), -1) for text in inputs]

@@ -24,10 +24,12 @@ from ..usage import UsageError, in_a_line
 from .batches import batches_of
 from .encode import encode
 from .rows import Text
+from .shards import TokenVectors
 from .tokens import Tokens
 
 if TYPE_CHECKING:
-    from sentence_transformers import CrossEncoder
+    from sentence_transformers import CrossEncoder, MultiVectorEncoder
+    from sentence_transformers.base.modules import Transformer
     from transformers import PreTrainedTokenizerBase
 
 POOLINGS = ("mean", "cls", "max", "mean_sqrt_len", "lasttoken")
@@ -172,6 +174,55 @@ class Ranker:
         found: Tensor = encode(self.model, texts, batch_tokens=self.batch_tokens, convert_to_tensor=True)
         scores: np.ndarray = found.float().cpu().numpy()
         return scores
+
+
+class LateEncoder:
+    """A fused MultiVectorEncoder, for late interaction: vectors of tokens, as its own `encode_document` has them."""
+
+    makes = "embeddings"
+
+    def __init__(self, model: MultiVectorEncoder, prompt: str, batch_tokens: int) -> None:
+        self.model, self.prompt, self.batch_tokens, self.dtype = model, prompt, batch_tokens, model.dtype
+
+    def __call__(self, tokens: Tokens, texts: Sequence[Text]) -> TokenVectors:
+        """Those of the tokens that are scored: of more or fewer than the texts have, as the model says."""
+        found: list[np.ndarray] = encode(
+            self.model,
+            texts,
+            call="encode_document",
+            batch_tokens=self.batch_tokens,
+            prompt=self.prompt,
+            convert_to_numpy=True,
+        )
+        none = np.empty((0, self.model.get_embedding_dimension() or 0), np.float32)
+        starts = np.array([0, *map(len, found)], np.int64).cumsum()
+        return TokenVectors(np.concatenate([none, *found], dtype=np.float32), starts)
+
+
+def load_late(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    dtype: str | None,
+    prompt: str | None,
+    max_length: int | None,
+    precision: Precision | None,
+) -> tuple[MultiVectorEncoder, str, int]:
+    """The fused MultiVectorEncoder of a checkpoint, what goes before every text, and the most tokens of one.
+
+    Raises:
+        UsageError: it can't be loaded, would run stock, or doesn't go with what else is given.
+    """
+    model = cast("MultiVectorEncoder", load_pipeline(path, dtype, device))
+    _fused(model, path, precision)
+    ((_, base, _),) = base_models(model)
+    first = cast("Transformer", model[0])
+    own = model.max_seq_length if first.document_length is None else first.document_length
+    first.document_length = _limit(longest_sequence(base), own, max_length, tokenizer.num_special_tokens_to_add())
+    if prompt is None:  # as `encode_document` chooses it
+        names = [name for name in ("document", "passage", "corpus") if name in model.prompts]
+        prompt = model.prompts.get(names[0] if names else str(model.default_prompt_name))
+    return model, prompt or "", first.document_length
 
 
 def load_ranker(

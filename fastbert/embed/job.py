@@ -28,16 +28,26 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from ..checkpoints import default_device, load_tokenizer
+from ..checkpoints import default_device, load_tokenizer, pipeline_kind
 from ..fuse import Precision
 from ..usage import UsageError
 from .batches import batch_tokens_on
-from .encoder import Encoder, Ranker, load, load_ranker, tokenizer_digest, weights_digest
+from .encoder import (
+    Encoder,
+    LateEncoder,
+    Ranker,
+    load,
+    load_late,
+    load_ranker,
+    tokenizer_digest,
+    weights_digest,
+)
 from .rows import Input, Row, Text
-from .shards import Shards
+from .shards import Shards, TokenVectors
 from .tokens import Tokens, begin_worker, tokenise
 
 _Making = concurrent.futures.Future[Tokens]
+_Encoder = Encoder | LateEncoder | Ranker
 
 
 class _Shard(NamedTuple):
@@ -124,7 +134,7 @@ def _one_ahead(items: Iterator[object], pool: concurrent.futures.Executor) -> It
 def _run(
     source: Input,
     shards: Shards,
-    encoder: Encoder | Ranker,
+    encoder: _Encoder,
     pool: ProcessPoolExecutor,
     workers: int,
     max_length: int,
@@ -172,7 +182,7 @@ def _run(
     return count
 
 
-def _make(shard: _Shard, encoder: Encoder | Ranker, max_length: int) -> tuple[tuple[Any, ...], int]:
+def _make(shard: _Shard, encoder: _Encoder, max_length: int) -> tuple[tuple[Any, ...], int]:
     """The arguments of `Shards.commit` for a shard, and how many tokens it has."""
     tokens = shard.tokens.result()
     good = [row for row in shard.rows if row.text is not None]
@@ -184,8 +194,14 @@ def _make(shard: _Shard, encoder: Encoder | Ranker, max_length: int) -> tuple[tu
     for i, length in tokens.cut.items():
         told = f"{length} tokens, cut to {max_length}"
         problems[good[i].number] = {"row": good[i].number, "id": good[i].key, "problem": told, "embedded": True}
-    embeddings = encoder(tokens, [row.text for row in good if row.text is not None])
-    finite = np.isfinite(embeddings.reshape(len(good), -1)).all(1) if good else np.ones(0, bool)
+    made = encoder(tokens, [row.text for row in good if row.text is not None])
+    embeddings: np.ndarray | TokenVectors
+    if isinstance(made, TokenVectors):
+        finite = made.are_finite()
+        embeddings = made.of(finite)
+    else:
+        finite = np.isfinite(made.reshape(len(good), -1)).all(1) if good else np.ones(0, bool)
+        embeddings = made[finite]
     for i in np.flatnonzero(~finite).tolist():
         told = f"NaN or infinity in its {encoder.makes}, in {encoder.dtype}"
         problems[good[i].number] = {"row": good[i].number, "id": good[i].key, "problem": told, "embedded": False}
@@ -198,7 +214,7 @@ def _make(shard: _Shard, encoder: Encoder | Ranker, max_length: int) -> tuple[tu
         "tokens": total,
         "input": shard.digest,
     }
-    return (shard.number, keys, embeddings[finite], [problems[n] for n in sorted(problems)], about), total
+    return (shard.number, keys, embeddings, [problems[n] for n in sorted(problems)], about), total
 
 
 def _place() -> tuple[int, int, int]:
@@ -209,6 +225,8 @@ def _place() -> tuple[int, int, int]:
     return int(told["RANK"]), int(told["WORLD_SIZE"]), int(told["LOCAL_RANK"])
 
 
+_KINDS = ("SentenceTransformer", "CrossEncoder", "MultiVectorEncoder")
+"""Classes of sentence-transformers whose checkpoints are taken; of a CrossEncoder, without queries, its base model."""
 _PLACES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
@@ -229,7 +247,7 @@ def embed(
     precision: Precision | None = None,
     device: str | None = None,
     batch_tokens: int | None = None,
-    shard_rows: int = 8192,
+    shard_rows: int | None = None,
     workers: int = 1,
 ) -> dict[str, Any]:
     """Embeds the texts of files into shards in a folder; resumes a run that was stopped.
@@ -237,7 +255,8 @@ def embed(
     Args:
         files: .txt .jsonl .csv .tsv (also .gz) .parquet; "-" is standard input.
         output: the folder.
-        model: a checkpoint: a folder, or a name on the hub.
+        model: a checkpoint: a folder, or a name on the hub; of a MultiVectorEncoder each token of a text has a vector,
+            as its `encode_document` has them, and there is no `pooling` or `normalize` but its own.
         column, id_column: the fields that hold the text and the id; without one, rows are numbered.
         query_column: the field that holds a query; then `model` is a CrossEncoder, and rows get the score of query and
             text, as its own `predict` has them.
@@ -247,7 +266,7 @@ def embed(
         precision: as `fuse` takes it.
         device: default: cuda where there is one; under torchrun that of this rank.
         batch_tokens: tokens in a forward; default: `batch_tokens_on`.
-        shard_rows: rows of a shard.
+        shard_rows: rows of a shard; default: 8,192, or 1,024 of token vectors.
         workers: processes that tokenise.
 
     Returns:
@@ -274,6 +293,17 @@ def embed(
         raise UsageError(f"- is given to {world} ranks; each would read a part of standard input, expected files")
     where = default_device(device or (f"cuda:{local}" if torch.cuda.is_available() else None))
     tokenizer = load_tokenizer(model)
+    kind = pipeline_kind(model) if query_column is None else "CrossEncoder"
+    if kind not in _KINDS:
+        how = ": MultiVectorEncoder(...).save_pretrained(folder) makes one of it" if kind == "ColBERT" else ""
+        raise UsageError(f"{model}: is a {kind}; expected a {', '.join(_KINDS[:-1])} or {_KINDS[-1]}{how}", "model")
+    is_late = kind == "MultiVectorEncoder"
+    for name in ("pooling", "normalize") if is_late else ():
+        if given[name] is not None:
+            raise UsageError(
+                f"is given with {model}, a {kind}; expected none: token vectors are as it makes them", name
+            )
+    shard_rows = shard_rows or (1024 if is_late else 8192)
     batch_tokens = batch_tokens or batch_tokens_on(where)
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(
@@ -281,8 +311,12 @@ def embed(
     ) as pool:
         try:
             pool.submit(tokenise, [""], 1 << 30)  # it starts while the model loads
-            encoder: Encoder | Ranker
-            if query_column is None:
+            encoder: _Encoder
+            if is_late:
+                late, before, longest = load_late(model, tokenizer, where, dtype, prompt, max_length, precision)
+                encoder = LateEncoder(late, before, batch_tokens)
+                own: dict[str, object] = {"prompt": before, "modules": [repr(module) for module in late]}
+            elif query_column is None:
                 given |= {"dtype": dtype, "max_length": max_length, "precision": precision}
                 loaded, recipe, longest = load(model, tokenizer, where, **given)
                 encoder = Encoder(loaded, recipe, batch_tokens)

@@ -1,9 +1,10 @@
 """The folder `fastbert embed` writes: shards that are there whole or not at all, and a manifest.
 
-`part-00000.parquet` (columns id and embedding, or id and score), or `part-00000.npy` with `part-00000.ids.json`, and,
-where rows have problems, `part-00000.problems.jsonl`. Each is written beside its place and moved there; last comes
-`part-00000.json`, with what is in the shard and hashes of its files and of the texts it was made of. A shard without
-that file counts as not there. `manifest.json` holds the settings all shards share, and at the end the totals. While a
+`part-00000.parquet` (columns id and embedding, embeddings or score), or `part-00000.npy` with `part-00000.ids.json` (of
+token vectors `part-00000.starts.npy`, too), and, where rows have problems, `part-00000.problems.jsonl`. Each is written
+beside its place and moved there; last comes `part-00000.json`, with what is in the shard and hashes of its files and of
+the texts it was made of. A shard without that file counts as not there. `manifest.json` holds the settings all shards
+share, and at the end the totals. While a
 rank writes it holds `rank-0.lock`.
 """
 
@@ -18,7 +19,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
@@ -26,6 +27,27 @@ from ..usage import UsageError, in_a_line
 
 FORMATS = ("parquet", "npy")
 _TOTALS = ("rows", "rejected", "truncated", "tokens")
+
+
+class TokenVectors(NamedTuple):
+    """Vectors of the tokens of texts, end to end."""
+
+    vectors: np.ndarray
+    """(T, H) float32."""
+    starts: np.ndarray
+    """(texts + 1,) int64, cumulative lengths: those of text i are `vectors[starts[i] : starts[i + 1]]`."""
+
+    def are_finite(self) -> np.ndarray:
+        """(texts,) bool: where no vector of a text holds NaN or infinity."""
+        odd = np.concatenate([[0], np.cumsum(~np.isfinite(self.vectors).all(1))])
+        return odd[self.starts[1:]] == odd[self.starts[:-1]]
+
+    def of(self, texts: np.ndarray) -> TokenVectors:
+        """Those of some texts, (texts,) bool."""
+        if texts.all():
+            return self
+        lengths = np.diff(self.starts)
+        return TokenVectors(self.vectors[np.repeat(texts, lengths)], np.concatenate([[0], lengths[texts].cumsum()]))
 
 
 class Shards:
@@ -139,21 +161,22 @@ class Shards:
         self,
         index: int,
         keys: Sequence[object],
-        embeddings: np.ndarray,
+        embeddings: np.ndarray | TokenVectors,
         problems: Sequence[dict[str, object]],
         about: dict[str, object],
     ) -> None:
         """Writes a shard: `embeddings` (n, width), or (n,), of the rows `keys`; `about` goes into its record."""
+        embeddings, starts = embeddings if isinstance(embeddings, TokenVectors) else (embeddings, None)
         name = f"part-{index:05d}"
         keys = list(keys) if self._numbered else [str(key) for key in keys]
         files = {}
         try:
             if self.form == "parquet":
-                files[f"{name}.parquet"] = _parquet(keys, self._numbered, embeddings, self.makes)
+                files[f"{name}.parquet"] = _parquet(keys, self._numbered, embeddings, starts, self.makes)
             else:
-                buffer = io.BytesIO()
-                np.save(buffer, embeddings)
-                files |= {f"{name}.npy": buffer.getvalue(), f"{name}.ids.json": _json(keys)}
+                files |= {f"{name}.npy": _npy(embeddings), f"{name}.ids.json": _json(keys)}
+                if starts is not None:
+                    files[f"{name}.starts.npy"] = _npy(starts)
             if problems:
                 lines = [json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems]
                 files[f"{name}.problems.jsonl"] = "".join(lines).encode("utf-8", "backslashreplace")
@@ -212,13 +235,23 @@ def _json(value: object) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
-def _parquet(keys: list[object], numbered: bool, embeddings: np.ndarray, makes: str) -> bytes:
+def _npy(values: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, values)
+    return buffer.getvalue()
+
+
+def _parquet(
+    keys: list[object], numbered: bool, embeddings: np.ndarray, starts: np.ndarray | None, makes: str
+) -> bytes:
     import pyarrow
     import pyarrow.parquet
 
     ids = pyarrow.array(keys, pyarrow.int64() if numbered else pyarrow.string())
     values = pyarrow.array(embeddings.reshape(-1))
     rows = values if embeddings.ndim == 1 else pyarrow.FixedSizeListArray.from_arrays(values, embeddings.shape[1])
+    if starts is not None:
+        rows = pyarrow.LargeListArray.from_arrays(pyarrow.array(starts), rows)
     sink = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(pyarrow.table({"id": ids, makes: rows}), sink, compression="none")
     data: bytes = sink.getvalue().to_pybytes()

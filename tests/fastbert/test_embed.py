@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gzip
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -24,6 +25,7 @@ from transformers import AutoTokenizer, DebertaV2Model
 from transformers.models.bert import modeling_bert
 from transformers.models.roberta import modeling_roberta
 
+import fastbert
 from fastbert import numerics
 from fastbert.cli.__main__ import main
 from fastbert.embed import encoder, job, rows, shards, tokens
@@ -210,6 +212,169 @@ def test_pairs_that_are_refused(
     model = ranker(tmp_path / "model", num_labels=1) if arguments[1] == "in.csv" else tiny
     run(model, tmp_path / "out", str(tmp_path / arguments[1]), "--query-column", "query", *arguments[2:], code=2)
     assert told.format(**{"in": tmp_path, "tiny": tiny}) in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def late(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model for late interaction, as sentence-transformers saves it, which doesn't score the dot."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    modules = pytest.importorskip("sentence_transformers.multi_vector_encoder.modules")
+    base = pytest.importorskip("sentence_transformers.base.modules")
+    width = models.seeded(modeling_bert.BertModel).config.hidden_size
+    torch.manual_seed(0)
+    names = {"module_input_name": "token_embeddings", "module_output_name": "token_embeddings"}
+    made = sentence_transformers.MultiVectorEncoder(
+        modules=[
+            base.Transformer(str(tiny), document_length=60),
+            base.Dense(width, 16, bias=True, activation_function=torch.nn.Identity(), **names),
+            modules.MultiVectorMask(skiplist_words=["."]),
+            base.Normalize(module_input_name="token_embeddings"),
+        ],
+        prompts={"query": "of a query . ", "document": "of a document . "},
+        device="cpu",
+    )
+    folder = tmp_path_factory.mktemp("late")
+    made.save_pretrained(str(folder))
+    return folder
+
+
+def read_late(output: Path) -> tuple[list[Any], list[np.ndarray]]:
+    """(ids, token vectors of each) of all shards."""
+    ids: list[Any] = []
+    found: list[np.ndarray] = []
+    for file in sorted(output.glob("part-*.parquet")):
+        table = pytest.importorskip("pyarrow.parquet").read_table(file)
+        assert table.column_names == ["id", "embeddings"]
+        ids += table["id"].to_pylist()
+        width = table["embeddings"].type.value_type.list_size
+        found += [np.array(each, np.float32).reshape(-1, width) for each in table["embeddings"].to_pylist()]
+    for file in sorted(output.glob("part-?????.npy")):
+        ids += json.loads(file.with_suffix(".ids.json").read_text())
+        rows, starts = np.load(file), np.load(file.with_suffix(".starts.npy"))
+        assert (rows.dtype, starts.dtype, starts[0], starts[-1]) == (np.float32, np.int64, 0, len(rows))
+        found += [rows[i:j] for i, j in itertools.pairwise(starts)]
+    return ids, found
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("form", ["parquet", "npy"])
+def test_token_vectors_are_those_of_a_multi_vector_encoder(form: str, late: Path, tmp_path: Path) -> None:
+    """Prompt, length, projection, what is scored and norm are its own; what was cut is told."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    texts = [f"{text} ." for text in sentences(50)] + ["", "word " * 100]
+    (tmp_path / "in.txt").write_text("\n".join(texts) + "\n")
+    arguments = ["--shard-rows", "32", "--batch-tokens", "300", "--format", form]
+    run(late, tmp_path / "out", str(tmp_path / "in.txt"), *arguments)
+    ids, found = read_late(tmp_path / "out")
+    assert ids == list(range(52))
+    stock = sentence_transformers.MultiVectorEncoder(str(late), device="cpu")
+    expected, exact = (model.encode_document(texts, batch_size=8) for model in (stock, copy.deepcopy(stock).double()))
+    assert [len(each) for each in found] == [len(each) for each in expected]
+    assert len(found[-1]) == 60 - 1  # the dot of the prompt isn't scored
+    numerics.assert_within_policy(torch.from_numpy(np.concatenate(found)), torch.cat(expected), torch.cat(exact))
+    fused = fastbert.fuse(stock)
+    for part in (slice(32), slice(32, None)):
+        whole = fastbert.encode(fused, texts[part], call="encode_document", batch_tokens=300)
+        assert all(np.array_equal(*each) for each in zip(found[part], whole, strict=True))
+    problems = [json.loads(line) for line in (tmp_path / "out" / "part-00001.problems.jsonl").read_text().splitlines()]
+    assert problems == [{"row": 51, "id": 51, "problem": "106 tokens, cut to 60", "embedded": True}]
+    lengths = [len(row) for row in stock.tokenizer([f"of a document . {text}" for text in texts])["input_ids"]]
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["tokens"] == sum(lengths[:-1]) + 60
+
+
+@pytest.mark.usefixtures("here")
+def test_options_of_token_vectors(late: Path, tmp_path: Path) -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    texts = sentences(20)
+    (tmp_path / "in.txt").write_text("\n".join(texts) + "\n")
+    arguments = ["--prompt", "", "--max-length", "9", "--dtype", "bfloat16", "--format", "npy"]
+    run(late, tmp_path / "out", str(tmp_path / "in.txt"), *arguments)
+    stock = sentence_transformers.MultiVectorEncoder(str(late), device="cpu").bfloat16()
+    stock[0].document_length = 9
+    same, exact = (
+        torch.cat(model.encode_document(texts, prompt="")) for model in (stock, copy.deepcopy(stock).double())
+    )
+    found = torch.from_numpy(np.concatenate(read_late(tmp_path / "out")[1])).bfloat16()
+    numerics.assert_within_policy(found, same, exact)
+    settings = json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]
+    assert (settings["max_length"], settings["prompt"], settings["shard_rows"]) == (9, "", 1024)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("form", ["parquet", "npy"])
+def test_token_vectors_of_rows_with_problems(
+    form: str, late: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = encoder.encode
+
+    def encode(model: Any, texts: list[str], **options: Any) -> list[np.ndarray]:
+        found: list[np.ndarray] = made(model, texts, **options)
+        if "lazy dog" in texts:
+            found[texts.index("lazy dog")][1, 2] = np.nan
+        return found
+
+    monkeypatch.setattr(encoder, "encode", encode)
+    lines = ['{"text": null}', '{"text": "a planet"}', '{"text": "lazy dog"}', '{"text": "lazy"}', '{"text": null}']
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    run(late, tmp_path / "out", str(tmp_path / "in.jsonl"), "--format", form, "--shard-rows", "4")
+    ids, found = read_late(tmp_path / "out")
+    assert (ids, [each.shape for each in found]) == ([1, 3], [(7, 16), (6, 16)])
+    assert np.isfinite(np.concatenate(found)).all()
+    told = [json.loads(line) for line in (tmp_path / "out" / "part-00000.problems.jsonl").read_text().splitlines()]
+    assert [each["problem"] for each in told] == ["null", "NaN or infinity in its embeddings, in torch.float32"]
+
+
+@pytest.mark.usefixtures("here")
+def test_token_vectors_of_other_settings(
+    late: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the model makes of its tokens is one of a folder's settings."""
+    other = shutil.copytree(late, tmp_path / "other")
+    (config,) = other.glob("*MultiVectorMask/config.json")
+    config.write_text(config.read_text().replace('"."', '"the"'))
+    (tmp_path / "in.txt").write_text("one\n")
+    run(late, tmp_path / "out", str(tmp_path / "in.txt"))
+    before = contents(tmp_path / "out")
+    for model, told in ((other, "holds shards made with modules "), (tiny, "holds shards made with ")):
+        run(model, tmp_path / "out", str(tmp_path / "in.txt"), code=2)
+        assert told in capsys.readouterr().err
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("config", "arguments", "told"),
+    [
+        ({}, ["--pooling", "cls"], "--pooling is given with {model}, a MultiVectorEncoder; expected none"),
+        ({}, ["--no-normalize"], "--normalize is given with {model}, a MultiVectorEncoder; expected none"),
+        ({}, ["--max-length", "2"], "--max-length is 2; expected at least 3, of which 2 are special"),
+        ({}, ["--max-length", "161"], "--max-length is 161; the model has positions for 160"),
+        ({"model_type": "SparseEncoder"}, [], "--model {model}: is a SparseEncoder; expected a SentenceTransformer, "),
+        ({"model_type": "ColBERT"}, [], "or MultiVectorEncoder: MultiVectorEncoder(...).save_pretrained(folder) makes"),
+        ([], [], "config_sentence_transformers.json holds []; expected an object"),
+    ],
+)
+def test_token_vectors_that_are_refused(
+    config: Any, arguments: list[str], told: str, late: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(late, tmp_path / "model")
+    if config != {}:
+        (model / "config_sentence_transformers.json").write_text(json.dumps(config))
+    (tmp_path / "in.txt").write_text("one\n")
+    capsys.readouterr()
+    run(model, tmp_path / "out", str(tmp_path / "in.txt"), *arguments, code=2)
+    assert told.format(model=model) in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("here")
+def test_a_checkpoint_of_colbert_is_refused(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = shutil.copytree(tiny, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "architectures": ["HF_ColBERT"]}))
+    (tmp_path / "in.txt").write_text("one\n")
+    run(model, tmp_path / "out", str(tmp_path / "in.txt"), code=2)
+    assert "is a ColBERT; expected a SentenceTransformer, CrossEncoder or MultiVec" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -617,15 +782,16 @@ def test_a_command_that_got_nowhere_is_corrected(
 
 
 @pytest.mark.usefixtures("here")
-@pytest.mark.parametrize("kills", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_killed_run_goes_on(kills: int, tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "kills"), [("tiny", 1), ("late", 1), pytest.param("tiny", 2, marks=pytest.mark.slow)])
+def test_a_killed_run_goes_on(kind: str, kills: int, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Over processes, as for a user, and killed with those it started; finished by another process, which is this one.
 
     With --slow killed once more, as it goes on.
     """
     (tmp_path / "in.txt").write_text("\n".join(sentences(600)))
     options = ["--shard-rows", "20", str(tmp_path / "in.txt")]
-    command = [sys.executable, "-m", "fastbert.cli", "embed", "--model", str(tiny), "--device", "cpu", *options]
+    model: Path = request.getfixturevalue(kind)
+    command = [sys.executable, "-m", "fastbert.cli", "embed", "--model", str(model), "--device", "cpu", *options]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
 
     chance = random.Random(0)
@@ -642,7 +808,7 @@ def test_a_killed_run_goes_on(kills: int, tiny: Path, tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     for output in ("killed", "whole"):
-        run(tiny, tmp_path / output, *options)
+        run(model, tmp_path / output, *options)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import random
 import threading
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import transformers as hf
 
 import fastbert
 from fastbert.runtime.registry import family_of
 from tests import models
-from tests.fastbert.test_families import BASES, padded
+from tests.fastbert.test_families import BASES, FAMILIES, padded
+from tests.fastbert.test_families import adapter as of
 from tests.fastbert.test_families import seeded as of_family
-from tests.fastbert.test_readers import folder
+from tests.fastbert.test_readers import folder, layouts
 
 st = pytest.importorskip("sentence_transformers")
 WORDS = ["drums", "beat", "across", "the", "quiet", "river", "while", "nobody", "listens", "to", "them", "at", "night"]
@@ -101,17 +104,124 @@ def test_late_interaction() -> None:
         same(fastbert.encode(model, given, call=call, batch_tokens=BUDGET), getattr(model, call)(given))
 
 
-def test_sparse(tmp_path: Any) -> None:
+@pytest.fixture(scope="module")
+def masked_lm(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a small masked language model."""
+    path = tmp_path_factory.mktemp("masked")
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder())
+    models.seeded(hf.BertForMaskedLM, vocab_size=len(tokenizer)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def sparse(path: str, *options: str) -> Any:
+    from sentence_transformers.base.modules import Transformer
     from sentence_transformers.sparse_encoder.modules import SpladePooling
 
-    tokenizer = hf.AutoTokenizer.from_pretrained(folder())
-    models.seeded(hf.BertForMaskedLM, vocab_size=len(tokenizer)).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    from sentence_transformers.base.modules import Transformer
+    modules = [Transformer(path, transformer_task="fill-mask"), SpladePooling(*options)]
+    return st.SparseEncoder(modules=modules, device="cpu")
 
-    modules = [Transformer(str(tmp_path), transformer_task="fill-mask"), SpladePooling("max")]
-    model = fastbert.fuse(st.SparseEncoder(modules=modules, device="cpu"))
-    same(fastbert.encode(model, texts(), batch_tokens=BUDGET), model.encode(texts()))
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of how many rows the vocabulary head is computed where there is no padding, by the batch."""
+    found: list[int] = []
+    ours = importlib.import_module("fastbert.embed.encode")  # the name in the package is the function's
+    made = ours.flatten
+
+    def flatten(*args: Any) -> dict[str, Any]:
+        flat: dict[str, Any] = made(*args)
+        found.append(flat["input_ids"].numel())
+        return flat
+
+    monkeypatch.setattr(ours, "flatten", flatten)
+    return found
+
+
+@pytest.mark.parametrize("options", [("max",), ("sum", "log1p_relu")], ids=str)
+@pytest.mark.parametrize("budget", [BUDGET, 10**6])
+def test_sparse(options: tuple[str, ...], budget: int, masked_lm: str, rows: list[int]) -> None:
+    """The vocabulary head and the pooling see no padding, in one batch and in many."""
+    stock = sparse(masked_lm, *options)
+    model, given = fastbert.fuse(copy.deepcopy(stock)), texts()
+    expected = stock.encode(given)
+    same(fastbert.encode(model, given, batch_tokens=budget), expected)
+    assert sum(rows) == sum(len(row) for row in stock.tokenizer(given)["input_ids"])
+    assert layouts(model) == {"packed": len(rows)}
+    assert (len(rows) == 1) == (budget > BUDGET)
+    before = len(rows)
+    same(model.encode(given), expected)  # nothing of it is left
+    same(fastbert.encode(fastbert.unfuse(model), given, batch_tokens=budget), expected)
+    assert len(rows) == before
+
+
+def _hooked(model: Any) -> None:
+    model[0].register_forward_pre_hook(lambda module, args: None)
+
+
+def _compiled(model: Any) -> None:
+    model.compile(backend="eager")
+
+
+def _dense(model: Any) -> None:
+    fastbert.fuse(model, padding="dense")
+
+
+def _derived(model: Any) -> None:
+    class SpladePooling(type(model[1])):  # type: ignore[misc]
+        def forward(self, features: Any) -> Any:
+            assert features["token_embeddings"].shape[0] == features["attention_mask"].shape[0]
+            return super().forward(features)
+
+    model[1].__class__ = SpladePooling
+
+
+@pytest.mark.parametrize("change", [_hooked, _compiled, _dense, _derived])
+def test_sparse_with_code_that_would_see_it(change: Any, masked_lm: str, rows: list[int]) -> None:
+    """There batches have padding, as in the model's own method."""
+    model = fastbert.fuse(sparse(masked_lm))
+    given = texts(12)
+    expected = model.encode(given)
+    change(model)
+    same(fastbert.encode(model, given, batch_tokens=200), expected)
+    assert not rows
+
+
+def test_sparse_of_a_text_without_a_token(masked_lm: str, rows: list[int]) -> None:
+    """Its batch is padded, in which it is a row of padding alone; others are not."""
+    model = fastbert.fuse(sparse(masked_lm))
+    own = model.tokenizer
+    model[0].processor = hf.PreTrainedTokenizerFast(tokenizer_object=own.backend_tokenizer, pad_token="[PAD]")
+    model.tokenizer.backend_tokenizer.post_processor = tokenizers.processors.Sequence([])
+    given = [*texts(12), "", "drums"]
+    same(fastbert.encode(model, given, batch_tokens=100), model.encode(given))
+    assert rows
+
+
+HEADS = [
+    pytest.param(family, kind.__name__, id=kind.__name__)
+    for family in FAMILIES
+    for kind in of(family).heads
+    if kind.__name__.endswith(("ForMaskedLM", "ForTokenClassification")) and not of(family).embeds_padded
+]
+
+
+@pytest.mark.parametrize(("family", "name"), HEADS)
+def test_heads_of_flattened_calls(family: str, name: str) -> None:
+    """Sequences stay apart; a head that keeps to itself where they begin, so that they would not, is refused."""
+    stock = of_family(family, name)
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    given = models.masks(4, 23)["right"]
+    assert given is not None
+    batch = {"input_ids": padded(family, given), "attention_mask": given}
+    if of(family).run is not None:
+        with pytest.raises(ValueError, match=r"a head that hands its \w+ no cumulative lengths; expected"):
+            fastbert.flatten(fused, batch)
+        return
+    with torch.inference_mode():
+        expected, ours = stock(**batch).logits[given.bool()], fused(**fastbert.flatten(fused, batch)).logits[0]
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    assert layouts(fused) == {"packed": 1}
 
 
 def test_batches_and_what_is_left(embedder: Any) -> None:
@@ -178,6 +288,14 @@ def test_an_error_is_raised_and_leaves_nothing(embedder: Any, where: str) -> Non
 def test_the_same_text_many_times(embedder: Any) -> None:
     given = [WORDS[0], *["drums"] * 30, WORDS[0], "", *WORDS] * 2
     same(fastbert.encode(embedder, given, batch_tokens=BUDGET), embedder.encode(given))
+
+
+def test_batches_are_packed(embedder: Any) -> None:
+    """What holds the base model is looked at for readers of padding, not the copy whose batches are tokenised ahead."""
+    model = fastbert.fuse(fastbert.unfuse(copy.deepcopy(embedder)))
+    given = [" ".join(WORDS[:n]) for n in (13, 9, 9, 7, 7, 5, 3, 2)]  # each batch has padding
+    fastbert.encode(model, given, batch_tokens=50)
+    assert layouts(model) == {"packed": 2}
 
 
 def test_one_or_none(embedder: Any) -> None:
