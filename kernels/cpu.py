@@ -514,7 +514,7 @@ def _mapped(
     batch = rows // max(max_seqlen, 1) if cu_seqlens is None else cu_seqlens.shape[0] - 1
     maps = (q.new_empty if cu_seqlens is None else q.new_zeros)(batch, heads, width, width)
     starts = None if cu_seqlens is None else {start: i for i, start in enumerate(cu_seqlens.tolist())}
-    for group, count, some, mask in _parts(rows, heads, cu_seqlens, key_mask, max_seqlen):
+    for group, count, some, mask in _parts(rows, heads, cu_seqlens, key_mask, max_seqlen, _limit()):
         scores = score(group, count, some)
         whole = slice(0, scores.shape[-1])
         there = _within(whole, whole, None if mask is None else mask[:, None], window)
@@ -560,15 +560,16 @@ def attention_forward(
     out = qkv.new_empty(rows, *qkv.shape[2:])
     planes = 2 if qkv.dtype.itemsize > 2 else 1
     stats = qkv.new_ones(planes, heads, rows, dtype=torch.promote_types(qkv.dtype, torch.float32))
-    for group, batch, mask in _sequences(rows, cu_seqlens, key_mask, max_seqlen):
-        # [3, B, heads, S, D]
-        whole = qkv[group].unflatten(0, (batch, -1)).permute(2, 0, 3, 1, 4).to(dtype)
-        own_out = out[group].unflatten(0, (batch, -1)).transpose(1, 2)
-        sums = stats[0, :, group].unflatten(1, (batch, -1)).transpose(0, 1)  # [B, heads, S]
-        for queries, keys in _windows(whole.shape[3], window):
-            query, key, value = whole[0, :, :, queries], whole[1, :, :, keys], whole[2, :, :, keys]
+    limit = _limit(dropout) if dropout else _ALL
+    for group, batch, some, mask in _parts(rows, heads, cu_seqlens, key_mask, max_seqlen, limit, window):
+        own = qkv[group, :, some].unflatten(0, (batch, -1)).permute(2, 0, 3, 1, 4).to(dtype)  # [3, B, heads, S, D]
+        own_out = out[group, some].unflatten(0, (batch, -1)).transpose(1, 2)
+        sums = stats[0, some, group].unflatten(1, (batch, -1)).transpose(0, 1)  # [B, heads, S]
+        mask, part = None if mask is None else mask[:, None], None if bias is None else bias[some]
+        for queries, keys in _windows(own.shape[3], window):
+            query, key, value = own[0, :, :, queries], own[1, :, :, keys], own[2, :, :, keys]
             if dropout:
-                biased = None if bias is None else _biased(bias, queries, keys, None)
+                biased = None if part is None else _biased(part, queries, keys, None)
                 scores = _scores(query, key, _within(queries, keys, mask, window), scale, biased)
                 # Without a key all scores are -inf: there a maximum of 0 makes every weight 0, and no NaN.
                 top = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
@@ -579,7 +580,7 @@ def attention_forward(
                 weights.mul_(_keep(weights.shape, dropout, generator, weights.dtype)).div_(total)
                 result = torch.matmul(weights.to(dtype), value)
             else:
-                added = _additive(query, queries, keys, mask, window, bias)
+                added = _additive(query, queries, keys, mask, window, part)
                 result, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                     query, key, value, attn_mask=added, scale=scale
                 )
@@ -613,51 +614,69 @@ def attention_backward(
     window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     dtype, generator = _matmul_dtype(qkv), _generator(seed)
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
+    dqkv, heads = torch.empty(qkv.shape, dtype=qkv.dtype), qkv.shape[2]
     dbias = stats.new_zeros(0) if bias is None or not bias_grad else torch.zeros_like(bias)
-    for group, batch, mask in _sequences(qkv.shape[0], cu_seqlens, key_mask, max_seqlen):
-        whole = qkv[group].unflatten(0, (batch, -1)).permute(2, 0, 3, 1, 4).to(dtype)
-        douts, results = (t[group].unflatten(0, (batch, -1)).transpose(1, 2).to(dtype) for t in (grad, out))
-        sums = stats[0, :, group].unflatten(1, (batch, -1)).transpose(0, 1)  # [B, heads, S]
-        blocks = list(_windows(whole.shape[3], window))
-        total = torch.zeros(whole.shape, dtype=sums.dtype) if len(blocks) > 1 else None  # a key is in several
+    flash = dtype.itemsize == 2 and not dropout and not dbias.numel()
+    limit = _ALL if flash else _limit(dropout)
+    for group, batch, some, mask in _parts(qkv.shape[0], heads, cu_seqlens, key_mask, max_seqlen, limit, window):
+        own = qkv[group, :, some].unflatten(0, (batch, -1)).permute(2, 0, 3, 1, 4).to(dtype)  # [3, B, heads, S, D]
+        douts, results = (t[group, some].unflatten(0, (batch, -1)).transpose(1, 2) for t in (grad, out))
+        sums = stats[0, some, group].unflatten(1, (batch, -1))
+        mask, part = None if mask is None else mask[:, None], None if bias is None else bias[some]
+        blocks = list(_windows(own.shape[3], window))
+        total = torch.zeros(own.shape, dtype=sums.dtype) if len(blocks) > 1 else None  # a key is in several
         for queries, keys in blocks:
-            query, key, value = whole[0, :, :, queries], whole[1, :, :, keys], whole[2, :, :, keys]
-            dout, result, logsumexp = douts[:, :, queries], results[:, :, queries], sums[:, :, queries]
-            if dropout or dbias.numel():
-                biased = None if bias is None else _biased(bias, queries, keys, None)
-                within = _within(queries, keys, mask, window)
-                weights = _scores(query, key, within, scale, biased).sub_(logsumexp[..., None]).exp_()
-                dweights, kept = torch.matmul(dout, value.transpose(-1, -2)).to(weights.dtype), weights
+            query, key, value = own[0, :, :, queries], own[1, :, :, keys], own[2, :, :, keys]
+            dout = douts[:, :, queries].to(dtype)
+            if flash:
+                added, result = _additive(query, queries, keys, mask, window, part), results[:, :, queries]
+                # It wants queries between heads and rows in memory: [B, S, heads] transposed.
+                logsumexp = sums[:, :, queries].permute(1, 2, 0).contiguous().transpose(1, 2)
+                grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                    dout, query, key, value, result, logsumexp, 0.0, False, attn_mask=added, scale=scale
+                )
+            else:
+                # Of the scores, not by `stats` and `out`: as precise as eager attention, where flash has 1.6 times the
+                # error in queries and keys. A few heads at a time it takes hardly longer.
+                biased = None if part is None else _biased(part, queries, keys, None)
+                weights = _weights(query, key, _within(queries, keys, mask, window), scale, biased)
+                dweights = torch.matmul(dout, value.transpose(-1, -2)).to(weights.dtype)
+                kept = weights
                 if dropout:
                     keep = _keep(weights.shape, dropout, generator, weights.dtype)
                     dweights.mul_(keep)
                     kept = weights * keep
                 dvalue = torch.matmul(kept.to(dtype).transpose(-1, -2), dout)
-                delta = (dout.to(weights.dtype) * result).sum(-1, keepdim=True)
-                dscores = dweights.sub_(delta).mul_(weights)
+                dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
                 if dbias.numel():
                     places = (queries.start - keys.start, keys.stop - queries.stop)
                     found = _by_distance(F.pad(dscores.sum(0), (0, 0, *places)))
-                    dbias.narrow(1, (dbias.shape[1] - found.shape[1]) // 2, found.shape[1]).add_(found)
-                dscores = dscores.mul_(scale).to(dtype)
-                grads = (torch.matmul(dscores, key), torch.matmul(dscores.transpose(-1, -2), query), dvalue)
-            else:
-                added = _additive(query, queries, keys, mask, window, bias)
-                # It wants queries between heads and rows in memory: [B, S, heads] transposed.
-                logsumexp = logsumexp.transpose(1, 2).contiguous().transpose(1, 2)
-                grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                    dout, query, key, value, result, logsumexp, 0.0, False, attn_mask=added, scale=scale
-                )
+                    dbias[some].narrow(1, (dbias.shape[1] - found.shape[1]) // 2, found.shape[1]).add_(found)
+                dscores = dscores.to(dtype).flatten(0, 1)
+                dquery = _scaled(dscores, key.flatten(0, 1), scale).view(query.shape)
+                dkey = _scaled(dscores.transpose(1, 2), query.flatten(0, 1), scale).view(key.shape)
+                grads = dquery, dkey, dvalue
             if total is None:
                 for i, each in enumerate(grads):
-                    dqkv[group, i] = each.transpose(1, 2).flatten(0, 1)
+                    dqkv[group, i, some] = each.transpose(1, 2).flatten(0, 1)
                 continue
-            for own, each, place in zip(total, grads, (queries, keys, keys), strict=True):
-                own[:, :, place] += each
+            for sum_, each, place in zip(total, grads, (queries, keys, keys), strict=True):
+                sum_[:, :, place] += each
         if total is not None:
-            dqkv[group] = total.permute(1, 3, 0, 2, 4).flatten(0, 1)
+            dqkv[group, :, some] = total.permute(1, 3, 0, 2, 4).flatten(0, 1)
     return dqkv, dbias
+
+
+def _weights(query: Tensor, key: Tensor, within: Tensor | None, scale: float, bias: Tensor | None) -> Tensor:
+    """Probabilities (B, heads, queries, keys), in float32 or better; zeros in rows without a key."""
+    flat = _scaled(query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), scale)
+    scores = flat.view(*query.shape[:3], -1).to(torch.promote_types(query.dtype, torch.float32))
+    if bias is not None:
+        scores += bias
+    if within is not None:
+        scores.masked_fill_(~within, torch.finfo(scores.dtype).min)
+    torch.softmax(scores, -1, out=scores)
+    return scores if within is None else scores.mul_(within)  # without a key they are all alike
 
 
 def _by_place(scores: Tensor) -> Tensor:
@@ -803,18 +822,32 @@ def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 _SCORES = 2**18
-"""Scores at a time of `disentangled_attention`, for each thread: as many as caches hold, with those by distance."""
+"""Scores at a time for each thread: as many as caches hold, of `disentangled_attention` with those by distance."""
+_ALL = 2**62
+"""All that has one length."""
+
+
+def _limit(dropout: float = 0.0) -> int:
+    """Scores at a time; with dropout, drawn again in the backward, whatever the number of threads is by then."""
+    return _SCORES if dropout else torch.get_num_threads() * _SCORES
 
 
 def _parts(
-    rows: int, heads: int, cu_seqlens: Tensor | None, key_mask: Tensor | None, max_seqlen: int
+    rows: int,
+    heads: int,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    max_seqlen: int,
+    limit: int,
+    window: int | None = None,
 ) -> Iterator[tuple[slice, int, slice, Tensor | None]]:
     """What is taken together: rows, the number of sequences in them, all of one length, heads, their (B, 1, S) mask."""
-    limit = torch.get_num_threads() * _SCORES
     for group, batch, mask in _sequences(rows, cu_seqlens, key_mask, max_seqlen):
         first, length = (0, max_seqlen) if cu_seqlens is None else (group.start, group.stop - group.start)
-        sequences = max(1, min(batch, limit // length**2))
-        step = max(1, min(heads, limit // (sequences * length**2)))
+        queries, keys = max(_windows(length, window), key=lambda block: block[1].stop - block[1].start)
+        scores = (queries.stop - queries.start) * (keys.stop - keys.start)
+        sequences = max(1, min(batch, limit // scores))
+        step = max(1, min(heads, limit // (sequences * scores)))
         for start in range(0, batch, sequences):
             end = min(start + sequences, batch)
             some = slice(first + start * length, first + end * length)
@@ -846,7 +879,7 @@ def disentangled_attention(
     planes = 2 if qkv.dtype.itemsize > 2 else 1
     stats = qkv.new_ones(planes, heads, rows, dtype=torch.promote_types(qkv.dtype, torch.float32))
     positions = _Positions(c2p, p2c, slots, max_seqlen, dtype)
-    for group, batch, some, mask in _parts(rows, heads, cu_seqlens, key_mask, max_seqlen):
+    for group, batch, some, mask in _parts(rows, heads, cu_seqlens, key_mask, max_seqlen, _limit(dropout)):
         query, key, value = (_of_heads(x[:, some], batch).to(dtype) for x in qkv[group].unbind(1))
         scores = positions.scores(query, key, some, scale).to(stats.dtype)
         if mask is not None:
@@ -910,7 +943,7 @@ def disentangled_attention_backward(
     positions = _Positions(c2p, p2c, slots, max_seqlen, dtype)
     distances = positions.slots[0].shape[0]
     dtables = [None if t is None else stats.new_zeros(heads, distances, t.shape[-1]) for t in (c2p, p2c)]
-    for group, batch, some, mask in _parts(rows, heads, cu_seqlens, key_mask, max_seqlen):
+    for group, batch, some, mask in _parts(rows, heads, cu_seqlens, key_mask, max_seqlen, _limit(dropout)):
         query, key, value = (_of_heads(x[:, some], batch).to(dtype) for x in qkv[group].unbind(1))
         dout = _of_heads(grad[group, some], batch).to(dtype)
         # The softmax anew, not by `stats`, and its gradient from these, not from `out`: as precise as stock's.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 import torch
@@ -188,3 +189,52 @@ def test_disentangled_attention_of_no_rows() -> None:
     dqkv, dc2p, dp2c = cpu.disentangled_attention_backward(grad, *given, out, stats, *layout)
     assert out.shape == (0, 3, 16) and dqkv.shape == given[0].shape
     assert dc2p.shape == given[1].shape and dc2p.eq(0).all() and dp2c.shape == given[2].shape and dp2c.eq(0).all()
+
+
+def test_gradients_of_attention_are_as_precise_as_those_of_eager_attention() -> None:
+    """Where values have much in common, gradients of queries and keys are small differences."""
+    lengths, heads, scale = [128, 100, 300], 8, 0.125
+    qkv, grad = torch.randn(sum(lengths), 3, heads, 64), torch.randn(sum(lengths), heads, 64)
+    qkv[:, 2] += 3 * torch.randn(heads, 64)
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+
+    def eager(dtype: torch.dtype) -> Tensor:
+        leaf = qkv.detach().to(dtype, copy=True).requires_grad_()
+        for one, slope in zip(leaf.split(lengths), grad.to(dtype).split(lengths), strict=True):
+            q, k, v = (x.transpose(0, 1) for x in one.unbind(1))
+            ((q @ k.transpose(1, 2) * scale).softmax(-1) @ v).transpose(0, 1).backward(slope, retain_graph=True)
+        assert leaf.grad is not None
+        return leaf.grad
+
+    out, stats = cpu.attention_forward(qkv, starts, None, max(lengths), scale, 0.0, None)
+    dqkv, _ = cpu.attention_backward(grad, qkv, out, stats, starts, None, max(lengths), scale, 0.0, None)
+    for found, stock, truth in zip(
+        dqkv.unbind(1), *(eager(d).unbind(1) for d in (torch.float32, torch.float64)), strict=True
+    ):
+        assert_within_policy(found, stock, truth)
+
+
+@pytest.mark.parametrize("positions", [False, True])
+def test_what_is_dropped_hangs_on_no_number_of_threads(positions: bool) -> None:
+    qkv, grad = torch.randn(900, 3, 2, 16, dtype=torch.float64), torch.randn(900, 2, 16, dtype=torch.float64)
+    layout = None, None, 300, 0.25, 0.3, torch.tensor([7])
+    more: tuple[Tensor, ...] = ()
+    forward: Any = cpu.attention_forward
+    backward: Any = cpu.attention_backward
+    if positions:
+        table = torch.randn(8, 2, 16, dtype=torch.float64)
+        more = table, table, (torch.arange(-299, 300) // 8).clamp(-4, 3) + 4
+        forward, backward = cpu.disentangled_attention, cpu.disentangled_attention_backward
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            given = (*layout, None) if positions else layout
+            out, stats = forward(qkv, *more, *given)
+            torch.set_num_threads(4 - threads)
+            found += [(out, backward(grad, qkv, *more, out, stats, *given)[0])]
+    finally:
+        torch.set_num_threads(before)
+    for out, dqkv in found[1:]:
+        torch.testing.assert_close(out, found[0][0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(dqkv, found[0][1], rtol=1e-12, atol=1e-12)
