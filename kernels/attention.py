@@ -1064,6 +1064,17 @@ def _grid(block: int, max_seqlen: int, heads: int, batch: int, tiles: Tensor | N
     return -(-max_seqlen // block), heads, batch
 
 
+def constants_of(config: Config, head_dim: int, precision: str, window: int | None = None) -> dict[str, object]:
+    """What the kernels of attention are compiled with, but for their blocks."""
+    return {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "INPUT_PRECISION": precision,
+        **options(config),
+        **({} if window is None else {"WINDOW": window}),
+    }
+
+
 @planned
 def _plan(
     choose: Choose,
@@ -1081,17 +1092,8 @@ def _plan(
     config: Config = of_length(choose(arch, dtype, head_dim), SHORT if short or window is not None else SHORT + 1)
     if biased or window is not None:
         config = of_bias(config, arch)
-    constants = {
-        "HEAD_DIM": head_dim,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "INPUT_PRECISION": precision,
-        **options(config),
-        **dependent(arch),
-        **({} if window is None else {"WINDOW": window}),
-    }
-    return config, Constants(constants)
+    constants = constants_of(config, head_dim, precision, window)
+    return config, Constants(constants, BLOCK_M=config.block_m, BLOCK_N=config.block_n, **dependent(arch))
 
 
 def _launch_forward(
@@ -1219,15 +1221,9 @@ def _backward_plan(
     config: Config = choose(arch, dtype, head_dim)
     if biased:
         config = of_bias(config, arch, backward=True)
-    shared = {
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "INPUT_PRECISION": precision,
-        **options(config),
-        **({} if window is None else {"WINDOW": window}),
-    }
-    by_queries = Constants({**shared, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n})
-    return config, by_queries, Constants({**shared, "BLOCK_N": config.block_m, "BLOCK_M": config.block_n})
+    shared = constants_of(config, head_dim, precision, window)
+    by_queries = Constants(shared, BLOCK_M=config.block_m, BLOCK_N=config.block_n)
+    return config, by_queries, Constants(shared, BLOCK_N=config.block_m, BLOCK_M=config.block_n)
 
 
 @planned
@@ -1236,14 +1232,7 @@ def _dbias_plan(
 ) -> tuple[Config, Constants]:
     """The configuration of `attention_dbias_kernel` and its constants."""
     config: Config = choose(arch, dtype, head_dim)
-    constants = {
-        "HEAD_DIM": head_dim,
-        "BLOCK": config.block_m,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "INPUT_PRECISION": precision,
-        **options(config),
-    }
-    return config, Constants(constants)
+    return config, Constants(constants_of(config, head_dim, precision), BLOCK=config.block_m)
 
 
 def attention_backward(

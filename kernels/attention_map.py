@@ -25,6 +25,7 @@ from .attention import (
     _grid,
     _rows_of,
     add_bias,
+    constants_of,
     is_near,
     load_positions,
     locate,
@@ -40,7 +41,6 @@ from .launch import (
     attention_map_config,
     contiguous,
     input_precision,
-    options,
     planned,
 )
 
@@ -205,16 +205,8 @@ def _plan(
 ) -> tuple[Config, Constants]:
     """The configuration of `attention_map_kernel` and its constants."""
     config: Config = choose(arch, dtype, head_dim)
-    constants = {
-        "HEAD_DIM": head_dim,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "INPUT_PRECISION": precision,
-        **({} if window is None else {"WINDOW": window}),
-        **options(config),
-    }
-    return config, Constants(constants)
+    constants = constants_of(config, head_dim, precision, window)
+    return config, Constants(constants, BLOCK_M=config.block_m, BLOCK_N=config.block_n)
 
 
 def _write(
