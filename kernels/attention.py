@@ -354,9 +354,7 @@ def attention_kernel(
     p2c_tile_ptr = score_row(p2c_ptr, head, rows, row, pitch)
     if p2c_ptr is not None:
         p2c_tile_ptr += own
-    FROM: tl.constexpr = 1 if BAND is None else 0
-    TO: tl.constexpr = 2 if BAND is None else 3
-    for part in tl.static_range(FROM, TO):
+    for part in tl.static_range(1 if BAND is None else 0, 2 if BAND is None else 3):
         first, last = reached(start_m, length, WINDOW, BLOCK_M, BLOCK_N, BAND, PITCH, part)
         if WINDOW is not None:
             k_tile_ptr += first.to(tl.int64) * stride_kt
@@ -532,9 +530,7 @@ def attention_backward_q_kernel(
     ds_tile_ptr = score_row(ds_ptr, head, rows, row + start_m, pitch)
     if p2c_ptr is not None:
         p2c_tile_ptr += own
-    FROM: tl.constexpr = 1 if BAND is None else 0
-    TO: tl.constexpr = 2 if BAND is None else 3
-    for part in tl.static_range(FROM, TO):
+    for part in tl.static_range(1 if BAND is None else 0, 2 if BAND is None else 3):
         first, last = reached(start_m, length, WINDOW, BLOCK_M, BLOCK_N, BAND, PITCH, part)
         if WINDOW is not None:
             k_tile_ptr += first.to(tl.int64) * stride_qt
@@ -684,9 +680,7 @@ def attention_backward_kv_kernel(
     if p2c_ptr is not None and key_mask_ptr is not None:
         offs_mask = sequence * max_seqlen + start_n + offs_n
         takes_part = tl.load(key_mask_ptr + offs_mask, mask=start_n + offs_n < length, other=False)
-    FROM: tl.constexpr = 1 if BAND is None else 0
-    TO: tl.constexpr = 2 if BAND is None else 3
-    for part in tl.static_range(FROM, TO):
+    for part in tl.static_range(1 if BAND is None else 0, 2 if BAND is None else 3):
         first, last = reached(start_n, length, WINDOW, BLOCK_N, BLOCK_M, BAND, PITCH, part)
         if WINDOW is not None:
             q_tile_ptr += first.to(tl.int64) * stride_qt
