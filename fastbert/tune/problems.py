@@ -99,11 +99,6 @@ def key(operation: str, arch: str, dtype: torch.dtype, **facts: int) -> Key:
     return (operation, *(facts_known[name] for name in launch.OPERATIONS[operation].parameters()))
 
 
-def row_classes() -> list[int]:
-    """What `launch.row_class` makes of any number of rows; the largest first."""
-    return sorted({launch.row_class(1 << power) for power in range(31)}, reverse=True)
-
-
 def timed_rows(rows: int) -> tuple[int, ...]:
     """What a configuration for a class of numbers of rows is timed at: where tiles fill their last wave, and elsewhere.
 
@@ -139,8 +134,8 @@ def _of_tiles(dtype: torch.dtype, weights: int = 1, tiles: int = 1) -> _Room:
 def _by_rows(
     name: str, key_at: Callable[..., Key], call: _Call, room: _Room, multiprocessors: int
 ) -> Iterator[Problem]:
-    """The problems of a GEMM, one for each class of numbers of rows, which `key_at` is given."""
-    for rows in row_classes():
+    """The problems of a GEMM, one for each class of numbers of rows, which `key_at` is given; the largest first."""
+    for rows in sorted({launch.row_class(1 << power) for power in range(31)}, reverse=True):
         more = "+" if rows == launch.MANY_ROWS else ""
         named = f"{name}, {rows}{more} rows"
         yield Problem(named, key_at(rows=rows), *call, *room, timed_rows(rows), True, multiprocessors)
@@ -223,7 +218,7 @@ def _gemms_fp8(sizes: Sizes, dtype: torch.dtype, arch: str, multiprocessors: int
         yield from _by_rows(name, keys, call, _of_tiles(eight, tiles=2), multiprocessors)
 
 
-def _sequences(rows: int, heads: int, device: torch.device) -> tuple[Tensor, None, int]:
+def _sequences(rows: int, device: torch.device) -> tuple[Tensor, None, int]:
     lengths = lengths_of(rows)
     starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
     return starts, None, max(lengths)
@@ -294,11 +289,11 @@ def _attention(sizes: Sizes, dtype: torch.dtype, arch: str, train: bool) -> Iter
 
     def forward(rows: int, device: torch.device) -> tuple[object, ...]:
         qkv = _normal(device, dtype, rows, 3, heads, head_dim)
-        return (*qkv.unbind(1), *_sequences(rows, heads, device), scale)
+        return (*qkv.unbind(1), *_sequences(rows, device), scale)
 
     def backward(rows: int, device: torch.device) -> tuple[object, ...]:
         qkv, grad = _normal(device, dtype, rows, 3, heads, head_dim), _normal(device, dtype, rows, heads, head_dim)
-        sequences = (*_sequences(rows, heads, device), scale, 0.0, None)
+        sequences = (*_sequences(rows, device), scale, 0.0, None)
         return (grad, qkv, *kernels.attention_forward(qkv, *sequences), *sequences)
 
     def bias_backward(rows: int, device: torch.device) -> tuple[object, ...]:
@@ -363,7 +358,7 @@ def _disentangled(sizes: Sizes, dtype: torch.dtype, arch: str, train: bool) -> I
     def forward(rows: int, device: torch.device) -> tuple[object, ...]:
         qkv = _normal(device, dtype, rows, 3, heads, head_dim)
         tables = (_normal(device, dtype, 512, heads, head_dim) for _ in range(2))
-        starts, mask, longest = _sequences(rows, heads, device)
+        starts, mask, longest = _sequences(rows, device)
         slots = (torch.arange(1 - longest, longest, device=device) + 256).clamp(0, 511).int()
         return qkv, *tables, slots, starts, mask, longest, (3 * head_dim) ** -0.5, 0.0, None, None
 
