@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from .usage import UsageError, in_a_line
+from .usage import UsageError, refused
 
 if TYPE_CHECKING:
     from sentence_transformers.base.model import BaseModel
@@ -53,20 +53,19 @@ def default_device(name: str | None) -> torch.device:
 def load_config(path: str) -> PreTrainedConfig:
     """The config of a checkpoint. Raises UsageError where there is none."""
     check_folder(path)
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # whatever reading files and asking the hub raises: to a user it is one thing
-        raise UsageError(f"{path}: {in_a_line(error)}", "model") from error
+    with refused(path, "model"):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    return config
 
 
 def load_base(path: str, dtype: str | None, device: torch.device) -> PreTrainedModel:
     """The base model of a checkpoint, in the dtype it is stored in where `dtype` is None. Raises UsageError."""
     config = load_config(path)
-    try:
+    with refused(path, "model"):
         kind = "auto" if dtype is None else getattr(torch, dtype)
-        return AutoModel.from_pretrained(path, config=config, dtype=kind, trust_remote_code=False).to(device).eval()
-    except Exception as error:  # as above
-        raise UsageError(f"{path}: {in_a_line(error)}", "model") from error
+        model: PreTrainedModel = AutoModel.from_pretrained(path, config=config, dtype=kind, trust_remote_code=False)
+        model = model.to(device).eval()
+    return model
 
 
 def load_model(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -75,18 +74,12 @@ def load_model(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Raises:
         UsageError: there is no such checkpoint, or transformers can't load it.
     """
-    check_folder(path)
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        name = (config.architectures or ["AutoModel"])[0]
-        kind = getattr(transformers, name, None)
-        if kind is None:
-            raise UsageError(f"{path}: transformers has no class {name}, which its config names", "model")
+    name = (load_config(path).architectures or ["AutoModel"])[0]
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        raise UsageError(f"{path}: transformers has no class {name}, which its config names", "model")
+    with refused(path, "model"):
         model = kind.from_pretrained(path, dtype="auto")
-    except UsageError:
-        raise
-    except Exception as error:  # whatever reading files and checking repositories raises: to a user it is one thing
-        raise UsageError(f"{path}: {in_a_line(error)}", "model") from error
     return model, load_tokenizer(path)
 
 
@@ -99,13 +92,11 @@ def pipeline_kind(path: str) -> str:
         UsageError: there is no such checkpoint.
     """
     config = load_config(path)
-    try:
+    with refused(path, "model", (OSError, ValueError)):
         file = cached_file(path, "config_sentence_transformers.json", _raise_exceptions_for_missing_entries=False)
         told = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
         if not isinstance(told, dict):
             raise ValueError(f"config_sentence_transformers.json holds {told!r}; expected an object")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: {in_a_line(error)}", "model") from error
     if "HF_ColBERT" in (config.architectures or ()):
         return str(told.get("model_type") or "ColBERT")
     heads = [name for name in config.architectures or () if name.endswith("ForSequenceClassification")]
@@ -123,12 +114,10 @@ def load_pipeline(path: str, dtype: str | None, device: torch.device) -> BaseMod
     import sentence_transformers
 
     kind = pipeline_kind(path)
-    try:
+    with refused(path, "model"):
         made: BaseModel = getattr(sentence_transformers, kind)(
             path, device=str(device), model_kwargs={"dtype": "auto" if dtype is None else getattr(torch, dtype)}
         )
-    except Exception as error:  # as above
-        raise UsageError(f"{path}: {in_a_line(error)}", "model") from error
     return made.eval()
 
 
@@ -139,10 +128,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         UsageError: there is no such checkpoint, or none in it.
     """
     check_folder(path)
-    try:
+    with refused(f"{path}: its tokenizer can't be loaded", "model"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # whatever reading files and asking the hub raises: to a user it is one thing
-        raise UsageError(f"{path}: its tokenizer can't be loaded: {in_a_line(error)}", "model") from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes up where there is none
         raise UsageError(f"{path}: holds no tokenizer; expected one that its save_pretrained wrote there", "model")
     return tokenizer

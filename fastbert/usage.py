@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -31,6 +33,23 @@ def in_a_line(error: Exception) -> str:
     return " ".join(told.split()) or type(error).__name__
 
 
+@contextlib.contextmanager
+def refused(
+    what: str, argument: str = "", kinds: type[Exception] | tuple[type[Exception], ...] = Exception, expected: str = ""
+) -> Iterator[None]:
+    """Within it, an error of `kinds` becomes a UsageError: `what`, what it says, and what was expected.
+
+    By default all errors do: whatever reading files and asking the hub raises, to a user it is one thing.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except kinds as error:
+        told = f"{what}: {in_a_line(error)}" if what else in_a_line(error)
+        raise UsageError(f"{told}; expected {expected}" if expected else told, argument) from error
+
+
 def is_special(file: Path) -> bool:
     """Whether it is a pipe or a device, as /dev/null: a file must not replace it, and it may be read only once."""
     return file.exists() and not file.is_file() and not file.is_dir()
@@ -40,7 +59,7 @@ def check_file(option: str, name: str | None) -> None:
     """Raises UsageError where the file an option names can't be written: now, not after the work."""
     if name is None:
         return
-    try:
+    with refused(f"{option} {name}", kinds=(OSError, ValueError), expected="a file that can be written"):
         if is_special(Path(name)):
             return
         file = Path(os.path.realpath(name))  # of a link, what it leads to
@@ -48,8 +67,6 @@ def check_file(option: str, name: str | None) -> None:
         file.open("ab").close()
         if not existed:
             file.unlink()
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{option} {name}: {in_a_line(error)}; expected a file that can be written") from error
 
 
 # In a folder one may not write to; of a file that is a mount point, or somebody else's.
@@ -91,7 +108,5 @@ def _replace(path: Path, text: str) -> None:
 
 def write_text(option: str, name: str, text: str) -> None:
     """Writes the file an option names; raises UsageError where that fails."""
-    try:
+    with refused(f"{option} {name}", kinds=OSError):
         replace_text(Path(name), text)
-    except OSError as error:
-        raise UsageError(f"{option} {name}: {in_a_line(error)}") from error

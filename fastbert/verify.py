@@ -63,14 +63,8 @@ class Row:
 
     def to_dict(self) -> dict[str, object]:
         """The fields, the ratio and the verdict; None for a number that is not finite, which JSON can't hold."""
-        numbers = {
-            "fused_error": self.fused_error,
-            "stock_error": self.stock_error,
-            "ratio": self.ratio,
-            "bound": self.bound,
-        }
-        finite = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
-        return {"layout": self.layout, "name": self.name, "elements": self.elements, **finite, "ok": self.ok}
+        told = {**vars(self), "ratio": self.ratio, "ok": self.ok}
+        return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in told.items()}
 
 
 @dataclass(frozen=True)
@@ -108,18 +102,10 @@ class Report:
     def to_dict(self) -> dict[str, object]:
         first = self.first_departure
         return {
-            "model": self.model,
-            "dtype": self.dtype,
-            "device": self.device,
-            "sequences": self.sequences,
-            "tokens": self.tokens,
-            "ran": {layout: dict(counts) for layout, counts in self.ran.items()},
-            "not_fused": dict(self.not_fused),
-            "stock_parts": dict(self.stock_parts),
+            **vars(self),
             "ok": self.ok,
             "first_departure": None if first is None else first.to_dict(),
             "rows": [row.to_dict() for row in self.rows],
-            "precision": self.precision,
             "quality": [measure._asdict() for measure in self.quality],
             "padding": {
                 **self.padding._asdict(),

@@ -354,9 +354,7 @@ def attention_kernel(
     p2c_tile_ptr = score_row(p2c_ptr, head, rows, row, pitch)
     if p2c_ptr is not None:
         p2c_tile_ptr += own
-    FROM: tl.constexpr = 1 if BAND is None else 0
-    TO: tl.constexpr = 2 if BAND is None else 3
-    for part in tl.static_range(FROM, TO):
+    for part in tl.static_range(1 if BAND is None else 0, 2 if BAND is None else 3):
         first, last = reached(start_m, length, WINDOW, BLOCK_M, BLOCK_N, BAND, PITCH, part)
         if WINDOW is not None:
             k_tile_ptr += first.to(tl.int64) * stride_kt
@@ -532,9 +530,7 @@ def attention_backward_q_kernel(
     ds_tile_ptr = score_row(ds_ptr, head, rows, row + start_m, pitch)
     if p2c_ptr is not None:
         p2c_tile_ptr += own
-    FROM: tl.constexpr = 1 if BAND is None else 0
-    TO: tl.constexpr = 2 if BAND is None else 3
-    for part in tl.static_range(FROM, TO):
+    for part in tl.static_range(1 if BAND is None else 0, 2 if BAND is None else 3):
         first, last = reached(start_m, length, WINDOW, BLOCK_M, BLOCK_N, BAND, PITCH, part)
         if WINDOW is not None:
             k_tile_ptr += first.to(tl.int64) * stride_qt
@@ -684,9 +680,7 @@ def attention_backward_kv_kernel(
     if p2c_ptr is not None and key_mask_ptr is not None:
         offs_mask = sequence * max_seqlen + start_n + offs_n
         takes_part = tl.load(key_mask_ptr + offs_mask, mask=start_n + offs_n < length, other=False)
-    FROM: tl.constexpr = 1 if BAND is None else 0
-    TO: tl.constexpr = 2 if BAND is None else 3
-    for part in tl.static_range(FROM, TO):
+    for part in tl.static_range(1 if BAND is None else 0, 2 if BAND is None else 3):
         first, last = reached(start_n, length, WINDOW, BLOCK_N, BLOCK_M, BAND, PITCH, part)
         if WINDOW is not None:
             q_tile_ptr += first.to(tl.int64) * stride_qt
@@ -1064,6 +1058,17 @@ def _grid(block: int, max_seqlen: int, heads: int, batch: int, tiles: Tensor | N
     return -(-max_seqlen // block), heads, batch
 
 
+def constants_of(config: Config, head_dim: int, precision: str, window: int | None = None) -> dict[str, object]:
+    """What the kernels of attention are compiled with, but for their blocks."""
+    return {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "INPUT_PRECISION": precision,
+        **options(config),
+        **({} if window is None else {"WINDOW": window}),
+    }
+
+
 @planned
 def _plan(
     choose: Choose,
@@ -1081,17 +1086,8 @@ def _plan(
     config: Config = of_length(choose(arch, dtype, head_dim), SHORT if short or window is not None else SHORT + 1)
     if biased or window is not None:
         config = of_bias(config, arch)
-    constants = {
-        "HEAD_DIM": head_dim,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "INPUT_PRECISION": precision,
-        **options(config),
-        **dependent(arch),
-        **({} if window is None else {"WINDOW": window}),
-    }
-    return config, Constants(constants)
+    constants = constants_of(config, head_dim, precision, window)
+    return config, Constants(constants, BLOCK_M=config.block_m, BLOCK_N=config.block_n, **dependent(arch))
 
 
 def _launch_forward(
@@ -1219,15 +1215,9 @@ def _backward_plan(
     config: Config = choose(arch, dtype, head_dim)
     if biased:
         config = of_bias(config, arch, backward=True)
-    shared = {
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "INPUT_PRECISION": precision,
-        **options(config),
-        **({} if window is None else {"WINDOW": window}),
-    }
-    by_queries = Constants({**shared, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n})
-    return config, by_queries, Constants({**shared, "BLOCK_N": config.block_m, "BLOCK_M": config.block_n})
+    shared = constants_of(config, head_dim, precision, window)
+    by_queries = Constants(shared, BLOCK_M=config.block_m, BLOCK_N=config.block_n)
+    return config, by_queries, Constants(shared, BLOCK_N=config.block_m, BLOCK_M=config.block_n)
 
 
 @planned
@@ -1236,14 +1226,7 @@ def _dbias_plan(
 ) -> tuple[Config, Constants]:
     """The configuration of `attention_dbias_kernel` and its constants."""
     config: Config = choose(arch, dtype, head_dim)
-    constants = {
-        "HEAD_DIM": head_dim,
-        "BLOCK": config.block_m,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "INPUT_PRECISION": precision,
-        **options(config),
-    }
-    return config, Constants(constants)
+    return config, Constants(constants_of(config, head_dim, precision), BLOCK=config.block_m)
 
 
 def attention_backward(

@@ -25,6 +25,7 @@ from .attention import (
     _grid,
     _rows_of,
     add_bias,
+    constants_of,
     is_near,
     load_positions,
     locate,
@@ -40,7 +41,6 @@ from .launch import (
     attention_map_config,
     contiguous,
     input_precision,
-    options,
     planned,
 )
 
@@ -141,90 +141,62 @@ def attention_map_kernel(
     if p2c_ptr is not None:
         p2c_ptr += start_m // BLOCK_M * BLOCK_M  # start_m; from a list of tiles, the compiler knows no multiple of it
 
-    k_tile_ptr = k_ptr
-    c2p_tile_ptr = c2p_ptr
-    p2c_tile_ptr = p2c_ptr
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    for start_n in range(0, length, BLOCK_N):
-        scores = score_tile(
-            q,
-            k_tile_ptr,
-            k_offs,
-            c2p_tile_ptr,
-            p2c_tile_ptr,
-            bias_ptr,
-            key_mask_ptr,
-            start_m,
-            start_n,
-            head,
-            length,
-            pitch,
-            bias_span,
-            inverse_scale,
-            HEAD_DIM,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_D,
-            INPUT_PRECISION,
-            WINDOW,
-        )
-        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2e)
-        # Without a key so far the maximum is -inf, and -inf - -inf is NaN.
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        p = tl.exp2(tl.fma(scores, scale_log2e, -shift[:, None]))
-        row_sum = tl.fma(row_sum, tl.exp2(row_max - shift), tl.sum(p, 1))
-        row_max = new_max
-        k_tile_ptr += BLOCK_N * stride_kt
-        if c2p_tile_ptr is not None:
-            c2p_tile_ptr += BLOCK_N
-        if p2c_tile_ptr is not None:
-            p2c_tile_ptr += BLOCK_N * pitch
-
-    norm = 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum)  # all keys masked: zeros
-    shift = tl.where(row_max == float("-inf"), 0.0, row_max)
-    own = (start_m + offs_m).to(tl.int64)
-    if places_ptr is not None:
-        own = tl.load(places_ptr + row + start_m + offs_m, mask=valid_m, other=0)
-    out_ptr += (sequence * heads + head) * width * width
-    k_tile_ptr = k_ptr
-    c2p_tile_ptr = c2p_ptr
-    p2c_tile_ptr = p2c_ptr
-    for start_n in range(0, length, BLOCK_N):
-        scores = score_tile(
-            q,
-            k_tile_ptr,
-            k_offs,
-            c2p_tile_ptr,
-            p2c_tile_ptr,
-            bias_ptr,
-            key_mask_ptr,
-            start_m,
-            start_n,
-            head,
-            length,
-            pitch,
-            bias_span,
-            inverse_scale,
-            HEAD_DIM,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_D,
-            INPUT_PRECISION,
-            WINDOW,
-        )
-        p = tl.exp2(tl.fma(scores, scale_log2e, -shift[:, None])) * norm[:, None]
-        valid_n = start_n + offs_n < length
-        other = (start_n + offs_n).to(tl.int64)
-        if places_ptr is not None:
-            other = tl.load(places_ptr + row + start_n + offs_n, mask=valid_n, other=0)
-        out = p.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + own[:, None] * width + other[None, :], out, mask=valid_m[:, None] & valid_n[None, :])
-        k_tile_ptr += BLOCK_N * stride_kt
-        if c2p_tile_ptr is not None:
-            c2p_tile_ptr += BLOCK_N
-        if p2c_tile_ptr is not None:
-            p2c_tile_ptr += BLOCK_N * pitch
+    for walk in tl.static_range(2):
+        norm = 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum)  # all keys masked: zeros
+        found_max = tl.where(row_max == float("-inf"), 0.0, row_max)
+        own = (start_m + offs_m).to(tl.int64)
+        if places_ptr is not None and walk == 1:
+            own = tl.load(places_ptr + row + start_m + offs_m, mask=valid_m, other=0)
+        out_tile_ptr = out_ptr + (sequence * heads + head) * width * width
+        k_tile_ptr = k_ptr
+        c2p_tile_ptr = c2p_ptr
+        p2c_tile_ptr = p2c_ptr
+        for start_n in range(0, length, BLOCK_N):
+            scores = score_tile(
+                q,
+                k_tile_ptr,
+                k_offs,
+                c2p_tile_ptr,
+                p2c_tile_ptr,
+                bias_ptr,
+                key_mask_ptr,
+                start_m,
+                start_n,
+                head,
+                length,
+                pitch,
+                bias_span,
+                inverse_scale,
+                HEAD_DIM,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_D,
+                INPUT_PRECISION,
+                WINDOW,
+            )
+            if walk == 0:
+                new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2e)
+                # Without a key so far the maximum is -inf, and -inf - -inf is NaN.
+                shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+                p = tl.exp2(tl.fma(scores, scale_log2e, -shift[:, None]))
+                row_sum = tl.fma(row_sum, tl.exp2(row_max - shift), tl.sum(p, 1))
+                row_max = new_max
+            else:
+                p = tl.exp2(tl.fma(scores, scale_log2e, -found_max[:, None])) * norm[:, None]
+                valid_n = start_n + offs_n < length
+                other = (start_n + offs_n).to(tl.int64)
+                if places_ptr is not None:
+                    other = tl.load(places_ptr + row + start_n + offs_n, mask=valid_n, other=0)
+                out = p.to(out_ptr.dtype.element_ty)
+                mask = valid_m[:, None] & valid_n[None, :]
+                tl.store(out_tile_ptr + own[:, None] * width + other[None, :], out, mask=mask)
+            k_tile_ptr += BLOCK_N * stride_kt
+            if c2p_tile_ptr is not None:
+                c2p_tile_ptr += BLOCK_N
+            if p2c_tile_ptr is not None:
+                p2c_tile_ptr += BLOCK_N * pitch
 
 
 @planned
@@ -233,16 +205,8 @@ def _plan(
 ) -> tuple[Config, Constants]:
     """The configuration of `attention_map_kernel` and its constants."""
     config: Config = choose(arch, dtype, head_dim)
-    constants = {
-        "HEAD_DIM": head_dim,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "INPUT_PRECISION": precision,
-        **({} if window is None else {"WINDOW": window}),
-        **options(config),
-    }
-    return config, Constants(constants)
+    constants = constants_of(config, head_dim, precision, window)
+    return config, Constants(constants, BLOCK_M=config.block_m, BLOCK_N=config.block_n)
 
 
 def _write(

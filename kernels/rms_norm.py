@@ -6,14 +6,14 @@ registers in float32, as in `layer_norm`.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .compiled import Constants, run
+from .compiled import run
 from .dependent import wait_for_previous
+from .layer_norm import _plan
 
 
 @triton.jit(do_not_specialize=["eps"])
@@ -38,12 +38,6 @@ def rms_norm_kernel(
     tl.store(out_ptr + row * width + cols, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@launch.planned
-def _plan(choose: launch.Choose, arch: str, dtype: torch.dtype, width: int) -> Constants:
-    config = choose(dtype, width)
-    return Constants(BLOCK_H=config.block_n, num_warps=config.num_warps, **launch.dependent(arch))
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x / sqrt(mean(x**2) + eps) * weight` over the last dimension: x (T, H), weight (H,) -> (T, H).
 
@@ -55,7 +49,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; expected {(width,)} for x of {(rows, width)}")
     out = x.new_empty((rows, width))
     if rows and width:
-        constants = _plan(launch.row_config, launch.architecture(x.device), x.dtype, width)
+        arch = launch.architecture(x.device)
+        constants = _plan(launch.row_config, arch, x.dtype, width, launch.is_dependent(arch))
         x = launch.contiguous_rows(x)
         given = x, launch.contiguous(weight), out, width, x.stride(0), float(eps)
         run(rms_norm_kernel, (rows, 1, 1), given, constants)

@@ -282,6 +282,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tune": {
         "kernels",
         "measure.cases",
+        "measure.machine",
         "numerics",
         "tuned",
     },

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..measure.names import DTYPES, PEERS, SHAPES, WORKLOADS
-from ..usage import UsageError, check_file, in_a_line, is_special
+from ..usage import UsageError, check_file, in_a_line, is_special, refused
 
 HELP = "time stock against fused, on this machine"
 DESCRIPTION = (
@@ -92,13 +92,12 @@ def run(arguments: argparse.Namespace) -> int:
     for batch in batches:
         check_batch(batch)
     for option, name in (("--output", arguments.output), ("--json", arguments.json)):
-        try:  # now, not after minutes of measuring
-            if name is not None and not (option == "--json" and is_special(Path(name))):
+        if name is not None and not (option == "--json" and is_special(Path(name))):
+            # Now, not after minutes of measuring.
+            with refused(f"{option} {name}", kinds=OSError, expected="a folder that can be written"):
                 folder = Path(name) if option == "--output" else Path(os.path.realpath(name)).parent
                 folder.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise UsageError(f"{option} {name}: {in_a_line(error)}; expected a folder that can be written") from error
     check_file("--json", arguments.json)
     names = arguments.dtype or (["float32"] if device.type == "cpu" else ["bfloat16", "float16"])
     dtypes = [getattr(torch, name) for name in names]

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..usage import UsageError, check_file, in_a_line, write_text
+from ..usage import UsageError, check_file, refused, write_text
 from ..version import install
 
 HELP = "what a model makes of a text: tokens by how much they count, attention maps; a page"
@@ -72,14 +72,10 @@ def run(arguments: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     device = default_device(arguments.device)
     model, tokenizer = load_model(arguments.model)
-    try:
+    with refused(arguments.model, "model", ValueError):  # UnsupportedModelError is one
         model = fuse(model.to(device).eval())
-    except ValueError as error:  # UnsupportedModelError is one
-        raise UsageError(f"--model {arguments.model}: {in_a_line(error)}") from error
-    try:
+    with refused("", kinds=ValueError):  # of layers and heads, which it names
         seen = [look(model, tokenizer, text, arguments.target, layers, heads) for text in arguments.text]
-    except ValueError as error:  # of layers and heads, which it names
-        raise UsageError(in_a_line(error)) from error
     name = Path(arguments.model).name or arguments.model
     title, about = f"{name}: what it makes of a text", f"{type(model).__name__}, by fastbert explain"
     if kind == ".html":

@@ -7,10 +7,10 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..measure.names import DTYPES, SHAPES, WORKLOADS
-from ..usage import UsageError, check_file, in_a_line, write_text
+from ..usage import UsageError, check_file, refused, write_text
 from ..version import install
 
 if TYPE_CHECKING:
@@ -98,30 +98,17 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
     if arguments.plot is not None:
         if importlib.util.find_spec("matplotlib") is None:
             raise UsageError(f"--plot needs matplotlib, which is not installed: {install('bench')}")
-        try:
+        with refused(arguments.plot, "plot", OSError, "a folder"):
             Path(arguments.plot).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"--plot {arguments.plot}: {in_a_line(error)}; expected a folder") from error
 
 
-def _models(arguments: argparse.Namespace, device: torch.device) -> dict[str, PreTrainedModel]:
+def _models(arguments: argparse.Namespace, stock: Any) -> dict[str, Any]:
     """Fused, and stock where it is asked for, over the same weights. Raises UsageError."""
-    import torch
-
-    from ..checkpoints import load_base
     from ..fuse import fuse
-    from ..measure.cases import build
     from ..measure.peers import share
 
-    if arguments.model is None:
-        dtype = arguments.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-        stock = build(arguments.size or "large", getattr(torch, dtype), device)
-    else:
-        stock = load_base(arguments.model, arguments.dtype, device)
-    try:
+    with refused(arguments.model, "model", ValueError):  # UnsupportedModelError is one
         fused = fuse(share(stock))
-    except ValueError as error:  # UnsupportedModelError is one
-        raise UsageError(f"--model {arguments.model}: {in_a_line(error)}") from error
     return {"fused": fused, **({"stock": stock} if arguments.compare else {})}
 
 
@@ -141,10 +128,8 @@ class _Case(NamedTuple):
 def _of_texts(arguments: argparse.Namespace, device: torch.device) -> _Case:
     """Raises UsageError."""
     from ..checkpoints import load_pipeline
-    from ..fuse import fuse
     from ..measure import profile
     from ..measure.cases import check_batch
-    from ..measure.peers import share
     from ..measure.pipeline import Staged, base_of, method_of, read_texts
 
     batch = 32 if arguments.batch is None else arguments.batch
@@ -156,12 +141,8 @@ def _of_texts(arguments: argparse.Namespace, device: torch.device) -> _Case:
     stock = load_pipeline(arguments.model, arguments.dtype, device)
     what = method_of(stock)
     texts = read_texts(arguments.texts, what == "predict")
-    try:
-        fused = fuse(share(stock))
-    except ValueError as error:  # UnsupportedModelError is one
-        raise UsageError(f"--model {arguments.model}: {in_a_line(error)}") from error
-    models = {"fused": fused, **({"stock": stock} if arguments.compare else {})}
-    ran = Staged(fused)
+    models = _models(arguments, stock)
+    ran = Staged(models["fused"])
     ran(texts, batch)
     trace = arguments.trace and Path(arguments.trace)
     return _Case(
@@ -169,17 +150,19 @@ def _of_texts(arguments: argparse.Namespace, device: torch.device) -> _Case:
         f"{Path(arguments.texts).name} b{batch}",
         tuple(ran.lengths),
         ran.padded,
-        base_of(fused),
+        base_of(models["fused"]),
         lambda: profile.measure_texts(models, texts, batch, trace),
     )
 
 
 def _of_ids(arguments: argparse.Namespace, device: torch.device) -> _Case:
     """Raises UsageError."""
-    from ..checkpoints import load_config
+    import torch
+
+    from ..checkpoints import load_base, load_config
     from ..layers.embeddings import longest_sequence
     from ..measure import profile
-    from ..measure.cases import config_of
+    from ..measure.cases import build, config_of
 
     given, item = _item(arguments)
     size, path = arguments.size or "large", arguments.model
@@ -188,7 +171,11 @@ def _of_ids(arguments: argparse.Namespace, device: torch.device) -> _Case:
     limit = getattr(config, "max_position_embeddings", None) if placed else None
     if limit is not None and max(item.lengths) > limit:
         raise UsageError(f"{given}: holds {max(item.lengths)}; expected at most max_position_embeddings, {limit}")
-    models = _models(arguments, device)
+    if path is None:
+        dtype = arguments.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+        models = _models(arguments, build(size, getattr(torch, dtype), device))
+    else:
+        models = _models(arguments, load_base(path, arguments.dtype, device))
     longest = longest_sequence(models["fused"])
     if longest is not None and max(item.lengths) > longest:  # a family whose first positions are that of padding
         raise UsageError(f"{given}: holds {max(item.lengths)}; the model has positions for {longest}")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from ..measure.names import DTYPES
-from ..usage import UsageError, check_file, in_a_line, write_text
+from ..usage import UsageError, check_file, refused, write_text
 
 HELP = "compare a checkpoint's fused forward with stock, layer by layer"
 DESCRIPTION = (
@@ -67,15 +67,12 @@ def run(arguments: argparse.Namespace) -> int:
     check_file("--json", arguments.json)
     texts = list(TEXTS)
     if arguments.texts is not None:
-        try:
+        with refused(arguments.texts, "texts", (OSError, UnicodeDecodeError), "UTF-8, a text a line"):
             texts = [line for line in Path(arguments.texts).read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            told = f"{in_a_line(error)}; expected UTF-8, a text a line"
-            raise UsageError(f"--texts {arguments.texts}: {told}") from error
         if not texts:
             raise UsageError(f"--texts {arguments.texts}: holds no text")
     model, tokenizer = load_model(arguments.model)
-    try:
+    with refused(arguments.model, "model", ValueError):  # UnsupportedModelError is one
         report = verify(
             model,
             texts,
@@ -86,8 +83,6 @@ def run(arguments: argparse.Namespace) -> int:
             precision=arguments.precision,
             prepack=arguments.prepack,
         )
-    except ValueError as error:  # UnsupportedModelError is one
-        raise UsageError(f"--model {arguments.model}: {in_a_line(error)}") from error
     print(f"fused forwards by {backend(device)}\n{report}")
     if arguments.json is not None:
         write_text("--json", arguments.json, report.to_json() + "\n")

@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..usage import UsageError, in_a_line
+from ..usage import UsageError, refused
 from . import TASKS
 from .config import Config, stem
 from .sources import Source
@@ -53,11 +53,8 @@ class Target:
 
 def _target(kind: type[PreTrainedModel], settings: PretrainedConfig) -> Target:
     """Raises UsageError: the settings don't fit each other."""
-    try:
-        with torch.device("meta"):
-            model = kind(copy.deepcopy(settings))
-    except Exception as error:  # in whatever way
-        raise UsageError(f"{kind.__name__} can't be made of it: {in_a_line(error)}", "config") from error
+    with refused(f"{kind.__name__} can't be made of it", "config"), torch.device("meta"):  # in whatever way
+        model = kind(copy.deepcopy(settings))
     prefix = "" if hasattr(model, kind.base_model_prefix) else f"{kind.base_model_prefix}."
     first: dict[int, str] = {}
     shapes, stored = {}, {}

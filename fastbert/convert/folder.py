@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..usage import UsageError, in_a_line
+from ..usage import UsageError, refused
 
 
 @contextlib.contextmanager
@@ -23,23 +23,19 @@ def new_folder(output: Path) -> Iterator[Path]:
     """
     output = Path(os.path.realpath(output))
     partial = output.with_name(f".{output.name}.partial")
-    try:
+    with refused(f"{output}", "output", (OSError, ValueError), "a folder that can be made"):
         if os.path.lexists(output) and (not output.is_dir() or any(output.iterdir())):
             held = "holds files" if output.is_dir() else "is a file"
             raise UsageError(f"{output}: {held}; expected a new folder, or an empty one", "output")
         output.parent.mkdir(parents=True, exist_ok=True)
         lock = _hold(partial)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{output}: {in_a_line(error)}; expected a folder that can be made", "output") from error
     try:
-        try:
+        with refused(f"{output}", "output", OSError):
             _empty(partial)
             yield partial
             _sync(partial)
             os.rename(partial, output)
             _sync_entry(output.parent)
-        except OSError as error:
-            raise UsageError(f"{output}: {in_a_line(error)}", "output") from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

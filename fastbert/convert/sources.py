@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..usage import UsageError, in_a_line
+from ..usage import UsageError, in_a_line, refused
 from ..version import install
 from . import names
 
@@ -92,10 +92,8 @@ def find(path: Path) -> Source:
 
 
 def _find_in(folder: Path) -> Source:
-    try:
+    with refused(f"{folder}", kinds=OSError):
         there = sorted(entry.name for entry in folder.iterdir())
-    except OSError as error:
-        raise UsageError(f"{folder}: {in_a_line(error)}") from error
     found = []
     for form, name in (("h5", _KERAS), ("bin", _TORCH)):
         found += [Source(form, folder / each) for each in (name, f"{name}.index.json") if each in there][:1]
@@ -133,13 +131,13 @@ def _reading(file: Path, name: str, read: Callable[[], object]) -> Callable[[], 
     """`read`, with an error that names the variable, and a tensor of the array or number that it returns."""
 
     def values() -> Tensor:
-        try:
+        with refused(f"{file}: {name} can't be read, the file is damaged or cut"):
             found = np.asarray(read())
             if found.dtype.name == "bfloat16":  # which NumPy knows from ml_dtypes alone
-                return torch.from_numpy(found.view("int16")).view(torch.bfloat16)
-            return torch.from_numpy(found)
-        except Exception as error:  # whatever a reader of files raises: to a user it is one thing
-            raise UsageError(f"{file}: {name} can't be read, the file is damaged or cut: {in_a_line(error)}") from error
+                tensor = torch.from_numpy(found.view("int16")).view(torch.bfloat16)
+            else:
+                tensor = torch.from_numpy(found)
+        return tensor
 
     return values
 
@@ -155,13 +153,10 @@ def _tensorflow(source: Source) -> Iterator[Variable]:
     except ImportError as error:
         told = f"a TensorFlow checkpoint takes tensorflow to read, which is not installed: {install('tensorflow')}"
         raise UsageError(f"{source.file}: {told}") from error
-    try:
+    with refused(f"{source.file}: is no TensorFlow checkpoint, or damaged, or a file of it is missing"):
         reader = tf.train.load_checkpoint(str(source.file))
         shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
         called = _full_names(reader) if "_CHECKPOINTABLE_OBJECT_GRAPH" in shapes else {}
-    except Exception as error:  # whatever it raises of bad files: to a user it is one thing
-        told = "is no TensorFlow checkpoint, or damaged, or a file of it is missing"
-        raise UsageError(f"{source.file}: {told}: {in_a_line(error)}") from error
     for key in sorted(shapes):
         name = called.get(key, key)
         place = None if (reason := names.slot(key) or names.slot(name)) else names.of_google(name)
@@ -189,15 +184,14 @@ def _shards(source: Source) -> dict[Path, set[str]]:
     """The files of a checkpoint, and the names that its index says are in each; of one without an index, none."""
     if not source.file.name.endswith(".index.json"):
         return {source.file: set()}
-    try:
+    kinds = (OSError, ValueError, KeyError, TypeError, AttributeError)
+    with refused(f"{source.file}: is no index of shards", kinds=kinds):
         listed = json.loads(source.file.read_text(encoding="utf-8"))["weight_map"]
         found: dict[Path, set[str]] = {}
         for name, file in listed.items():
             if os.path.basename(file) != file:
                 raise UsageError(f"{source.file}: names {file!r}; expected a file beside it")
             found.setdefault(source.folder / file, set()).add(name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{source.file}: is no index of shards: {in_a_line(error)}") from error
     for file in found:
         if not file.is_file():
             raise UsageError(f"{file}: no such file, which {source.file.name} names")
@@ -218,13 +212,9 @@ def _keras(source: Source) -> Iterator[Variable]:
         told = f"takes h5py to read, which is not installed: {install('h5')}"
         raise UsageError(f"{source.file}: {told}") from error
     for file, listed in _shards(source).items():
-        try:
+        with refused(f"{file}: is no HDF5 file of Keras, or damaged"):
             opened = h5py.File(file, "r")
             found = list(_keras_weights(opened))
-        except UsageError:
-            raise
-        except Exception as error:  # as above
-            raise UsageError(f"{file}: is no HDF5 file of Keras, or damaged: {in_a_line(error)}") from error
         listed = {name.partition("/")[2] for name in listed}  # of shards the names begin after the model's own
         _check_listed(file, source.file, listed, {name for _, name, _ in found})
         for level, name, dataset in found:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 from transformers import AutoTokenizer, PretrainedConfig
 
-from ..usage import UsageError, in_a_line
+from ..usage import UsageError, refused
 from .sources import Source
 
 FILES = (
@@ -40,14 +41,12 @@ def write_tokenizer(
             raise UsageError(f"{source.folder}: has no vocab.txt; expected one", "vocab")
         source.notes.append("no tokenizer: there are no files of one beside it")
         return None
-    try:
+    with refused(f"{source.folder}: its tokenizer can't be read", kinds=(OSError, ValueError)):
         for file in there:
             shutil.copyfile(file, folder / ("vocab.txt" if vocab is not None else file.name))
         said = json.loads((folder / "tokenizer_config.json").read_text()) if "tokenizer_config.json" in names else {}
         if not isinstance(said, dict):
             raise ValueError("tokenizer_config.json holds no settings by name")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{source.folder}: its tokenizer can't be read: {in_a_line(error)}") from error
     how = AS_FILES_SAY
     rows = settings.vocab_size
     if "tokenizer.json" not in names and "vocab.txt" in names and settings.model_type in _WORDPIECE:
@@ -61,12 +60,10 @@ def write_tokenizer(
             cased = None
     if cased is not None and said.get("do_lower_case") is not (not cased):
         raise UsageError(f"{source.folder}: its tokenizer files decide that; expected it not to be told", "cased")
-    try:
+    with refused(f"{source.folder}: its tokenizer can't be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder, config=settings, trust_remote_code=False)
         if how != AS_FILES_SAY:  # made here: then it is made whole
             tokenizer.save_pretrained(folder)
-    except Exception as error:  # whatever reading its files raises: to a user it is one thing
-        raise UsageError(f"{source.folder}: its tokenizer can't be loaded: {in_a_line(error)}") from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes up of other files
         raise UsageError(f"{source.folder}: its tokenizer files hold no tokens of {settings.model_type}; expected some")
     if len(tokenizer) > rows:
@@ -81,27 +78,18 @@ def write_tokenizer(
 
 def _read_vocabulary(file: Path, rows: int, source: Source) -> list[str]:
     """The tokens of a vocab.txt, one a line."""
-    try:
+    with refused(f"{file}", "vocab", (OSError, ValueError), "UTF-8, a token a line"):
         text = file.read_bytes().decode()
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{file}: {in_a_line(error)}; expected UTF-8, a token a line", "vocab") from error
     tokens = [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
     if missing := [token for token in _SPECIAL if token not in tokens]:
         raise UsageError(f"{file}: has no {', '.join(missing)}; expected a vocabulary of BERT", "vocab")
-    twice = sorted(token for token, number in _counts(tokens).items() if number > 1)
+    twice = sorted(token for token, number in Counter(tokens).items() if number > 1)
     if twice:
         source.notes.append(f"{file.name} has {len(twice)} tokens twice, as {twice[0]!r}: the last line is its id")
     # Some add rows to the table until it is a multiple of these, for speed.
     if len(tokens) != rows and rows not in (-(-len(tokens) // n) * n for n in (8, 64, 128)):
         raise UsageError(f"{file}: has {len(tokens)} tokens; expected {rows}, the config's vocab_size", "vocab")
     return tokens
-
-
-def _counts(tokens: list[str]) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for token in tokens:
-        found[token] = found.get(token, 0) + 1
-    return found
 
 
 def _lower(source: Source, tokens: list[str], cased: bool | None) -> tuple[bool, str]:

@@ -20,7 +20,7 @@ from ..explain import explain
 from ..fuse import Precision, base_models, fuse
 from ..layers.embeddings import first_position, longest_sequence
 from ..runtime.registry import embeddings_of
-from ..usage import UsageError, in_a_line
+from ..usage import UsageError, in_a_line, refused
 from .batches import batches_of
 from .encode import encode
 from .rows import Text
@@ -309,10 +309,8 @@ def load(
 
 def _fused(model: nn.Module, path: str, precision: Precision | None) -> None:
     """Fuses the model of a checkpoint. Raises UsageError where it can't be, or would run stock."""
-    try:
+    with refused(path, "model", ValueError):  # UnsupportedModelError is one
         fuse(model, precision=precision)
-    except ValueError as error:  # UnsupportedModelError is one
-        raise UsageError(f"{path}: {in_a_line(error)}", "model") from error
     with torch.inference_mode():
         if reason := explain(model).encoders[0].reason:
             raise UsageError(f"{path}: runs stock ({reason}); expected a model that runs fused", "model")

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
-from ..usage import UsageError, in_a_line
+from ..usage import UsageError, refused
 
 FORMATS = ("parquet", "npy")
 _TOTALS = ("rows", "rejected", "truncated", "tokens")
@@ -79,23 +79,18 @@ class Shards:
         self._numbered = numbered
         self._lock_path = folder / f"rank-{rank}.lock"
         self._settings = json.loads(json.dumps(settings))
-        try:
+        with refused(f"{folder}", "output", OSError, "a folder that can be written"):
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = self._hold()
-        except OSError as error:
-            raise UsageError(
-                f"{folder}: {in_a_line(error)}; expected a folder that can be written", "output"
-            ) from error
         try:
-            for left in folder.glob("*.partial"):
-                owner = re.match(r"part-(\d+)\.|manifest\.json\.(\d+)-", left.name)
-                if owner and self.is_own(int(owner[1] or owner[2])):
-                    left.unlink()
-            self._claim()
-        except BaseException as error:
+            with refused(f"{folder}", "output", OSError):
+                for left in folder.glob("*.partial"):
+                    owner = re.match(r"part-(\d+)\.|manifest\.json\.(\d+)-", left.name)
+                    if owner and self.is_own(int(owner[1] or owner[2])):
+                        left.unlink()
+                self._claim()
+        except BaseException:
             self.close()
-            if isinstance(error, OSError):
-                raise UsageError(f"{folder}: {in_a_line(error)}", "output") from error
             raise
 
     def close(self) -> None:
@@ -170,7 +165,7 @@ class Shards:
         name = f"part-{index:05d}"
         keys = list(keys) if self._numbered else [str(key) for key in keys]
         files = {}
-        try:
+        with refused(f"{self.folder}", "output", OSError):
             if self.form == "parquet":
                 files[f"{name}.parquet"] = _parquet(keys, self._numbered, embeddings, starts, self.makes)
             else:
@@ -184,15 +179,13 @@ class Shards:
                 self._put(file, data)
             hashes = {file: hashlib.sha256(data).hexdigest() for file, data in files.items()}
             self._put(f"{name}.json", _json({"files": hashes, **about}))
-        except OSError as error:
-            raise UsageError(f"{self.folder}: {in_a_line(error)}", "output") from error
 
     def finish(self, count: int) -> dict[str, object] | None:
         """The totals of `count` shards, put into the manifest; None while another rank's are still missing."""
         found = [self.committed(index) for index in range(count)]
         records = [each for each in found if each is not None]
         summary: dict[str, object] | None = None
-        try:
+        with refused(f"{self.folder}", "output", OSError):
             if len(records) == count:
                 totals = {name: sum(each[name] for each in records) for name in _TOTALS}
                 files = {file: digest for each in records for file, digest in each["files"].items()}
@@ -200,8 +193,6 @@ class Shards:
                 self._put("manifest.json", _json({"settings": self._settings, **summary, "files": files}))
                 for lock in self.folder.glob("rank-*.lock"):  # of processes that were killed
                     lock.unlink(missing_ok=True)
-        except OSError as error:
-            raise UsageError(f"{self.folder}: {in_a_line(error)}", "output") from error
         return summary
 
     def _put(self, name: str, data: bytes, new: bool = False) -> None:

@@ -25,7 +25,7 @@ from ..fuse import fuse
 from ..usage import in_a_line
 from ..verify import stock_in, twin
 from . import counts, gates, records
-from .cases import SEED, Workload, build
+from .cases import SEED, Workload, build, shape_of
 from .machine import Machine, Rates, environment, peak_growth, timed
 from .peers import INFERENCE_ONLY, KEEP_MEMORY, LOW_PRECISION, PEERS, Unavailable, share
 
@@ -269,14 +269,7 @@ def _records(
         "what": what(model, train),
         "workload": item.name,
         "size": size,
-        "shape": {
-            "batch": len(item.lengths),
-            "longest": max(item.lengths),
-            "layers": config.num_hidden_layers,
-            "hidden": config.hidden_size,
-            "heads": config.num_attention_heads,
-            "intermediate": config.intermediate_size,
-        },
+        "shape": shape_of(config, item),
         "real_tokens": item.real_tokens,
         "padded_tokens": item.padded_tokens,
     }

@@ -119,6 +119,18 @@ def config_of(size: str) -> PreTrainedConfig:
     return AutoConfig.for_model(**fields_of(size))
 
 
+def shape_of(config: PreTrainedConfig, item: Workload) -> dict[str, int]:
+    """The field of a record that says of a batch and of a model how large they are."""
+    return {
+        "batch": len(item.lengths),
+        "longest": max(item.lengths),
+        "layers": config.num_hidden_layers,
+        "hidden": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "intermediate": config.intermediate_size,
+    }
+
+
 def build(size: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """A stock base model in evaluation mode with seeded weights, on the attention that stock takes: sdpa, or eager."""
     with torch.random.fork_rng(devices=[]):

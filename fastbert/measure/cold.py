@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import torch
 
 from . import records
-from .cases import SEED, SHAPES, Workload, fields_of
+from .cases import SEED, Workload, config_of, fields_of, shape_of
 from .machine import environment
 
 REPEATS = 3
@@ -152,16 +152,10 @@ def run(
                     samples[name].clear()
                 elif repeat:
                     samples[name].append(found["times"])
-    shape = {"batch": len(item.lengths), "longest": max(item.lengths), **_shape(size)}
     tokens = {"real_tokens": None, "padded_tokens": None}
     for i, what in enumerate(TIMES):
-        case = {"what": what, "workload": item.name, "size": size, "shape": shape, **tokens}
+        case = {"what": what, "workload": item.name, "size": size, "shape": shape_of(config_of(size), item), **tokens}
         stock = [times[i] for times in samples["stock"]]
         for name in ways:
             taken = [times[i] for times in samples[name]]
             yield records.make(about, case, name, dtype, taken, stock, status=status[name], error=errors[name])
-
-
-def _shape(size: str) -> dict[str, int]:
-    names = {"layers": "num_hidden_layers", "hidden": "hidden_size", "heads": "num_attention_heads"}
-    return {**{new: SHAPES[size][old] for new, old in names.items()}, "intermediate": SHAPES[size]["intermediate_size"]}

@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,6 +96,13 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
         end.record()
         end.synchronize()
     return begin.elapsed_time(end) / 1000
+
+
+def quantiles(samples: Sequence[float]) -> list[float]:
+    """p20, median and p80: 20 %, 50 % and 80 % of the samples lie below."""
+    shares = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    found: list[float] = torch.tensor(samples, dtype=torch.float64).quantile(shares).tolist()
+    return found
 
 
 def peak_growth(call: Callable[[], object], device: torch.device) -> int | None:

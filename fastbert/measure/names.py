@@ -7,14 +7,21 @@ from typing import Any
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def _deberta(hidden: int, layers: int, **more: object) -> dict[str, object]:
-    """DeBERTa v2 and v3, heads 64 wide."""
+def _sizes(hidden: int, layers: int, head_dim: int = 64, intermediate: int | None = None) -> dict[str, object]:
+    """`intermediate`: default: four times as wide."""
     return {
-        "model_type": "deberta-v2",
         "hidden_size": hidden,
         "num_hidden_layers": layers,
-        "num_attention_heads": hidden // 64,
-        "intermediate_size": 4 * hidden,
+        "num_attention_heads": hidden // head_dim,
+        "intermediate_size": intermediate or 4 * hidden,
+    }
+
+
+def _deberta(hidden: int, layers: int, **more: object) -> dict[str, object]:
+    """DeBERTa v2 and v3."""
+    return {
+        "model_type": "deberta-v2",
+        **_sizes(hidden, layers),
         "relative_attention": True,
         "position_buckets": 256,
         "pos_att_type": ["p2c", "c2p"],
@@ -26,39 +33,26 @@ def _deberta(hidden: int, layers: int, **more: object) -> dict[str, object]:
     }
 
 
-def _modernbert(hidden: int, layers: int, intermediate: int) -> dict[str, object]:
-    """ModernBERT, heads 64 wide, the window of two layers in three 128 tokens."""
-    return {
-        "model_type": "modernbert",
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": hidden // 64,
-        "intermediate_size": intermediate,
-    }
-
-
 SHAPES: dict[str, dict[str, Any]] = {
-    "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
-    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
-    "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
-    "small": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 1536},
+    "large": _sizes(1024, 24),
+    "base": _sizes(768, 12),
+    "minilm": _sizes(384, 6, head_dim=32),
+    "small": _sizes(384, 12, head_dim=32),
     "xlm-r-large": {
         "model_type": "xlm-roberta",
         "vocab_size": 250002,
         "max_position_embeddings": 514,
         "type_vocab_size": 1,
-        "hidden_size": 1024,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "intermediate_size": 4096,
+        **_sizes(1024, 24),
     },
     "deberta-v3-xsmall": _deberta(384, 12),
     "deberta-v3-small": _deberta(768, 6),
     "deberta-v3-base": _deberta(768, 12),
     "deberta-v3-large": _deberta(1024, 24),
     "deberta-v2-xlarge": _deberta(1536, 24, conv_kernel_size=3, conv_act="gelu"),
-    "modernbert-base": _modernbert(768, 22, 1152),
-    "modernbert-large": _modernbert(1024, 28, 2624),
+    # The window of two layers in three is 128 tokens.
+    "modernbert-base": {"model_type": "modernbert", **_sizes(768, 22, intermediate=1152)},
+    "modernbert-large": {"model_type": "modernbert", **_sizes(1024, 28, intermediate=2624)},
 }
 """Of models by their size, as fields of a config: BERT's where there is no model_type."""
 WORKLOADS = (

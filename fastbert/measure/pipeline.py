@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..usage import UsageError, in_a_line
+from ..usage import UsageError, refused
 
 if TYPE_CHECKING:
     from sentence_transformers.base.model import BaseModel
@@ -41,10 +41,8 @@ def read_texts(file: str, pairs: bool) -> list[Text]:
     Raises:
         UsageError: it can't be read, holds none, or a line that is no pair.
     """
-    try:
+    with refused(file, "texts", (OSError, ValueError), "a file of a text a line"):
         lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{file}: {in_a_line(error)}; expected a file of a text a line", "texts") from error
     if not lines:
         raise UsageError(f"{file}: holds no line; expected a text a line", "texts")
     if not pairs:

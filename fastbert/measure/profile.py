@@ -39,7 +39,7 @@ from ..usage import UsageError
 from . import counts
 from .cases import Workload
 from .counts import Cost
-from .machine import Rates, peak_growth, timed
+from .machine import Rates, peak_growth, quantiles, timed
 from .pipeline import Model, Staged, Text, base_of
 from .trace import RUN, Row, Trace, annotated, read
 
@@ -134,12 +134,12 @@ class Profile:
     def to_dict(self, tokens: int, floor: float, rates: Rates) -> dict[str, Any]:
         """Plain data; `tokens` are real ones, `floor` is the least time the layers take, in seconds."""
         whole = sum(row.seconds for row in self.trace.rows)
-        quantiles = statistics.quantiles(self.samples, n=5, method="inclusive")
+        low, _, high = quantiles(self.samples)
         return {
             "run": self.name,
             "wall_s": self.wall_s,
-            "p20_s": quantiles[0],
-            "p80_s": quantiles[-1],
+            "p20_s": low,
+            "p80_s": high,
             "repeats": len(self.samples),
             "tokens_per_s": tokens / self.wall_s,
             "fraction_of_floor": floor / self.wall_s,

@@ -19,7 +19,7 @@ import torch
 from ..usage import UsageError, in_a_line, replace_text
 from . import gates
 from .counts import Cost
-from .machine import Rates, datasheet
+from .machine import Rates, datasheet, quantiles
 
 Record = dict[str, Any]
 Run = dict[str, Record]
@@ -75,7 +75,7 @@ def make(
     state = gates.state(case["what"], candidate, dtype)
     if samples and state is not None and state.startswith(gates.RED):
         samples, status = (), f"FAILED: its tests are {state}"
-    low, median, high = _quantiles(samples)
+    low, median, high = quantiles(samples) if samples else (None, None, None)
     tokens, padded = case["real_tokens"], case["padded_tokens"]
     peak = datasheet(about["device_name"], dtype)
     return {
@@ -101,15 +101,6 @@ def make(
         **about,
         **({} if state is None else {"gates": state}),
     }
-
-
-def _quantiles(samples: Sequence[float]) -> list[float | None]:
-    """20 %, 50 % and 80 % of the samples lie below."""
-    if not samples:
-        return [None, None, None]
-    given = torch.tensor(samples, dtype=torch.float64)
-    found: list[float | None] = given.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
-    return found
 
 
 def write(path: Path, records: Sequence[Record]) -> None:

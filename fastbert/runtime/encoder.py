@@ -278,19 +278,14 @@ def _runs_again(layer: nn.Module) -> bool:
     return bool(layer.__dict__.get("gradient_checkpointing")) or type(layer).__name__ == "CheckpointWrapper"
 
 
-def _called_as(kind: Any) -> object:
-    """How layers of a fused class are called, if nobody has replaced that on the class."""
-    return kind.family.layer.__call__
-
-
 def _only_infers(layers: nn.ModuleList, bound: tuple[object, ...], sample: Tensor) -> bool:
     """Whether nobody sees layers called, so that they need not be: all bound, in inference, of fastbert's own code."""
     if torch.is_grad_enabled() or torch.is_autocast_enabled(sample.device.type) or torch.compiler.is_compiling():
         return False
     if any(each is None for each in bound):
         return False
-    kinds = {type(layer) for layer in layers}
-    if any(kind.forward is not FusedLayer.forward or kind.__call__ is not _called_as(kind) for kind in kinds):
+    kinds: set[Any] = {type(layer) for layer in layers}
+    if any(kind.forward is not FusedLayer.forward or kind.__call__ is not kind.family.layer.__call__ for kind in kinds):
         return False
     return not any(layer.training for layer in layers)
 

@@ -518,11 +518,6 @@ def _is_repeatable(model: nn.Module, call: Mapping[str, object]) -> bool:
     return not any(module.training or is_hooked(module) for module in first)
 
 
-def _has_table(model: nn.Module, name: str) -> bool:
-    """Whether the embeddings look up the argument of that name."""
-    return table_of(embeddings_of(model), family_of(model).ids.get(name)) is not None
-
-
 def _lay_out(
     model: PreTrainedModel, call: Kwargs, settings: Settings, reads: Reads, foreign: bool, keeps: bool
 ) -> Packing:
@@ -562,8 +557,9 @@ def _lay_out(
     assert indices is not None and inverse is not None
     if foreign:
         return selection.packing
-    if call.get("position_ids") is None and _has_table(model, "position_ids"):
-        call["position_ids"] = default_positions(embeddings_of(model), call.get("input_ids"), seqlen)
+    embeddings = embeddings_of(model)
+    if call.get("position_ids") is None and table_of(embeddings, family.ids.get("position_ids")) is not None:
+        call["position_ids"] = default_positions(embeddings, call.get("input_ids"), seqlen)
     for name in family.ids:
         if call.get(name) is not None:
             call[name] = call[name].expand(batch, seqlen).flatten()[indices][None]

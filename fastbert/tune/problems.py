@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate, cycle
 from typing import Any, NamedTuple
 
@@ -56,13 +57,13 @@ class Problem(NamedTuple):
     peer: Callable[..., object]
     arguments: Callable[[int, torch.device], tuple[object, ...]]
     """Of so many rows, from torch's generator."""
-    rows: tuple[int, ...]
-    """Numbers of rows to time at."""
     shared: Callable[[Config], int]
     """Bytes of shared memory that a configuration's operands take."""
     held: Callable[[Config], float]
     """float32 numbers that a thread holds."""
-    same_bits: bool
+    rows: tuple[int, ...] = (2048, 32768)
+    """Numbers of rows to time at."""
+    same_bits: bool = False
     """Whether results have to be those of the shipped configuration, bit by bit: it depends on the number of rows."""
     multiprocessors: int = 0
     """SMs that the shipped configuration is chosen for; 0: as many as the architecture's usual device has."""
@@ -86,15 +87,16 @@ class Problem(NamedTuple):
         return operation.choose(**given)
 
 
+_Call = tuple[str, str, Callable[..., object], Callable[..., tuple[object, ...]]]
+"""The fields of a Problem from its module to its arguments."""
+_Room = tuple[Callable[[Config], int], Callable[[Config], float]]
+"""Those that come next: what is shared, and held."""
+
+
 def key(operation: str, arch: str, dtype: torch.dtype, **facts: int) -> Key:
     """The key of an operation, from facts by name; those its function does not ask for are left out."""
     facts_known: dict[str, object] = {"arch": arch, "dtype": dtype, **facts}
     return (operation, *(facts_known[name] for name in launch.OPERATIONS[operation].parameters()))
-
-
-def row_classes() -> list[int]:
-    """What `launch.row_class` makes of any number of rows; the largest first."""
-    return sorted({launch.row_class(1 << power) for power in range(31)}, reverse=True)
 
 
 def timed_rows(rows: int) -> tuple[int, ...]:
@@ -121,6 +123,24 @@ def _normal(device: torch.device, dtype: torch.dtype, *shape: int, scale: float 
     return (torch.randn(shape, device=device, dtype=torch.float32) * scale).to(dtype)
 
 
+def _of_tiles(dtype: torch.dtype, weights: int = 1, tiles: int = 1) -> _Room:
+    """`Problem.shared` and `.held` of a GEMM by so many weights, of which a thread holds parts of so many tiles."""
+    return (
+        lambda c: c.num_stages * (c.block_m + weights * c.block_n) * c.block_k * dtype.itemsize,
+        lambda c: tiles * c.block_m * c.block_n / (32 * c.num_warps),
+    )
+
+
+def _by_rows(
+    name: str, key_at: Callable[..., Key], call: _Call, room: _Room, multiprocessors: int
+) -> Iterator[Problem]:
+    """The problems of a GEMM, one for each class of numbers of rows, which `key_at` is given; the largest first."""
+    for rows in sorted({launch.row_class(1 << power) for power in range(31)}, reverse=True):
+        more = "+" if rows == launch.MANY_ROWS else ""
+        named = f"{name}, {rows}{more} rows"
+        yield Problem(named, key_at(rows=rows), *call, *room, timed_rows(rows), True, multiprocessors)
+
+
 def _gemms(sizes: Sizes, dtype: torch.dtype, arch: str, multiprocessors: int) -> Iterator[Problem]:
     h, i = sizes.hidden, sizes.intermediate
 
@@ -134,58 +154,29 @@ def _gemms(sizes: Sizes, dtype: torch.dtype, arch: str, multiprocessors: int) ->
     def stock_gated(x: Tensor, gate: Tensor, _: None, up: Tensor, __: None, how: str) -> Tensor:
         return GATES[how](F.linear(x, gate)) * F.linear(x, up)
 
+    def added(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        return F.linear(x, weight, bias) + residual
+
+    def arguments(rows: int, device: torch.device, n: int, k: int, segments: int, function: str) -> tuple[object, ...]:
+        normal = partial(_normal, device, dtype)
+        weights = [each for _ in range(segments) for each in (normal(n, k, scale=k**-0.5), normal(n))]
+        more = {"linear_gelu": ("none",), "linear_add": (normal(rows, n),)}.get(function, ())
+        return (normal(rows, k), *weights, *more)
+
     if sizes.gated:
-        yield Problem(
-            "gate",
-            key("linear_gated", arch, dtype, n=i, k=h),
-            "linear_gated",
-            "linear_gated",
-            stock_gated,
-            gates,
-            (2048, 32768),
-            lambda c: c.num_stages * (c.block_m + 2 * c.block_n) * c.block_k * dtype.itemsize,
-            lambda c: 2 * c.block_m * c.block_n / (32 * c.num_warps),
-            False,
-        )
+        call = "linear_gated", "linear_gated", stock_gated, gates
+        yield Problem("gate", key("linear_gated", arch, dtype, n=i, k=h), *call, *_of_tiles(dtype, 2, 2))
     first = ("qkv", "linear", F.linear, 3 * h, h, 1) if sizes.joined else ("qkv", "qkv_linear", stock_qkv, h, h, 3)
     up = ("up", "linear_gelu", lambda x, w, b, how: F.gelu(F.linear(x, w, b), approximate=how), i, h, 1)
     for name, function, peer, n, k, segments in (
         first,
         *(() if sizes.gated else (up,)),
-        ("down", "linear_add", lambda x, w, b, residual: F.linear(x, w, b) + residual, h, i, 1),
-        ("projection", "linear_add", lambda x, w, b, residual: F.linear(x, w, b) + residual, h, h, 1),
+        ("down", "linear_add", added, h, i, 1),
+        ("projection", "linear_add", added, h, h, 1),
     ):
-
-        def arguments(
-            rows: int,
-            device: torch.device,
-            n: int = n,
-            k: int = k,
-            segments: int = segments,
-            function: str = function,
-        ) -> tuple[object, ...]:
-            def normal(*shape: int, scale: float = 1.0) -> Tensor:
-                return _normal(device, dtype, *shape, scale=scale)
-
-            weights = [each for _ in range(segments) for each in (normal(n, k, scale=k**-0.5), normal(n))]
-            more = {"linear_gelu": ("none",), "linear_add": (normal(rows, n),)}.get(function, ())
-            return (normal(rows, k), *weights, *more)
-
-        for rows in row_classes():
-            many = rows == launch.MANY_ROWS
-            yield Problem(
-                f"{name}, {rows}{'+' if many else ''} rows",
-                key("linear", arch, dtype, n=n, k=k, segments=segments, rows=rows),
-                "linear",
-                function,
-                peer,
-                arguments,
-                timed_rows(rows),
-                lambda c: c.num_stages * (c.block_m + c.block_n) * c.block_k * dtype.itemsize,
-                lambda c: c.block_m * c.block_n / (32 * c.num_warps),
-                True,
-                multiprocessors,
-            )
+        given = partial(arguments, n=n, k=k, segments=segments, function=function)
+        keys = partial(key, "linear", arch, dtype, n=n, k=k, segments=segments)
+        yield from _by_rows(name, keys, ("linear", function, peer, given), _of_tiles(dtype), multiprocessors)
 
 
 def _gemms_fp8(sizes: Sizes, dtype: torch.dtype, arch: str, multiprocessors: int) -> Iterator[Problem]:
@@ -205,43 +196,29 @@ def _gemms_fp8(sizes: Sizes, dtype: torch.dtype, arch: str, multiprocessors: int
     def added(*arguments: Any) -> Tensor:
         return gemm(*arguments[:5]) + arguments[5]
 
+    def arguments(rows: int, device: torch.device, n: int, k: int, function: str) -> tuple[object, ...]:
+        x, weight = (_normal(device, torch.float32, count, k).to(eight) for count in (rows, n))
+        scale = torch.rand(n, device=device) * k**-0.5
+        more = {
+            "linear_fp8": (dtype,),
+            "linear_gelu_fp8": (dtype, "none", unit),
+            "linear_add_fp8": (_normal(device, dtype, rows, n),),
+        }[function]
+        return (x, None, weight, scale, _normal(device, dtype, n), *more)
+
     for name, function, peer, n, k in (
-        ("qkv", "linear_fp8", gemm, 3 * h, h),
-        ("up", "linear_gelu_fp8", gelu, i, h),
-        ("down", "linear_add_fp8", added, h, i),
-        ("projection", "linear_add_fp8", added, h, h),
+        ("qkv fp8", "linear_fp8", gemm, 3 * h, h),
+        ("up fp8", "linear_gelu_fp8", gelu, i, h),
+        ("down fp8", "linear_add_fp8", added, h, i),
+        ("projection fp8", "linear_add_fp8", added, h, h),
     ):
-
-        def arguments(
-            rows: int, device: torch.device, n: int = n, k: int = k, function: str = function
-        ) -> tuple[object, ...]:
-            x, weight = (_normal(device, torch.float32, count, k).to(eight) for count in (rows, n))
-            scale = torch.rand(n, device=device) * k**-0.5
-            more = {
-                "linear_fp8": (dtype,),
-                "linear_gelu_fp8": (dtype, "none", unit),
-                "linear_add_fp8": (_normal(device, dtype, rows, n),),
-            }[function]
-            return (x, None, weight, scale, _normal(device, dtype, n), *more)
-
-        for rows in row_classes():
-            many = rows == launch.MANY_ROWS
-            yield Problem(
-                f"{name} fp8, {rows}{'+' if many else ''} rows",
-                key("linear_fp8", arch, dtype, n=n, k=k, rows=rows),
-                "linear_fp8",
-                function,
-                peer,
-                arguments,
-                timed_rows(rows),
-                lambda c: c.num_stages * (c.block_m + c.block_n) * c.block_k,
-                lambda c: 2 * c.block_m * c.block_n / (32 * c.num_warps),  # exact sums hold a tile twice
-                True,
-                multiprocessors,
-            )
+        call = "linear_fp8", function, peer, partial(arguments, n=n, k=k, function=function)
+        keys = partial(key, "linear_fp8", arch, dtype, n=n, k=k)
+        # Exact sums hold a tile twice.
+        yield from _by_rows(name, keys, call, _of_tiles(eight, tiles=2), multiprocessors)
 
 
-def _sequences(rows: int, heads: int, device: torch.device) -> tuple[Tensor, None, int]:
+def _sequences(rows: int, device: torch.device) -> tuple[Tensor, None, int]:
     lengths = lengths_of(rows)
     starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
     return starts, None, max(lengths)
@@ -270,89 +247,74 @@ def _stock_attention(
 
 
 def _stock_attention_backward(
-    grad: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, *rest: Any
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    stats: Tensor,
+    starts: Tensor,
+    mask: None,
+    longest: int,
+    scale: float,
+    dropout: float,
+    seed: None,
+    tiles: None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
-        leaf = qkv.detach().clone().requires_grad_()
-        q, k, v = leaf.unbind(1)
-        result = _stock_attention(q, k, v, *rest[:4])
-        return torch.autograd.grad(result, leaf, grad)[0], torch.empty_like(stats[:0, 0, 0])  # there is no bias
+        leaves = [qkv.detach().clone().requires_grad_()]
+        leaves += [] if bias is None else [bias.to(qkv.dtype).requires_grad_()]
+        q, k, v = leaves[0].unbind(1)
+        result = _stock_attention(q, k, v, starts, mask, longest, scale, *leaves[1:])
+        dqkv, *dbias = torch.autograd.grad(result, leaves, grad)
+        return dqkv, torch.empty_like(stats[:0, 0, 0]) if bias is None else dbias[0].to(bias.dtype)
 
 
-def _stock_bias_backward(grad: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    starts, mask, longest, scale, _, _, _, bias = rest
-    with torch.enable_grad():
-        leaf, added = qkv.detach().clone().requires_grad_(), bias.to(qkv.dtype).requires_grad_()
-        q, k, v = leaf.unbind(1)
-        result = _stock_attention(q, k, v, starts, mask, longest, scale, added)
-        dqkv, dbias = torch.autograd.grad(result, (leaf, added), grad)
-        return dqkv, dbias.to(bias.dtype)
+def _of_heads(
+    sizes: Sizes, dtype: torch.dtype, scores: int
+) -> tuple[int, Callable[[Config], int], Callable[[Config], float]]:
+    """The width of a head; and `Problem.shared` and `.held` of attention, of which a thread holds so many scores."""
+    head_dim = sizes.hidden // sizes.heads
+    return (
+        head_dim,
+        lambda c: (c.block_m + 2 * c.num_stages * c.block_n) * head_dim * dtype.itemsize,
+        lambda c: c.block_m * (head_dim + scores * c.block_n) / (32 * c.num_warps),
+    )
 
 
 def _attention(sizes: Sizes, dtype: torch.dtype, arch: str, train: bool) -> Iterator[Problem]:
-    heads, head_dim = sizes.heads, sizes.hidden // sizes.heads
+    heads = sizes.heads
+    head_dim, shared, held = _of_heads(sizes, dtype, 1)
     scale = head_dim**-0.5
-    rows = (2048, 32768)
+    kernels = importlib.import_module("fastbert.kernels.attention")
 
     def forward(rows: int, device: torch.device) -> tuple[object, ...]:
         qkv = _normal(device, dtype, rows, 3, heads, head_dim)
-        return (*qkv.unbind(1), *_sequences(rows, heads, device), scale)
+        return (*qkv.unbind(1), *_sequences(rows, device), scale)
 
     def backward(rows: int, device: torch.device) -> tuple[object, ...]:
-        kernels = importlib.import_module("fastbert.kernels.attention")
         qkv, grad = _normal(device, dtype, rows, 3, heads, head_dim), _normal(device, dtype, rows, heads, head_dim)
-        sequences = (*_sequences(rows, heads, device), scale, 0.0, None)
+        sequences = (*_sequences(rows, device), scale, 0.0, None)
         return (grad, qkv, *kernels.attention_forward(qkv, *sequences), *sequences)
 
     def bias_backward(rows: int, device: torch.device) -> tuple[object, ...]:
         grad, qkv, _, _, *sequences = backward(rows, device)
         bias = _normal(device, dtype, heads, 2 * max(lengths_of(rows)) - 1).float()
-        kernels = importlib.import_module("fastbert.kernels.attention")
         return (grad, qkv, *kernels.attention_forward(qkv, *sequences, None, bias), *sequences, None, bias)
 
-    def shared(c: Config) -> int:
-        return (c.block_m + 2 * c.num_stages * c.block_n) * head_dim * dtype.itemsize
-
-    def held(c: Config) -> float:
-        return c.block_m * (head_dim + c.block_n) / (32 * c.num_warps)
-
-    yield Problem(
-        "attention",
-        key("attention", arch, dtype, head_dim=head_dim),
-        "attention",
-        "attention",
-        _stock_attention,
-        forward,
-        rows,
-        shared,
-        held,
-        False,
-    )
+    keys = partial(key, arch=arch, dtype=dtype, head_dim=head_dim)
+    yield Problem("attention", keys("attention"), "attention", "attention", _stock_attention, forward, shared, held)
+    back = "attention", "attention_backward", _stock_attention_backward
     if train:
-        yield Problem(
-            "attention, backward",
-            key("attention_backward", arch, dtype, head_dim=head_dim),
-            "attention",
-            "attention_backward",
-            _stock_attention_backward,
-            backward,
-            rows,
-            shared,
-            lambda c: 2 * held(c),
-            False,
-        )
+        name = "attention, backward"
+        yield Problem(name, keys("attention_backward"), *back, backward, shared, lambda c: 2 * held(c))
     if train and sizes.biased:
         yield Problem(
             "attention, bias's gradient",
-            key("attention_dbias", arch, dtype, head_dim=head_dim),
-            "attention",
-            "attention_backward",
-            _stock_bias_backward,
+            keys("attention_dbias"),
+            *back,
             bias_backward,
-            rows,
             lambda c: 4 * c.num_stages * c.block_m * head_dim * dtype.itemsize,
             lambda c: 3 * c.block_m**2 / (32 * c.num_warps),
-            False,
         )
 
 
@@ -389,14 +351,14 @@ def _stock_disentangled_backward(
 
 
 def _disentangled(sizes: Sizes, dtype: torch.dtype, arch: str, train: bool) -> Iterator[Problem]:
-    heads, head_dim = sizes.heads, sizes.hidden // sizes.heads
-    names = ("disentangled_attention", "disentangled_attention_backward")
+    heads = sizes.heads
+    head_dim, shared, held = _of_heads(sizes, dtype, 2)
     kernels = importlib.import_module("fastbert.kernels.disentangled")
 
     def forward(rows: int, device: torch.device) -> tuple[object, ...]:
         qkv = _normal(device, dtype, rows, 3, heads, head_dim)
         tables = (_normal(device, dtype, 512, heads, head_dim) for _ in range(2))
-        starts, mask, longest = _sequences(rows, heads, device)
+        starts, mask, longest = _sequences(rows, device)
         slots = (torch.arange(1 - longest, longest, device=device) + 256).clamp(0, 511).int()
         return qkv, *tables, slots, starts, mask, longest, (3 * head_dim) ** -0.5, 0.0, None, None
 
@@ -405,46 +367,26 @@ def _disentangled(sizes: Sizes, dtype: torch.dtype, arch: str, train: bool) -> I
         grad = _normal(device, dtype, rows, heads, head_dim)
         return (grad, qkv, *tables, slots, *kernels.disentangled_attention(*given), *given[4:])
 
-    def shared(c: Config) -> int:
-        return (c.block_m + 2 * c.num_stages * c.block_n) * head_dim * dtype.itemsize
-
-    def held(c: Config) -> float:
-        return c.block_m * (head_dim + 2 * c.block_n) / (32 * c.num_warps)
-
     # Scores by position are told apart from the rest in no launch: the whole operator, of the backward where it is
     # asked for, which makes them and what gradients give rows and tables.
-    problems = [("disentangled attention", "disentangled", False, shared, held)]
+    keys = partial(key, arch=arch, dtype=dtype, head_dim=head_dim)
+    ahead: _Call = "disentangled", "disentangled_attention", _stock_disentangled, forward
+    back: _Call = "disentangled", "disentangled_attention_backward", _stock_disentangled_backward, backward
+    yield Problem("disentangled attention", keys("disentangled"), *ahead, shared, held)
     if train:
-        problems.append(
-            ("disentangled attention, backward", "disentangled_backward", True, shared, lambda c: 2 * held(c))
-        )
-    problems.append(
-        (
-            "scores by position",
-            "position",
-            train,
-            lambda c: c.num_stages * (c.block_m + c.block_n) * head_dim * dtype.itemsize,
-            lambda c: c.block_m * max(c.block_n, head_dim) / (32 * c.num_warps),
-        )
+        name = "disentangled attention, backward"
+        yield Problem(name, keys("disentangled_backward"), *back, shared, lambda c: 2 * held(c))
+    yield Problem(
+        "scores by position",
+        keys("position"),
+        *(back if train else ahead),
+        lambda c: c.num_stages * (c.block_m + c.block_n) * head_dim * dtype.itemsize,
+        lambda c: c.block_m * max(c.block_n, head_dim) / (32 * c.num_warps),
     )
-    for name, operation, back, its_shared, its_held in problems:
-        yield Problem(
-            name,
-            key(operation, arch, dtype, head_dim=head_dim),
-            "disentangled",
-            names[back],
-            _stock_disentangled_backward if back else _stock_disentangled,
-            backward if back else forward,
-            (2048, 32768),
-            its_shared,
-            its_held,
-            False,
-        )
 
 
 def _rows(sizes: Sizes, dtype: torch.dtype, arch: str, train: bool) -> Iterator[Problem]:
     h, i = sizes.hidden, sizes.intermediate
-    rows = (2048, 32768)
 
     def norm(rows: int, device: torch.device) -> tuple[object, ...]:
         return _normal(device, dtype, rows, h), _normal(device, dtype, h), _normal(device, dtype, h), EPS
@@ -480,42 +422,24 @@ def _rows(sizes: Sizes, dtype: torch.dtype, arch: str, train: bool) -> Iterator[
         dactivated = torch.ops.aten.gelu_backward(dgated * factor, activated)
         return torch.cat([dactivated, dgated * between], 1), between * factor
 
-    yield Problem(
-        "LayerNorm",
-        key("row", arch, dtype, width=h),
-        "layer_norm",
-        "layer_norm",
-        lambda x, w, b, eps: F.layer_norm(x, w.shape, w, b, eps),
-        norm,
-        rows,
-        lambda c: 0,
-        lambda c: c.block_n / (32 * c.num_warps),
-        False,
-    )
+    def stock_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+    def rows_held(rows: int) -> _Room:
+        return lambda c: 0, lambda c: rows * c.block_n / (32 * c.num_warps)
+
+    call = "layer_norm", "layer_norm", stock_norm, norm
+    yield Problem("LayerNorm", key("row", arch, dtype, width=h), *call, *rows_held(1))
     if train:
-        yield Problem(
-            "LayerNorm, backward",
-            key("row_backward", arch, dtype, width=h),
-            "layer_norm",
-            "add_layer_norm_backward",
-            stock_norm_backward,
-            norm_backward,
-            rows,
-            lambda c: 0,
-            lambda c: 6 * c.block_n / (32 * c.num_warps),
-            False,
-        )
+        back = "layer_norm", "add_layer_norm_backward", stock_norm_backward, norm_backward
+        yield Problem("LayerNorm, backward", key("row_backward", arch, dtype, width=h), *back, *rows_held(6))
+        gelu: _Call = "linear", "linear_gelu_backward", stock_gelu_backward, gelu_backward
+        gated: _Call = "linear_gated", "linear_gated_backward", stock_gated_backward, gated_backward
         yield Problem(
             "gate, backward" if sizes.gated else "GELU, backward",
             key("linear_backward", arch, dtype, n=i, k=h),
-            "linear_gated" if sizes.gated else "linear",
-            "linear_gated_backward" if sizes.gated else "linear_gelu_backward",
-            stock_gated_backward if sizes.gated else stock_gelu_backward,
-            gated_backward if sizes.gated else gelu_backward,
-            rows,
-            lambda c: c.num_stages * (c.block_m + c.block_n) * c.block_k * dtype.itemsize,
-            lambda c: c.block_m * c.block_n / (32 * c.num_warps),
-            False,
+            *(gated if sizes.gated else gelu),
+            *_of_tiles(dtype),
         )
 
 

@@ -23,11 +23,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import torch
-
 from .. import tuned
 from ..kernels import launch
 from ..kernels.launch import Config
+from ..measure.machine import quantiles
 from .problems import Problem
 
 ROUNDS = 4
@@ -112,14 +111,6 @@ def plausible(problem: Problem, config: Config, shared_limit: int) -> bool:
     if tuned.problem(problem.key, config) is not None:
         return False
     return problem.shared(config) <= shared_limit and problem.held(config) <= MAX_HELD
-
-
-def quantiles(samples: Samples) -> list[float]:
-    """p20, median and p80."""
-    found: list[float] = (
-        torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
-    )
-    return found
 
 
 def gain(new: dict[int, Samples], old: dict[int, Samples]) -> float:
