@@ -10,7 +10,7 @@ says there whether the keys can match. Work is listed without compiling, by laun
 
     headline   what benchmarks/first.py launches: the gates of inference, BERT-large's forwards, the GEMMs compared
     training   the gates of training
-    rows       what benchmarks/suite.py times next: throughput with fp8, latency, training steps, DeBERTa
+    rows       what benchmarks/suite.py times next: throughput with fp8, latency, training steps, DeBERTa, ModernBERT
     tests      what tests marked `gpu` launch; listing it takes a quarter of an hour
 
 Then it is compiled, each kernel in seconds, the most important first. What is there is not compiled again, so the same
@@ -42,10 +42,11 @@ from benchmarks import archive  # noqa: E402
 
 LONG = ["--slack", "20", "--minutes", "100"]
 FIRST = ["benchmarks/first.py", *LONG, "--sections"]
+ROWS = ("throughput", "latency", *("training", "deberta training", "modernbert training"), "deberta", "modernbert")
 PARTS: dict[str, list[str]] = {
     "headline": [*FIRST, "gates", "forwards", "operators"],
     "training": [*FIRST, "training"],
-    "rows": ["benchmarks/suite.py", *LONG, "--only", "throughput", "latency", "training", "deberta"],
+    "rows": ["benchmarks/suite.py", *LONG, "--only", *ROWS],
     "tests": ["-m", "pytest", "-q", "-m", "gpu", "tests"],
 }
 

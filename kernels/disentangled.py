@@ -53,6 +53,7 @@ from .launch import (
     disentangled_backward_config,
     disentangled_config,
     input_precision,
+    of_mask,
     options,
     planned,
     position_config,
@@ -392,9 +393,14 @@ def _plan(
     precision: str | None,
     band: int | None = None,
     swapped: bool = False,
+    masked: bool = False,
 ) -> tuple[Config, Constants]:
-    """A configuration and its constants; `swapped`: BLOCK_N is block_m, of the kernel that holds keys."""
+    """A configuration and its constants.
+
+    `swapped`: BLOCK_N is block_m, of the kernel that holds keys; `masked`: of attention or dQ with a mask.
+    """
     config: Config = choose_config(arch, dtype, head_dim)
+    config = of_mask(config, arch) if masked else config
     held, walked = ("BLOCK_N", "BLOCK_M") if swapped else ("BLOCK_M", "BLOCK_N")
     constants = {
         "HEAD_DIM": head_dim,
@@ -520,7 +526,8 @@ def disentangled_attention(
     scores = [None if table is None else _empty_scores(qkv, max_seqlen, band) for table in tables]
     _position_scores(qkv, tables, slots, scores, cu_seqlens, max_seqlen, scale, batch, tiles, band)
     arch, precision = architecture(qkv.device), input_precision(qkv.dtype)
-    config, constants = _plan(disentangled_config, arch, qkv.dtype, head_dim, precision, band)
+    masked = key_mask is not None
+    config, constants = _plan(disentangled_config, arch, qkv.dtype, head_dim, precision, band, masked=masked)
     q, k, v = qkv.unbind(1)
     pointers = q, k, v, out, stats, cu_seqlens, key_mask, seed, None, tiles, *scores
     strides = (qkv.stride(0), head_dim) * 3
@@ -579,7 +586,8 @@ def disentangled_attention_backward(
     delta = torch.empty(1 if band is None else 5, heads, rows, dtype=torch.float32, device=qkv.device)
 
     arch, dtype, precision = architecture(qkv.device), qkv.dtype, input_precision(qkv.dtype)
-    config, by_queries = _plan(disentangled_backward_config, arch, dtype, head_dim, precision, band)
+    masked = key_mask is not None
+    config, by_queries = _plan(disentangled_backward_config, arch, dtype, head_dim, precision, band, masked=masked)
     _, by_keys = _plan(disentangled_backward_config, arch, dtype, head_dim, precision, band, True)
     grid = _grid(config.block_m, max_seqlen, heads, batch, tiles)
     layout = cu_seqlens, key_mask, seed, None, tiles, *scores

@@ -519,11 +519,24 @@ _DISENTANGLED_BACKWARD["sm_89"] = _DISENTANGLED_BACKWARD["sm_80"]
 
 @_tunable("block_m", "block_n", "num_warps", "num_stages", most=64)
 def disentangled_config(arch: str, dtype: torch.dtype, head_dim: int) -> Config:
-    """The tiles of disentangled attention: `block_m` queries by `block_n` keys. Arguments and errors as
-    `attention_config`'s."""
+    """The tiles of disentangled attention: `block_m` queries by `block_n` keys. `of_mask` has the last word.
+
+    Arguments and errors as `attention_config`'s.
+    """
     if not 1 <= head_dim <= 128:
         raise ValueError(f"head_dim is {head_dim}; expected 1 to 128")
-    return _of(_DISENTANGLED, arch)[dtype.itemsize, max(16, 1 << (head_dim - 1).bit_length())]
+    padded = max(16, 1 << (head_dim - 1).bit_length())
+    config = _of(_DISENTANGLED, arch)[dtype.itemsize, padded]
+    # Columns that pad a head take registers for their masks: beyond a band, too many for 64 keys.
+    return config if head_dim == padded else replace(config, block_n=min(config.block_n, 32))
+
+
+def of_mask(config: Config, arch: str) -> Config:
+    """`config` as disentangled attention with a mask runs it, and its dQ: on sm_100 they would spill with two stages.
+
+    Of the same tile and warps: no bit depends on the mask being there.
+    """
+    return replace(config, num_stages=1) if LIKE.get(arch, arch) == "sm_100" else config
 
 
 def attention_map_config(arch: str, dtype: torch.dtype, head_dim: int) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -406,3 +407,38 @@ def test_configurations_fit_the_pitch_and_the_list_of_tiles() -> None:
                 position = launch.position_config(arch, dtype, head_dim)
                 assert attention.TILE_ROWS.value % position.block_m == 0 == position.block_m % position.block_n
                 assert position.block_n % launch.position_slots_config(arch, dtype, head_dim).block_n == 0
+
+
+def test_a_mask_decides_of_stages_alone() -> None:
+    """Which load ahead: the tile and the warps, and so the bits, are the same with a mask and without."""
+    found = set()
+    for arch in ("sm_75", "sm_80", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120"):
+        for dtype in (torch.float32, torch.float16):
+            for head_dim in (16, 32, 40, 64, 80, 128):
+                for choose in (launch.disentangled_config, launch.disentangled_backward_config):
+                    config = choose(arch, dtype, head_dim)
+                    masked = launch.of_mask(config, arch)
+                    assert dataclasses.replace(masked, num_stages=config.num_stages) == config
+                    if masked != config:
+                        found.add(arch)
+    assert found == {"sm_100", "sm_103"}
+    plain, masked = (
+        kernel._plan(launch.disentangled_config, "sm_100", torch.float16, 64, "ieee", masked=masked)[1]
+        for masked in (False, True)
+    )
+    assert {name for name in plain if plain[name] != masked[name]} == {"num_stages"}
+
+
+def test_a_call_with_a_mask_is_planned_as_one(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """Attention and dQ; a call without one, not."""
+    asked: list[launch.Config] = []
+    monkeypatch.setattr(kernel, "of_mask", lambda config, arch: asked.append(config) or config)
+    inputs, mask = make([9], 16, torch.float32, device), torch.ones(1, 9, dtype=torch.bool, device=device)
+    launch.use({})  # plans are made anew
+    for key_mask, count in ((None, 0), (mask, 1)):
+        layout = None, key_mask, 9, 0.2, 0.0, None, None
+        out, stats = kernel.disentangled_attention(*inputs, *layout)
+        assert len(asked) == count
+        kernel.disentangled_attention_backward(out, *inputs, out, stats, *layout)
+        assert len(asked) == 2 * count
+    launch.use({})
