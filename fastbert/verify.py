@@ -558,7 +558,7 @@ def _recorded(
                 outputs[taken] = at_real_tokens(cast(Tensor, args[0]), real)
             result = super().forward(*args, **kwargs)
             hidden = result[0] if isinstance(result, tuple) else result  # a tuple of MPNet's stock layers
-            outputs[next(left)] = at_real_tokens(hidden, real)
+            outputs[next(left, names[-1])] = at_real_tokens(hidden, real)
             return result
 
     module.__class__ = Recorder

@@ -83,10 +83,9 @@ def check_description(family: Family) -> None:
     embeddings = _at(model, family.embeddings_at, "", "")
     if not isinstance(held, nn.ModuleList) or not len(held):
         raise ValueError(f"Family.stack leads to {_a(held)}; expected an nn.ModuleList with layers")
-    try:
-        stack = stack_within(family, encoder)
-    except AttributeError as error:
-        raise ValueError(f"Family.order names what {_a(held)} has not: {error}") from error
+    stack = stack_within(family, encoder)
+    if stack.lost is not None:
+        raise ValueError(f"Family.order leads to no layers of {_a(encoder)}: {stack.lost}")
     layers = stack.layers
     for name, group in stack.groups().items():
         if type(group) not in (family.group, nn.ModuleList):

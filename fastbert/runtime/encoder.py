@@ -114,8 +114,8 @@ class FusedEncoder(Mixin):
                     x, after = after(self, first, x.view_as(first), plan).flatten(0, 1), None
                 if maps is not None and maps.take(i, layers[calls[i]]):
                     break
-            hidden_states, calls = x.view_as(hidden_states), ()
-        for i, (j, own_seeds, bound) in enumerate(zip(calls, seeds, found, strict=False)):
+            hidden_states, calls, seeds, found = x.view_as(hidden_states), (), (), ()
+        for i, (j, own_seeds, bound) in enumerate(zip(calls, seeds, found, strict=True)):
             layer, stock = layers[j], plan.stock_layers[j]
             if looks and not stock:
                 stock = self._is_changed(stack.name(j), layer, packing)
@@ -328,7 +328,8 @@ def _laid_out(tables: tuple[Tensor, ...] | None, packing: Packing) -> tuple[Tens
 
 def _projected(linear: nn.Module, hidden_states: Tensor) -> Tensor:
     """What the linear layer before the first layer makes of hidden states; without adapters by fastbert's own GEMM."""
-    if torch.is_autocast_enabled(hidden_states.device.type) or not is_plain(linear, nn.Linear):
+    called = torch.is_autocast_enabled(hidden_states.device.type) or "forward" in linear.__dict__  # which moves them
+    if called or not is_plain(linear, nn.Linear):
         return cast(Tensor, linear(hidden_states))
     return plain("", (linear,))(hidden_states.flatten(0, 1)).view(*hidden_states.shape[:2], -1)
 

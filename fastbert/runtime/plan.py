@@ -105,6 +105,8 @@ def _encoder_is_unsupported(model: nn.Module) -> str | None:
     stack, family = stack_of(model), family_of(model)
     if type(stack.held).__iter__ is not nn.ModuleList.__iter__:  # which may leave some out, by chance
         return f"its layers are in a custom {named(stack.held)}"
+    if stack.lost is not None:
+        return f"its layers are not where {family.encoder.__name__} has them: {stack.lost}"
     for name, group in stack.groups().items():
         own = type(group).__iter__ is nn.ModuleList.__iter__ if isinstance(group, nn.ModuleList) else False
         if not (own or type(group) is family.group) or is_hooked(group):

@@ -63,6 +63,8 @@ class Stack(NamedTuple):
     """Where the base model has `held`."""
     paths: tuple[str, ...] | None
     """Where `held` has each of the layers; None: by its number."""
+    lost: str | None = None
+    """Why layers were not found in groups; then these are what `held` has, called once each."""
 
     def name(self, layer: int) -> str:
         """Where the base model has a layer."""
@@ -80,9 +82,12 @@ def stack_within(family: Any, encoder: nn.Module) -> Stack:
     held: Any = encoder.__dict__["_modules"][family.stack[-1]]
     if family.order is None:
         return Stack(held, held, range(len(held)), family.stack, None)
-    order = family.order(encoder)
-    places = {path: i for i, path in enumerate(dict.fromkeys(order))}
-    layers = [held.get_submodule(path) for path in places]
+    try:
+        order = family.order(encoder)
+        places = {path: i for i, path in enumerate(dict.fromkeys(order))}
+        layers = [held.get_submodule(path) for path in places]
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # somebody's own is in their place
+        return Stack(held, held, range(len(held)), family.stack, None, f"{type(error).__name__}: {error}")
     return Stack(held, layers, [places[path] for path in order], family.stack, tuple(places))
 
 

@@ -583,6 +583,30 @@ def test_padding_has_no_gradient(family: str) -> None:
         assert table.weight.grad[2:10].ne(0).any()
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_padding_is_zeros_after_a_norm_of_the_base_model(whole: bool) -> None:
+    """Where it was left out, and gets no gradient there; in the dense layout it is stock's."""
+    stock = seeded("roberta_prelayernorm", "RobertaPreLayerNormModel", **NO_DROPOUT)
+    mask = models.masks(5, 19)["right"]
+    assert mask is not None
+    call = {"input_ids": padded("roberta_prelayernorm", mask), "attention_mask": mask, "return_dict": whole}
+    slopes = []
+    for padding in ("packed", "dense"):
+        fused = fastbert.fuse(copy.deepcopy(stock), padding=padding)
+        found, expected = fused(**call), stock(**call)
+        assert type(found) is type(expected) and len(found) == len(expected)
+        torch.testing.assert_close(found[0][mask > 0], expected[0][mask > 0], rtol=1e-4, atol=1e-5)
+        if padding == "packed":
+            assert found[0][mask == 0].eq(0).all() and fused_calls(fused) == {"packed": 1}
+        else:
+            torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-5)
+        kept = found[0] if padding == "packed" else found[0][mask > 0]
+        slopes.append(torch.autograd.grad(kept.sum(), fused.LayerNorm.bias)[0])
+    torch.testing.assert_close(*slopes)
+    fused.LayerNorm.register_forward_hook(lambda module, args, out: None)
+    assert "LayerNorm is hooked" in str(fastbert.explain(fastbert.fuse(fused)).encoders[0].dense)
+
+
 @pytest.mark.parametrize(("family", "name"), BASES)
 def test_flattened_calls(family: str, name: str) -> None:
     """Sequences end to end in one row stay apart, and are what they are alone; positions are the caller's."""

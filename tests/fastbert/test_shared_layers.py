@@ -144,6 +144,10 @@ CHANGES: dict[str, tuple[Callable[[Any], object], str | None]] = {
         lambda m: m.encoder.albert_layer_groups.__setitem__(0, Halving()),
         "encoder.albert_layer_groups.0 is a tests.fastbert.test_shared_layers.Halving",
     ),
+    "a group without layers": (
+        lambda m: m.encoder.albert_layer_groups.__setitem__(1, Doubling()),
+        "its layers are not where AlbertTransformer has them: AttributeError: 'Doubling' object has no attribute",
+    ),
     "one layer more": (lambda m: group(m).albert_layers.append(copy.deepcopy(group(m).albert_layers[0])), None),
     "layers swapped": (lambda m: setattr(group(m), "albert_layers", group(m).albert_layers[::-1]), None),
     "more calls": (lambda m: setattr(m.config, "num_hidden_layers", 6), None),
@@ -173,6 +177,11 @@ class Halving(hf.AlbertLayerGroup):
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         return 0.5 * hidden_states
+
+
+class Doubling(nn.Module):
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        return 2 * hidden_states
 
 
 def group(model: Any) -> Any:
