@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from .fuse import base_models
 from .runtime.readers import Maps, parameter_names
-from .runtime.registry import family_of, has_fused_encoder, layers_of
+from .runtime.registry import family_of, has_fused_encoder, stack_of
 from .runtime.support import is_hooked
 
 REDUCTIONS = (None, "mean", "rollout")
@@ -56,7 +56,7 @@ def attention_maps(
             what stands around one (PEFT, a SentenceTransformer), give the model inside.
         inputs: arguments of its base model by name, as a tokenizer gives them: input_ids (B, S), attention_mask and
             their like.
-        layers: which, from 0 on. None: all.
+        layers: which, from 0 on; one that is called several times counts each time. None: all.
         heads: which of each of these layers, from 0 on, in the order wanted. None: all.
         reduce: None; "mean" over these heads; or "rollout" through these layers: of each the mean over heads plus the
             identity, its rows normalised to sum one, multiplied from the first to the last (Abnar and Zuidema, 2020,
@@ -77,7 +77,7 @@ def attention_maps(
         raise ValueError(f"reduce is {reduce!r}; expected one of {', '.join(map(repr, REDUCTIONS))}")
     base = _base_of(model)
     call = _arguments(base, inputs)
-    wanted = _chosen("layers", layers, len(layers_of(base)))
+    wanted = _chosen("layers", layers, len(stack_of(base).calls))
     some = None if heads is None else _chosen("heads", heads, base.config.num_attention_heads)
     found: dict[int, Tensor] = {}
     rolled: list[Tensor] = []

@@ -173,7 +173,7 @@ def calibrate(
     config.fastbert = {**others, precision: {"layers": found_of(chosen), "error": total}}
     settings = getattr(encoder_of(inner.base_model), "fastbert", None)
     if settings is not None and isinstance(settings.precision, kind):
-        settings.precision = kind.of(config)
+        settings.precision = kind.of(config, len(layers_in(encoder)))
         if settings.graphs is not None:
             settings.graphs.drop()
     tokens = [real_tokens(batch) for batch in batches]

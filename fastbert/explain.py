@@ -12,7 +12,7 @@ from .fuse import base_models
 from .layers.embeddings import embeddings_are_foreign
 from .runtime.plan import ASKED, KEEPS, UNKNOWN, decide, what_keeps, why_dense
 from .runtime.readers import Maps, Reads, outermost, unknown_reader
-from .runtime.registry import embeddings_of, encoder_of, family_of, layers_of
+from .runtime.registry import embeddings_of, encoder_of, family_of, stack_of
 from .runtime.settings import Settings
 from .runtime.support import (
     embeddings_are_unsupported,
@@ -34,7 +34,7 @@ class EncoderExplanation:
     reason: str | None
     """Why an ordinary call at this moment would run stock; None where it would run fused."""
     layers: dict[int, str]
-    """Layers that would run stock at this moment, each with the reason."""
+    """Layers that would run stock at this moment, each with the reason. One that is shared counts once."""
     embeddings: str | None
     """Why its embeddings would run stock at this moment, or None."""
     fused_calls: dict[str, int]
@@ -173,10 +173,10 @@ def _explain_outside(model: nn.Module, base: nn.Module, settings: Settings) -> s
 
 def _explain_precision(base: nn.Module, settings: Settings) -> tuple[str | None, dict[str, str]]:
     """`EncoderExplanation.quantized` and `.not_quantized` of a fused base model."""
-    layers, family, precision = layers_of(base), family_of(base), settings.precision
+    stack, family, precision = stack_of(base), family_of(base), settings.precision
     if precision is None:
         return None, {}
-    sample = next(layers.parameters())
+    layers, sample = stack.layers, next(stack.held.parameters())
     if not precision.runs(layers, sample):
         off = "gradients are enabled, or it is training, autocast or torch.compile"
         return f"off: {precision.unsupported(sample.device) or off}", {}

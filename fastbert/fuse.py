@@ -33,8 +33,13 @@ FAMILIES = (
     "roberta",
     "xlm_roberta",
     "camembert",
+    "data2vec",
+    "roberta_prelayernorm",
+    "xlm_roberta_xl",
+    "albert",
     "electra",
     "ernie",
+    "megatron_bert",
     "distilbert",
     "mpnet",
     "deberta",
@@ -47,6 +52,14 @@ FAMILIES = (
     "esm",
 )
 """Modules of `fastbert.models`, each named as transformers names the family's."""
+
+_CODE = {"data2vec": "data2vec_text"}
+
+
+def code_of(family: str) -> str:
+    """The module of transformers that defines a family of FAMILIES."""
+    return f"transformers.models.{family}.modeling_{_CODE.get(family, family)}"
+
 
 LATE = frozenset(("modernbert", "nomic_bert", "eurobert", "gte", "jina_embeddings_v3", "esm"))
 """Those that transformers has changed or added since the oldest supported: where they can't be made, they run stock."""
@@ -62,7 +75,7 @@ class UnsupportedModelError(ValueError):
 def _families() -> list[Any]:
     """The families of which there may be a model: of fastbert's own, those whose code has been imported."""
     for name in FAMILIES:
-        if f"transformers.models.{name}.modeling_{name}" in sys.modules and name not in _GONE:
+        if code_of(name) in sys.modules and name not in _GONE:
             _import_family(name)
     return list(REGISTERED.values())
 
@@ -253,8 +266,8 @@ def _low_precision(precision: Precision, name: str, base: PreTrainedModel, famil
     kind, refused = PRECISIONS[precision], f"{name} can't be fused with precision={precision!r}:"
     if reason := kind.unsupported(next(encoder_of(base).parameters()).device):
         raise UnsupportedModelError(f"{refused} {reason}")
-    state: LowPrecision = kind.of(base.config)
     layers = layers_of(base)
+    state: LowPrecision = kind.of(base.config, len(layers))
     if len(reasons := state.reasons(layers, family.fused)) == len(GEMMS) * len(layers):
         (index, gemm), why = next(iter(reasons.items()))
         raise UnsupportedModelError(f"{refused} no GEMM can run in {kind.title}; layer {index} {gemm}: {why}")

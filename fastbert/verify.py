@@ -27,7 +27,7 @@ from .fuse import Precision, fuse, unfuse
 from .layers.embeddings import first_position, longest_sequence
 from .layers.low_precision import LowPrecision
 from .quality import Measure, Quality
-from .runtime.registry import REGISTERED, embeddings_of, encoder_of, family_of, layers_in, layers_of, table_of, widen
+from .runtime.registry import REGISTERED, embeddings_of, encoder_of, family_of, layers_in, stack_of, table_of, widen
 from .sensitivity import Sensitivity, sensitivity
 
 LAYOUTS = ("packed", "dense")
@@ -510,10 +510,12 @@ def _outputs(model: PreTrainedModel, batch: Mapping[str, Tensor], real: Tensor) 
     with contextlib.ExitStack() as stack:
         loops = family_of(base).loops  # and calls its embeddings and layers itself: the first layer's input is theirs
         if not loops:
-            stack.enter_context(_recorded(embeddings_of(base), "embeddings", outputs, real))
-        for i, layer in enumerate(layers_of(base)):
+            stack.enter_context(_recorded(embeddings_of(base), ["embeddings"], outputs, real))
+        called = stack_of(base)
+        for i, layer in enumerate(called.layers):
             taken = "embeddings" if loops and i == 0 else None
-            stack.enter_context(_recorded(layer, f"layer.{i}", outputs, real, taken))
+            names = [f"layer.{place}" for place, each in enumerate(called.calls) if each == i]
+            stack.enter_context(_recorded(layer, names, outputs, real, taken))
         stack.callback(base.register_forward_hook(lambda module, args, output: encoded.append(output)).remove)
         result = model(**call, return_dict=True)
     for name, value in chain(encoded[0].items(), result.items()):
@@ -525,13 +527,16 @@ def _outputs(model: PreTrainedModel, batch: Mapping[str, Tensor], real: Tensor) 
 
 @contextlib.contextmanager
 def _recorded(
-    module: nn.Module, name: str, outputs: dict[str, Tensor], real: Tensor, taken: str | None = None
+    module: nn.Module, names: Sequence[str], outputs: dict[str, Tensor], real: Tensor, taken: str | None = None
 ) -> Iterator[None]:
     """Puts what `module` returns, at real tokens, into `outputs`, and under the name `taken` what it is given first.
+
+    `names` are those of its calls, one after the other.
 
     By a subclass, not a hook: a hook expects the padded layout, so a fused model that has one runs dense.
     """
     kind: Any = type(module)
+    left = iter(names)
 
     class Recorder(kind):
         def forward(self, *args: object, **kwargs: object) -> object:
@@ -539,7 +544,7 @@ def _recorded(
                 outputs[taken] = at_real_tokens(cast(Tensor, args[0]), real)
             result = super().forward(*args, **kwargs)
             hidden = result[0] if isinstance(result, tuple) else result  # a tuple of MPNet's stock layers
-            outputs[name] = at_real_tokens(hidden, real)
+            outputs[next(left, names[-1])] = at_real_tokens(hidden, real)
             return result
 
     module.__class__ = Recorder

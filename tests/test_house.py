@@ -127,6 +127,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "runtime.encoder": {
         "layers.context",
+        "layers.gemm",
         "layers.layer",
         "runtime.known",
         "runtime.packing",

@@ -72,6 +72,7 @@ class _Kept(NamedTuple):
     """What its GEMMs are made of."""
     watch: Watch
     """Of the parameters, as they were."""
+    calls: Sequence[int]
     bound: list[Bound | None]
 
 
@@ -184,41 +185,46 @@ class Copies:
         off = off or is_faked() or torch.jit.is_tracing() or any(layer.training for layer in layers)
         return not off and type(sample) in (Tensor, nn.Parameter) and self.unsupported(sample.device) is None
 
-    def bind(self, layers: Layers, stock: Sequence[bool], seen: object = None) -> list[Bound | None]:
+    def bind(
+        self, layers: Layers, stock: Sequence[bool], seen: object = None, calls: Sequence[int] | None = None
+    ) -> list[Bound | None]:
         """The layers of one forward, bound, or None where no GEMM of one runs so; where `runs` says so.
 
-        `stock` says which layers run their stock code. What is bound is kept for other calls in which `seen` is the
-        same, `fastbert.runtime.coverage.Seen.bound`: nothing of the layers has changed but, perhaps, their weights.
+        `stock` says which layers run their stock code, `calls` which is called, one after the other (None: each once):
+        of a layer that is called several times there is one copy. What is bound is kept for other calls in which
+        `seen` is the same, `fastbert.runtime.coverage.Seen.bound`: nothing of the layers has changed but, perhaps,
+        their weights.
         """
-        kept = self._kept
-        if kept is None or kept.seen is not seen or not kept.watch.holds(kept.parameters):
+        kept, calls = self._kept, range(len(layers)) if calls is None else calls
+        if kept is None or kept.seen is not seen or kept.calls != calls or not kept.watch.holds(kept.parameters):
             gemms: dict[int, Gemms] = {}
             parameters: list[Tensor | None] = []
             for i, (layer, is_stock) in enumerate(zip(layers, stock, strict=True)):
                 if not is_stock and isinstance(layer, FusedLayer):
                     own, gemms[i] = self.gemms(i, layer, len(layers))
                     parameters += own
-            bound = self._bound(layers, gemms)
+            bound = self._bound(layers, gemms, calls)
             self._kept = None
             self.derived.retain(range(len(layers)))
             if seen is not None:
-                self._kept = _Kept(seen, parameters, Watch(parameters, sampled=True), bound)
+                self._kept = _Kept(seen, parameters, Watch(parameters, sampled=True), calls, bound)
         else:
             bound = kept.bound
         handed: list[tuple[Tensor, Quantized]] = []
         return [None if own is None else own._replace(handed=handed) for own in bound]
 
-    def _bound(self, layers: Layers, gemms: Mapping[int, Gemms]) -> list[Bound | None]:
+    def _bound(self, layers: Layers, gemms: Mapping[int, Gemms], calls: Sequence[int]) -> list[Bound | None]:
         # A layer quantizes its result for the next one; where somebody may change that in between, it doesn't.
         watched = [is_hooked(layer) for layer in layers]
         bound: list[Bound | None] = []
-        for i, layer in enumerate(layers):
-            own = gemms.get(i, {})
+        for i, after in zip(calls, (*calls[1:], None), strict=True):
+            layer, own = layers[i], gemms.get(i, {})
             if not any(own.values()):
                 bound.append(None)
                 continue
-            follows = i + 1 < len(watched) and not watched[i] and not watched[i + 1]
-            following = gemms.get(i + 1, {}).get("qkv") if follows else None
+            following = None
+            if after is not None and not watched[i] and not watched[after]:
+                following = gemms.get(after, {}).get("qkv")
             found = layer.layout.bind(layer, lambda name, group, own=own: own.get(name) or plain(name, group))
             bound.append(found._replace(following=following or PLAIN))
         return bound

@@ -45,8 +45,8 @@ class LowPrecision(Copies):
         raise NotImplementedError
 
     @classmethod
-    def of(cls: type[Kind], config: PreTrainedConfig) -> Kind:
-        """By what `fastbert.calibrate` left in a model's config, if it ran.
+    def of(cls: type[Kind], config: PreTrainedConfig, number: int) -> Kind:
+        """By what `fastbert.calibrate` left in the config of a model with that number of layers, if it ran.
 
         Raises:
             ValueError: it is not what `calibrate` writes, or the model has another number of layers now.
@@ -67,9 +67,9 @@ class LowPrecision(Copies):
                 f"{where}: expected what fastbert.calibrate writes, a list 'layers' of {cls.expected} "
                 f"(null: not in {cls.title}) of {', '.join(GEMMS)}; run it again, or delete model.config.fastbert"
             )
-        if len(layers) != config.num_hidden_layers:
+        if len(layers) != number:
             raise ValueError(
-                f"{where} is of {len(layers)} layers, the model has {config.num_hidden_layers}; run "
+                f"{where} is of {len(layers)} layers, the model has {number}; run "
                 "fastbert.calibrate again, or delete model.config.fastbert"
             )
         return cls(layers)

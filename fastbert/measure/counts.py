@@ -316,6 +316,7 @@ def encoder(config: PreTrainedConfig, lengths: Sequence[int], dtype: torch.dtype
         """Of the linear layers that make keys and queries of positions."""
         return [matmul(slots, h, h)] * (calls * len(terms))
 
+    layers = config.num_hidden_layers * getattr(config, "inner_group_num", 1)  # calls, of ALBERT's groups
     heads, eps = config.num_attention_heads, 0.0
     x, wide, square, up, down = empty(tokens, h), empty(tokens, i), empty(h, h), empty(i, h), empty(h, i)
     vector, long = empty(h), empty(i)
@@ -341,7 +342,7 @@ def encoder(config: PreTrainedConfig, lengths: Sequence[int], dtype: torch.dtype
             call("linear_add", wide, down, vector, x),
             call("layer_norm", x, vector, vector, eps),
         ]
-        return total(each * config.num_hidden_layers + convolutions)
+        return total(each * layers + convolutions)
     seed = torch.empty((), dtype=torch.int64, device="meta")
     names = ("attention_dropout", "dropout") if hasattr(config, "hidden_dim") else _DROPOUTS
     drops = [(rate, seed if rate else None) for rate in (getattr(config, name) for name in names)]
@@ -373,4 +374,4 @@ def encoder(config: PreTrainedConfig, lengths: Sequence[int], dtype: torch.dtype
         matmul(3 * h, tokens, h),
         biases,
     ]
-    return total(each * config.num_hidden_layers + convolutions * 3)
+    return total(each * layers + convolutions * 3)

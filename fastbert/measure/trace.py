@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from .. import ops
-from ..runtime.registry import layers_of
+from ..runtime.registry import stack_of
 from ..usage import UsageError
 from .counts import Cost
 
@@ -112,12 +113,16 @@ def annotated(model: torch.nn.Module) -> Iterator[None]:
     Operators are wrapped, not sent through the dispatcher, as in inference they do not go through it: that would add
     dozens of microseconds to the time of each, where a range adds a few before and after it, to the gaps.
     """
-    layers = {id(layer): i for i, layer in enumerate(layers_of(model))}
-    kind: Any = type(layers_of(model)[0])  # on the class: a layer that is itself hooked or changed runs stock
+    stack = stack_of(model)
+    layers = {
+        id(layer): itertools.cycle([place for place, each in enumerate(stack.calls) if each == i])
+        for i, layer in enumerate(stack.layers)
+    }
+    kind: Any = type(stack.layers[0])  # on the class: a layer that is itself hooked or changed runs stock
     call = kind.__call__
 
     def layer(self: object, hidden_states: Tensor, *args: object, **kwargs: object) -> Any:
-        i = layers[id(self)]
+        i = next(layers[id(self)])
         with record_function(f"layer {i}"):
             out = call(self, hidden_states, *args, **kwargs)
         hidden = out[0] if isinstance(out, tuple) else out  # stock DeBERTa's, with what it says of attention

@@ -95,6 +95,8 @@ def register(family: Family, module: str) -> Family:
 
     stood_in_for = (*kinds, *(kind for half in family.layout.halves() for kind in half.kinds.values()))
     stood_in_for += tuple(family.makes_tables.values())
+    if family.group is not None:
+        stood_in_for += (family.group,)
     if family.layout.norm is not nn.LayerNorm:
         stood_in_for += (family.layout.norm,)
     known.keep(family.name, family.code, stood_in_for, (*heads, *family.parts))
@@ -218,6 +220,8 @@ def _base_model(family: Family, module: str) -> type[nn.Module]:
         finally:
             count(self, plan)
         check_taken(self, plan)
+        if family.norm_after and isinstance(plan, Plan):
+            output = _zeroed(output, plan)
         if isinstance(plan, Plan) and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             refuse_to_run_again_unfused(wrapped_encoder_of(self), encoder_of(self), output[0])
         return output
@@ -243,6 +247,17 @@ def _base_model(family: Family, module: str) -> type[nn.Module]:
     own = (stock, stock.forward, embeddings, known.methods_called(stock))
     mixins = (FusedModel, FusedEncoder) if family.loops else (FusedModel,)
     return _derive(family, kind, module, *mixins, forward=forward, own_embeddings=own, embeds=parameter_names(stock))
+
+
+def _zeroed(output: Any, plan: Plan) -> Any:
+    """What a base model returns, with zeros again in rows of padding that were left out and normalised since."""
+    if plan.receipt.fused is None or plan.packing.indices is None or plan.mask is None:
+        return output
+    hidden_states = output[0].masked_fill(plan.mask[..., None].to(output[0].device) == 0, 0.0)
+    if isinstance(output, tuple):
+        return hidden_states, *output[1:]
+    output["last_hidden_state"] = hidden_states
+    return output
 
 
 @merge_with_config_defaults
@@ -301,8 +316,29 @@ def _masked_lm(family: Family, kind: Any, module: str, vocabulary: Callable[...,
     return _derive(family, kind, module, FusedModel, forward=forward)
 
 
+def run_as_bert(output: type[ModelOutput]) -> Callable[..., object]:
+    """`Family.run` of base models that call embeddings, encoder and pooler as BERT's, and return an `output`."""
+
+    def run(model: Any, call: Mapping[str, object], plan: Plan) -> object:
+        given = {name: call[name] for name in model.embeds if name in call}
+        found = model.encoder(model.embeddings(**given), plan=plan)
+        hidden_states, *more = found.to_tuple()
+        pooled = None if model.pooler is None else model.pooler(hidden_states)
+        whole = call.get("return_dict")
+        if not (model.config.return_dict if whole is None else whole):
+            return hidden_states, pooled, *more
+        return output(
+            last_hidden_state=hidden_states,
+            pooler_output=pooled,
+            hidden_states=found.hidden_states,
+            attentions=found.attentions,
+        )
+
+    return run
+
+
 def predictions(model: PreTrainedModel) -> Vocabulary:
-    """The vocabulary head of BERT and of ERNIE."""
+    """The vocabulary head of BERT and of its kin."""
     found = model.cls.predictions
     return Vocabulary(found.transform, found.decoder, (model.cls, found))
 

@@ -6,7 +6,7 @@ else in fastbert asks which family a model is of.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -54,11 +54,20 @@ class Family:
     """Submodules of the base model that are called between embeddings and encoder."""
     stack: tuple[str, ...] = ("encoder", "layer")
     """Where the base model has its layers; all but the last name lead to the encoder: none, if it is that itself."""
+    order: Callable[[Any], Sequence[str]] | None = None
+    """(encoder) -> where the last module of `stack` has the layers that a forward calls, one after the other: of groups
+    of layers "0.layers.1", as often as each is called. None: it has the layers themselves, each called once."""
+    group: type[nn.Module] | None = None
+    """The class of such groups, which hold their layers in an nn.ModuleList and do no more than call them."""
+    projection: str | None = None
+    """The name of the linear layer, if there is one, that the encoder calls before its first layer."""
     ids: Mapping[str, str | None] = field(default_factory=lambda: dict(IDS))
     """Arguments of the base model with one integer a token, each with the table of the embeddings that has a row for
     it, or None; "", where the embeddings are the table. The first is that of words."""
     final_norm: str | None = None
     """The name of the norm, of the class of its layers', that the encoder calls after the last one."""
+    norm_after: bool = False
+    """Whether the base model itself calls such a norm on what the encoder returns."""
     output: type[ModelOutput] = BaseModelOutputWithPastAndCrossAttentions
     """What the encoder returns."""
     tables: Callable[..., Mapping[str, object]] | None = None

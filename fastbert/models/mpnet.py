@@ -5,24 +5,21 @@ Its model hands no arguments of ours on to its encoder, so that the fused one ha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.models.mpnet import modeling_mpnet as hf
 
 from ..layers.attention import Attention
 from ..layers.feed_forward import FeedForward
 from ..layers.layer import Layer
 from ..runtime.packing import Packing
-from ..runtime.plan import Plan
 from ..runtime.readers import FIRST, LABELS, REAL, SPANS
 from ..runtime.registry import encoder_of
 from ..runtime.support import is_plain, named, oddity
-from .classes import lm_head, register
+from .classes import lm_head, register, run_as_bert
 from .family import Family
 
 _LAYOUT = Layer(
@@ -54,17 +51,6 @@ def _tables(encoder: Any, hidden_states: Tensor, packing: Packing, position_ids:
     return {"distance": bias.t().contiguous()}
 
 
-def _run(model: PreTrainedModel, call: Mapping[str, object], plan: Plan) -> ModelOutput:
-    given = {name: call.get(name) for name in ("input_ids", "position_ids", "inputs_embeds")}
-    output = model.encoder(model.embeddings(**given), plan=plan)
-    hidden_states, *more = output.to_tuple()
-    pooled = None if model.pooler is None else model.pooler(hidden_states)
-    whole = call.get("return_dict")
-    if not (model.config.return_dict if whole is None else whole):
-        return hidden_states, pooled, *more
-    return BaseModelOutputWithPooling(hidden_states, pooled, output.hidden_states, output.attentions)
-
-
 def _refuses(model: hf.MPNetModel) -> str | None:
     """Stock looks up a table of queries and keys, fastbert one of distances: who sees the two sees the difference."""
     table = encoder_of(model).__dict__["_modules"].get("relative_attention_bias")
@@ -85,7 +71,7 @@ FAMILY = register(
         hf.MPNetConfig,
         output=BaseModelOutput,
         tables=_tables,
-        run=_run,
+        run=run_as_bert(BaseModelOutputWithPooling),
         refuses=_refuses,
         heads={
             hf.MPNetForMaskedLM: LABELS,

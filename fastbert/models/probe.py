@@ -27,7 +27,7 @@ from ..numerics import relative_error
 from ..runtime import known
 from ..runtime.packing import Packing
 from ..runtime.readers import a, parameter_names
-from ..runtime.registry import encoder_of, layers_of, table_of
+from ..runtime.registry import encoder_of, layers_of, stack_of, stack_within, table_of
 from ..runtime.support import is_plain
 from .family import IDS, Family
 
@@ -79,10 +79,18 @@ def check_description(family: Family) -> None:
         )
     for field, path in (("embeddings_at", family.embeddings_at), ("stack", family.stack)):
         _at(model, path, f"Family.{field}", base.__name__)
-    encoder, layers = _at(model, family.stack[:-1], "", ""), _at(model, family.stack, "", "")
+    encoder, held = _at(model, family.stack[:-1], "", ""), _at(model, family.stack, "", "")
     embeddings = _at(model, family.embeddings_at, "", "")
-    if not isinstance(layers, nn.ModuleList) or not len(layers):
-        raise ValueError(f"Family.stack leads to {_a(layers)}; expected an nn.ModuleList with layers")
+    if not isinstance(held, nn.ModuleList) or not len(held):
+        raise ValueError(f"Family.stack leads to {_a(held)}; expected an nn.ModuleList with layers")
+    stack = stack_within(family, encoder)
+    if stack.lost is not None:
+        raise ValueError(f"Family.order leads to no layers of {_a(encoder)}: {stack.lost}")
+    layers = stack.layers
+    for name, group in stack.groups().items():
+        if type(group) not in (family.group, nn.ModuleList):
+            expected = "an nn.ModuleList" if family.group is None else f"{a(family.group)}, or an nn.ModuleList"
+            raise ValueError(f"Family.order leads through {name}, {_a(group)}; expected {expected}")
     for field, module, kind in (
         ("encoder", encoder, family.encoder),
         ("layer", layers[0], family.layer),
@@ -108,6 +116,8 @@ def check_description(family: Family) -> None:
     ):
         expected = "nn.LayerNorm" if family.layout.norm is nn.LayerNorm else family.layout.norm.__name__
         raise ValueError(f"Family.final_norm is {family.final_norm!r}; {_a(encoder)} has no such {expected}")
+    if family.projection is not None and not is_plain(encoder._modules.get(family.projection), nn.Linear):
+        raise ValueError(f"Family.projection is {family.projection!r}; {_a(encoder)} has no such nn.Linear")
     _check_layout(family.layout, layers[0])
 
 
@@ -623,7 +633,7 @@ def _try_dropout(family: Family, call: _Call) -> None:
     config = family.config(**family.sizes)
     rates = {n: 0.5 for n, v in vars(config).items() if "drop" in n and isinstance(v, (int, float)) and v is not False}
     stock = _small(family, family.base, **rates).train()
-    for module in layers_of(stock).modules():
+    for module in stack_of(stock).held.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.5
     layer = layers_of(stock)[0]
@@ -635,11 +645,11 @@ def _try_dropout(family: Family, call: _Call) -> None:
     encoder = encoder_of(stock)
     if family.after_first(encoder) is not None:  # which calls modules of the encoder
         for module in (
-            each for child in encoder.children() if child is not layers_of(stock) for each in child.modules()
+            each for child in encoder.children() if child is not stack_of(stock).held for each in child.modules()
         ):
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-    within = {id(module) for module in layers_of(stock).modules()}
+    within = {id(module) for module in stack_of(stock).held.modules()}
     beside = [each for each in stock.modules() if isinstance(each, nn.Dropout) and id(each) not in within]
     for module in beside if family.loops else ():  # the encoder is the model, its embeddings too
         module.p = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 from transformers.models.roberta import modeling_roberta as hf
 
@@ -11,8 +12,11 @@ from .classes import bert_like, lm_head, register
 from .family import Family
 
 
-def kin(code: ModuleType, prefix: str) -> Family:
-    """A family that is RoBERTa after renaming: its classes are in `code`, their names begin with `prefix`."""
+def kin(code: ModuleType, prefix: str, **differences: Any) -> Family:
+    """A family that is RoBERTa after renaming: its classes are in `code`, their names begin with `prefix`.
+
+    `differences` are as `bert_like` has them.
+    """
     return bert_like(
         code,
         prefix,
@@ -26,6 +30,7 @@ def kin(code: ModuleType, prefix: str) -> Family:
         others=("ForCausalLM",),
         parts=("ClassificationHead", "LMHead", "Pooler"),
         vocabularies={"ForMaskedLM": lm_head},
+        **differences,
     )
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 
 from ..layers.derived import Derived
 from ..layers.layer import layer_is_unsupported
-from .registry import before_layers, embeddings_of, encoder_of, family_of, layers_of, wrapped_encoder_of
+from .registry import before_layers, embeddings_of, encoder_of, family_of, stack_of, wrapped_encoder_of
 from .support import is_hooked, own_method, tables_are_unsupported
 from .wrappers import is_wrapper, unwrapped, wrapped
 
@@ -140,11 +140,11 @@ UNSEEN = "not looked at"
 
 
 def _roots(model: nn.Module) -> tuple[Any, ...]:
-    """The layers of a base model, and what its encoder has beside them; then what comes before them."""
+    """What holds the layers of a base model, and what its encoder has beside it; then what comes before them."""
     family = family_of(model)
     modules = encoder_of(model).__dict__["_modules"]
     beside = [each for name, each in modules.items() if each is not None and name != family.stack[-1]]
-    return layers_of(model), *beside, *before_layers(model)
+    return modules[family.stack[-1]], *beside, *before_layers(model)
 
 
 def _are(these: tuple[object, ...], those: tuple[object, ...]) -> bool:
@@ -159,8 +159,9 @@ def _shared(model: nn.Module) -> Mapping[str, object]:
 
 def look(model: nn.Module) -> Seen:
     """What is to be found of a base model, at this moment; what layers read is to be looked up as they run."""
-    layers, stack, said = layers_of(model), ".".join(family_of(model).stack), _shared(model)
-    reasons = tuple([layer_is_unsupported(layer, f"{stack}.{i}", said) for i, layer in enumerate(layers)])
+    stack, said = stack_of(model), _shared(model)
+    layers = stack.layers
+    reasons = tuple([layer_is_unsupported(layer, stack.name(i), said) for i, layer in enumerate(layers)])
     hooked = any(is_hooked(module, called=True) for layer in layers for module in wrapped(layer))
     first = [module for each in before_layers(model) for module in each.modules()]
     watched = hooked or any(is_hooked(module, called=True) for module in first)
@@ -235,8 +236,9 @@ class Coverage:
         self._misses = min(2 * self._misses + 1, _REST)
         self._rest = self._misses - 1
         before = [module for each in roots[1:] for module in each.modules()]
-        groups = [[module] for module in (*before, roots[0])]
-        groups += [list(layer.modules()) for layer in roots[0]]
+        stack = stack_of(model)
+        groups = [[module] for module in (*before, stack.held, *stack.groups().values())]
+        groups += [list(layer.modules()) for layer in stack.layers]
         if not all(vars(m).keys() >= _ORDINARY for group in groups for m in group):  # one of torch.jit
             return look(model)
         snapshot = Snapshot(groups)  # first: what changes meanwhile is found at the next call
@@ -245,7 +247,7 @@ class Coverage:
         if not hooks and not is_wrapper(wrapped_encoder_of(model)) and all(p.numel() > 1 for p in snapshot.parameters):
             bound = [
                 None if stock or _is_handed_on(layer) else type(layer).layout.bind(layer)
-                for layer, stock in zip(roots[0], seen.stock, strict=True)
+                for layer, stock in zip(stack.layers, seen.stock, strict=True)
             ]
             seen = seen._replace(bound=tuple([b if b is not None and b.is_static() else None for b in bound]))
         self._last = roots, said, snapshot, seen

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,15 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import ModelOutput
 
 from ..layers.context import Context, Map
+from ..layers.gemm import plain
 from ..layers.layer import FusedLayer, Mixin, layer_is_unsupported, stock_forward
 from . import known
 from .packing import Packing
 from .plan import Plan
 from .readers import Maps
-from .registry import layers_in
+from .registry import stack_in
 from .settings import Settings
-from .support import is_capturing, is_custom, is_hooked, named
+from .support import is_capturing, is_custom, is_hooked, is_plain, named
 from .wrappers import unwrapped
 
 
@@ -40,7 +41,8 @@ class FusedEncoder(Mixin):
             stock: ModelOutput = stock_forward(FusedEncoder, self, hidden_states, *args, **kwargs)
             return stock
         counts, precision = settings.counts, settings.precision
-        family, layers = type(self).family, layers_in(self)
+        family, stack = type(self).family, stack_in(self)
+        layers, calls = stack.layers, stack.calls
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # The step that comes of gradients may leave no version: that of torch's fused optimizers.
             settings.coverage.derived.drop()
@@ -59,13 +61,15 @@ class FusedEncoder(Mixin):
             if odd is not None:
                 receipt.stock = odd
                 kwargs["attention_mask"] = _stock_mask(given, plan, family.takes_square_mask)
-                stock = stock_forward(FusedEncoder, self, given, *args, **kwargs)
+                stock = stock_forward(FusedEncoder, self, given, *args[1:], **kwargs)
                 return stock
         if is_custom(hidden_states) and not torch.compiler.is_compiling():
             raise RuntimeError(
                 f"the embeddings gave a {named(hidden_states)}, which may change what functions of torch compute; "
                 "fastbert.unfuse(model) runs the stock code"
             )
+        if family.projection is not None:
+            hidden_states = _projected(self._modules[family.projection], hidden_states)
         packing = plan.packing
         # Code of others has run since it was planned, and may have changed layers: a hook that adds another, say.
         looks = (plan.watched or plan.foreign) and not torch.compiler.is_compiling() and not settings.coverage.holds()
@@ -93,10 +97,10 @@ class FusedEncoder(Mixin):
         handed: dict[str, object] = {}
         if plan.hooked or any(plan.stock_layers):  # they are called as stock code calls them
             shown, handed = _as_stock(hidden_states, plan, kwargs)
-        seeds = (None,) * len(plan.stock_layers) if plan.seeds is None else plan.seeds.unbind(0)
-        found: Any = plan.bound or (None,) * len(seeds)
+        seeds = (None,) * len(calls) if plan.seeds is None else plan.seeds.unbind(0)
+        found: Any = (None,) * len(calls) if plan.bound is None else [plan.bound[j] for j in calls]
         if precision is not None:
-            quantized = precision.bind(layers, plan.stock_layers, plan.bound)
+            quantized = precision.bind(layers, plan.stock_layers, plan.bound, calls)
             found = [own or plain for own, plain in zip(quantized, found, strict=True)]
         first, after, maps = hidden_states, family.after_first(self), None
         if plan.maps is not None:
@@ -108,15 +112,15 @@ class FusedEncoder(Mixin):
                 x = bound.infer(x, context if maps is None else maps.context(i, context))
                 if after is not None:
                     x, after = after(self, first, x.view_as(first), plan).flatten(0, 1), None
-                if maps is not None and maps.take(i, layers[i]):
+                if maps is not None and maps.take(i, layers[calls[i]]):
                     break
-            hidden_states, layers = x.view_as(hidden_states), ()
-        each = zip(layers, plan.stock_layers, seeds, found, strict=False)
-        for i, (layer, stock, own_seeds, bound) in enumerate(each):
+            hidden_states, calls, seeds, found = x.view_as(hidden_states), (), (), ()
+        for i, (j, own_seeds, bound) in enumerate(zip(calls, seeds, found, strict=True)):
+            layer, stock = layers[j], plan.stock_layers[j]
             if looks and not stock:
-                stock = self._is_changed(i, layer, packing)
-                others = [j != i for j in range(len(layers))]
-                bound = None if precision is None else precision.bind(layers, others)[i]
+                stock = self._is_changed(stack.name(j), layer, packing)
+                others = [k != j for k in range(len(layers))]
+                bound = None if precision is None else precision.bind(layers, others, calls=calls)[i]
                 if stock and not shown:
                     shown, handed = _as_stock(hidden_states, plan, kwargs)
             if stock or (shown and is_custom(hidden_states)):  # a layer that runs stock has made it
@@ -134,6 +138,7 @@ class FusedEncoder(Mixin):
                 break
         if family.final_norm is not None:
             hidden_states = self._modules[family.final_norm](hidden_states)
+            collected[-1] = hidden_states
         more: dict[str, object] = {}
         if plan.collects:
             more["hidden_states"] = tuple(collected)
@@ -151,15 +156,15 @@ class FusedEncoder(Mixin):
         places = packing.positions(hidden_states.device) if plan.position_ids is None else plan.position_ids
         return (places.flatten(),)
 
-    def _is_changed(self, i: int, layer: nn.Module, packing: Packing) -> bool:
-        """Whether layer `i`, which was to run fused, runs stock, by what was done to it since this forward began.
+    def _is_changed(self, name: str, layer: nn.Module, packing: Packing) -> bool:
+        """Whether a layer, which was to run fused, runs stock, by what was done to it since this forward began.
 
         Raises:
             RuntimeError: it would have to, and can't: its rows are packed, or it takes what only stock's encoder gives.
         """
         family = type(self).family
         shared = {} if family.shared is None else family.shared(self)
-        why = layer_is_unsupported(layer, f"{'.'.join(family.stack)}.{i}", shared)
+        why = layer_is_unsupported(layer, name, shared)
         if family.run is not None and why is None and is_hooked(self, called=True):
             why = "the encoder has hooks"
         if why is not None and (family.run is not None or packing.cu_seqlens is not None):
@@ -316,10 +321,18 @@ def _laid_out(tables: tuple[Tensor, ...] | None, packing: Packing) -> tuple[Tens
     return tuple(whole if packing.indices is None else [table[packing.indices] for table in whole])
 
 
+def _projected(linear: nn.Module, hidden_states: Tensor) -> Tensor:
+    """What the linear layer before the first layer makes of hidden states; without adapters by fastbert's own GEMM."""
+    called = torch.is_autocast_enabled(hidden_states.device.type) or "forward" in linear.__dict__  # which moves them
+    if called or not is_plain(linear, nn.Linear):
+        return cast(Tensor, linear(hidden_states))
+    return plain("", (linear,))(hidden_states.flatten(0, 1)).view(*hidden_states.shape[:2], -1)
+
+
 def _take(encoder: nn.Module, rows: Tensor, plan: Plan) -> tuple[Tensor, Plan, str | None]:
     """The hidden states of embeddings that aren't the family's own, laid out; with the reason where they can't be."""
     packing = plan.packing
-    shape, dtype = tuple(rows.shape[:2]), next(layers_in(encoder).parameters()).dtype
+    shape, dtype = tuple(rows.shape[:2]), next(stack_in(encoder).held.parameters()).dtype
     if plan.mask is None and packing.cu_seqlens is None:  # as long as they are
         packing = Packing(shape[0], shape[1], shape[1])
     flat = packing.cu_seqlens is not None and packing.indices is None

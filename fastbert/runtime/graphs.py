@@ -32,7 +32,7 @@ from ..layers.copies import Copies
 from ..layers.layer import FusedLayer
 from .coverage import Snapshot
 from .packing import Packing, tiles_of
-from .registry import layers_in
+from .registry import Stack, stack_in
 from .support import is_hooked
 
 MAX_TOKENS = 8192
@@ -101,18 +101,19 @@ def _version(parameter: Tensor) -> int:
 class Fingerprint:
     """What decides how layers compute, as it was: a `Snapshot`, and where parameters lie."""
 
-    def __init__(self, encoder: nn.Module, layers: nn.ModuleList, versions: bool) -> None:
+    def __init__(self, encoder: nn.Module, stack: Stack, versions: bool) -> None:
         """`versions`: a parameter that has been written to is another one, too."""
-        self._layers = layers
+        self._stack = stack
         self._kinds: tuple[Callable[[Tensor], object], ...] = (Tensor.data_ptr, Tensor.size, Tensor.stride)
         self._kinds += (_version,) if versions else ()
-        groups: list[list[nn.Module]] = [[layers], *(list(layer.modules()) for layer in layers)]
+        groups: list[list[nn.Module]] = [[module] for module in (stack.held, *stack.groups().values())]
+        groups += [list(layer.modules()) for layer in stack.layers]
         family = type(encoder).family  # type: ignore[attr-defined]
         self._makers, self._said = _makers(encoder), _said(encoder)
         if self._makers:
             groups += [[module] for maker in self._makers for module in maker.modules()]
         elif family.tables is not None:  # which are made of it
-            others = (module for child in encoder.children() if child is not layers for module in child.modules())
+            others = (module for child in encoder.children() if child is not stack.held for module in child.modules())
             groups.append([encoder, *others])
         self._snapshot = Snapshot(groups)
         self._layouts = self._look()
@@ -121,7 +122,10 @@ class Fingerprint:
 
     def holds(self, encoder: nn.Module) -> bool:
         """Whether nothing of it has changed."""
-        if layers_in(encoder) is not self._layers or _makers(encoder) != self._makers or _said(encoder) != self._said:
+        stack = stack_in(encoder)
+        if stack.held is not self._stack.held or stack.calls != self._stack.calls:
+            return False
+        if _makers(encoder) != self._makers or _said(encoder) != self._said:
             return False
         return self._snapshot.holds() and self._look() == self._layouts
 
@@ -148,20 +152,21 @@ def _tables_of(encoder: nn.Module, device: torch.device, longest: int) -> Tables
     return made
 
 
-def _is_open(encoder: nn.Module, layers: nn.ModuleList) -> str | None:
+def _is_open(encoder: nn.Module, stack: Stack) -> str | None:
     """Why more than parameters, as they are now, decides what layers compute; None where nothing does."""
-    if _tables_of(encoder, next(layers.parameters()).device, 1) is None:
+    held, layers = stack.held, stack.layers
+    if _tables_of(encoder, next(held.parameters()).device, 1) is None:
         return _DOES_MORE
     if not all(isinstance(layer, FusedLayer) for layer in layers):
         return "a layer is wrapped"
-    for module in layers.modules():
+    for module in held.modules():
         if module.training:
             return "a layer is in training mode"
         if is_hooked(module) or "forward" in vars(module):
             return "a layer has hooks"
-    if not all(layer.layout.bind(layer).is_static() for layer in layers):  # type: ignore[operator]
+    if not all(layer.layout.bind(layer).is_static() for layer in layers):
         return "a layer has an adapter, or an activation other than GELU and SiLU"
-    if any(type(parameter) is not nn.Parameter for parameter in layers.parameters()):
+    if any(type(parameter) is not nn.Parameter for parameter in held.parameters()):
         return "parameters of a kind of their own"
     return None
 
@@ -275,8 +280,8 @@ class Graphs:
 
     def refuses(self, encoder: nn.Module) -> str | None:
         """Why an ordinary call at this moment would not be a graph's; None where it would."""
-        layers = layers_in(encoder)
-        return self._refuses(encoder, next(layers.parameters())) or _is_open(encoder, layers)
+        stack = stack_in(encoder)
+        return self._refuses(encoder, next(stack.held.parameters())) or _is_open(encoder, stack)
 
     def _refuses(self, encoder: Any, x: Tensor) -> str | None:
         """The same of calls with rows like `x`, whatever the layers are."""
@@ -339,14 +344,14 @@ class Graphs:
         Raises:
             Stale: `plan` was assumed, and that was wrong.
         """
-        counts, layers = plan.settings.counts, layers_in(encoder)
+        counts, stack = plan.settings.counts, stack_in(encoder)
         reason, result = self._refuses_call(encoder, x, plan), None
         with self._lock:
             fingerprint = self._fingerprint
             if reason is None and fingerprint is None and not plan.assumed:
-                reason = _is_open(encoder, layers)
+                reason = _is_open(encoder, stack)
                 if reason is None:
-                    fingerprint = self._fingerprint = Fingerprint(encoder, layers, precision is not None)
+                    fingerprint = self._fingerprint = Fingerprint(encoder, stack, precision is not None)
             if reason is None and fingerprint is not None:
                 with self._device.guard(x):
                     result, reason = self._run(encoder, x, plan.packing, precision, beside())
@@ -428,7 +433,8 @@ class Graphs:
         precision: Copies | None,
         beside: tuple[Tensor, ...],
     ) -> torch.cuda.CUDAGraph:
-        layers = layers_in(encoder)
+        stack = stack_in(encoder)
+        layers, calls = stack.layers, stack.calls
         with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode could not be written to later
             if self._buffers is None:
                 most = MAX_SEQUENCES + MAX_TOKENS // FILLER
@@ -444,9 +450,9 @@ class Graphs:
             layout = Packing(1, bucket.tokens, bucket.longest, starts)
 
             # Quantized weights are made before the capture, and kept: they are memory that the graph reads.
-            bound: Any = (
-                [None] * len(layers) if precision is None else precision.bind(list(layers), [False] * len(layers))
-            )
+            bound: Any = [None] * len(calls)
+            if precision is not None:
+                bound = precision.bind(list(layers), [False] * len(layers), calls=calls)
             self._quantized = bound
 
             def run() -> None:
@@ -454,8 +460,8 @@ class Graphs:
                 # At each replay: lengths differ, and weights may have been written to.
                 tiles = tiles_of(starts, bucket.tokens)
                 context = Context(layout._replace(tiles=tiles), tables(encoder, hidden_states, layout, given))
-                for layer, own in zip(layers, bound, strict=True):
-                    hidden_states = layer(hidden_states, context=context, bound=own)
+                for i, own in zip(calls, bound, strict=True):
+                    hidden_states = layers[i](hidden_states, context=context, bound=own)
                 whole.copy_(hidden_states[0])
 
             while len(self._graphs) >= MAX_GRAPHS:

@@ -21,12 +21,14 @@ from .coverage import UNSEEN, Seen
 from .packing import Packing, flattened, has_values, host_integers, isolating_mask, pack_mask
 from .readers import Args, Call, Kwargs, Maps, Readings, Reads, outermost, readings_of, told_aside
 from .registry import (
+    Stack,
     before_layers,
     embeddings_of,
     encoder_of,
     family_of,
     has_fused_encoder,
     layers_of,
+    stack_of,
     table_of,
     wrapped_encoder_of,
 )
@@ -46,6 +48,7 @@ from .support import (
     named,
     needs_stock,
     no_maps_now,
+    oddity,
 )
 
 
@@ -64,11 +67,11 @@ class Plan(NamedTuple):
 
     packing: Packing
     stock_layers: tuple[bool, ...]
-    """For each layer, whether it runs its stock code."""
+    """For each of `Stack.layers`, whether it runs its stock code."""
     receipt: Receipt
     """Written by the encoder: see `count` and `check_taken`."""
     seeds: Tensor | None = None
-    """(layers, 3) int64, of the dropouts of each layer, drawn from torch's generator; None where none drops."""
+    """(calls, 3) int64, of the dropouts of each call of a layer, by torch's generator; None where none drops."""
     watched: bool = False
     """Whether something sees the hidden states between embeddings and output."""
     bound: tuple[object, ...] | None = None
@@ -99,10 +102,16 @@ def _encoder_is_unsupported(model: nn.Module) -> str | None:
         return DISABLED
     if not has_fused_encoder(model):
         return f"its encoder is a custom {named(encoder_of(model))}"
-    layers = layers_of(model)
-    if type(layers).__iter__ is not nn.ModuleList.__iter__:  # which may leave some out, by chance
-        return f"its layers are in a custom {named(layers)}"
-    if family_of(model).loops and encoder_of(model).config.num_hidden_layers < len(layers):
+    stack, family = stack_of(model), family_of(model)
+    if type(stack.held).__iter__ is not nn.ModuleList.__iter__:  # which may leave some out, by chance
+        return f"its layers are in a custom {named(stack.held)}"
+    if stack.lost is not None:
+        return f"its layers are not where {family.encoder.__name__} has them: {stack.lost}"
+    for name, group in stack.groups().items():
+        own = type(group).__iter__ is nn.ModuleList.__iter__ if isinstance(group, nn.ModuleList) else False
+        if not (own or type(group) is family.group) or is_hooked(group):
+            return f"{name} is a {named(group)}{oddity(group)}"
+    if family.loops and encoder_of(model).config.num_hidden_layers < len(stack.layers):
         return "it has more layers than its config says, which it may leave out"
     return None
 
@@ -254,7 +263,7 @@ def _is_bare(model: nn.Module) -> bool:
         stock.forward is forward
         and attributes.keys().isdisjoint(kind.called)
         and own.keys().isdisjoint(encoder_kind.called)
-        and type(layers_of(model)) is nn.ModuleList
+        and type(stack_of(model).held) is nn.ModuleList
     )
 
 
@@ -340,15 +349,17 @@ def plan_call(model: PreTrainedModel, names: tuple[str, ...], args: Args, kwargs
     mixed = any(seen.stock)
     if reads.maps is not None:
         reason = reason or no_maps_now(model, call)
-        reason = reason or next((seen.reasons[i] for i in sorted(reads.maps.layers) if seen.stock[i]), None)
+        calls = stack_of(model).calls
+        stock = [seen.reasons[calls[i]] for i in sorted(reads.maps.layers)]
+        reason = reason or next(filter(None, stock), None)
         if reason is not None:
             raise RuntimeError(
                 f"attention maps can't be computed of this call, which runs stock: {reason}; a model loaded with "
                 "attn_implementation='eager' gives them by output_attentions=True"
             )
     elif reason is None and before is None and is_asked(model, call, "output_attentions"):
-        layers = frozenset(i for i, stock in enumerate(seen.stock) if not stock)
-        reads = reads._replace(maps=Maps(layers))
+        calls = stack_of(model).calls
+        reads = reads._replace(maps=Maps(frozenset(i for i, layer in enumerate(calls) if not seen.stock[layer])))
     cu_seqlens = call.get("cu_seq_lens_q")
     if cu_seqlens is not None:
         longest = call.get("max_length_q")
@@ -375,7 +386,7 @@ def plan_call(model: PreTrainedModel, names: tuple[str, ...], args: Args, kwargs
             call["attention_mask"] = mask
             call["plan"] = "padding with no real token in its window, which eager attention spreads over its sequence"
             return (), call
-    seeds = _draw_seeds(layers_of(model)) if seen.drops else None
+    seeds = _draw_seeds(stack_of(model)) if seen.drops else None
     call["plan"] = Plan(
         packing,
         seen.stock,
@@ -444,13 +455,13 @@ def _position_ids(call: Mapping[str, Any], packing: Packing) -> Tensor | None:
     return given.expand(packing.batch, packing.seqlen)
 
 
-def _draw_seeds(layers: nn.ModuleList) -> Tensor:
+def _draw_seeds(stack: Stack) -> Tensor:
     """Seeds for all dropouts of one forward.
 
     Drawn once, and handed to the layers as arguments: one computed again for its gradients drops the same.
     """
-    device = next(layers.parameters()).device
-    return torch.randint(2**63 - 1, (len(layers), 3), dtype=torch.int64, device=device)
+    device = next(stack.held.parameters()).device
+    return torch.randint(2**63 - 1, (len(stack.calls), 3), dtype=torch.int64, device=device)
 
 
 def _has_empty_sequence(model: PreTrainedModel, mask: Tensor | None) -> bool:

@@ -5,7 +5,8 @@ A family says what is its own as data (`fastbert.models.family.Family`); nothing
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -49,14 +50,65 @@ def wrapped_encoder_of(model: nn.Module) -> nn.Module:
     return model
 
 
+class Stack(NamedTuple):
+    """The layers of a base model, and in which order a forward calls them."""
+
+    held: Any
+    """The nn.ModuleList that holds them, or groups of them."""
+    layers: Any
+    """Each once, in the order in which they are first called: those that `held` has, where it has no groups."""
+    calls: Sequence[int]
+    """Which of these is called, one after the other: one that is shared more than once."""
+    at: tuple[str, ...]
+    """Where the base model has `held`."""
+    paths: tuple[str, ...] | None
+    """Where `held` has each of the layers; None: by its number."""
+    lost: str | None = None
+    """Why layers were not found in groups; then these are what `held` has, called once each."""
+
+    def name(self, layer: int) -> str:
+        """Where the base model has a layer."""
+        return ".".join((*self.at, str(layer) if self.paths is None else self.paths[layer]))
+
+    def groups(self) -> dict[str, nn.Module]:
+        """The modules between `held` and the layers, by where the base model has them."""
+        parts = [path.split(".") for path in self.paths or ()]
+        inside = dict.fromkeys(".".join(each[:end]) for each in parts for end in range(1, len(each)))
+        return {".".join((*self.at, path)): self.held.get_submodule(path) for path in inside}
+
+
+def stack_within(family: Any, encoder: nn.Module) -> Stack:
+    """That of an encoder, by its family."""
+    held: Any = encoder.__dict__["_modules"][family.stack[-1]]
+    if family.order is None:
+        return Stack(held, held, range(len(held)), family.stack, None)
+    try:
+        order = family.order(encoder)
+        places = {path: i for i, path in enumerate(dict.fromkeys(order))}
+        layers = [held.get_submodule(path) for path in places]
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # somebody's own is in their place
+        return Stack(held, held, range(len(held)), family.stack, None, f"{type(error).__name__}: {error}")
+    return Stack(held, layers, [places[path] for path in order], family.stack, tuple(places))
+
+
+def stack_of(model: nn.Module) -> Stack:
+    """That of a base model."""
+    return stack_within(family_of(model), encoder_of(model))
+
+
+def stack_in(encoder: Any) -> Stack:
+    """That of a fused encoder."""
+    return stack_within(type(encoder).family, encoder)
+
+
 def layers_of(model: nn.Module) -> Any:
-    """The nn.ModuleList of the layers of a base model."""
-    return encoder_of(model).__dict__["_modules"][family_of(model).stack[-1]]
+    """`Stack.layers` of a base model."""
+    return stack_of(model).layers
 
 
 def layers_in(encoder: Any) -> Any:
-    """The nn.ModuleList of the layers of a fused encoder."""
-    return encoder.__dict__["_modules"][type(encoder).family.stack[-1]]
+    """`Stack.layers` of a fused encoder."""
+    return stack_in(encoder).layers
 
 
 def embeddings_of(model: nn.Module) -> Any:

@@ -23,7 +23,7 @@ from transformers import modeling_flash_attention_utils as flash
 from .. import exporting, ops
 from ..version import warn_of_newer
 from . import known
-from .registry import embeddings_of, encoder_of, family_of, layers_of, table_of, wrapped_encoder_of
+from .registry import embeddings_of, encoder_of, family_of, layers_of, stack_of, table_of, wrapped_encoder_of
 from .wrappers import is_rewritten, is_transparent, is_wrapper, reached, unwrapped, wrapped
 
 warn_of_newer("transformers", transformers.__version__)
@@ -275,10 +275,9 @@ def embeddings_are_unsupported(embeddings: Any, sharded: bool = False) -> str | 
 def tables_are_unsupported(embeddings: nn.Module, sharded: bool = False) -> str | None:
     """The same, whatever the state of torch."""
     more = getattr(embeddings, "use_task_id", False)  # of the classes that have it, it adds a fourth table
-    if more or any(
-        getattr(embeddings, name, None) is None for name in ("token_type_embeddings", "position_embeddings")
-    ):
-        return "there is a kernel for tables of words, types and positions, not for these"
+    wanted = ("token_type_embeddings", "position_embeddings", "LayerNorm")
+    if more or any(getattr(embeddings, name, None) is None for name in wanted):
+        return "there is a kernel for tables of words, types and positions, with LayerNorm, not for these"
     names = ("word_embeddings", "token_type_embeddings", "position_embeddings")
     tables = [getattr(embeddings, name) for name in names]
     for name, table in zip(names, tables, strict=True):
@@ -435,7 +434,7 @@ def is_unmixable(model: nn.Module, call: Mapping[str, object], stock: str | None
         return None
     if hooked and stock is None:
         i = [any(is_hooked(each, called=True) for each in wrapped(layer)) for layer in layers_of(model)].index(True)
-        stock = f"{'.'.join(family.stack)}.{i} has a hook"
+        stock = f"{stack_of(model).name(i)} has a hook"
     return stock and f"{stock}, and layers take what only their own encoder gives: all run stock"
 
 
@@ -561,6 +560,13 @@ def call_is_unsupported(model: nn.Module, call: Mapping[str, Any]) -> str | None
         if not is_plain(norm, kind, sharded=True):
             expected = "nn.LayerNorm" if kind is nn.LayerNorm else kind.__name__
             return f"{family.final_norm} of the encoder is a {named(norm)}{oddity(norm)}, not a plain {expected}"
+    if family.projection is not None:
+        linear = encoder.__dict__["_modules"].get(family.projection)
+        if not is_plain(linear, nn.Linear, sharded=True) and not is_rowwise(linear, sharded=True):
+            return f"{family.projection} of the encoder is a {named(linear)}{oddity(linear)}, not a plain nn.Linear"
+        inside = first_parameter(stack_of(model).held)
+        if inside is not None and inside.dtype != parameter.dtype:
+            return f"mixed dtypes: {family.projection} of the encoder is {parameter.dtype}, a layer {inside.dtype}"
     for name, kind in family.makes_tables.items():
         own = encoder.__dict__["_modules"].get(name)
         if type(own) is not kind or is_hooked(own):

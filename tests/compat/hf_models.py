@@ -19,13 +19,14 @@ from huggingface_tests.test_training_mixin import TrainingTesterMixin
 from transformers import __version__
 
 import fastbert
-from fastbert.fuse import FAMILIES
+from fastbert.fuse import FAMILIES, code_of
 
 NO_TYPES = {"distilbert", "mpnet", "modernbert", "eurobert", "esm"}
 SMALL_IDS = {"pad_token_id": 0, **dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"))}
 OWN: dict[str, dict[str, Any]] = {
     "distilbert": {"hidden_dim": 37},
     "electra": {"embedding_size": 32},
+    "albert": {"embedding_size": 16},
     # No positions by distance unless the config says so.
     "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
     "deberta_v2": {
@@ -87,13 +88,14 @@ class FamilyTests(ModelTesterMixin, TrainingTesterMixin):
         if return_labels and name.endswith("ForPreTraining"):
             inputs["labels"] = torch.zeros_like(inputs["input_ids"])
             if name != "ElectraForPreTraining":
-                inputs["next_sentence_label"] = torch.zeros(self.model_tester.batch_size, dtype=torch.long)
+                order = "sentence_order_label" if name == "AlbertForPreTraining" else "next_sentence_label"
+                inputs[order] = torch.zeros(self.model_tester.batch_size, dtype=torch.long)
         return inputs
 
 
 def _tests_of(family: str) -> type[unittest.TestCase]:
     begin, ends = fastbert._MODELS[family]
-    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    module = importlib.import_module(code_of(family))
     names = [begin + end for end in ("Model", *(end for end in ends if end != "Model"))]
     kinds = tuple(getattr(module, name) for name in names if name not in BROKEN_HEADS.get(__version__, ()))
     # Hugging Face's tests ask for this class, empty here, wherever a model can generate.

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 import fastbert
 import fastbert.runtime.settings
-from fastbert.fuse import FAMILIES
+from fastbert.fuse import FAMILIES, code_of
 
 # From best to worst: a test whose phases or subtests end differently counts as the worst of them.
 OUTCOMES = ("passed", "skipped", "failed")
@@ -79,7 +79,7 @@ def pytest_configure(config: pytest.Config) -> None:
     recorder = Recorder(config.getoption("--record"))
     config.pluginmanager.register(recorder)
     if family := config.getoption("--fuse"):
-        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        module = importlib.import_module(code_of(family))
         importlib.import_module(f"fastbert.models.{family}")
         for kind in vars(module).values():
             if isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind.__module__ == module.__name__:

@@ -125,7 +125,7 @@ def other(value: object) -> object:
 FAMILIES = ("bert", "distilbert", "mpnet", "deberta", "deberta_v2")
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, pytest.param("albert", marks=pytest.mark.slow)])
 def test_no_attribute_goes_unread(name: str) -> None:
     """Each of each module of the first layer, and of what is beside the layers, is another for two calls."""
     family: Any = importlib.import_module(f"fastbert.models.{name}").FAMILY

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, DebertaV2Model
+from transformers import AlbertModel, AutoTokenizer, DebertaV2Model, MegatronBertModel, XLMRobertaXLModel
 from transformers.models.bert import modeling_bert
 from transformers.models.roberta import modeling_roberta
 
@@ -825,13 +825,15 @@ OF_DEBERTA = {
     ("kind", "own"),
     [
         (modeling_roberta.RobertaModel, {}),
+        (AlbertModel, {"embedding_size": 32}),
+        *(pytest.param(kind, {}, marks=pytest.mark.slow) for kind in (XLMRobertaXLModel, MegatronBertModel)),
         (DebertaV2Model, OF_DEBERTA),
         *(
             (adapter(family).base, {"num_key_value_heads": 2, **NO_SPECIAL_TOKENS, "pad_token_id": 0})
             for family in ROTARY
         ),
     ],
-    ids=["RoBERTa", "DeBERTa", *ROTARY],
+    ids=["RoBERTa", "ALBERT", "XLM-R XL", "Megatron-BERT", "DeBERTa", *ROTARY],
 )
 def test_other_positions(kind: Any, own: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint())
