@@ -151,3 +151,23 @@ def linear_add(x: Tensor, weight: Prepacked, bias: Tensor | None, residual: Tens
         return cpu._rounded(_product(x, weight, bias).add_(residual), x.dtype)
     fused: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight.parts[0].values, bias, "add")
     return fused
+
+
+def linear_gated(
+    x: Tensor,
+    gate: Prepacked,
+    gate_bias: Tensor | None,
+    up: Prepacked | None,
+    up_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """The same, as `cpu.linear_gated`."""
+    multiply = _product if gate.dtype is torch.float32 else linear
+    if up is None:
+        width = gate.parts[0].like.shape[0] // 2
+        return cpu.gate_rows(x, width, lambda some: multiply(some, gate, gate_bias).chunk(2, 1), activation)
+
+    def both(some: Tensor) -> tuple[Tensor, Tensor]:
+        return multiply(some, gate, gate_bias), multiply(some, up, up_bias)
+
+    return cpu.gate_rows(x, gate.parts[0].like.shape[0], both, activation)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import activations
@@ -148,12 +149,13 @@ class BoundFeedForward(NamedTuple):
 
     def _between(self, x: Tensor, quantized: Quantized | None = None) -> Tensor:
         raised = self.first(x, quantized)
-        if self.gate is not None:
-            return self.activation(self.gate(x, quantized)) * raised
-        if self.is_gated:
-            activated, factor = raised.chunk(2, 1)
-            return self.activation(activated) * factor
-        return self.activation(raised)
+        if self.gate is None and not self.is_gated:
+            return self.activation(raised)
+        pair = raised.chunk(2, 1) if self.gate is None else (self.gate(x, quantized), raised)
+        activated = self.activation(pair[0])
+        # What a known activation makes is new, and nobody else has it.
+        in_place = self.gating is not None and not torch.is_grad_enabled()
+        return activated.mul_(pair[1]) if in_place else activated * pair[1]
 
     def train(self, x: Tensor, rate: float) -> Tensor:
         """x (T, H) -> (T, H), the last GEMM's result; differentiable, with dropout of what that takes."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .copies import GEMMS, CopiedGemm, Copies, Found, side_by_side
-from .gemm import Form, Quantized, plain
+from .gemm import Form, Gemm, Quantized, plain
 
 
 class PrepackedGemm(CopiedGemm):
@@ -57,6 +57,19 @@ class PrepackedGemm(CopiedGemm):
         if weight is None:
             return self.plain.gelu(x, None, approximate, following)
         return ops.cpu_prepacked.linear_gelu(x, weight, self.bias, approximate), None
+
+    def gated(self, x: Tensor, gate: Gemm | None, activation: str) -> Tensor | None:
+        own = self._laid_out(x)
+        if gate is None:
+            if own is None:
+                return self.plain.gated(x, None, activation)
+            return ops.cpu_prepacked.linear_gated(x, own, self.bias, None, None, activation)
+        if not isinstance(gate, PrepackedGemm):
+            return None
+        other = gate._laid_out(x)
+        if own is None or other is None:
+            return self.plain.gated(x, gate.plain, activation)
+        return ops.cpu_prepacked.linear_gated(x, other, gate.bias, own, self.bias, activation)
 
     def add(self, x: Tensor, quantized: Quantized | None, residual: Tensor) -> Tensor:
         weight = self._laid_out(x)
