@@ -43,6 +43,7 @@ _FUNCTIONS = {
         "softmax",
     ),
     "torch": ("matmul", "pow", "tanh"),
+    "torch._C._nn": ("silu",),  # which torch.nn.functional's calls; its gelu is this module's
     "torch.nn": ("CrossEntropyLoss",),  # which heads read as they are called
     "math": (),
 }
@@ -63,6 +64,20 @@ _ASIDE = {"__init__", "__repr__", "__setstate__", "extra_repr", "reset_parameter
 ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Tanh, nn.Sigmoid)
 _KINDS_OF_FUNCTIONS = (BuiltinFunctionType, FunctionType)
 _PLAIN = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding, nn.Identity, *ELEMENTWISE)
+
+# Where stock code finds attention and its mask by the name of an implementation; and what these objects are.
+_REGISTRIES: dict[str, Any] = {
+    "ALL_ATTENTION_FUNCTIONS": ALL_ATTENTION_FUNCTIONS,
+    "ALL_MASK_ATTENTION_FUNCTIONS": ALL_MASK_ATTENTION_FUNCTIONS,
+}
+_REGISTRY_KINDS = tuple(
+    dict.fromkeys(
+        kind
+        for each in _REGISTRIES.values()
+        for kind in type(each).__mro__
+        if kind.__module__.startswith("transformers.")
+    )
+)
 
 
 def _defined_in(function: object) -> str:
@@ -139,9 +154,10 @@ def is_stock_class(kind: type[object], owner: str) -> bool:
 
 def _methods_that_count(kind: type[object]) -> Iterator[tuple[str, object]]:
     """The methods of `kind` itself that may take part in a forward."""
+    used = methods_used(kind)  # none of a class that is no module
     for name, value in vars(kind).items():
         function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
-        aside = name in _ASIDE or (name.startswith(("get_", "set_")) and name not in methods_used(kind))
+        aside = name in _ASIDE or (used and name.startswith(("get_", "set_")) and name not in used)
         if name == "forward" or (not aside and callable(function) and not isinstance(function, type)):
             yield name, function
 
@@ -169,6 +185,12 @@ def _names(code: CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _names(constant)
+
+
+def _reads(function: object) -> Iterator[str]:
+    """The names that a function's own code reads, without what is wrapped around it."""
+    inner = [*_layers_of(function)][-1]
+    return _names(inner.__code__) if isinstance(inner, FunctionType) else iter(())
 
 
 def _read(module: ModuleType, functions: Iterable[object]) -> set[str]:
@@ -241,7 +263,7 @@ def _masking() -> tuple[str, ...]:
         if isinstance(function, FunctionType) and name not in found:
             found.add(name)
             todo |= set(_names(inspect.unwrap(function).__code__)) & space.keys()
-    return tuple(sorted(found))
+    return tuple(sorted(found | (_REGISTRIES.keys() & space.keys())))
 
 
 # Of transformers' losses, those that take labelled rows alone, and what they call.
@@ -307,12 +329,13 @@ class Code:
         self._classes = tuple(dict.fromkeys(classes))
         own = activations.__name__
         theirs = [x for x in vars(activations).values() if isinstance(x, type) and x.__module__ == own]
-        self._kinds = (*self._classes, *_PLAIN, nn.CrossEntropyLoss, *dict.fromkeys(theirs))
+        self._kinds = (*self._classes, *_PLAIN, nn.CrossEntropyLoss, *dict.fromkeys(theirs), *_REGISTRY_KINDS)
         # Those that they are derived from, of which what decides how they are called is looked at.
         self._bases = {base for kind in self._kinds for base in kind.__mro__ if _is_theirs_class(base)} - {*self._kinds}
         # A class shows its dictionary through a proxy; that refers to nothing else.
         dictionaries = [get_referents(vars(kind))[0] for kind in (*self._kinds, Tensor)]
         names, read = self._globals(readers)
+        read |= {name for kind in (*_PLAIN, *theirs) for _, f in _methods_that_count(kind) for name in _reads(f)}
         self._names: dict[ModuleType, tuple[str, ...]] = {
             module: names,
             masking_utils: _masking(),
@@ -330,7 +353,7 @@ class Code:
         self._kept = {f: _made_of(f) for f in self._functions()}
         cells = [cell for f in self._kept for cell in f.__closure__ or ()]
         named = [f.__kwdefaults__ for f in self._kept if f.__kwdefaults__]
-        self._refers = [*dictionaries, *self._kept, *cells, *named]
+        self._refers = [*dictionaries, *map(vars, _REGISTRIES.values()), *self._kept, *cells, *named]
         self._picks = [(vars(m), itemgetter(*names, names[0])) for m, names in self._names.items() if names]
         self._last: tuple[list[object], str | None, bool] = ([], None, True)
         self._moment: object = None
@@ -384,7 +407,8 @@ class Code:
         while todo := (read & space.keys()) - found:
             found |= todo
             read |= _read(self._module, map(space.get, todo))
-        return tuple(sorted(name for name in found if _is_called(space.get(name)))), read
+        found |= _REGISTRIES.keys() & read & space.keys()
+        return tuple(sorted(n for n in found if n in _REGISTRIES or _is_called(space.get(n)))), read
 
     def _look(self) -> str | None:
         owner = self._module.__name__
@@ -400,10 +424,15 @@ class Code:
                 if value is not None and not _is_theirs(value):
                     owner = "torch.nn.Module" if kind is nn.Module else kind.__qualname__
                     return f"{owner}.{name} is {said(value)}"
+        for name, registry in _REGISTRIES.items():
+            if own := next((n for n in vars(registry) if hasattr(type(registry), n)), None):
+                return f"{name}.{own} is {said(vars(registry)[own])}"
         for module, names in self._names.items():
             for name in names:
                 value = vars(module).get(name)
-                if isinstance(value, ModuleType):
+                if name in _REGISTRIES:
+                    own = value is _REGISTRIES[name]
+                elif isinstance(value, ModuleType):
                     own = value.__name__ == name or value.__name__.partition(".")[0] in _OWNERS
                     own = own and value is sys.modules.get(value.__name__)
                 elif isinstance(value, type):

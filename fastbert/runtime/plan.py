@@ -546,7 +546,8 @@ def _lay_out(
     readable = type(mask) is Tensor and has_values(mask)
     if readable and _is_seen_to_be_full(mask):
         return Packing(batch, seqlen, seqlen)
-    mask = mask.to(torch.bool)
+    # A copy where there may be a backward, which may run layers again: the caller may write to the mask until then.
+    mask = mask.to(torch.bool, copy=torch.is_grad_enabled())
     family = family_of(model)
     # Positions that the family doesn't count among its ids aren't packed.
     keeps = keeps or (call.get("position_ids") is not None and "position_ids" not in family.ids)

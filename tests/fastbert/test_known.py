@@ -25,6 +25,8 @@ from transformers import (
     ModernBertForMaskedLM,
     MPNetConfig,
     MPNetModel,
+    NomicBertConfig,
+    NomicBertModel,
     RobertaConfig,
     RobertaForMaskedLM,
     RobertaModel,
@@ -315,6 +317,40 @@ def test_an_attention_function_registered_anew() -> None:
     assert sum(said(fused).fused_calls.values()) == 1
 
 
+def given_by(find: Callable[..., Any]) -> Callable[..., Any]:
+    """`find` gives functions; what these return is halved."""
+    return lambda *args, **kwargs: halved(find(*args, **kwargs))
+
+
+def others(registry: Any) -> Any:
+    """A registry of the same class, of which one function is another."""
+    own = type(registry)()
+    own["sdpa"] = halved(registry["sdpa"])
+    return own
+
+
+# (owner, name, what is put in its place)
+REGISTRIES: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
+    "AttentionInterface.get_interface": (type(ALL_ATTENTION_FUNCTIONS), "get_interface", given_by),
+    "ALL_ATTENTION_FUNCTIONS.get_interface": (ALL_ATTENTION_FUNCTIONS, "get_interface", given_by),
+    "modeling_bert.ALL_ATTENTION_FUNCTIONS": (hf, "ALL_ATTENTION_FUNCTIONS", others),
+}
+
+
+@pytest.mark.parametrize("what", REGISTRIES)
+def test_where_attention_functions_are_looked_up(what: str) -> None:
+    owner, name, patch = REGISTRIES[what]
+    stock = models.seeded(attn_implementation="sdpa", **SMALL)
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    before = last(fused)
+    with replaced(owner, name, patch(getattr(owner, name))):
+        expected, found, reason = last(stock), last(fused), said(fused).reason
+    assert torch.equal(found, expected) and not torch.allclose(found, before, atol=1e-2)
+    assert what in reason
+    torch.testing.assert_close(last(fused), before)
+    assert said(fused).reason is None
+
+
 def test_code_replaced_inside_a_function() -> None:
     stock = models.seeded(**SMALL)
     fused = fastbert.fuse(copy.deepcopy(stock))
@@ -446,6 +482,17 @@ def test_a_replaced_pooler_runs_behind_fused_layers() -> None:
         found, expected = (m(input_ids=models.ids(3, 11)).pooler_output for m in (fused, stock))
     torch.testing.assert_close(found, expected)
     assert sum(said(fused).fused_calls.values()) == 1
+
+
+def test_the_function_of_an_activation() -> None:
+    torch.manual_seed(0)
+    stock = NomicBertModel(NomicBertConfig(vocab_size=211, num_hidden_layers=2, pad_token_id=0, **SMALL)).eval()
+    fused = fastbert.fuse(copy.deepcopy(stock))
+    before = last(fused)
+    with replaced(torch._C._nn, "silu", halved(torch._C._nn.silu)):
+        expected, found = last(stock), last(fused)
+    assert torch.equal(found, expected) and not torch.allclose(found, before, atol=1e-4)
+    torch.testing.assert_close(last(fused), before)
 
 
 @pytest.mark.parametrize(

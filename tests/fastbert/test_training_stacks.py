@@ -364,6 +364,23 @@ def test_checkpointed_layers_drop_the_same_again(
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+@pytest.mark.parametrize("how", ["plain", "reentrant", "not reentrant"])
+def test_a_mask_is_read_before_the_caller_writes_to_it(how: str) -> None:
+    found = []
+    for written in (False, True):
+        model = fastbert.fuse(models.seeded(KIND, **NO_DROPOUT), padding="dense").train()
+        if how != "plain":
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": how == "reentrant"})
+        mask = models.masks(6, 23)["right"].bool()
+        loss = model(**{**batch(), "attention_mask": mask}).loss
+        if written:
+            mask.copy_(mask.flip(1))
+        loss.backward()
+        found.append(gradients(model))
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 14
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 # torch.func.
 
 
