@@ -1,7 +1,8 @@
 """Attention maps, fused against stock: `python benchmarks/maps.py --size base --workload squad --batch 16`.
 
 Prints medians and ratios, of calls one after the other in random order: a fused forward without maps; that of one
-layer's, the last by default, at which nothing is left out; its rollout; all maps by `output_attentions`, and stock's.
+layer's, the last by default, at which nothing is left out; the mean of that over all layers, each asked for alone;
+its rollout; all maps by `output_attentions`, and stock's.
 Maps are held to the numerical policy first, in rows of real tokens. No record is written.
 """
 
@@ -38,11 +39,13 @@ def main() -> None:
     stock.set_attn_implementation("eager")
     fused = fastbert.fuse(copy.deepcopy(stock))
     batch = workload(given.workload, given.batch).inputs(device)
-    layer = given.layer % stock.config.num_hidden_layers
+    layers = stock.config.num_hidden_layers
+    layer = given.layer % layers
 
     calls: dict[str, Callable[[], Any]] = {
         "fused, no maps": lambda: fused(**batch),
         "fused, one layer": lambda: fastbert.attention_maps(fused, batch, [layer]),
+        "fused, each layer alone": lambda: [fastbert.attention_maps(fused, batch, [one]) for one in range(layers)],
         "fused, rollout": lambda: fastbert.attention_maps(fused, batch, reduce="rollout"),
         "fused, all maps": lambda: fastbert.attention_maps(fused, batch),
         "fused, output_attentions": lambda: fused(**batch, output_attentions=True),
@@ -67,6 +70,7 @@ def main() -> None:
                 if repeat:
                     seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(found) for name, found in seconds.items()}
+    medians["fused, each layer alone"] /= layers
     plain, eager = medians["fused, no maps"], medians["stock eager, output_attentions"]
     print(f"{'':<32}{'ms':>10}{'x no maps':>12}{'stock eager / this':>20}")
     for name, median in medians.items():
