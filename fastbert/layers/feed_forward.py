@@ -154,7 +154,7 @@ class BoundFeedForward(NamedTuple):
         pair = raised.chunk(2, 1) if self.gate is None else (self.gate(x, quantized), raised)
         activated = self.activation(pair[0])
         # What a known activation makes is new, and nobody else has it.
-        in_place = self.gating is not None and not torch.is_grad_enabled()
+        in_place = self.gating is not None and not torch.is_grad_enabled() and activated.dtype is pair[1].dtype
         return activated.mul_(pair[1]) if in_place else activated * pair[1]
 
     def train(self, x: Tensor, rate: float) -> Tensor:

@@ -97,6 +97,8 @@ def register(family: Family, module: str) -> Family:
     stood_in_for += tuple(family.makes_tables.values())
     if family.group is not None:
         stood_in_for += (family.group,)
+    if family.embeddings.__module__ == family.code.__name__:  # fastbert counts positions as it does
+        stood_in_for += (family.embeddings,)
     if family.layout.norm is not nn.LayerNorm:
         stood_in_for += (family.layout.norm,)
     known.keep(family.name, family.code, stood_in_for, (*heads, *family.parts))

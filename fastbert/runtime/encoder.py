@@ -70,6 +70,11 @@ class FusedEncoder(Mixin):
             )
         if family.projection is not None:
             hidden_states = _projected(self._modules[family.projection], hidden_states)
+        if hidden_states.dtype.itemsize == 2 and not torch.is_autocast_enabled(hidden_states.device.type):
+            # Embeddings of fewer bits than the layers: stock code widens them in the first sum.
+            dtype = next(stack.held.parameters()).dtype
+            if torch.promote_types(hidden_states.dtype, dtype) is dtype:
+                hidden_states = hidden_states.to(dtype)
         packing = plan.packing
         # Code of others has run since it was planned, and may have changed layers: a hook that adds another, say.
         looks = (plan.watched or plan.foreign) and not torch.compiler.is_compiling() and not settings.coverage.holds()

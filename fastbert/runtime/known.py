@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import activations, masking_utils
 from transformers.loss import loss_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 _OWNERS = ("torch", "transformers")
@@ -329,7 +330,14 @@ class Code:
         self._classes = tuple(dict.fromkeys(classes))
         own = activations.__name__
         theirs = [x for x in vars(activations).values() if isinstance(x, type) and x.__module__ == own]
-        self._kinds = (*self._classes, *_PLAIN, nn.CrossEntropyLoss, *dict.fromkeys(theirs), *_REGISTRY_KINDS)
+        self._kinds = (
+            *self._classes,
+            *_PLAIN,
+            nn.CrossEntropyLoss,
+            *dict.fromkeys(theirs),
+            *_REGISTRY_KINDS,
+            ModelOutput,
+        )
         # Those that they are derived from, of which what decides how they are called is looked at.
         self._bases = {base for kind in self._kinds for base in kind.__mro__ if _is_theirs_class(base)} - {*self._kinds}
         # A class shows its dictionary through a proxy; that refers to nothing else.

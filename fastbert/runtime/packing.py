@@ -146,7 +146,7 @@ def flattened(cu_seqlens: Tensor, tokens: int, keys: Tensor | None = None, longe
             f"cu_seq_lens_q runs from {first} to {last} with a smallest step of {shortest}; expected it to rise from 0 "
             f"to the number of tokens, {tokens}"
         )
-    starts = cu_seqlens.to(torch.int32)
+    starts = cu_seqlens.to(torch.int32, copy=torch.is_grad_enabled())  # the caller may write to it before a backward
     return Packing(len(starts) - 1, tokens, longest, starts, tiles=tiles_of(starts, tokens))
 
 

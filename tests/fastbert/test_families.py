@@ -923,6 +923,19 @@ def test_parts_of_a_gate_that_are_frozen(frozen: str) -> None:
         torch.testing.assert_close(gradient, found[0][name], msg=name)
 
 
+@pytest.mark.parametrize("padding", ["packed", "dense"])
+def test_embeddings_of_fewer_bits_than_the_layers(padding: str) -> None:
+    """Stock code runs on: its first sum is of both, in the dtype of the layers."""
+    stock = seeded("eurobert", "EuroBertModel", **NO_DROPOUT)
+    stock.get_input_embeddings().bfloat16()
+    fused, truth = fastbert.fuse(copy.deepcopy(stock), padding=padding), copy.deepcopy(stock).double()
+    call = {"input_ids": models.ids(4, 13, high=60), "attention_mask": models.masks(4, 13)["right"]}
+    with torch.no_grad():
+        found, theirs, expected = (m(**call)[0][call["attention_mask"].bool()] for m in (fused, stock, truth))
+    assert found.dtype == theirs.dtype == torch.float32
+    assert_within_policy(found, theirs, expected)
+
+
 LENGTHS = [1, 37, 128, 129, 1024]
 
 

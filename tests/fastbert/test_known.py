@@ -32,6 +32,7 @@ from transformers import (
     RobertaModel,
 )
 from transformers.loss import loss_utils
+from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert import modeling_bert as hf
 from transformers.models.mpnet import modeling_mpnet as mpnet
@@ -482,6 +483,27 @@ def test_a_replaced_pooler_runs_behind_fused_layers() -> None:
         found, expected = (m(input_ids=models.ids(3, 11)).pooler_output for m in (fused, stock))
     torch.testing.assert_close(found, expected)
     assert sum(said(fused).fused_calls.values()) == 1
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(mpnet, "create_position_ids_from_input_ids"), (ModelOutput, "__getitem__")]
+)
+def test_what_a_model_calls_before_and_after_its_layers(owner: Any, name: str) -> None:
+    torch.manual_seed(0)
+    stock = MPNetModel(MPNetConfig(vocab_size=211, num_hidden_layers=2, **SMALL)).eval()
+    fused, own = fastbert.fuse(copy.deepcopy(stock)), getattr(owner, name)
+    ids = {"input_ids": models.ids(3, 11)}
+
+    def turned(*args: Any) -> Any:
+        return own(*args).flip(-1)
+
+    with torch.no_grad():
+        before = fused(**ids).last_hidden_state
+        with replaced(owner, name, turned):
+            expected, found, reason = *(m(**ids).pooler_output for m in (stock, fused)), said(fused).reason
+            whole, theirs = (m(**ids).last_hidden_state for m in (fused, stock))
+        assert torch.equal(found, expected) and torch.equal(whole, theirs) and name in reason
+        torch.testing.assert_close(fused(**ids).last_hidden_state, before)
 
 
 def test_the_function_of_an_activation() -> None:

@@ -364,18 +364,24 @@ def test_checkpointed_layers_drop_the_same_again(
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+@pytest.mark.parametrize("what", ["attention_mask", "cu_seq_lens_q"])
 @pytest.mark.parametrize("how", ["plain", "reentrant", "not reentrant"])
-def test_a_mask_is_read_before_the_caller_writes_to_it(how: str) -> None:
+def test_a_layout_is_read_before_the_caller_writes_to_it(how: str, what: str) -> None:
     found = []
     for written in (False, True):
         model = fastbert.fuse(models.seeded(KIND, **NO_DROPOUT), padding="dense").train()
         if how != "plain":
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": how == "reentrant"})
-        mask = models.masks(6, 23)["right"].bool()
-        loss = model(**{**batch(), "attention_mask": mask}).loss
+        given: dict[str, Any] = {**batch(), what: models.masks(6, 23)["right"].bool()}
+        if what != "attention_mask":
+            starts = torch.tensor([0, 7, 23], dtype=torch.int32)
+            places = torch.cat([torch.arange(7), torch.arange(16)])[None]
+            given = {"input_ids": models.ids(1, 23), "position_ids": places, what: starts, "cu_seq_lens_k": starts}
+            given |= {"max_length_q": 16, "max_length_k": 16}
+        out = model.base_model(**{name: each for name, each in given.items() if name != "labels"})[0]
         if written:
-            mask.copy_(mask.flip(1))
-        loss.backward()
+            given[what].copy_(models.masks(6, 23)["left"] if what == "attention_mask" else torch.tensor([0, 12, 23]))
+        out.square().sum().backward()
         found.append(gradients(model))
     assert found[0].keys() == found[1].keys() and len(found[0]) > 14
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
